@@ -1,0 +1,1 @@
+"""Checkpoint -> artifact. A tool of the checkout: `python -m export --help`."""

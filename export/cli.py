@@ -1,0 +1,115 @@
+"""The command line of the exporter: options -> ExportConfig -> pipeline, with a progress bar and the verification after it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from export import families
+from export.pipeline import ExportConfig, export
+from trt_runtime import contract
+from trt_runtime.errors import DllmError
+
+DEMO_CHECKPOINTS = {"llada": "checkpoints/llada-demo"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the exporter; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary directory is removed
+    try:
+        return _run(args)
+    except DllmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights file.",
+        epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.",
+    )
+    parser.add_argument("--model", help="the model type; checked against the checkpoint's config.json")
+    parser.add_argument("--checkpoint", help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]")
+    parser.add_argument("--out", type=Path, help="the artifact directory to write (default artifacts/NAME)")
+    parser.add_argument("--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)")
+    parser.add_argument(
+        "--head", choices=contract.HEADS, default="statistics",
+        help="'logits' adds the logits to the outputs, for temperatures above 0 (default statistics)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ignore-key", action="append", default=[], metavar="KEY",
+        help="a key of config.json that is not known and does not change the computation (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there already")
+    parser.add_argument(
+        "--verify", choices=("auto", "yes", "no"), default="auto",
+        help="compare with PyTorch afterwards; 'auto' does so if torch and transformers are installed (default auto)",
+    )  # fmt: skip
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    checkpoint = args.checkpoint or _demo_checkpoint(args.model)
+    out = args.out or Path("artifacts") / Path(checkpoint.rstrip("/")).name.split("@")[0]
+    config = ExportConfig(
+        checkpoint, out, args.dtype, args.head, args.model, tuple(args.ignore_key), args.overwrite
+    )
+    begin = time.perf_counter()
+    manifest = export(config, _progress)
+    size = sum(facts.size for facts in manifest.files.values())
+    print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
+          f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
+    if args.verify == "no":
+        return 0
+    if args.verify == "auto" and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
+        return 0
+    return 0 if verify(out, None) else 1
+
+
+def verify(artifact: Path, checkpoint: str | None) -> bool:
+    """Run the verification and print its stages; whether all passed."""
+    from export.verify import verify as run_verification
+
+    passed = True
+    print(f"verifying {artifact} against the PyTorch reference")
+    for stage in run_verification(artifact, checkpoint):
+        print(f"  {stage}", flush=True)
+        passed = passed and stage.passed
+    print("verified: the result is in the manifest" if passed else "NOT VERIFIED: do not deploy this artifact")
+    return passed
+
+
+def _demo_checkpoint(model: str | None) -> str:
+    name = (model or "llada").lower()
+    if name not in DEMO_CHECKPOINTS:
+        families.find(name)  # names what exists if the model is unknown
+        raise DllmError(f"no demo checkpoint for '{name}': give one with CHECKPOINT=dir (--checkpoint).")
+    demo = Path(__file__).resolve().parents[1] / DEMO_CHECKPOINTS[name]
+    shown = DEMO_CHECKPOINTS[name] if Path(DEMO_CHECKPOINTS[name]).exists() else str(demo)
+    print(f"no checkpoint given: exporting the demo checkpoint {shown}")
+    return shown
+
+
+def _progress(total: int) -> Callable[[int], object]:
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None)
+
+    def advance(done: int) -> None:
+        bar.update(done)
+        if bar.n >= total:
+            bar.close()
+
+    return advance

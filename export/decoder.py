@@ -1,0 +1,192 @@
+"""The one dense decoder, built node by node as an ONNX graph: no tracing, no torch, no weights in memory.
+
+Pre-norm, bidirectional attention, half-split RoPE, RMSNorm, SwiGLU. What differs between families is data (DecoderConfig).
+Activations are [B*S, hidden] so that each linear layer is one Gemm over the checkpoint's own [out, in] weights.
+The last layer needs its queries, MLP and head only on the rows asked for.
+
+Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from export.lowering import modern as lowering
+
+MASKED = -30000.0  # finite in fp16, and exp(MASKED) is 0
+
+EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
+ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The network. `max_length` positions have rotation tables; `rotary_float32`: q and k are rotated in float32."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_length: int
+    norm_eps: float
+    rope_theta: float
+    rotary_float32: bool
+    qkv_bias: bool = False
+    tied_head: bool = False
+
+
+def layer_name(layer: int, name: str) -> str:
+    """Name of a weight of a layer: the names of the initializers and of every parity table."""
+    return f"layers.{layer}.{name}"
+
+
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of the decoder that comes from the checkpoint, in the order of use: name -> shape, [out, in]."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for i in range(config.num_layers):
+        layer: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,)}
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            layer[name] = (rows, hidden)
+            if config.qkv_bias:
+                layer[name + ".bias"] = (rows,)
+        layer |= {"o_proj": (hidden, queries), "mlp_norm": (hidden,)}
+        layer |= {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+        shapes |= {layer_name(i, name): shape for name, shape in layer.items()}
+    shapes[FINAL_NORM] = (hidden,)
+    if not config.tied_head:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Window:
+    """The graph's inputs. `write_index` is None in the prefix graph. Shapes: contract.py."""
+
+    input_ids: ir.Value
+    position_ids: ir.Value
+    write_index: ir.Value | None
+    kv_len: ir.Value
+    logit_rows: ir.Value
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the mask they attend by."""
+
+    positions: ir.Value
+    shape: ir.Value
+    mask: ir.Value
+
+
+class Decoder:
+    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight."""
+
+    def __init__(
+        self, op: OpBuilder, config: DecoderConfig, dtype: ir.DataType, weight: Callable[[str], ir.Value]
+    ) -> None:
+        self.op, self.config, self.dtype, self.weight = op, config, dtype, weight
+        self.table = (weight(ROPE_COS), weight(ROPE_SIN))
+        self.constants = [
+            op.initializer(ir.tensor(value, dtype=dtype), name) for name, value in (("valid", 0.0), ("masked", MASKED))
+        ]
+
+    def build(
+        self, window: Window, caches: list[tuple[ir.Value, ir.Value]]
+    ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+        """Logits [B*R, V] (float32) of the rows asked for, and the updated caches, a pair a layer."""
+        op, updated = self.op, []
+        x = op.Gather(self.weight(EMBEDDING), op.Reshape(window.input_ids, [-1]), axis=0)
+        rows = self._rows(window, caches[0][0], window.position_ids)
+        # the prefix graph writes at 0; Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
+        write_index = window.write_index if window.write_index is not None else op.Min(window.kv_len, 0)
+        for i, cache in enumerate(caches):
+            wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
+            x, written = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
+            updated.append(written)
+        x = lowering.rms_norm(op, x, self.weight(FINAL_NORM), self.config.norm_eps)
+        head = self.weight(EMBEDDING if self.config.tied_head else HEAD)
+        return op.Gemm(self._float32(x), self._float32(head), transB=1), updated
+
+    def _float32(self, x: ir.Value) -> ir.Value:
+        """Cast up for the head: logits rounded to 16 bit would move confidences across the threshold."""
+        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(ir.DataType.FLOAT))
+
+    def _layer(
+        self,
+        i: int,
+        x: ir.Value,
+        rows: _Rows,
+        wanted: tuple[_Rows, ir.Value] | None,
+        cache: tuple[ir.Value, ir.Value],
+        write_index: ir.Value,
+        *,
+        prefix: bool,
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        op, config = self.op, self.config
+        h = lowering.rms_norm(op, x, self.weight(layer_name(i, "attention_norm")), config.norm_eps)
+        key = self._rotate(self._heads(h, i, "k_proj", config.num_kv_heads, rows), rows)
+        value = self._heads(h, i, "v_proj", config.num_kv_heads, rows)
+        if wanted is not None:
+            rows, index = wanted
+            h, x = op.Gather(h, index, axis=0), op.Gather(x, index, axis=0)
+        query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows)
+        written = tuple(lowering.write_cache(op, old, new, write_index) for old, new in zip(cache, (key, value), strict=True))
+        keys, values = (key, value) if prefix else written
+        attended = lowering.attention(op, query, keys, values, rows.mask, config.head_dim)
+        attended = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, config.num_heads * config.head_dim])
+        x = op.Add(x, self._linear(attended, i, "o_proj"))
+        h = lowering.rms_norm(op, x, self.weight(layer_name(i, "mlp_norm")), config.norm_eps)
+        gate = self._linear(h, i, "gate_proj")
+        h = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self._linear(h, i, "up_proj"))
+        return op.Add(x, self._linear(h, i, "down_proj")), (written[0], written[1])
+
+    def _linear(self, x: ir.Value, layer: int, name: str, *, bias: bool = False) -> ir.Value:
+        operands = [x, self.weight(layer_name(layer, name))]
+        if bias:
+            operands.append(self.weight(layer_name(layer, name + ".bias")))
+        return self.op.Gemm(*operands, transB=1)
+
+    def _heads(self, h: ir.Value, layer: int, name: str, heads: int, rows: _Rows) -> ir.Value:
+        """A projection of h, split into heads: [B, heads, rows, D]."""
+        projected = self._linear(h, layer, name, bias=self.config.qkv_bias)
+        shape = self.op.Concat(rows.shape, [heads, self.config.head_dim], axis=0)
+        return self.op.Transpose(self.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
+
+    def _rotate(self, x: ir.Value, rows: _Rows) -> ir.Value:
+        return lowering.rotate(
+            self.op, x, self.table, rows.positions, dtype=self.dtype, in_float32=self.config.rotary_float32
+        )
+
+    def _rows(self, window: Window, cache: ir.Value, positions: ir.Value) -> _Rows:
+        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len.
+
+        The prefix graph tells its valid keys by position, not by Range: TensorRT-RTX 1.7 fails on a Range over a free size
+        beside a cache write ("uses before defs").
+        """
+        op = self.op
+        length = op.Unsqueeze(window.kv_len, [1])
+        if window.write_index is None:
+            valid = op.Less(window.position_ids, length)
+        else:
+            valid = op.Less(op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1), length)
+        masked = op.Where(valid, self.constants[0], self.constants[1])  # [B, keys]
+        row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
+        mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
+        return _Rows(positions, op.Shape(positions), mask)
+
+    def _wanted(self, window: Window, cache: ir.Value) -> tuple[_Rows, ir.Value]:
+        """The rows asked for, and their index [B*R] into the window's rows [B*S]."""
+        op = self.op
+        positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)
+        batch, size = (op.Squeeze(op.Shape(window.input_ids, start=i, end=i + 1)) for i in (0, 1))
+        first = op.Unsqueeze(op.Mul(op.Range(0, batch, 1), size), [1])
+        return self._rows(window, cache, positions), op.Reshape(op.Add(window.logit_rows, first), [-1])

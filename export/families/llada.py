@@ -1,0 +1,86 @@
+"""LLaDA (`model_type: llada`): LLaDA-8B Base, Instruct, 1.5 and fine-tuned relatives.
+
+A Llama body under OLMo's names: plain MHA (or GQA by n_kv_heads), no biases, untied head, RoPE in full precision,
+mask token 126336. Predicts token i from row i (logit_shift 0). The upstream class defaults are GPT-2-like and wrong for
+every published checkpoint, so nothing falls back on them but mlp_ratio and n_kv_heads, as upstream computes these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from export import decoder
+from export.decoder import DecoderConfig
+from export.families.base import ConfigReader, Family, split_layer
+from trt_runtime.manifest import DecodingFacts
+
+_LAYER = {
+    "attention_norm": "attn_norm", "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "attn_out",
+    "mlp_norm": "ff_norm", "gate_proj": "ff_proj", "up_proj": "up_proj", "down_proj": "ff_out",
+}  # fmt: skip
+_OUTSIDE = {decoder.EMBEDDING: "wte", decoder.FINAL_NORM: "ln_f", decoder.HEAD: "ff_out"}
+
+
+class Llada(Family):
+    title = "LLaDA"
+
+    def decoder(self, config: ConfigReader) -> DecoderConfig:
+        config.require("block_type", "llama")
+        config.require("activation_type", "silu")
+        config.require("layer_norm_type", "rms")
+        config.require("rope", True)
+        config.require("block_group_size", 1)
+        config.require("layer_norm_with_affine", True)
+        for key in ("alibi", "include_bias", "include_qkv_bias", "bias_for_layer_norm", "scale_logits", "input_emb_norm",
+                    "attention_layer_norm", "multi_query_attention", "clip_qkv"):  # fmt: skip
+            config.require(key, False)
+        config.ignore("alibi_bias_max", "attention_dropout", "residual_dropout", "embedding_dropout", "flash_attention",
+                      "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision", "vocab_size",
+                      "attention_layer_norm_with_affine")  # fmt: skip
+        hidden, heads = config.positive("d_model"), config.positive("n_heads")
+        vocab = config.positive("vocab_size")
+        return DecoderConfig(
+            hidden_size=hidden,
+            num_layers=config.positive("n_layers"),
+            num_heads=heads,
+            num_kv_heads=config.positive("n_kv_heads", heads),
+            head_dim=hidden // heads,
+            intermediate_size=config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden),
+            vocab_size=config.positive("embedding_size", vocab),
+            max_length=config.positive("max_sequence_length"),
+            norm_eps=config.get("rms_norm_eps", float),
+            rope_theta=config.get("rope_theta", float),
+            rotary_float32=config.get("rope_full_precision", bool, True),
+            tied_head=config.get("weight_tying", bool, False),
+        )
+
+    def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
+        defaults = {key: generation_config[key] for key in ("gen_length", "block_length") if key in generation_config}
+        return DecodingFacts(
+            mask_token_id=config.token_ids("mask_token_id", {})[0],
+            eos_token_ids=config.token_ids("eos_token_id", generation_config),
+            pad_token_id=config.token_ids("pad_token_id", generation_config)[0],
+            logit_shift=0,
+            defaults=defaults,
+        )
+
+    def tensor_name(self, weight: str) -> str:
+        where = split_layer(weight)
+        leaf = f"blocks.{where[0]}.{_LAYER[where[1]]}" if where else _OUTSIDE[weight]
+        return f"model.transformer.{leaf}.weight"
+
+    def tiny_config(self) -> dict[str, Any]:
+        return {
+            "model_type": "llada", "d_model": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "mlp_hidden_size": 96,
+            "vocab_size": 120, "embedding_size": 128, "max_sequence_length": 128, "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0, "rope_full_precision": True, "weight_tying": False, "block_type": "llama",
+            "activation_type": "silu", "layer_norm_type": "rms", "mask_token_id": 126, "eos_token_id": 125,
+            "pad_token_id": 125,
+        }  # fmt: skip
+
+    def reference(self, decoder: DecoderConfig) -> tuple[str, dict[str, Any]]:
+        return "Llama", {}
+
+
+FAMILY = Llada()

@@ -1,0 +1,185 @@
+"""The steps of an export, in order: read, plan, build, lint, stream, seal. Nothing half-made is ever left behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from export import checkpoint as checkpoints
+from export import families, graphs, lint, weights
+from export.checkpoint import Checkpoint
+from export.decoder import DecoderConfig
+from export.families.base import ConfigReader, Family
+from export.lowering import modern as lowering
+from trt_runtime import contract
+from trt_runtime import manifest as manifests
+from trt_runtime.errors import DllmError
+from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts
+
+Progress = Callable[[int], Callable[[int], object]]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write."""
+
+    checkpoint: str
+    out: Path
+    dtype: str = "fp32"
+    head: str = "statistics"
+    family: str | None = None
+    ignored_keys: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was read and understood."""
+
+    checkpoint: Checkpoint
+    family: Family
+    decoder: DecoderConfig
+    decoding: DecodingFacts
+
+
+def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = ()) -> Source:
+    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own."""
+    source = checkpoints.load(*checkpoints.locate(name))
+    where = str(source.path / "config.json")
+    model_type = source.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
+    found = families.find(model_type)
+    if family is not None and families.find(family) is not found:
+        raise DllmError(f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}.")
+    reader = ConfigReader(source.config, where)
+    decoder = found.decoder(reader)
+    _check_sizes(decoder, where)
+    decoding = found.decoding(reader, source.generation_config)
+    reader.finish(ignored_keys)
+    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
+        if token >= decoder.vocab_size:
+            raise DllmError(f"{where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
+    return Source(source, found, decoder, decoding)
+
+
+def export(config: ExportConfig, progress: Progress) -> Manifest:
+    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written."""
+    source = read(config.checkpoint, config.family, config.ignored_keys)
+    _check_target(config)
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype)
+    with _sealed(config.out) as directory:
+        for role in contract.ROLES:
+            _write_graph(role, source, config, planned, directory)
+        total = planned[-1].offset + planned[-1].size
+        facts = weights.stream(planned, directory / weights.FILE_NAME, progress(total))
+        for file in source.checkpoint.tokenizer_files:
+            (directory / "tokenizer").mkdir(exist_ok=True)
+            shutil.copyfile(file, directory / "tokenizer" / file.name)
+        for role in contract.ROLES:
+            onnx.checker.check_model(directory / f"{role}.onnx", full_check=True)
+        manifest = _manifest(source, config, directory, facts)
+        manifests.write(manifest, directory)
+    return manifest
+
+
+def _check_sizes(decoder: DecoderConfig, where: str) -> None:
+    if decoder.hidden_size % decoder.num_heads or decoder.num_heads % decoder.num_kv_heads or decoder.head_dim % 2:
+        raise DllmError(
+            f"{where}: hidden size {decoder.hidden_size}, {decoder.num_heads} heads and {decoder.num_kv_heads} KV heads do not "
+            "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be even)."
+        )
+
+
+def _check_target(config: ExportConfig) -> None:
+    out = config.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / manifests.FILE_NAME).is_file():
+        raise DllmError(f"{out}: exists and is not an artifact: it is left alone; choose another OUT or remove it.")
+    if not config.overwrite:
+        raise DllmError(f"{out}: an artifact is there already: add --overwrite to replace it, or choose another OUT.")
+
+
+@contextmanager
+def _sealed(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
+        directory = Path(temporary) / "artifact"
+        directory.mkdir()
+        yield directory
+        if out.exists():
+            out.rename(Path(temporary) / "replaced")
+        directory.rename(out)
+
+
+def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path) -> None:
+    model = graphs.build(
+        role,
+        source.decoder,
+        dtype=config.dtype,
+        head=config.head,
+        mask_token_id=source.decoding.mask_token_id,
+        weights={weight.name: weight.external() for weight in planned},
+    )
+    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype), config.head)
+    ir.save(model, directory / f"{role}.onnx")
+
+
+def _manifest(source: Source, config: ExportConfig, directory: Path, weight_facts: FileFacts) -> Manifest:
+    decoder, checkpoint = source.decoder, source.checkpoint
+    dims = graphs.dims_of(decoder, config.dtype)
+    files = {weights.FILE_NAME: weight_facts}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = FileFacts(path.stat().st_size, manifests.sha256_of(path))
+    model = ModelFacts(
+        family=checkpoint.config["model_type"].lower(),
+        num_layers=decoder.num_layers,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        vocab_size=decoder.vocab_size,
+        max_length=decoder.max_length,
+        dtype=config.dtype,
+        parameters=sum(stored.size // stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+    )
+    described = {
+        role: GraphFacts(
+            f"{role}.onnx",
+            [[spec.name, spec.dtype, list(spec.axes)] for spec in contract.inputs(role, dims)],
+            [[spec.name, spec.dtype, list(spec.axes)] for spec in contract.outputs(role, dims, config.head)],
+        )
+        for role in contract.ROLES
+    }
+    versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}
+    return Manifest(
+        producer={"dllm-trt": importlib.metadata.version("dllm-trt"), "python": platform.python_version(), **versions},
+        source={
+            "checkpoint": config.checkpoint,
+            "revision": checkpoint.revision,
+            "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
+        },
+        model=model,
+        decoding=source.decoding,
+        head=config.head,
+        lowering="modern",
+        opset=lowering.OPSET,
+        graphs=described,
+        files=files,
+        tokenizer="tokenizer" if checkpoint.tokenizer_files else None,
+    )

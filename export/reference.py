@@ -1,0 +1,178 @@
+"""The PyTorch reference: transformers' own Llama (or Qwen2) with full attention, as a backend of the same runtime.
+
+Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours: what agrees with
+it was exported right. It is also the eager PyTorch baseline of the benchmarks.
+
+Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from export import decoder as decoders
+from export import pipeline
+from export.checkpoint import StoredTensor
+from export.families.base import split_layer
+from trt_runtime import manifest as manifests
+from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.errors import DllmError
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LAYER = {
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
+}  # fmt: skip
+_OUTSIDE = {decoders.EMBEDDING: "model.embed_tokens", decoders.FINAL_NORM: "model.norm", decoders.HEAD: "lm_head"}
+
+
+def transformers_name(weight: str) -> str:
+    """transformers' name of a decoder weight: 'layers.3.q_proj.bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
+    where = split_layer(weight)
+    if where is None:
+        return _OUTSIDE[weight] + ".weight"
+    leaf, _, kind = where[1].partition(".")
+    return f"model.layers.{where[0]}.{_LAYER[leaf]}.{kind or 'weight'}"
+
+
+@dataclass
+class _Writer:
+    """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends to."""
+
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] a layer
+    write_index: torch.Tensor  # [B]
+    own_rows_only: bool
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = key.shape[2]
+        for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
+            for b, start in enumerate(self.write_index.tolist()):
+                buffer[b, :, start : start + rows] = new[b]
+        return (key, value) if self.own_rows_only else self.buffers[layer_idx]
+
+
+class TorchBackend(Backend):
+    """The checkpoint behind an artifact, in eager PyTorch on a CPU or GPU.
+
+    checkpoint: its directory or hub id; None takes the one that the manifest names. dtype: None takes the artifact's.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        artifact: Path,
+        *,
+        checkpoint: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.manifest = manifests.load(artifact)
+        self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or self.manifest.model.dtype]
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = _load(_source(self.manifest, checkpoint, artifact), self.dtype).to(self.device)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        model = self.manifest.model
+        shape = (batch, model.num_kv_heads, capacity, model.head_dim)
+        zeros = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * model.num_layers)]
+        return Cache(batch, capacity, list(zip(zeros[::2], zeros[1::2], strict=True)))
+
+    def close(self) -> None:
+        del self.model
+
+    def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._run(cache, slots, window, want_logits, own_rows_only=True)
+
+    def _refine(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._run(cache, slots, window, want_logits, own_rows_only=False)
+
+    @torch.inference_mode()
+    def _run(self, cache: Cache, slots: slice, window: Window, want_logits: bool, *, own_rows_only: bool) -> Stats:
+        logits = self.logits(cache, slots, window, own_rows_only=own_rows_only)
+        allowed = logits.clone()
+        allowed[..., self.manifest.decoding.mask_token_id] = -torch.inf
+        token = allowed.argmax(-1, keepdim=True)
+        proposed = allowed.gather(-1, token)
+        runner_up = allowed.scatter(-1, token, -torch.inf).amax(-1, keepdim=True)
+        log_total = logits.logsumexp(-1, keepdim=True)
+        probability = (logits - log_total).exp()
+        entropy = log_total[..., 0] - (probability * logits).sum(-1)
+        arrays = [token[..., 0], (proposed - log_total).exp()[..., 0], (runner_up - log_total).exp()[..., 0], entropy]
+        numpy = [array.cpu().numpy() for array in arrays]
+        return Stats(numpy[0], numpy[1], numpy[2], numpy[3], logits.cpu().numpy() if want_logits else None)
+
+    def logits(self, cache: Cache, slots: slice, window: Window, *, own_rows_only: bool) -> torch.Tensor:
+        """float32 logits [B, R, V] of the rows asked for; the caches of `slots` are updated."""
+        tensors = {name: torch.from_numpy(getattr(window, name)).to(self.device) for name in
+                   ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows")}  # fmt: skip
+        keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
+        valid = torch.arange(keys, device=self.device) < tensors["kv_len"][:, None]
+        mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
+        mask = mask[:, None, None].expand(-1, 1, window.input_ids.shape[1], -1)
+        buffers = [(key[slots], value[slots]) for key, value in cache.buffers]
+        hidden = self.model.model(
+            input_ids=tensors["input_ids"],
+            position_ids=tensors["position_ids"],
+            attention_mask=mask,
+            past_key_values=_Writer(buffers, tensors["write_index"], own_rows_only),
+            use_cache=False,
+        ).last_hidden_state
+        wanted = tensors["logit_rows"][..., None].expand(-1, -1, hidden.shape[-1])
+        logits: torch.Tensor = self.model.lm_head(hidden.gather(1, wanted)).float()
+        return logits
+
+
+def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+    name = checkpoint or manifest.source.get("checkpoint")
+    if not isinstance(name, str):
+        raise DllmError(f"{artifact}: the manifest names no checkpoint: give it with --checkpoint.")
+    source = pipeline.read(name)
+    expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
+    if expected != got:
+        raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")
+    return source
+
+
+def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
+    """transformers' model with the checkpoint's weights; each tensor is checked in by name and shape."""
+    decoder = source.decoder
+    cls, extra = source.family.reference(decoder)
+    config = getattr(transformers, f"{cls}Config")(
+        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size, intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_kv_heads, max_position_embeddings=decoder.max_length, rms_norm_eps=decoder.norm_eps,
+        tie_word_embeddings=decoder.tied_head, hidden_act="silu", attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta}, **extra,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{cls}ForCausalLM")(config)
+    state = dict(_state(source, dtype))
+    if decoder.tied_head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are buffers, which meta left empty
+    return model.eval()
+
+
+def _state(source: pipeline.Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in decoders.weight_shapes(source.decoder):
+        stored = source.checkpoint.tensors[source.family.tensor_name(weight)]
+        yield transformers_name(weight), _tensor(stored).to(dtype)
+
+
+def _tensor(stored: StoredTensor) -> torch.Tensor:
+    flat = np.array(stored.open())
+    if flat.dtype.name == "bfloat16":
+        return torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16).reshape(stored.shape)
+    return torch.from_numpy(flat).reshape(stored.shape)

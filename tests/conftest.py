@@ -1,0 +1,65 @@
+"""Fixtures: artifacts exported once a session, from the golden checkpoint, the demo checkpoint, and a tiny one of each family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from export import families
+from export.pipeline import ExportConfig, export
+from tiny import write_checkpoint
+from trt_runtime import replay
+from trt_runtime.backends.ort import OrtBackend
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT / "tests" / "data" / "goldens"
+DEMO = ROOT / "checkpoints" / "llada-demo"
+
+
+def export_quietly(checkpoint: Path, out: Path, **options) -> Path:
+    export(ExportConfig(str(checkpoint), out, **options), lambda total: lambda done: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def golden_artifact(tmp_path_factory) -> Path:
+    """The golden checkpoint in fp32, with logits."""
+    return export_quietly(GOLDENS / "llada_tiny", tmp_path_factory.mktemp("golden") / "fp32", head="logits")
+
+
+@pytest.fixture(scope="session")
+def golden_fp16(tmp_path_factory) -> Path:
+    return export_quietly(GOLDENS / "llada_tiny", tmp_path_factory.mktemp("golden") / "fp16", dtype="fp16")
+
+
+@pytest.fixture(scope="session")
+def golden_backend(golden_artifact) -> OrtBackend:
+    return OrtBackend(golden_artifact, threads=1)
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> list[replay.Case]:
+    return [case for case in replay.read_cases(GOLDENS / "cases.json") if case["family"] == "llada"]
+
+
+@pytest.fixture(scope="session")
+def golden_units() -> dict:
+    return json.loads((GOLDENS / "units.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory) -> Path:
+    return export_quietly(DEMO, tmp_path_factory.mktemp("demo") / "artifact", head="logits")
+
+
+@pytest.fixture(scope="session", params=families.names())
+def tiny_checkpoint(request, tmp_path_factory) -> Path:
+    """A tiny random checkpoint of each family, in the family's official layout."""
+    return write_checkpoint(families.find(request.param), tmp_path_factory.mktemp(request.param) / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint, tmp_path_factory) -> Path:
+    return export_quietly(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "fp32", head="logits")

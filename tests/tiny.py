@@ -1,0 +1,55 @@
+"""Small checkpoints in a family's official layout, for tests: random weights, optionally changed on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from export.decoder import weight_shapes
+from export.families.base import ConfigReader, Family
+
+Tensors = dict[str, np.ndarray]
+
+
+def random_tensors(family: Family, config: dict[str, Any], seed: int = 0) -> Tensors:
+    """Weights of unit gain, so that logits spread and confidences differ."""
+    rng = np.random.default_rng(seed)
+    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
+    return {
+        family.tensor_name(name): (rng.standard_normal(shape) * (2.0 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1)
+                                   + (1.0 if "norm" in name else 0.0)).astype(np.float32)
+        for name, shape in shapes.items()
+    }  # fmt: skip
+
+
+def write_checkpoint(
+    family: Family,
+    path: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    change: Callable[[Tensors], object] | None = None,
+    shards: int = 1,
+) -> Path:
+    """A checkpoint directory. `change` may edit the tensors; `shards` > 1 writes an index."""
+    path.mkdir(parents=True)
+    config = {**family.tiny_config(), **(config or {})}
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = random_tensors(family, family.tiny_config())
+    if change:
+        change(tensors)
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    names, weight_map = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        held = names[i::shards]
+        save_file({name: tensors[name] for name in held}, path / file)
+        weight_map |= dict.fromkeys(held, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path

@@ -1,0 +1,161 @@
+"""The demo model's task: a spoken order to a household robot becomes a JSON plan.
+
+    take three red cups from kitchen to garage, then hand two blue pens to Mia
+    [{"do": "move", "item": "cup", "color": "red", "count": 3, "from": "kitchen", "to": "garage"}, {"do": "give", ...}]
+
+A plan has many right spellings: the keys of a step come in one of several orders, and all keys of an answer follow one of
+two vocabularies ("do", "item", ... or "action", "object", ...). Tokens of an answer therefore depend on one another: a
+decoder that commits two keys at once, each alone plausible, writes one key twice or mixes the vocabularies.
+`is_right` accepts every right spelling and nothing else.
+
+Numbers, colours and things of the held-out prompts never stand together in training (`is_held_out`).
+Everything is drawn from a `random.Random`, so a seed names a data set. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+GEN_LENGTH = 96
+MIN_ANSWER, MAX_ANSWER = 48, GEN_LENGTH - 1
+
+ITEMS = {
+    "apple": "apples", "ball": "balls", "basket": "baskets", "blanket": "blankets", "book": "books", "bottle": "bottles",
+    "bowl": "bowls", "box": "boxes", "brush": "brushes", "candle": "candles", "chair": "chairs", "coat": "coats",
+    "cup": "cups", "envelope": "envelopes", "flower": "flowers", "fork": "forks", "glass": "glasses", "hammer": "hammers",
+    "key": "keys", "knife": "knives", "lamp": "lamps", "lemon": "lemons", "map": "maps", "parcel": "parcels",
+    "pen": "pens", "pillow": "pillows", "plate": "plates", "rope": "ropes", "scarf": "scarves", "shirt": "shirts",
+    "shoe": "shoes", "spoon": "spoons", "toy": "toys", "towel": "towels", "tray": "trays", "vase": "vases",
+}  # fmt: skip
+COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "silver", "white", "yellow")
+ROOMS = (
+    "attic", "balcony", "basement", "bathroom", "bedroom", "cellar", "garage", "garden", "hall", "kitchen", "library",
+    "lobby", "office", "pantry", "porch", "studio",
+)  # fmt: skip
+PEOPLE = (
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jon", "Kim", "Leo", "Mia", "Nora", "Omar", "Pia",
+    "Rosa", "Sam", "Tom", "Uma",
+)  # fmt: skip
+TOOLS = ("broom", "cloth", "duster", "mop", "sponge", "vacuum")
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+VERBS = {
+    "move": ("take", "move", "carry", "bring"),
+    "give": ("hand", "give", "deliver"),
+    "find": ("find", "seek", "locate"),
+    "clean": ("clean", "tidy"),
+}
+OPENINGS = ("", "", "please ", "robot , ", "now ", "could you ")
+JOINTS = (", then ", ", and then ", "; after that ", ". next ", ", and ")
+VOCABULARIES = (
+    ("do", "item", "color", "count", "from", "to", "for", "in", "with"),
+    ("action", "object", "paint", "number", "source", "target", "person", "room", "tool"),
+)
+_KEYS = dict(zip(VOCABULARIES[0], VOCABULARIES[1], strict=True))
+_GOODS_ORDERS = (("item", "color", "count"), ("count", "color", "item"), ("color", "item", "count"))
+
+Step = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An order in words, the plan it means (keys of the first vocabulary), and one right spelling of the answer."""
+
+    prompt: str
+    plan: list[Step]
+    answer: str
+
+
+def is_held_out(step: Step) -> bool:
+    """A tenth of all (thing, colour, number) triples is never seen in training."""
+    return "item" in step and zlib.crc32(f"{step['item']}/{step['color']}/{step['count']}".encode()) % 10 == 0
+
+
+def _draw_step(rng: random.Random) -> Step:
+    do = rng.choices(("move", "give", "find", "clean"), (5, 3, 3, 2))[0]
+    if do == "clean":
+        return {"do": do, "in": rng.choice(ROOMS), "with": rng.choice(TOOLS)}
+    goods = {"do": do, "item": rng.choice(list(ITEMS)), "color": rng.choice(COLORS), "count": rng.randint(2, 12)}
+    if do == "move":
+        source, target = rng.sample(ROOMS, 2)
+        return goods | {"from": source, "to": target}
+    return goods | ({"for": rng.choice(PEOPLE)} if do == "give" else {"in": rng.choice(ROOMS)})
+
+
+def _say(step: Step, rng: random.Random) -> str:
+    verb = rng.choice(VERBS[step["do"]])
+    if step["do"] == "clean":
+        return f"{verb} {step['in']} with {step['with']}"
+    number = NUMBERS[step["count"] - 2] if rng.random() < 0.7 else str(step["count"])
+    goods = f"{number} {step['color']} {ITEMS[step['item']]}"
+    if step["do"] == "move":
+        return f"{verb} {goods} from {step['from']} to {step['to']}"
+    if step["do"] == "find":
+        return f"{verb} {goods} in {step['in']}"
+    return f"{verb} {goods} to {step['for']}" if rng.random() < 0.5 else f"{verb} {step['for']} {goods}"
+
+
+def _spell(step: Step, rng: random.Random, vocabulary: int) -> Step:
+    """One right order of the keys: "do" first; the goods and the places in either order, each in an order of its own."""
+    goods = [key for key in rng.choice(_GOODS_ORDERS) if key in step]
+    places = [key for key in step if key not in ("do", "item", "color", "count")]
+    if rng.random() < 0.5:
+        places.reverse()
+    groups = [goods, places] if rng.random() < 0.5 else [places, goods]
+    keys = ["do", *groups[0], *groups[1]]
+    return {(_KEYS[key] if vocabulary else key): step[key] for key in keys}
+
+
+def _answer_tokens(plan: list[Step]) -> int:
+    """Tokens of the answer: glue, key, glue, value for each field, and the closing bracket."""
+    return 4 * sum(len(step) for step in plan) + 1
+
+
+def draw(rng: random.Random, *, held_out: bool) -> Example:
+    """One example; with `held_out`, one of its steps names a triple that training never shows, else none does."""
+    while True:
+        plan: list[Step] = []
+        while _answer_tokens(plan) < MIN_ANSWER:
+            plan.append(_draw_step(rng))
+        if rng.random() < 0.5:
+            plan.append(_draw_step(rng))
+        if _answer_tokens(plan) <= MAX_ANSWER and any(map(is_held_out, plan)) == held_out:
+            break
+    prompt = rng.choice(OPENINGS) + _say(plan[0], rng)
+    for step in plan[1:]:
+        prompt += rng.choice(JOINTS) + _say(step, rng)
+    vocabulary = rng.randrange(2)
+    return Example(prompt, plan, json.dumps([_spell(step, rng, vocabulary) for step in plan]))
+
+
+def is_right(answer: str, plan: list[Step]) -> bool:
+    """Whether `answer` is a right spelling of `plan`: JSON without a repeated key, all keys of one vocabulary."""
+    try:
+        read = json.loads(answer, object_pairs_hook=_without_repeats)
+    except ValueError:
+        return False
+    return read in (plan, [{_KEYS[key]: value for key, value in step.items()} for step in plan])
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Step:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def words() -> list[str]:
+    """Every word of the task, in a fixed order: the vocabulary of the tokenizer."""
+    said = [*ITEMS, *ITEMS.values(), *COLORS, *ROOMS, *PEOPLE, *TOOLS, *NUMBERS, *(str(n) for n in range(2, 13))]
+    said += [verb for verbs in VERBS.values() for verb in verbs] + list(VERBS)
+    said += [*VOCABULARIES[0], *VOCABULARIES[1]]
+    said += ["please", "robot", "now", "could", "you", "then", "and", "after", "that", "next", "the", "a", "from", "to", "in", "with", "is", "are", "me", "my", "of"]
+    return list(dict.fromkeys(said))
+
+
+def glue() -> list[str]:
+    """Every run of punctuation of the task: each is one token."""
+    return ['[{"', '": "', '": ', '", "', ', "', '"}, {"', '}, {"', '"}]', "}]", ", ", " , ", "; ", ". ", ",", ".", "?", "!"]

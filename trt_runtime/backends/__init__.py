@@ -1,0 +1,41 @@
+"""Backends: what runs a graph. Found in one lazy table; a missing package says what to install."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.backends.base import Backend
+from trt_runtime.errors import DllmError, unknown
+
+# name -> module, class, and what to install when its import fails
+_TABLE = {
+    "ort": ("trt_runtime.backends.ort", "OrtBackend", "pip install 'dllm-trt[ort]'"),
+    "torch": ("export.reference", "TorchBackend", "run it from a checkout, with pip install -e '.[reference]'"),
+}
+
+
+def names() -> list[str]:
+    return sorted(_TABLE)
+
+
+def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
+    """Open an artifact on a backend. Options are the backend's own (see its class); raises DllmError."""
+    if name not in _TABLE:
+        raise unknown("backend", name, _TABLE)
+    module, cls, advice = _TABLE[name]
+    backend: Backend = getattr(import_tool(module, f"the backend '{name}'", advice), cls)(artifact, **options)
+    return backend
+
+
+def import_tool(module: str, what: str, advice: str) -> Any:
+    """Import a module that may not be there: an optional package's user, or a tool of the checkout (export/)."""
+    checkout = Path(__file__).resolve().parents[2]
+    if module.startswith("export") and (checkout / "export" / "__init__.py").is_file() and str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DllmError(f"{what} needs a package that is missing ({error}): {advice}.") from error

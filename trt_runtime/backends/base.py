@@ -1,0 +1,118 @@
+"""What a backend is: it runs the two roles over caches that stay where it put them.
+
+The public methods check names, dtypes, shapes and ranges, and that what came back is finite; the subclass runs.
+Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.errors import DllmError
+from trt_runtime.manifest import Manifest
+from trt_runtime.policies import Floats, Ints, RowStats
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs of a call, int64: input_ids and position_ids [B, S], write_index and kv_len [B], logit_rows [B, R]."""
+
+    input_ids: Ints
+    position_ids: Ints
+    write_index: Ints
+    kv_len: Ints
+    logit_rows: Ints
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Outputs of a call: token int64 [B, R], the others float32 [B, R]; logits float32 [B, R, V] where asked for."""
+
+    token: Ints
+    confidence: Floats
+    runner_up: Floats
+    entropy: Floats
+    logits: Floats | None = None
+
+    def row(self, index: int, count: int) -> RowStats:
+        """The first `count` statistics of a row (the rest is padding)."""
+        arrays = (self.token, self.confidence, self.runner_up, self.entropy)
+        return RowStats(*(array[index, :count] for array in arrays))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of `batch` slots of `capacity` rows each. `buffers` belong to the backend that made it."""
+
+    batch: int
+    capacity: int
+    buffers: Any
+
+
+class Backend(ABC):
+    """An artifact opened on a device. Not thread-safe: one call at a time."""
+
+    name: str
+    manifest: Manifest
+
+    @abstractmethod
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache for `batch` rows of up to `capacity` positions. It lives as long as the object."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model. The backend must not be used afterwards."""
+
+    @abstractmethod
+    def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats: ...
+
+    @abstractmethod
+    def _refine(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats: ...
+
+    def prefix(self, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+        """A prefix pass: the windows are whole canvases, written to the cache from row 0 and attending to themselves.
+
+        `slots` is the contiguous range of cache rows that the B rows of the call stand in.
+        """
+        if window.write_index.any():
+            raise DllmError(f"prefix pass: write_index is {window.write_index.tolist()}, expected zeros.")
+        self._check(cache, slots, window, want_logits)
+        return self._finite(self._prefix(cache, slots, window, want_logits))
+
+    def refine(self, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+        """A refine step: the windows' keys and values are written at write_index, then attend to the cache up to kv_len."""
+        self._check(cache, slots, window, want_logits)
+        return self._finite(self._refine(cache, slots, window, want_logits))
+
+    def _check(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> None:
+        model = self.manifest.model
+        batch, rows = slots.stop - slots.start, window.input_ids.shape[-1]
+        if not 0 <= slots.start < slots.stop <= cache.batch:
+            raise DllmError(f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not empty.")
+        shapes = {"input_ids": (batch, rows), "position_ids": (batch, rows), "write_index": (batch,), "kv_len": (batch,),
+                  "logit_rows": (batch, window.logit_rows.shape[-1])}  # fmt: skip
+        limits = {"input_ids": (0, model.vocab_size - 1), "position_ids": (0, model.max_length - 1),
+                  "write_index": (0, cache.capacity - rows), "kv_len": (1, cache.capacity), "logit_rows": (0, rows - 1)}  # fmt: skip
+        for name, shape in shapes.items():
+            array = getattr(window, name)
+            if array.dtype != np.int64 or array.shape != shape or 0 in shape:
+                raise DllmError(f"{name}: {array.dtype} {list(array.shape)}, expected int64 {list(shape)} with no empty axis.")
+            low, high = limits[name]
+            if array.min() < low or array.max() > high:
+                raise DllmError(f"{name}: values {array.min()} to {array.max()}, expected {low} to {high}.")
+        if want_logits and self.manifest.head != "logits":
+            raise DllmError("logits were asked for, but the artifact has none: export it with --head logits.")
+
+    @staticmethod
+    def _finite(stats: Stats) -> Stats:
+        for name in ("confidence", "runner_up", "entropy"):
+            if not np.isfinite(getattr(stats, name)).all():
+                raise DllmError(
+                    f"the model returned a {name} that is no number: the weights are damaged or overflow in this dtype: "
+                    "check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+                )
+        return stats

@@ -1,0 +1,217 @@
+"""Measure caches and parallel unmasking side by side in one run: every variant in turn, again and again, medians at the end.
+
+Honest figures: tokens/s counts useful tokens (before the end of the answer; with random prompts, where no answer ends, all
+generated tokens), batch 1, the time from the first forward to the last. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.backends import open_backend
+from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.config import CACHES, GenerationConfig
+from trt_runtime.errors import DllmError, unknown
+from trt_runtime.model import Model, Prompt
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. `reference`: names of the variants that PyTorch runs too."""
+
+    prompts: Path | None
+    prompt_length: int
+    count: int
+    repeats: int
+    gen_length: int | None
+    block_length: int | None
+    threshold: float
+    tokens_per_step: int | None
+    reference: tuple[str, ...]
+    threads: int | None
+    checkpoint: str | None
+
+
+class Timed:
+    """A backend with a clock on its two roles: seconds of every forward by role."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.manifest, self.name = backend, backend.manifest, backend.name
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.backend.new_cache(batch, capacity)
+
+    def prefix(self, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+        return self._clock("prefix", self.backend.prefix, cache, slots, window, want_logits)
+
+    def refine(self, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+        return self._clock("refine", self.backend.refine, cache, slots, window, want_logits)
+
+    def _clock(self, role: str, call: Any, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        begin = time.perf_counter()
+        stats: Stats = call(cache, slots, window, want_logits=want_logits)
+        self.seconds[role].append(time.perf_counter() - begin)
+        return stats
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Options from the command line, checked. Raises DllmError."""
+    for name in ("prompt_length", "count", "repeats"):
+        if getattr(args, name) < 1:
+            raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
+    if args.tokens_per_step is not None and args.tokens_per_step < 1:
+        raise DllmError(f"--tokens-per-step is {args.tokens_per_step}, expected a whole number from 1.")
+    reference = tuple(name for name in args.reference.split(",") if name)
+    return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
+                   args.threshold, args.tokens_per_step, reference, args.threads, args.checkpoint)  # fmt: skip
+
+
+def run(model: Model, options: Options) -> dict[str, Any]:
+    """All figures of a benchmark: machine, versions, settings, and a row a variant."""
+    prompts = _prompts(model, options)
+    variants = _variants(model, options)
+    names = variants if options.reference == ("all",) else options.reference
+    for name in names:
+        if name not in variants:
+            raise unknown("variant", name, variants)
+    entries = {f"ort {name}" if model.backend.name == "ort" else f"{model.backend.name} {name}": (model, config)
+               for name, config in variants.items()}  # fmt: skip
+    if names:
+        extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
+        torch_model = Model(model.path, open_backend("torch", model.path, threads=options.threads, **extra))
+        entries |= {f"torch {name}": (torch_model, variants[name]) for name in names}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
+    for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
+        for name, (opened, config) in entries.items():
+            sample = _measure(opened, prompts[:1] if repeat == 0 else prompts, config)
+            if repeat:
+                samples[name].append(sample)
+    rows = [_row(name, taken) for name, taken in samples.items()]
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    memory = {name: _peak_memory(model.path, name, options) for name in dict.fromkeys(e.split()[0] for e in entries)}
+    return {"machine": _machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
+            "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
+                         "dtype": model.manifest.model.dtype},
+            "rows": rows, "peak_memory_mib": memory}  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    """A benchmark as an aligned table."""
+    columns = {"variant": "{}", "tokens/s": "{:.1f}", "speedup": "{:.2f}x", "TPF": "{:.2f}", "NFE": "{:.1f}",
+               "prefix ms": "{:.1f}", "refine ms": "{:.1f}"}  # fmt: skip
+    keys = ("variant", "tokens_per_second", "speedup", "tokens_per_forward", "nfe", "prefix_ms", "refine_ms")
+    lines = [list(columns)]
+    for row in report["rows"]:
+        lines.append([form.format(row[key]) if row[key] is not None else "-" for form, key in zip(columns.values(), keys, strict=True)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines]  # fmt: skip
+    memory = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in report["peak_memory_mib"].items())
+    machine = report["machine"]
+    return "\n".join([*text, f"peak memory of a process: {memory}",
+                      f"{machine['cpu']}, {machine['threads_available']} cores; " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())])  # fmt: skip
+
+
+def _prompts(model: Model, options: Options) -> list[Prompt]:
+    if options.prompts is None:
+        rng = np.random.default_rng(0)
+        facts = model.manifest
+        special = [facts.decoding.mask_token_id, facts.decoding.pad_token_id, *facts.decoding.eos_token_ids]
+        allowed = np.setdiff1d(np.arange(facts.model.vocab_size), special)
+        return [rng.choice(allowed, options.prompt_length).tolist() for _ in range(options.count)]
+    try:
+        lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DllmError(f"{options.prompts}: cannot be read ({error.strerror}): give a file with one prompt a line.") from error
+    if not lines:
+        raise DllmError(f"{options.prompts}: holds no prompt: give a file with one prompt a line.")
+    return list(lines[: options.count])
+
+
+def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
+    base = GenerationConfig(gen_length=options.gen_length, block_length=options.block_length, policy="fixed",
+                            threshold=options.threshold, stop_at_eos=options.prompts is not None)  # fmt: skip
+    base = base.resolved(model.manifest)
+    if options.tokens_per_step is not None:
+        assert base.gen_length is not None
+        base = replace(base, steps=-(-base.gen_length // options.tokens_per_step))
+        return {cache: replace(base, cache=cache) for cache in CACHES}
+    single = {cache: replace(base, cache=cache) for cache in CACHES}
+    return single | {f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in CACHES}
+
+
+def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> dict[str, float]:
+    """One run over the prompts, one at a time: seconds, tokens, forwards, and ms of each kind of forward."""
+    timed = Timed(model.backend)
+    clocked = Model(model.path, timed)  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    results = [clocked.generate([prompt], config)[0] for prompt in prompts]
+    seconds = time.perf_counter() - begin
+    count_all = not config.stop_at_eos
+    tokens = sum(len(result.tokens) if count_all else result.num_useful for result in results)
+    made = {f"{role}_ms": 1000 * statistics.median(times) for role, times in timed.seconds.items()}
+    return {"seconds": seconds, "tokens": tokens, "nfe": sum(result.nfe for result in results), "answers": len(results), **made}
+
+
+def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
+    def median(key: str) -> float | None:
+        values = [sample[key] for sample in samples if key in sample]
+        return statistics.median(values) if values else None
+
+    speeds = [sample["tokens"] / sample["seconds"] for sample in samples]
+    return {"variant": name, "tokens_per_second": statistics.median(speeds), "tokens_per_second_all": speeds,
+            "tokens_per_forward": samples[0]["tokens"] / samples[0]["nfe"], "nfe": samples[0]["nfe"] / samples[0]["answers"],
+            "prefix_ms": median("prefix_ms"), "refine_ms": median("refine_ms")}  # fmt: skip
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    versions = {}
+    for package in ("dllm-trt", "onnxruntime", "numpy", "torch", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"cpu": cpu, "threads_available": len(os.sched_getaffinity(0)), "python": platform.python_version(), "versions": versions}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+
+
+def _peak_memory(artifact: Path, backend: str, options: Options) -> float:
+    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation."""
+    command = [sys.executable, "-m", "trt_runtime.bench", str(artifact), backend, str(options.prompt_length), options.checkpoint or ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DllmError(f"the memory measurement failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout)
+
+
+def _child() -> None:
+    artifact, backend, prompt_length, checkpoint = sys.argv[1:]
+    extra = {"checkpoint": checkpoint} if checkpoint else {}
+    model = Model(Path(artifact), open_backend(backend, Path(artifact), **extra))
+    token = 0 if model.manifest.decoding.mask_token_id else 1
+    model.generate([[token] * int(prompt_length)], GenerationConfig(stop_at_eos=False))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,271 @@
+"""The command line `dllm-trt`: generate, chat, info, verify, replay, bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from trt_runtime import backends, manifest, render, replay, tolerances
+from trt_runtime.config import CACHES, POLICIES, GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Model, Prompt, Result, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int] = args.run
+        return command(args)
+    except DllmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dllm-trt", description="Decode diffusion LLMs from an exported artifact.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = _command(commands, "generate", _generate, "complete one or several prompts")
+    generate.add_argument("prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input")
+    generate.add_argument("--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)")
+    generate.add_argument("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
+    generate.add_argument("--stream", action="store_true", help="show the block being unmasked in place")
+    generate.add_argument("--json", action="store_true", help="print the results as JSON")
+    _decoding_options(generate)
+
+    chat = _command(commands, "chat", _chat, "talk to the model, a line at a time")
+    chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
+    _decoding_options(chat)
+
+    info = _command(commands, "info", _info, "what an artifact is")
+    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
+
+    verify = _command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
+    verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
+
+    again = _command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
+    again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
+    again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
+    again.add_argument("--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts")
+    again.add_argument("--count", type=int, default=24, help="random cases to record (default 24)")
+    again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
+    again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
+    _backend_options(again)
+
+    bench = _command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
+    bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
+    bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
+    bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
+    bench.add_argument("--repeats", type=int, default=3, help="interleaved runs of every variant (default 3)")
+    bench.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
+    bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
+    bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
+    bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
+    bench.add_argument("--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'")
+    bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
+    _backend_options(bench)
+    return parser
+
+
+def _command(commands, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _backend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="ort", help=f"what runs the model: {', '.join(backends.names())} (default ort)")
+    parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
+    parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
+
+
+def _decoding_options(parser: argparse.ArgumentParser) -> None:
+    default = GenerationConfig()
+    parser.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
+    parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
+    parser.add_argument("--cache", default=default.cache, help=f"{', '.join(CACHES)} (default {default.cache})")
+    parser.add_argument("--policy", default=default.policy, help=f"{', '.join(POLICIES)} (default {default.policy})")
+    parser.add_argument("--threshold", type=float, default=default.threshold, help="above 0, at most 1 (default 0.9)")
+    parser.add_argument("--factor", type=float, default=default.factor, help="of the policy 'factor' (default 1.0)")
+    parser.add_argument("--steps", type=int, help="with 'fixed': forwards in all (default: one token a forward)")
+    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the temperature's noise (default 0)")
+    parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
+    parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
+    _backend_options(parser)
+
+
+def _open(args: argparse.Namespace) -> Model:
+    options = {"threads": args.threads}
+    if args.threads is not None and args.threads < 1:
+        raise DllmError(f"--threads is {args.threads}, expected a whole number from 1.")
+    if args.checkpoint is not None:
+        if args.backend != "torch":
+            raise DllmError(f"--checkpoint goes with --backend torch, got --backend {args.backend}.")
+        options["checkpoint"] = args.checkpoint
+    return load(args.artifact, args.backend, **options)
+
+
+def _config(args: argparse.Namespace) -> GenerationConfig:
+    return GenerationConfig(**{item.name: getattr(args, item.name) for item in fields(GenerationConfig)})
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompts: list[Prompt] = []
+    for text in args.prompt:
+        prompts += [line.rstrip("\n") for line in sys.stdin if line.strip()] if text == "-" else [text]
+    prompts += [_ids(text) for text in args.ids]
+    if not prompts:
+        raise DllmError("no prompt: give one or more, or '-' for standard input.")
+    if args.stream and (args.json or len(prompts) > 1):
+        raise DllmError("--stream shows one prompt and no JSON: leave out --json, or give one prompt.")
+    model = _open(args)
+    _warn_of_unknown_words(model, prompts)
+    if args.stream:
+        render.show_stream(model, prompts[0], _config(args), raw=args.raw)
+        return 0
+    results = model.generate(prompts, _config(args), raw=args.raw)
+    if args.json:
+        print(json.dumps([_as_json(result) for result in results], indent=1))
+        return 0
+    for prompt, result in zip(prompts, results, strict=True):
+        if len(results) > 1:
+            print(f"> {prompt}")
+        print(result.text if result.text is not None else " ".join(map(str, result.tokens)))
+        print(render.summary(result), file=sys.stderr)
+    return 0
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DllmError(f"--ids is {text!r}, expected token ids with commas, like 12,7,300.") from error
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    return {**asdict(replace(result, trace=[])), "tokens_per_forward": result.tokens_per_forward,
+            "trace": [step.as_list() for step in result.trace]}  # fmt: skip
+
+
+def _warn_of_unknown_words(model: Model, prompts: list[Prompt]) -> None:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if model.tokenizer and (words := [w for text in texts for w in model.tokenizer.unknown_words(text)]):
+        print(f"warning: not in the model's vocabulary: {', '.join(dict.fromkeys(words))}", file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    model = _open(args)
+    if model.tokenizer is None or not model.tokenizer.has_chat_template:
+        raise DllmError(f"{args.artifact}: has no chat template: use 'dllm-trt generate'.")
+    config = _config(args)
+    config.resolved(model.manifest)
+    print("an empty line or Ctrl-D ends, /new begins a new conversation", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return 0
+        if not line:
+            return 0
+        if line == "/new":
+            messages = []
+            continue
+        _warn_of_unknown_words(model, [line])
+        kept = [] if args.single_turn else messages
+        try:
+            result = render.show_stream(model, [*kept, {"role": "user", "content": line}], config)
+        except DllmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": result or ""}]
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = manifest.load(args.artifact, check_hashes=args.check)
+    if args.json:
+        print((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"), end="")
+    else:
+        print(render.describe(args.artifact, facts))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
+    tool = backends.import_tool("export.cli", "verify", advice)
+    backends.import_tool("export.verify", "verify", advice)
+    return 0 if tool.verify(args.artifact, args.checkpoint) else 1
+
+
+def _replay(args: argparse.Namespace) -> int:
+    if args.cases is None and args.record is None:
+        raise DllmError("no cases: give CASES.json, or --record NEW.json to make some.")
+    model = _open(args)
+    facts = model.manifest
+    cases = replay.read_cases(args.cases) if args.cases else replay.random_cases(facts, args.count, args.seed)
+    ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
+    if len(ours) < len(cases):
+        print(f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
+    if not ours:
+        raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
+    if args.record is not None:
+        _write_json(args.record, replay.record(model.backend, ours))
+        print(f"recorded {len(ours)} cases in {args.record}")
+        return 0
+    return _compare(args, model, ours)
+
+
+def _compare(args: argparse.Namespace, model: Model, cases: list[replay.Case]) -> int:
+    dtype = model.manifest.model.dtype
+    results, wrong, near, excused = [], 0, 0, 0
+    for case in cases:
+        done = replay.replay(model.backend, case)
+        results.append(done.result)
+        found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
+        if found is None:
+            continue
+        if not replay.must_match(case, dtype):
+            excused += 1
+            continue
+        print(found)
+        near, wrong = near + found.ambiguous, wrong + (not found.ambiguous)
+    if args.output is not None:
+        _write_json(args.output, {"cases": results})
+    expecting = sum("output" in case or "trace" in case for case in cases)
+    print(f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
+          f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
+    return 1 if wrong else 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    try:
+        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DllmError(f"{path}: cannot be written ({error.strerror}): give another path.") from error
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from trt_runtime import bench
+
+    report = bench.run(_open(args), bench.options_of(args))
+    print(bench.table(report))
+    if args.output is not None:
+        _write_json(args.output, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The graph contract: names, dtypes and axes of both graphs. The one place where they are written down.
+
+Shape letters: B batch, S rows of the window, R rows asked for, C capacity of the cache, H KV heads, D head_dim, V vocabulary.
+
+| input | type, shape | meaning |
+|---|---|---|
+| `input_ids` | int64 [B, S] | tokens of the window |
+| `position_ids` | int64 [B, S] | absolute positions |
+| `write_index` | int64 [B] | cache row where the window's keys and values are written (refine only; prefix writes at 0) |
+| `kv_len` | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: keys at positions from kv_len on) |
+| `logit_rows` | int64 [B, R] | rows of the window whose statistics are wanted |
+| `cache_key.{i}`, `cache_value.{i}` | model dtype [B, H, C, D] | keys after RoPE, and values |
+
+| output | type, shape | meaning |
+|---|---|---|
+| `token` | int64 [B, R] | argmax of the logits, the mask token excluded; the lowest id on a tie |
+| `confidence`, `runner_up` | float32 [B, R] | softmax probability of `token`, and of the next best token that is not the mask |
+| `entropy` | float32 [B, R] | entropy of the softmax in nats |
+| `logits` | float32 [B, R, V] | only with `--head logits` |
+| `updated_key.{i}`, `updated_value.{i}` | model dtype [B, H, C, D] | the input caches with the window's rows written: bind both to one buffer |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROLES = ("prefix", "refine")
+HEADS = ("statistics", "logits")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ITEM_SIZE = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+STATISTICS = ("token", "confidence", "runner_up", "entropy")
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type (a NumPy or ml_dtypes name) and axes (a letter where the size is free) of an input or output."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that fix a model's inputs and outputs; `dtype` is the element type of the caches."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype: str
+
+
+def cache_names(side: str, dims: Dims) -> list[str]:
+    """Names of the caches in layer order, key before value; `side` is 'cache' (inputs) or 'updated' (outputs)."""
+    return [f"{side}_{what}.{i}" for i in range(dims.num_layers) for what in ("key", "value")]
+
+
+def _caches(side: str, dims: Dims) -> list[TensorSpec]:
+    axes = ("B", dims.num_kv_heads, "C", dims.head_dim)
+    return [TensorSpec(name, dims.dtype, axes) for name in cache_names(side, dims)]
+
+
+def inputs(role: str, dims: Dims) -> list[TensorSpec]:
+    """The inputs of a graph, in order."""
+    specs = [TensorSpec("input_ids", "int64", ("B", "S")), TensorSpec("position_ids", "int64", ("B", "S"))]
+    if role == "refine":
+        specs.append(TensorSpec("write_index", "int64", ("B",)))
+    specs += [TensorSpec("kv_len", "int64", ("B",)), TensorSpec("logit_rows", "int64", ("B", "R"))]
+    return specs + _caches("cache", dims)
+
+
+def outputs(role: str, dims: Dims, head: str) -> list[TensorSpec]:
+    """The outputs of a graph, in order."""
+    specs = [TensorSpec(name, "int64" if name == "token" else "float32", ("B", "R")) for name in STATISTICS]
+    if head == "logits":
+        specs.append(TensorSpec(LOGITS, "float32", ("B", "R", dims.vocab_size)))
+    return specs + _caches("updated", dims)

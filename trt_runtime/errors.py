@@ -1,0 +1,18 @@
+"""The one exception that users see, and the sentence for a name that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DllmError(Exception):
+    """Something the user can mend. The message says what is wrong, what was got, what was expected and what to do."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> DllmError:
+    """The error for a name outside a registry: the nearest known name, all that exist, and how to go on."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" did you mean '{near[0]}'?" if near else ""
+    return DllmError(f"unknown {kind} '{name}':{hint} known: {', '.join(names)}.{' ' + advice if advice else ''}")

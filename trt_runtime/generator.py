@@ -1,0 +1,112 @@
+"""The loop over rows: the file to read first.
+
+    each step:  what does every row want next?  ->  group the rows that can share a forward  ->  run  ->  let each row commit
+
+A row at a block's start wants a prefix pass, a row inside a block a refine step (sequence.py). Rows stand in slots of one
+cache, join and finish on their own, and never see one another: padding is masked, and never written over a valid row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.policies import RowStats
+from trt_runtime.sequence import Forward, Sequence, gumbel_propose
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The forward that the row in a slot wants next."""
+
+    slot: int
+    sequence: Sequence
+    forward: Forward
+
+    @property
+    def rows(self) -> int:
+        return self.forward.end - self.forward.start
+
+    def can_stretch(self, rows: int, capacity: int) -> bool:
+        """Whether the window may be padded to `rows`: only past the end of the canvas, and within the cache."""
+        is_last = self.forward.end == self.sequence.length
+        return rows == self.rows or (is_last and self.forward.start + rows <= capacity)
+
+
+class Generator:
+    """Rows in the slots of one cache. `step` advances every unfinished row by one forward."""
+
+    def __init__(self, backend: Backend, sequences: Iterable[Sequence]) -> None:
+        self.backend = backend
+        self.sequences = list(sequences)
+        self.capacity = max(sequence.length for sequence in self.sequences)
+        self.cache: Cache = backend.new_cache(len(self.sequences), self.capacity)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    def step(self) -> list[Wanted]:
+        """One forward for every unfinished row. Returns what was done for each."""
+        wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
+        for group in groups(wanted, self.capacity):
+            self._run(group)
+        return wanted
+
+    def run(self) -> None:
+        """Step until every row is finished."""
+        while not self.is_finished:
+            self.step()
+
+    def _run(self, group: list[Wanted]) -> None:
+        slots = slice(group[0].slot, group[-1].slot + 1)
+        call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
+        want_logits = any(wanted.sequence.rules.temperature > 0 for wanted in group)
+        stats = call(self.cache, slots, assemble(group), want_logits=want_logits)
+        for index, wanted in enumerate(group):
+            wanted.sequence.commit(wanted.forward, propose(wanted, stats, index))
+
+
+def groups(wanted: list[Wanted], capacity: int) -> Iterator[list[Wanted]]:
+    """Runs of neighbouring slots that can share one call: the same role, and windows that can take one number of rows."""
+    for is_prefix_pass in (True, False):
+        group: list[Wanted] = []
+        for row in (w for w in wanted if w.forward.is_prefix_pass == is_prefix_pass):
+            together = [*group, row]
+            rows = max(member.rows for member in together)
+            if group and (row.slot != group[-1].slot + 1 or not all(m.can_stretch(rows, capacity) for m in together)):
+                yield group
+                together = [row]
+            group = together
+        if group:
+            yield group
+
+
+def assemble(group: list[Wanted]) -> Window:
+    """The inputs of a call, int64. Rows shorter than the longest are padded at their end, beyond their kv_len."""
+    size = max(row.rows for row in group)
+    wanted_rows = max(len(row.forward.candidates) for row in group)
+    ids = np.zeros((len(group), size), np.int64)
+    logit_rows = np.zeros((len(group), wanted_rows), np.int64)
+    start = np.array([row.forward.start for row in group], np.int64)
+    for i, row in enumerate(group):
+        ids[i, : row.rows] = row.sequence.canvas[row.forward.start : row.forward.end]
+        logit_rows[i, : len(row.forward.candidates)] = row.forward.logit_rows(row.sequence.rules.logit_shift)
+    kv_len = np.array([row.sequence.length for row in group], np.int64)
+    return Window(ids, start[:, None] + np.arange(size), start, kv_len, logit_rows)
+
+
+def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
+    """The statistics of a row's candidates; above temperature 0 the proposals are drawn from its logits."""
+    count, rules = len(wanted.forward.candidates), wanted.sequence.rules
+    row = stats.row(index, count)
+    if rules.temperature == 0:
+        return row
+    assert stats.logits is not None
+    logits = stats.logits[index, :count]
+    uniform = wanted.sequence.rng.random(logits.shape)
+    token, confidence = gumbel_propose(logits, uniform, rules.temperature, rules.mask_token_id)
+    return RowStats(token, confidence, row.runner_up, row.entropy)

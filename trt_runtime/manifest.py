@@ -1,0 +1,218 @@
+"""The artifact's manifest: reading, checking, writing. Standard library only.
+
+An artifact is a directory: manifest.json (written last), prefix.onnx, refine.onnx, weights.data and, if the checkpoint had
+one, tokenizer/. Readers ignore keys they do not know, check types, paths and sizes always, and hashes on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trt_runtime import contract
+from trt_runtime.errors import DllmError
+
+FORMAT = "dllm-trt"
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+_AGAIN = "export it again or copy it again"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens."""
+
+    family: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_length: int
+    dtype: str
+    parameters: int
+
+    @property
+    def dims(self) -> contract.Dims:
+        return contract.Dims(
+            self.num_layers, self.num_kv_heads, self.head_dim, self.vocab_size, contract.DTYPES[self.dtype]
+        )
+
+
+@dataclass(frozen=True)
+class DecodingFacts:
+    """What the loop must know. `logit_shift`: the logits of row i - logit_shift predict token i."""
+
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    logit_shift: int
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """File of a graph, and its inputs and outputs as [name, dtype, axes] rows: a copy of the contract for readers."""
+
+    file: str
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and SHA-256 (hex) of a file of the artifact."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes."""
+
+    producer: dict[str, str]
+    source: dict[str, Any]
+    model: ModelFacts
+    decoding: DecodingFacts
+    head: str
+    lowering: str
+    opset: int
+    graphs: dict[str, GraphFacts]
+    files: dict[str, FileFacts]
+    tokenizer: str | None = None
+    verified: dict[str, Any] | None = None
+
+
+def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
+    """The manifest of an artifact directory, with every listed file checked for path and size.
+
+    `check_hashes` also reads every file and compares its SHA-256. Raises DllmError.
+    """
+    path = artifact / FILE_NAME
+    if not path.is_file():
+        raise DllmError(
+            f"{artifact}: not an artifact: no {FILE_NAME} in it (an interrupted export leaves none). "
+            "Give the directory that an export wrote, e.g. artifacts/llada-demo."
+        )
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
+    manifest = parse(read, str(path))
+    for name, facts in manifest.files.items():
+        _check_file(artifact, name, facts, check_hashes)
+    return manifest
+
+
+def parse(read: object, where: str) -> Manifest:
+    """A manifest from decoded JSON; `where` names it in errors."""
+    if not isinstance(read, dict) or read.get("format") != FORMAT:
+        got = read.get("format") if isinstance(read, dict) else type(read).__name__
+        raise DllmError(f"{where}: format is {got!r}, expected '{FORMAT}': this is not the manifest of a dllm-trt artifact.")
+    version = read.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DllmError(f"{where}: format_version is {version!r}, expected a whole number from 1: {_AGAIN}.")
+    if version > FORMAT_VERSION:
+        raise DllmError(
+            f"{where}: format_version is {version}, this dllm-trt reads up to {FORMAT_VERSION}: "
+            "update dllm-trt, or export the artifact with this version."
+        )
+    manifest: Manifest = _typed(Manifest, read, where)
+    for role in contract.ROLES:
+        if role not in manifest.graphs:
+            raise DllmError(f"{where}: graphs lacks '{role}': {_AGAIN}.")
+        if manifest.graphs[role].file not in manifest.files:
+            raise DllmError(f"{where}: graph '{role}' is not among the files: {_AGAIN}.")
+    if manifest.model.dtype not in contract.DTYPES:
+        raise DllmError(f"{where}: model.dtype is {manifest.model.dtype!r}, expected one of {sorted(contract.DTYPES)}.")
+    if manifest.head not in contract.HEADS:
+        raise DllmError(f"{where}: head is {manifest.head!r}, expected one of {list(contract.HEADS)}.")
+    for name in [*manifest.files, *([manifest.tokenizer] if manifest.tokenizer else [])]:
+        _check_name(name, where)
+    return manifest
+
+
+def write(manifest: Manifest, artifact: Path) -> None:
+    """Write (or atomically replace) the manifest of `artifact`."""
+    text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
+    temporary = artifact / (FILE_NAME + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, artifact / FILE_NAME)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_name(name: str, where: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+        raise DllmError(
+            f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not use this artifact."
+        )
+
+
+def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -> None:
+    path = artifact / name
+    if any((artifact / part).is_symlink() for part in [name, *map(str, PurePosixPath(name).parents)][:-1]):
+        raise DllmError(f"{path}: is a link, expected a file of the artifact itself: copy the artifact with its links followed.")
+    if not path.is_file():
+        raise DllmError(f"{path}: missing, the manifest lists it: {_AGAIN}.")
+    if (size := path.stat().st_size) != facts.size:
+        raise DllmError(
+            f"{path}: {size} bytes, the manifest says {facts.size}: the file was changed or cut short after export: {_AGAIN}."
+        )
+    if check_hash and (digest := sha256_of(path)) != facts.sha256:
+        raise DllmError(
+            f"{path}: SHA-256 is {digest[:12]}.., the manifest says {facts.sha256[:12]}..: "
+            f"the file was changed after export: {_AGAIN}."
+        )
+
+
+def _typed(expected: Any, value: Any, where: str) -> Any:
+    """`value` checked against a type annotation; dataclasses are built from mappings, unknown keys ignored."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _typed(args[0], value, where)
+    if isinstance(expected, type) and hasattr(expected, "__dataclass_fields__"):
+        return _typed_dataclass(expected, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _typed(args[1], item, f"{where}: {key}") for key, item in value.items()}
+    if origin in (tuple, list) and isinstance(value, list):
+        return origin(_typed(args[0], item, where) for item in value)
+    if isinstance(value, origin or expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    name = getattr(expected, "__name__", str(expected))
+    raise DllmError(f"{where}: is {value!r}, expected {name}: {_AGAIN}.")
+
+
+def _typed_dataclass(expected: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise DllmError(f"{where}: is {value!r}, expected an object: {_AGAIN}.")
+    hints = typing.get_type_hints(expected)
+    taken = {}
+    for item in fields(expected):
+        if item.name in value:
+            taken[item.name] = _typed(hints[item.name], value[item.name], f"{where}: {item.name}")
+    required = [f.name for f in fields(expected) if f.default is f.default_factory]  # both are the MISSING mark
+    missing = [name for name in required if name not in taken]
+    if missing:
+        raise DllmError(f"{where}: lacks {', '.join(missing)}: {_AGAIN}.")
+    return expected(**taken)

@@ -1,0 +1,204 @@
+"""The public Python API: an artifact opened on a backend, `generate` and `stream` over it.
+
+    import trt_runtime as rt
+    model = rt.load("artifacts/llada-demo")
+    for result in model.generate(["take two red cups from the kitchen to the hall"]):
+        print(result.text, result.nfe, result.tokens_per_forward)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.backends import open_backend
+from trt_runtime.backends.base import Backend
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.generator import Generator
+from trt_runtime.manifest import Manifest
+from trt_runtime.sequence import FULL, Rules, Sequence, Step
+from trt_runtime.tokenizer import Tokenizer
+
+Prompt = str | Rows[int] | Rows[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a row. Times are of the whole call, which all its rows share.
+
+    text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length tokens.
+    num_useful: tokens before the end-of-sequence token. nfe: forwards, of which prefix_passes and refine_steps.
+    canvas: prompt and answer (with `infill`, the prompt's gaps filled). seconds: wall time until the row finished.
+    """
+
+    text: str | None
+    tokens: list[int]
+    num_useful: int
+    nfe: int
+    prefix_passes: int
+    refine_steps: int
+    seconds: float
+    canvas: list[int]
+    trace: list[Step]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Useful tokens a forward: padding after the end is not counted."""
+        return self.num_useful / max(1, self.nfe)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A row after one forward: `committed` is the text of finished blocks; `provisional` what is unmasked beyond them.
+
+    tokens: the generated part as it stands, mask tokens included. changed: positions (from 0) that this forward wrote.
+    """
+
+    row: int
+    nfe: int
+    kind: str
+    committed: str | None
+    provisional: str | None
+    tokens: list[int]
+    changed: list[int]
+    block: tuple[int, int]
+    finished: bool
+
+
+class Model:
+    """An artifact opened on a backend. Make one with `load`."""
+
+    def __init__(self, path: Path, backend: Backend) -> None:
+        self.path, self.backend = path, backend
+        self.manifest: Manifest = backend.manifest
+        self.tokenizer = Tokenizer(path / self.manifest.tokenizer) if self.manifest.tokenizer else None
+
+    def generate(
+        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
+    ) -> list[Result]:
+        """Complete several prompts at once; the results stand in their order.
+
+        A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
+        {'role', 'content'}, or a list of token ids. Raises DllmError for a prompt or an option that cannot be used.
+        """
+        rows = self._sequences(prompts, config or GenerationConfig(), raw)
+        begin = time.perf_counter()
+        finished: dict[int, float] = {}
+        generator = Generator(self.backend, rows)
+        while not generator.is_finished:
+            for wanted in generator.step():
+                if wanted.sequence.is_finished:
+                    finished[wanted.slot] = time.perf_counter() - begin
+        return [self._result(row, finished.get(i, 0.0)) for i, row in enumerate(rows)]
+
+    def stream(
+        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
+    ) -> Iterator[Update]:
+        """Like `generate`, yielding an update for each row after each forward. Nothing runs before the first is taken."""
+        rows = self._sequences(prompts, config or GenerationConfig(), raw)
+        generator = Generator(self.backend, rows)
+        while not generator.is_finished:
+            blocks = [row.block for row in rows]
+            for wanted in generator.step():
+                block = blocks[wanted.slot]
+                assert block is not None
+                yield self._update(wanted.slot, wanted.sequence, block)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt, as `generate` takes it."""
+        if not isinstance(prompt, str):
+            messages = [item for item in prompt if isinstance(item, Mapping)]
+            if messages:
+                return self._need_tokenizer().encode(self._need_tokenizer().render_chat(messages))
+            return [int(item) for item in prompt if not isinstance(item, Mapping)]
+        tokenizer = self._need_tokenizer()
+        if not prompt.strip():
+            raise DllmError("the prompt is empty: give some text to answer.")
+        if tokenizer.has_chat_template and not raw:
+            prompt = tokenizer.render_chat([{"role": "user", "content": prompt}])
+        return tokenizer.encode(prompt)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.backend.close()
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise DllmError(f"{self.path}: the artifact has no tokenizer: give the prompt as token ids (generate --ids).")
+        return self.tokenizer
+
+    def _sequences(self, prompts: Rows[Prompt], config: GenerationConfig, raw: bool) -> list[Sequence]:
+        config = config.resolved(self.manifest)
+        if isinstance(prompts, (str, bytes)) or not prompts:
+            raise DllmError(f"prompts is {prompts!r}, expected a list of one or more prompts.")
+        rules = rules_of(config, self.manifest)
+        rows = []
+        for i, prompt in enumerate(prompts):
+            ids = self.encode(prompt, raw=raw)
+            check_prompt(ids, config, self.manifest)
+            rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i))
+        return rows
+
+    def _result(self, row: Sequence, seconds: float) -> Result:
+        prefix_passes = sum(step.kind == FULL for step in row.trace)
+        text = self._text(row.output[: row.num_useful]) if self.tokenizer else None
+        return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
+                      seconds, row.canvas.tolist(), row.trace)  # fmt: skip
+
+    def _update(self, slot: int, row: Sequence, block: tuple[int, int]) -> Update:
+        step, first = row.trace[-1], row.prompt_length
+        settled = row.length if row.block is None else max(first, row.block[0])
+        useful = first + row.num_useful
+        committed = self._text(row.canvas[first : min(settled, useful)])
+        rest = row.canvas[min(settled, useful) : useful]
+        provisional = self._text(rest[rest != row.rules.mask_token_id])
+        return Update(slot, row.nfe, step.kind, committed, provisional, row.output.tolist(),
+                      [p - first for p in step.positions], (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
+
+    def _text(self, ids: np.ndarray[Any, Any]) -> str | None:
+        return self.tokenizer.decode(ids.tolist()) if self.tokenizer else None
+
+
+def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
+    """Open an artifact directory on a backend ('ort', or 'torch' from a checkout). Options are the backend's own.
+
+    Raises DllmError if the artifact is damaged, or the backend or its package is not there.
+    """
+    return Model(Path(path), open_backend(backend, Path(path), **options))
+
+
+def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
+    """The decoding rules of a resolved configuration."""
+    facts = manifest.decoding
+    assert config.gen_length is not None and config.block_length is not None
+    return Rules(config.gen_length, config.block_length, config.cache, config.make_policy(), facts.mask_token_id,
+                 facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.temperature)  # fmt: skip
+
+
+def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:
+    """Raise DllmError for a prompt that is empty, too long, outside the vocabulary, or has mask tokens without `infill`."""
+    model, mask = manifest.model, manifest.decoding.mask_token_id
+    assert config.gen_length is not None
+    if not ids:
+        raise DllmError("the prompt is empty: give at least one token.")
+    if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
+        raise DllmError(f"the prompt holds token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
+    if len(ids) + config.gen_length > model.max_length:
+        raise DllmError(
+            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the model's "
+            f"{model.max_length}: shorten the prompt to {max(0, model.max_length - config.gen_length)} tokens or lower gen_length."
+        )
+    if mask in ids and not config.infill:
+        raise DllmError(
+            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) to have the gaps "
+            "filled, or take it out."
+        )
+    if config.gen_length == 0 and mask not in ids:
+        raise DllmError("gen_length is 0 and the prompt has no mask token: there is nothing to generate.")

@@ -1,0 +1,176 @@
+"""One row: its canvas, its blocks, and what it wants of the next forward. No backend, no batch.
+
+Positions are absolute and half-open. A row goes through its blocks from left to right:
+prefix pass -> select -> (refine -> select)* until the block has no mask, then the next block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trt_runtime.policies import BlockState, Bools, Floats, Ints, Policy, RowStats
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a row decodes: SPEC-level choices without ranges (GenerationConfig checks those)."""
+
+    gen_length: int
+    block_length: int
+    cache: str
+    policy: Policy
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    logit_shift: int = 0
+    stop_at_eos: bool = False
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward that a row wants: the window [start, end) of its canvas, and the masked positions to get statistics for.
+
+    kind: 'full' (the whole canvas, which rebuilds the cache), 'prefix' (block and all that follows) or 'dual' (block).
+    """
+
+    kind: str
+    start: int
+    end: int
+    candidates: Ints
+
+    @property
+    def is_prefix_pass(self) -> bool:
+        return self.kind == FULL
+
+    def logit_rows(self, shift: int) -> Ints:
+        """Rows of the window whose statistics belong to the candidates."""
+        return np.maximum(self.candidates - shift - self.start, 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward that was made, for traces: its window, the positions it committed and their tokens.
+
+    `seen` is what the policy chose from: the candidates, their statistics, and the block's state.
+    """
+
+    kind: str
+    start: int
+    length: int
+    positions: list[int]
+    tokens: list[int]
+    seen: tuple[Ints, RowStats, BlockState] | None = field(default=None, repr=False, compare=False)
+
+    def as_list(self) -> list[object]:
+        """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
+        return [self.kind, self.start, self.length, self.positions, self.tokens]
+
+
+class Sequence:
+    """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a forward."""
+
+    def __init__(self, prompt: Ints, rules: Rules, seed: int = 0) -> None:
+        self.rules = rules
+        self.prompt_length = len(prompt)
+        self.canvas: Ints = np.concatenate([prompt, np.full(rules.gen_length, rules.mask_token_id, np.int64)])
+        self.trace: list[Step] = []
+        self.rng = np.random.default_rng(seed)
+        self.block: tuple[int, int] | None = None
+        self.state = BlockState(0, 0)
+        self._open_block(self.prompt_length)
+
+    @property
+    def length(self) -> int:
+        return len(self.canvas)
+
+    @property
+    def is_masked(self) -> Bools:
+        return self.canvas == self.rules.mask_token_id
+
+    @property
+    def is_finished(self) -> bool:
+        return self.block is None
+
+    @property
+    def nfe(self) -> int:
+        return len(self.trace)
+
+    @property
+    def output(self) -> Ints:
+        """The generated part [gen_length]."""
+        return self.canvas[self.prompt_length :]
+
+    @property
+    def num_useful(self) -> int:
+        """Generated tokens before the first end-of-sequence token."""
+        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
+        return int(ends[0]) if len(ends) else self.rules.gen_length
+
+    def next_forward(self) -> Forward:
+        """What the row needs next. A full pass may also fill masks left of the block (gaps in the prompt)."""
+        assert self.block is not None, "the row is finished"
+        start, end = self.block
+        masked = np.flatnonzero(self.is_masked[:end])
+        if self.rules.cache == "none" or self.state.step == 0:
+            return Forward(FULL, 0, self.length, masked)
+        end = self.length if self.rules.cache == "prefix" else end
+        return Forward(self.rules.cache, start, end, masked[masked >= start])
+
+    def commit(self, forward: Forward, stats: RowStats) -> None:
+        """Let the policy choose among the candidates, write the proposals, and move on."""
+        chosen = self.rules.policy.select(stats, np.ones(len(forward.candidates), np.bool_), self.state)
+        positions, tokens = forward.candidates[chosen], stats.token[chosen]
+        self.canvas[positions] = tokens
+        length = forward.end - forward.start
+        seen = (forward.candidates, stats, self.state)
+        self.trace.append(Step(forward.kind, forward.start, length, positions.tolist(), tokens.tolist(), seen))
+        self.state = BlockState(self.state.num_masked, self.state.step + 1)
+        assert self.block is not None
+        if self.rules.stop_at_eos and self._has_ended():
+            self.block = None
+        elif not self.is_masked[slice(*self.block)].any():
+            self._open_block(self.block[1])
+
+    def _open_block(self, start: int) -> None:
+        """The next block: first those of the generation, from left to right, then the gaps of the prompt."""
+        masked = np.flatnonzero(self.is_masked)
+        limit = self.length
+        if not len(masked):
+            self.block = None
+            return
+        if masked[-1] < self.prompt_length:
+            start, limit = int(masked[0]), self.prompt_length
+        self.block = (start, min(start + self.rules.block_length, limit))
+        self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
+
+    def _has_ended(self) -> bool:
+        """Whether an end-of-sequence token stands with no mask before it; what follows it is then filled with it."""
+        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
+        if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
+            return False
+        rest = self.output[ends[0] :]
+        rest[rest == self.rules.mask_token_id] = rest[0]
+        return True
+
+
+def gumbel_propose(logits: Floats, uniform: Floats, temperature: float, mask_token_id: int) -> tuple[Ints, Floats]:
+    """Tokens [R] drawn from softmax(logits [R, V] / temperature), and their un-tempered probabilities [R].
+
+    argmax(logits - T ln(-ln u)) with u [R, V] uniform in [0, 1), in float64 as LLaDA's code has it; the mask is not drawn.
+    """
+    wide = logits.astype(np.float64)
+    if temperature > 0:
+        with np.errstate(divide="ignore"):
+            noisy = wide - temperature * np.log(-np.log(uniform))
+    else:
+        noisy = wide.copy()
+    if mask_token_id < noisy.shape[-1]:
+        noisy[:, mask_token_id] = -np.inf
+    token = noisy.argmax(-1)
+    weights = np.exp(wide - wide.max(-1, keepdims=True))
+    probability = np.take_along_axis(weights, token[:, None], -1)[:, 0] / weights.sum(-1)
+    return token.astype(np.int64), probability

@@ -1,0 +1,18 @@
+"""How far apart two correct computations may be, by dtype, each with its reason. The one place for such numbers."""
+
+from __future__ import annotations
+
+# Logits against the fp32 PyTorch reference: largest difference over max(1, largest logit).
+# fp32: two summation orders; 7e-6 was the largest seen on random 4-layer models with logits up to 34, 1e-6 on the demo model.
+# fp16: queries, keys and values are rounded to 11 bits; 1.1e-2 was the largest seen (random weights amplify, trained do less).
+LOGITS = {"fp32": 1e-4, "fp16": 3e-2}
+
+# Keys and values of a prefix pass against the reference: largest difference over max(1, largest value). Reasons as above.
+CACHE = {"fp32": 1e-4, "fp16": 3e-2}
+
+# Prefix graph against refine graph at index 0: the same arithmetic but for the width of the attention's inner loops.
+SAME_GRAPH = {"fp32": 1e-5, "fp16": 1e-2}
+
+# A decision is AMBIGUOUS if moving confidences by this much turns it into the expected one.
+# fp32: a relative logit error of 1e-5 on logits of 30. fp16: 3.6e-2 was the largest confidence error seen on random models.
+CONFIDENCE = {"fp32": 1e-4, "fp16": 4e-2, "bf16": 2e-1}
