@@ -7,6 +7,7 @@ streamed, and may be used where they lie, without ever being loaded. Format: eig
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -159,10 +160,8 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     begin, end = (int(n) for n in entry["data_offsets"])
-    if end - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or begin < 0:
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise DllmError(f"{path}: tensor {name} has {end - begin} bytes for shape {list(shape)}: download it again.")
     if data + end > size:
-        raise DllmError(
-            f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again."
-        )
+        raise DllmError(f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again.")
     return StoredTensor(path, dtype, shape, data + begin, end - begin)

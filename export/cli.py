@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export import families
+from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
 from trt_runtime import contract
 from trt_runtime.errors import DllmError
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except DllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or args.out}: {error.strerror}: nothing was written; check the disk and the rights.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
@@ -42,12 +47,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.",
     )
     parser.add_argument("--model", help="the model type; checked against the checkpoint's config.json")
-    parser.add_argument("--checkpoint", help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]")
+    parser.add_argument(
+        "--checkpoint", help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]"
+    )
     parser.add_argument("--out", type=Path, help="the artifact directory to write (default artifacts/NAME)")
     parser.add_argument("--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)")
     parser.add_argument(
         "--head", choices=contract.HEADS, default="statistics",
         help="'logits' adds the logits to the outputs, for temperatures above 0 (default statistics)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lowering", choices=("auto", *LOWERINGS), default="auto",
+        help="'modern' is opset 24, 'legacy' opset 17; 'auto' is modern unless the ONNX Runtime here is older than 1.24",
     )  # fmt: skip
     parser.add_argument(
         "--ignore-key", action="append", default=[], metavar="KEY",
@@ -65,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint or _demo_checkpoint(args.model)
     out = args.out or Path("artifacts") / Path(checkpoint.rstrip("/")).name.split("@")[0]
     config = ExportConfig(
-        checkpoint, out, args.dtype, args.head, args.model, tuple(args.ignore_key), args.overwrite
+        checkpoint, out, args.dtype, args.head, _lowering(args.lowering), args.model, tuple(args.ignore_key), args.overwrite
     )
     begin = time.perf_counter()
     manifest = export(config, _progress)
@@ -91,6 +102,19 @@ def verify(artifact: Path, checkpoint: str | None) -> bool:
         passed = passed and stage.passed
     print("verified: the result is in the manifest" if passed else "NOT VERIFIED: do not deploy this artifact")
     return passed
+
+
+def _lowering(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    try:
+        major, minor = importlib.metadata.version("onnxruntime").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return "modern"
+    if (int(major), int(minor)) >= (1, 24):
+        return "modern"
+    print(f"onnxruntime {major}.{minor} has no opset 24: exporting with --lowering legacy (opset 17)")
+    return "legacy"
 
 
 def _demo_checkpoint(model: str | None) -> str:

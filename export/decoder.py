@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from export.lowering import modern as lowering
+from export.lowering import Lowering
 
 MASKED = -30000.0  # finite in fp16, and exp(MASKED) is 0
 
@@ -91,17 +91,20 @@ class Decoder:
     """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight."""
 
     def __init__(
-        self, op: OpBuilder, config: DecoderConfig, dtype: ir.DataType, weight: Callable[[str], ir.Value]
+        self,
+        op: OpBuilder,
+        config: DecoderConfig,
+        lowering: Lowering,
+        dtype: ir.DataType,
+        weight: Callable[[str], ir.Value],
     ) -> None:
-        self.op, self.config, self.dtype, self.weight = op, config, dtype, weight
+        self.op, self.config, self.lowering, self.dtype, self.weight = op, config, lowering, dtype, weight
         self.table = (weight(ROPE_COS), weight(ROPE_SIN))
         self.constants = [
             op.initializer(ir.tensor(value, dtype=dtype), name) for name, value in (("valid", 0.0), ("masked", MASKED))
         ]
 
-    def build(
-        self, window: Window, caches: list[tuple[ir.Value, ir.Value]]
-    ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+    def build(self, window: Window, caches: list[tuple[ir.Value, ir.Value]]) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
         """Logits [B*R, V] (float32) of the rows asked for, and the updated caches, a pair a layer."""
         op, updated = self.op, []
         x = op.Gather(self.weight(EMBEDDING), op.Reshape(window.input_ids, [-1]), axis=0)
@@ -112,12 +115,12 @@ class Decoder:
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
             x, written = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
             updated.append(written)
-        x = lowering.rms_norm(op, x, self.weight(FINAL_NORM), self.config.norm_eps)
+        x = self._norm(x, FINAL_NORM)
         head = self.weight(EMBEDDING if self.config.tied_head else HEAD)
         return op.Gemm(self._float32(x), self._float32(head), transB=1), updated
 
     def _float32(self, x: ir.Value) -> ir.Value:
-        """Cast up for the head: logits rounded to 16 bit would move confidences across the threshold."""
+        """Cast up: logits rounded to 16 bit, say, would move confidences across the threshold."""
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(ir.DataType.FLOAT))
 
     def _layer(
@@ -132,19 +135,23 @@ class Decoder:
         prefix: bool,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         op, config = self.op, self.config
-        h = lowering.rms_norm(op, x, self.weight(layer_name(i, "attention_norm")), config.norm_eps)
+        h = self._norm(x, layer_name(i, "attention_norm"))
         key = self._rotate(self._heads(h, i, "k_proj", config.num_kv_heads, rows), rows)
         value = self._heads(h, i, "v_proj", config.num_kv_heads, rows)
         if wanted is not None:
             rows, index = wanted
             h, x = op.Gather(h, index, axis=0), op.Gather(x, index, axis=0)
         query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows)
-        written = tuple(lowering.write_cache(op, old, new, write_index) for old, new in zip(cache, (key, value), strict=True))
+        written = tuple(
+            self.lowering.write_cache(op, old, new, write_index) for old, new in zip(cache, (key, value), strict=True)
+        )
         keys, values = (key, value) if prefix else written
-        attended = lowering.attention(op, query, keys, values, rows.mask, config.head_dim)
+        attended = self.lowering.attention(
+            op, query, keys, values, rows.mask, head_dim=config.head_dim, group=config.num_heads // config.num_kv_heads
+        )
         attended = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, config.num_heads * config.head_dim])
         x = op.Add(x, self._linear(attended, i, "o_proj"))
-        h = lowering.rms_norm(op, x, self.weight(layer_name(i, "mlp_norm")), config.norm_eps)
+        h = self._norm(x, layer_name(i, "mlp_norm"))
         gate = self._linear(h, i, "gate_proj")
         h = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self._linear(h, i, "up_proj"))
         return op.Add(x, self._linear(h, i, "down_proj")), (written[0], written[1])
@@ -161,10 +168,19 @@ class Decoder:
         shape = self.op.Concat(rows.shape, [heads, self.config.head_dim], axis=0)
         return self.op.Transpose(self.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
 
+    def _norm(self, x: ir.Value, weight: str) -> ir.Value:
+        return self.lowering.rms_norm(self.op, x, self.weight(weight), self.config.norm_eps, self.dtype)
+
     def _rotate(self, x: ir.Value, rows: _Rows) -> ir.Value:
-        return lowering.rotate(
-            self.op, x, self.table, rows.positions, dtype=self.dtype, in_float32=self.config.rotary_float32
-        )
+        """x [B, heads, rows, D] rotated to its positions. In float32, x goes up and comes back; casting only the table
+        would not be the same."""
+        op, (cos, sin) = self.op, self.table
+        if self.config.rotary_float32:
+            return self._narrow(self.lowering.rotate(op, self._float32(x), cos, sin, rows.positions))
+        return self.lowering.rotate(op, x, self._narrow(cos), self._narrow(sin), rows.positions)
+
+    def _narrow(self, x: ir.Value) -> ir.Value:
+        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))
 
     def _rows(self, window: Window, cache: ir.Value, positions: ir.Value) -> _Rows:
         """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len.

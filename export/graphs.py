@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 
+from export import lowering as lowerings
 from export.decoder import Decoder, DecoderConfig, Window
-from export.lowering import modern as lowering
 from trt_runtime import contract
 
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -17,24 +17,29 @@ _SPEC_DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT,
 
 
 def dims_of(config: DecoderConfig, dtype: str) -> contract.Dims:
-    return contract.Dims(
-        config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size, contract.DTYPES[dtype]
-    )
+    return contract.Dims(config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size, contract.DTYPES[dtype])
 
 
 def build(
-    role: str, config: DecoderConfig, *, dtype: str, head: str, mask_token_id: int, weights: Mapping[str, ir.TensorProtocol]
+    role: str,
+    config: DecoderConfig,
+    *,
+    dtype: str,
+    head: str,
+    mask_token_id: int,
+    weights: Mapping[str, ir.TensorProtocol],
+    lowering: str = "modern",
 ) -> ir.Model:
     """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its initializers.
 
-    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS. Nothing is read from the weights but type and shape.
+    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS. Nothing is read from the weights but type and shape.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": lowering.OPSET}, name=f"{role}")
+    spelled = lowerings.find(lowering)
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": spelled.OPSET}, name=role)
     builder = GraphBuilder(graph)
     dims = dims_of(config, dtype)
     given = {
-        spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes))
-        for spec in contract.inputs(role, dims)
+        spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes)) for spec in contract.inputs(role, dims)
     }
     registered: dict[str, ir.Value] = {}
 
@@ -45,10 +50,8 @@ def build(
 
     names = contract.cache_names("cache", dims)
     caches = [(given[key], given[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
-    window = Window(
-        given["input_ids"], given["position_ids"], given.get("write_index"), given["kv_len"], given["logit_rows"]
-    )
-    logits, updated = Decoder(builder.op, config, IR_DTYPES[dtype], weight).build(window, caches)
+    window = Window(given["input_ids"], given["position_ids"], given.get("write_index"), given["kv_len"], given["logit_rows"])
+    logits, updated = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight).build(window, caches)
     made = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
     flat = [tensor for pair in updated for tensor in pair]
     made |= dict(zip(contract.cache_names("updated", dims), flat, strict=True))
@@ -59,7 +62,7 @@ def build(
     made[contract.LOGITS].name = contract.LOGITS  # also where it is no output: verify exposes it under this name
     for node in graph:
         node.metadata_props.clear()
-    return ir.Model(graph, ir_version=11, producer_name="dllm-trt")
+    return ir.Model(graph, ir_version=11 if spelled.OPSET >= 23 else 8, producer_name="dllm-trt")
 
 
 def _statistics(
@@ -72,8 +75,8 @@ def _statistics(
     """
     shape = op.Shape(logit_rows)
     best, ids = op.TopK(logits, [3], axis=-1, largest=1, sorted=1, _outputs=2)
-    top, second, third = op.Split(best, axis=-1, num_outputs=3, _outputs=3)
-    top_id, second_id, _ = op.Split(ids, axis=-1, num_outputs=3, _outputs=3)
+    top, second, third = op.Split(best, [1, 1, 1], axis=-1, _outputs=3)
+    top_id, second_id, _ = op.Split(ids, [1, 1, 1], axis=-1, _outputs=3)
     top_is_mask, second_is_mask = op.Equal(top_id, mask_token_id), op.Equal(second_id, mask_token_id)
     shifted = op.Sub(logits, top)
     weights = op.Exp(shifted)

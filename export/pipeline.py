@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from export import checkpoint as checkpoints
 from export import families, graphs, lint, weights
+from export import lowering as lowerings
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderConfig
 from export.families.base import ConfigReader, Family
-from export.lowering import modern as lowering
-from trt_runtime import contract
+from trt_runtime import __version__, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts
@@ -36,6 +36,7 @@ class ExportConfig:
     out: Path
     dtype: str = "fp32"
     head: str = "statistics"
+    lowering: str = "modern"
     family: str | None = None
     ignored_keys: tuple[str, ...] = ()
     overwrite: bool = False
@@ -60,7 +61,9 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
         raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
     found = families.find(model_type)
     if family is not None and families.find(family) is not found:
-        raise DllmError(f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}.")
+        raise DllmError(
+            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}."
+        )
     reader = ConfigReader(source.config, where)
     decoder = found.decoder(reader)
     _check_sizes(decoder, where)
@@ -131,9 +134,10 @@ def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[
         dtype=config.dtype,
         head=config.head,
         mask_token_id=source.decoding.mask_token_id,
+        lowering=config.lowering,
         weights={weight.name: weight.external() for weight in planned},
     )
-    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype), config.head)
+    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype), config.head, config.lowering)
     ir.save(model, directory / f"{role}.onnx")
 
 
@@ -168,7 +172,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, weight_fact
     }
     versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}
     return Manifest(
-        producer={"dllm-trt": importlib.metadata.version("dllm-trt"), "python": platform.python_version(), **versions},
+        producer={"dllm-trt": __version__, "python": platform.python_version(), **versions},
         source={
             "checkpoint": config.checkpoint,
             "revision": checkpoint.revision,
@@ -177,8 +181,8 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, weight_fact
         model=model,
         decoding=source.decoding,
         head=config.head,
-        lowering="modern",
-        opset=lowering.OPSET,
+        lowering=config.lowering,
+        opset=lowerings.find(config.lowering).OPSET,
         graphs=described,
         files=files,
         tokenizer="tokenizer" if checkpoint.tokenizer_files else None,

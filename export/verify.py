@@ -74,8 +74,7 @@ def exposed(artifact: Path, role: str, names: list[str]) -> bytes:
 
 def _compare(artifact: Path, reference: TorchBackend) -> Iterator[Stage]:
     engines = {
-        role: OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS]))
-        for role in contract.ROLES
+        role: OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS])) for role in contract.ROLES
     }
     dtype = engines["refine"].manifest.model.dtype
     logits, cache, same = _graphs(engines, reference)
@@ -156,7 +155,7 @@ def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> P
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
     twin = directory / "fp32-twin"
-    pipeline.export(pipeline.ExportConfig(name, twin), lambda total: lambda done: None)
+    pipeline.export(pipeline.ExportConfig(name, twin, lowering=manifest.lowering), lambda total: lambda done: None)
     return twin
 
 

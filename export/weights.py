@@ -7,6 +7,7 @@ in small pieces: conversion and hashing happen in the same pass, and memory stay
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: s
 
     def add(name: str, dtype: str, shape: tuple[int, ...], source: StoredTensor | Array, source_name: str) -> None:
         nonlocal offset
-        size = int(np.prod(shape, dtype=np.int64)) * NUMPY_DTYPES[dtype].itemsize
+        size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
         weights.append(Weight(name, dtype, shape, offset, size, source, source_name))
         offset = -(-(offset + size) // ALIGNMENT) * ALIGNMENT
 
@@ -128,11 +129,11 @@ def _account(names: Mapping[str, str], family: Family, checkpoint: Checkpoint) -
     """Every weight has its tensor, and every tensor its weight or a place on the family's list."""
     held = set(checkpoint.tensors)
     if missing := [name for name in names if name not in held]:
-        raise DllmError(f"{checkpoint.path}: {len(missing)} tensors are missing: {_some(missing)}: download the checkpoint again.")
+        raise DllmError(
+            f"{checkpoint.path}: {len(missing)} tensors are missing: {_some(missing)}: download the checkpoint again."
+        )
     surplus = [
-        name
-        for name in sorted(held - set(names))
-        if not any(re.fullmatch(pattern, name) for pattern in family.allowed_surplus)
+        name for name in sorted(held - set(names)) if not any(re.fullmatch(pattern, name) for pattern in family.allowed_surplus)
     ]
     if surplus:
         raise DllmError(

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import write_checkpoint
 
 from export import families
 from export.pipeline import ExportConfig, export
-from tiny import write_checkpoint
 from trt_runtime import replay
 from trt_runtime.backends.ort import OrtBackend
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 
-import oracle
 from trt_runtime.errors import DllmError
 from trt_runtime.policies import BlockState, Factor, Fixed, RowStats, Threshold, quota
 from trt_runtime.sequence import gumbel_propose

@@ -118,7 +118,9 @@ def table(report: dict[str, Any]) -> str:
     keys = ("variant", "tokens_per_second", "speedup", "tokens_per_forward", "nfe", "prefix_ms", "refine_ms")
     lines = [list(columns)]
     for row in report["rows"]:
-        lines.append([form.format(row[key]) if row[key] is not None else "-" for form, key in zip(columns.values(), keys, strict=True)])
+        lines.append(
+            [form.format(row[key]) if row[key] is not None else "-" for form, key in zip(columns.values(), keys, strict=True)]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines]  # fmt: skip
@@ -181,14 +183,21 @@ def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
+    )
     versions = {}
     for package in ("dllm-trt", "onnxruntime", "numpy", "torch", "transformers"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"cpu": cpu, "threads_available": len(os.sched_getaffinity(0)), "python": platform.python_version(), "versions": versions}
+    return {
+        "cpu": cpu,
+        "threads_available": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -197,7 +206,15 @@ def _lines(path: str) -> list[str]:
 
 def _peak_memory(artifact: Path, backend: str, options: Options) -> float:
     """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation."""
-    command = [sys.executable, "-m", "trt_runtime.bench", str(artifact), backend, str(options.prompt_length), options.checkpoint or ""]
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.bench",
+        str(artifact),
+        backend,
+        str(options.prompt_length),
+        options.checkpoint or "",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DllmError(f"the memory measurement failed: {done.stderr.strip().splitlines()[-1]}")

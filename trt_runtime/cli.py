@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     again = _command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
     again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
     again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
-    again.add_argument("--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts")
+    again.add_argument(
+        "--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts"
+    )
     again.add_argument("--count", type=int, default=24, help="random cases to record (default 24)")
     again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
     again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
@@ -72,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
     bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
-    bench.add_argument("--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'")
+    bench.add_argument(
+        "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
+    )
     bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     _backend_options(bench)
     return parser

@@ -43,9 +43,7 @@ class ModelFacts:
 
     @property
     def dims(self) -> contract.Dims:
-        return contract.Dims(
-            self.num_layers, self.num_kv_heads, self.head_dim, self.vocab_size, contract.DTYPES[self.dtype]
-        )
+        return contract.Dims(self.num_layers, self.num_kv_heads, self.head_dim, self.vocab_size, contract.DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)

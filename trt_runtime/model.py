@@ -1,9 +1,9 @@
 """The public Python API: an artifact opened on a backend, `generate` and `stream` over it.
 
-    import trt_runtime as rt
-    model = rt.load("artifacts/llada-demo")
-    for result in model.generate(["take two red cups from the kitchen to the hall"]):
-        print(result.text, result.nfe, result.tokens_per_forward)
+import trt_runtime as rt
+model = rt.load("artifacts/llada-demo")
+for result in model.generate(["take two red cups from the kitchen to the hall"]):
+    print(result.text, result.nfe, result.tokens_per_forward)
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ class Model:
         self.manifest: Manifest = backend.manifest
         self.tokenizer = Tokenizer(path / self.manifest.tokenizer) if self.manifest.tokenizer else None
 
-    def generate(
-        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
-    ) -> list[Result]:
+    def generate(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> list[Result]:
         """Complete several prompts at once; the results stand in their order.
 
         A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
@@ -98,9 +96,7 @@ class Model:
                     finished[wanted.slot] = time.perf_counter() - begin
         return [self._result(row, finished.get(i, 0.0)) for i, row in enumerate(rows)]
 
-    def stream(
-        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
-    ) -> Iterator[Update]:
+    def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
         """Like `generate`, yielding an update for each row after each forward. Nothing runs before the first is taken."""
         rows = self._sequences(prompts, config or GenerationConfig(), raw)
         generator = Generator(self.backend, rows)

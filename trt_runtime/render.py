@@ -24,7 +24,9 @@ def summary(result: Result) -> str:
     )
 
 
-def show_stream(model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None) -> str | None:
+def show_stream(
+    model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None
+) -> str | None:
     """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is printed once."""
     out = out or sys.stdout
     begin, shown, lines = time.perf_counter(), "", 0

@@ -1,0 +1,45 @@
+"""Lowerings: how attention, rotation, norm and cache writes are spelled in ONNX. Same inputs, same meaning, same statistics.
+
+modern: opset 24, a single op for each (TensorRT 10.16+, TensorRT-RTX, ONNX Runtime 1.24+). The default.
+legacy: opset 17, decomposed (older runtimes; Python 3.10, whose newest ONNX Runtime is 1.23).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from export.lowering import legacy, modern
+from trt_runtime.errors import unknown
+
+
+class Lowering(Protocol):
+    """What a lowering module provides. Shape letters as in contract.py; N query heads."""
+
+    OPSET: int
+
+    def rms_norm(self, op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
+        """`weight * cast(x / rms(x))` over the last axis, the mean taken in float32."""
+
+    def rotate(self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value) -> ir.Value:
+        """Half-split rotation of x [B, N, S, D] by the rows `position_ids` [B, S] of two tables [max_length, D/2]."""
+
+    def write_cache(self, op: OpBuilder, cache: ir.Value, update: ir.Value, write_index: ir.Value) -> ir.Value:
+        """`cache` [B, H, C, D] with `update` [B, H, S, D] written at row `write_index` [B]."""
+
+    def attention(
+        self, op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int
+    ) -> ir.Value:
+        """softmax(query key^T / sqrt(D) + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N = group * H."""
+
+
+LOWERINGS: dict[str, Lowering] = {"modern": modern, "legacy": legacy}
+
+
+def find(name: str) -> Lowering:
+    """A lowering by its name. Raises DllmError for an unknown one."""
+    if name not in LOWERINGS:
+        raise unknown("lowering", name, LOWERINGS)
+    return LOWERINGS[name]

@@ -64,7 +64,7 @@ class OrtBackend(Backend):
         except Exception as error:  # onnxruntime raises several unrelated types
             raise DllmError(
                 f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {role} graph ({str(error).splitlines()[0]}): "
-                "use onnxruntime 1.24 or newer, or export the artifact again."
+                "use onnxruntime 1.24 or newer, or export with --lowering legacy."
             ) from error
         self._names = contract.cache_names("cache", self.manifest.model.dims)
         self._small_inputs = ["input_ids", "position_ids", *(["write_index"] if role == "refine" else []), "kv_len", "logit_rows"]

@@ -1,0 +1,59 @@
+# Targets set up what they need. `make help` lists them.
+#   MODEL=llada  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  HEAD=statistics|logits  OUT=dir  VERIFY=0  PYTHON=python3.x
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= llada
+DTYPE ?= fp32
+HEAD ?= statistics
+DEMO := artifacts/llada-demo
+PROMPTS := checkpoints/llada-demo/prompts.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo export test lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# what exporting and running need: no torch
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[export,ort]'
+	@touch $@
+
+# what the tests need: PyTorch and transformers for the reference, and the linters
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e '.[export,ort,reference,dev]'
+	@touch $@
+
+demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring
+	@echo "== 1. checkpoint -> artifact" && $(BIN)/python -m export --model llada --out $(DEMO) --head logits --overwrite --verify no
+	@echo && echo "== 2. the artifact decodes as PyTorch did: same tokens, same order, same number of forwards"
+	@$(BIN)/dllm-trt replay $(DEMO) checkpoints/llada-demo/cases.json
+	@echo && echo "== 3. orders that the model never saw become plans" && head -3 $(PROMPTS) | $(BIN)/dllm-trt generate $(DEMO) -
+	@echo && echo "== 4. one prompt, block by block" && $(BIN)/dllm-trt generate $(DEMO) --stream "$$(sed -n 4p $(PROMPTS))"
+	@echo && echo "== 5. caches and parallel unmasking, side by side" && $(BIN)/dllm-trt bench $(DEMO) --prompts $(PROMPTS) --count 8
+
+export: $(VENV)/.runtime ## checkpoint -> artifact: MODEL=llada [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir]
+	$(BIN)/python -m export --model $(MODEL) --dtype $(DTYPE) --head $(HEAD) --overwrite \
+	  $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto)
+
+test: $(VENV)/.dev ## the tests, on a CPU
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## ruff, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## a random 140 M LLaDA on ONNX Runtime against eager PyTorch, one thread (about 25 minutes)
+	$(BIN)/python benchmarks/llada_140m.py --output benchmarks/results
+
+clean: ## remove artifacts, caches and the environment
+	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Legacy lowering, opset 17: everything decomposed, for runtimes that know none of the modern ops. The cache write copies."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+OPSET = 17
+_FLOAT = ir.DataType.FLOAT
+
+
+def rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
+    wide = x if dtype == _FLOAT else op.Cast(x, to=int(_FLOAT))
+    mean = op.ReduceMean(op.Mul(wide, wide), axes=[-1], keepdims=1)
+    normed = op.Div(wide, op.Sqrt(op.Add(mean, eps)))
+    return op.Mul(normed if dtype == _FLOAT else op.Cast(normed, to=int(dtype)), weight)
+
+
+def rotate(op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value) -> ir.Value:
+    cos, sin = (op.Unsqueeze(op.Gather(table, position_ids, axis=0), [1]) for table in (cos, sin))
+    first, second = op.Split(x, axis=-1, _outputs=2)
+    turned = op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin))
+    return op.Concat(*turned, axis=-1)
+
+
+def write_cache(op: OpBuilder, cache: ir.Value, update: ir.Value, write_index: ir.Value) -> ir.Value:
+    rows = op.Range(0, op.Squeeze(op.Shape(update, start=2, end=3)), 1)
+    index = op.Add(op.Unsqueeze(write_index, [1]), rows)  # [B, S]
+    return op.ScatterElements(cache, op.Expand(op.Unsqueeze(index, [1, 3]), op.Shape(update)), update, axis=2)
+
+
+def attention(
+    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int
+) -> ir.Value:
+    if group > 1:
+        key, value = (_repeat(op, tensor, head_dim, group) for tensor in (key, value))
+    scores = op.MatMul(op.Mul(query, head_dim**-0.5), op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
+
+
+def _repeat(op: OpBuilder, x: ir.Value, head_dim: int, group: int) -> ir.Value:
+    """x [B, H, C, D] with each head repeated `group` times: [B, H * group, C, D]."""
+    batch, heads, rows = (op.Shape(x, start=i, end=i + 1) for i in range(3))
+    wide = op.Expand(op.Unsqueeze(x, [2]), op.Concat(batch, heads, [group], rows, [head_dim], axis=0))
+    return op.Reshape(wide, op.Concat(batch, op.Mul(heads, group), rows, [head_dim], axis=0))

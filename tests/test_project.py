@@ -1,0 +1,99 @@
+"""The project itself: what the wheel holds, how fast and how lean the import is, and that the documents tell the truth."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "artifacts", "build"} & set(path.parts))
+WHEEL = [
+    "trt_runtime/__init__.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
+    "trt_runtime/backends/ort.py", "trt_runtime/bench.py", "trt_runtime/cli.py", "trt_runtime/config.py",
+    "trt_runtime/contract.py", "trt_runtime/errors.py", "trt_runtime/generator.py", "trt_runtime/manifest.py",
+    "trt_runtime/model.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
+    "trt_runtime/replay.py", "trt_runtime/sequence.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py",
+]  # fmt: skip
+
+
+def test_the_wheel_holds_the_runtime_alone(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+                   check=True, capture_output=True, cwd=tmp_path)  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = next(archive.read(n).decode() for n in names if n.endswith("METADATA"))
+    assert sorted(name for name in names if ".dist-info/" not in name) == WHEEL
+    required = re.findall(r"Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata)
+    assert sorted(required) == ["jinja2", "numpy", "tokenizers"]
+
+
+def _import_seconds() -> float:
+    script = "import time; begin = time.perf_counter(); import trt_runtime; print(time.perf_counter() - begin)"
+    return float(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_the_import_is_fast_and_lean():
+    assert min(_import_seconds() for _ in range(5)) < 0.3
+    script = "import sys, trt_runtime; print([m for m in ('onnxruntime', 'onnx', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_exporting_needs_no_torch(tmp_path):
+    """Graph building and weight streaming never import torch or transformers."""
+    script = (
+        "import sys\nfrom export import cli\n"
+        f"assert cli.main(['--model', 'llada', '--out', {str(tmp_path / 'a')!r}, '--verify', 'no']) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(document):
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:trt_runtime|export|tools|tests|benchmarks|docs|checkpoints)/[\w./-]+)`", text):
+        assert (ROOT / name).exists() or "/<" in name, f"{document.name} names {name}"
+
+
+def _help(*command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+COMMANDS = {name: ("trt_runtime.cli", name) for name in ("generate", "chat", "info", "verify", "replay", "bench")}
+
+
+def test_every_option_is_documented_and_every_documented_option_exists():
+    document = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = {title: body for title, body in re.findall(r"^## `([^`]+)`\n(.*?)(?=^## |\Z)", document, re.M | re.S)}
+    helps = {f"dllm-trt {name}": _help(*command) for name, command in COMMANDS.items()} | {"python -m export": _help("export")}
+    assert set(sections) == set(helps)
+    for title, body in sections.items():
+        exist = set(re.findall(r"--[a-z][\w-]+", helps[title])) - {"--help"}
+        assert set(re.findall(r"`(--[a-z][\w-]+)", body)) == exist, title
+
+
+def test_make_help_lists_the_targets():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["help", "demo", "export", "test", "lint", "bench", "clean"]
+
+
+def test_nothing_refers_to_this_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        data = (ROOT / name).read_bytes()
+        assert b"../shar" + b"ed" not in data and b"/wo" + b"rk/" not in data, name

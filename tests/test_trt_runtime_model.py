@@ -1,0 +1,162 @@
+"""The Python API on the demo model: generate, stream, temperature, stop, infill, chat, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import trt_runtime as rt
+from trt_runtime.sequence import FULL
+
+sys.path.append(str(ROOT / "tools"))
+import itertools
+
+import demo_task
+
+PROMPT = "take 3 red cups from kitchen to garage, then hand two blue pens to Mia, and clean hall with mop"
+PLAN = [
+    {"do": "move", "item": "cups", "color": "red", "count": 3, "from": "kitchen", "to": "garage"},
+    {"do": "give", "item": "pens", "color": "blue", "count": 2, "for": "Mia"},
+    {"do": "clean", "in": "hall", "with": "mop"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(demo_artifact):
+    return rt.load(demo_artifact, threads=1)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_the_demo_model_answers(model, cache):
+    result = model.generate([PROMPT], rt.GenerationConfig(cache=cache))[0]
+    assert demo_task.is_right(result.text, PLAN), result.text
+    assert result.nfe == len(result.trace) == result.prefix_passes + result.refine_steps
+    assert result.num_useful == 4 * (6 + 5 + 3) + 1
+    assert (result.refine_steps == 0) == (cache == "none")
+    assert result.tokens_per_forward == result.num_useful / result.nfe
+
+
+def test_parallel_unmasking_needs_fewer_forwards(model):
+    single = model.generate([PROMPT], rt.GenerationConfig(policy="fixed", stop_at_eos=False))[0]
+    parallel = model.generate([PROMPT], rt.GenerationConfig(policy="threshold", stop_at_eos=False))[0]
+    factor = model.generate([PROMPT], rt.GenerationConfig(policy="factor", stop_at_eos=False))[0]
+    assert single.nfe == 96
+    assert parallel.nfe < 48 and factor.nfe < 48
+
+
+def test_a_batch_equals_its_rows(model):
+    prompts = [PROMPT, "find 2 red keys in attic. next give Ada six pink scarves", "clean porch with broom", PROMPT[:30]]
+    together = model.generate(prompts)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert model.generate([prompt])[0].tokens == result.tokens
+
+
+def test_stream_tells_committed_from_provisional_text(model):
+    updates = list(model.stream([PROMPT]))
+    result = model.generate([PROMPT])[0]
+    assert [update.nfe for update in updates] == list(range(1, result.nfe + 1))
+    assert updates[-1].finished and updates[-1].committed == result.text and updates[-1].provisional == ""
+    assert updates[-1].tokens == result.tokens
+    grown = [update.committed for update in updates]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
+    assert any(update.provisional for update in updates)
+    changed = [position for update in updates for position in update.changed]
+    assert len(changed) == len(set(changed))
+    assert all(block[0] <= p < block[1] for update in updates for block in [update.block] for p in update.changed)
+
+
+def test_stop_at_eos_saves_forwards_and_changes_no_useful_token(model):
+    prompt = "clean hall with mop, then clean porch with broom"
+    short = model.generate([prompt], rt.GenerationConfig(stop_at_eos=True))[0]
+    full = model.generate([prompt], rt.GenerationConfig(stop_at_eos=False))[0]
+    assert short.text == full.text and short.nfe < full.nfe
+    assert model.manifest.decoding.mask_token_id not in short.tokens
+
+
+def test_temperature_follows_its_seed_and_not_its_batch_mates(model):
+    hot = rt.GenerationConfig(temperature=0.8, seed=5)
+    first = model.generate([PROMPT], hot)[0].tokens
+    assert model.generate([PROMPT], hot)[0].tokens == first
+    assert model.generate([PROMPT, "clean hall with mop"], hot)[0].tokens == first
+    others = {tuple(model.generate([PROMPT], rt.GenerationConfig(temperature=0.8, seed=s))[0].tokens) for s in range(6)}
+    assert len(others) > 1
+    assert model.manifest.decoding.mask_token_id not in first
+
+
+def test_infill_fills_the_gaps_of_a_template(model):
+    prompt = '<|user|>clean hall with mop, and give Mia 2 red cups<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
+    with pytest.raises(rt.DllmError, match="holds the mask token"):
+        model.generate([prompt], raw=True)
+    config = rt.GenerationConfig(infill=True, gen_length=0)
+    result = model.generate([prompt], config, raw=True)[0]
+    assert '"in": "hall", "with": "mop"' in model.tokenizer.decode(result.canvas)
+    assert result.tokens == []
+
+
+def test_prompts_as_ids_and_as_messages(model):
+    ids = model.encode(PROMPT)
+    expected = model.generate([PROMPT])[0].tokens
+    assert model.generate([ids])[0].tokens == expected
+    assert model.generate([np.array(ids)])[0].tokens == expected
+    assert model.generate([[{"role": "user", "content": PROMPT}]])[0].tokens == expected
+    assert model.encode(PROMPT, raw=True) == ids[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "config", "said"),
+    [
+        ([""], {}, "the prompt is empty"),
+        (["  "], {}, "the prompt is empty"),
+        ([[]], {}, "the prompt is empty"),
+        ([], {}, "expected a list of one or more prompts"),
+        ("text", {}, "expected a list of one or more prompts"),
+        ([[5] * 200], {}, "together more than the model's 256: shorten the prompt to 160"),
+        ([[5, 999]], {}, "token id 999, expected 0 to 255"),
+        ([[5, 1, 7]], {}, "holds the mask token (1) at position 1"),
+        ([[5]], {"threshold": 0}, "threshold is 0, expected above 0 and at most 1"),
+        ([[5]], {"threshold": 2}, "threshold is 2"),
+        ([[5]], {"threshold": float("nan")}, "threshold is nan"),
+        ([[5]], {"factor": 0}, "factor is 0"),
+        ([[5]], {"gen_length": 0}, "gen_length is 0, expected a whole number from 1"),
+        ([[5]], {"gen_length": -3}, "gen_length is -3"),
+        ([[5]], {"gen_length": 0, "infill": True}, "there is nothing to generate"),
+        ([[5]], {"block_length": 0}, "block_length is 0"),
+        ([[5]], {"cache": "duel"}, "unknown cache 'duel': did you mean 'dual'"),
+        ([[5]], {"policy": "treshold"}, "unknown policy 'treshold': did you mean 'threshold'"),
+        ([[5]], {"steps": 4}, "steps is 4 with policy 'threshold'"),
+        ([[5]], {"steps": 0, "policy": "fixed"}, "steps is 0"),
+        ([[5]], {"temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_what_is_refused(model, prompts, config, said):
+    with pytest.raises(rt.DllmError) as error:
+        model.generate(prompts, rt.GenerationConfig(**config))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_temperature_needs_logits(golden_fp16):
+    model = rt.load(golden_fp16, threads=1)
+    with pytest.raises(rt.DllmError, match="statistics only: use temperature 0, or export it again with HEAD=logits"):
+        model.generate([[1, 2]], rt.GenerationConfig(temperature=0.5))
+    with pytest.raises(rt.DllmError, match="no tokenizer: give the prompt as token ids"):
+        model.generate(["text"])
+    assert model.generate([[1, 2]], rt.GenerationConfig(gen_length=8, block_length=8))[0].text is None
+
+
+def test_the_chat_template_is_rendered_in_a_sandbox(model, monkeypatch):
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    monkeypatch.setattr(model.tokenizer, "_template", attack)
+    with pytest.raises(rt.DllmError, match="the chat template failed"):
+        model.tokenizer.render_chat([{"role": "user", "content": "x"}])
+    monkeypatch.setattr(model.tokenizer, "_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(rt.DllmError, match="roles must alternate"):
+        model.tokenizer.render_chat([])
+
+
+def test_the_first_forward_of_a_block_is_a_prefix_pass(model):
+    result = model.generate([PROMPT], rt.GenerationConfig(stop_at_eos=False))[0]
+    assert [step.kind for step in result.trace].count(FULL) == 3
+    assert result.trace[0].kind == FULL

@@ -1,0 +1,185 @@
+"""Decoding against the recorded cases: tokens, order and number of forwards, alone and in batches."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from trt_runtime import replay, tolerances
+from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.generator import Generator
+from trt_runtime.policies import Factor, Fixed, Threshold
+from trt_runtime.sequence import Rules, Sequence
+
+
+def _first_mismatches(backend, cases, margin=0.0):
+    found = [(case, replay.compare(case, replay.replay(backend, case), margin)) for case in cases]
+    return [mismatch for _, mismatch in found if mismatch is not None]
+
+
+def test_all_goldens_exactly_on_onnx_runtime(golden_backend, golden_cases):
+    assert len(golden_cases) == 79
+    assert _first_mismatches(golden_backend, golden_cases) == []
+
+
+def test_all_goldens_exactly_on_the_reference(golden_artifact, golden_cases):
+    reference = pytest.importorskip("export.reference")
+    backend = reference.TorchBackend(golden_artifact, checkpoint=str(GOLDENS / "llada_tiny"), threads=1)
+    assert _first_mismatches(backend, golden_cases) == []
+
+
+def test_goldens_in_fp16(golden_fp16, golden_cases):
+    """Cases that claim to hold in fp16: exact, or AMBIGUOUS within the margin of that dtype, and few of those.
+
+    The recording code rounds in other places than ONNX Runtime does, so a decision within the rounding may differ.
+    """
+    cases = [case for case in golden_cases if replay.must_match(case, "fp16")]
+    found = _first_mismatches(OrtBackend(golden_fp16, threads=1), cases, tolerances.CONFIDENCE["fp16"])
+    assert len(cases) == 57
+    assert [str(item) for item in found if not item.ambiguous] == []
+    assert len(found) <= 6
+
+
+def test_goldens_recorded_as_one_batch_come_out_as_one_batch(golden_backend, golden_cases):
+    groups = defaultdict(list)
+    for case in golden_cases:
+        for tag in case["tags"]:
+            if tag.startswith("batch_group"):
+                groups[tag, case["mode"]].append(case)
+    assert len(groups) == 3 and all(len(cases) == 4 for cases in groups.values())
+    for cases in groups.values():
+        replayed = replay.replay_together(golden_backend, cases)
+        assert [replay.compare(case, done) for case, done in zip(cases, replayed, strict=True)] == [None] * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_of_a_ragged_batch_equals_its_run_alone(golden_backend, golden_cases, seed):
+    """Rows of unequal prompts, lengths, blocks, caches and policies, in random company and order."""
+    cases = [golden_cases[i] for i in np.random.default_rng(seed).permutation(len(golden_cases))]
+    for i in range(0, len(cases), 9):
+        together = replay.replay_together(golden_backend, cases[i : i + 9])
+        for case, done in zip(cases[i : i + 9], together, strict=True):
+            assert replay.compare(case, done) is None
+
+
+def test_a_case_of_several_rows_merges_them(golden_backend, golden_cases):
+    rows = [case for case in golden_cases if case["id"].startswith("llada-dual-thr0.9-batchgrpA")]
+    case = rows[0] | {"prompt": [row["prompt"][0] for row in rows], "id": "merged"}
+    done = replay.replay(golden_backend, case).result
+    assert done["output"] == [row["output"][0] for row in rows]
+    assert done["nfe"] == max(row["nfe_nonempty"] for row in rows)
+    assert all(len(position) == 2 for step in done["trace"] for position in step[3])
+
+
+def test_mismatches_are_found_and_located(golden_backend, golden_cases):
+    case = copy.deepcopy(next(c for c in golden_cases if c["id"] == "llada-dual-thr0.9-P8-G32-B8" or c["mode"] == "dual"))
+    done = replay.replay(golden_backend, case)
+    step = next(i for i, s in enumerate(case["trace"]) if i > 2 and s[3])
+    number = len([s for s in case["trace"][:step] if s[3]])
+    wrong_token = copy.deepcopy(case)
+    wrong_token["trace"][step][4][0] += 1
+    assert f"step {number}: position {case['trace'][step][3][0]}: expected token" in str(replay.compare(wrong_token, done))
+    wrong_position = copy.deepcopy(case)
+    wrong_position["trace"][step][3][0] += 1
+    assert f"step {number}: position" in str(replay.compare(wrong_position, done))
+    fewer = copy.deepcopy(case)
+    del fewer["trace"][-1]
+    fewer["trace"] = [s for s in fewer["trace"] if s[3]]
+    assert "forwards" in str(replay.compare(fewer, done)) or "step" in str(replay.compare(fewer, done))
+    assert "nfe" in str(replay.compare({k: v for k, v in case.items() if k != "trace"} | {"nfe_nonempty": 99}, done))
+    output = copy.deepcopy(case)
+    del output["trace"]
+    output["output"][0][3] += 1
+    assert "generated token 3" in str(replay.compare(output, done))
+
+
+def test_a_near_tie_is_ambiguous_and_a_far_one_is_not(golden_backend, golden_cases):
+    """The expected decision lies within the margin of the confidences that were seen, or it does not."""
+    case = copy.deepcopy(next(c for c in golden_cases if c["id"] == "llada-dual-thr0.9-P9-G64-B32"))
+    done = replay.replay(golden_backend, case)
+    candidates, stats, _ = done.rows[0].trace[0].seen
+    chosen = set(done.rows[0].trace[0].positions)
+    others = [(float(c), int(p)) for p, c in zip(candidates, stats.confidence, strict=True) if int(p) not in chosen]
+    nearest = max(others)
+    case["trace"] = copy.deepcopy(done.result["trace"])
+    step = case["trace"][0]
+    token = int(stats.token[list(candidates).index(nearest[1])])
+    merged = sorted([*zip(step[3], step[4], strict=True), (nearest[1], token)])
+    step[3], step[4] = [p for p, _ in merged], [t for _, t in merged]
+    gap = 0.9 - nearest[0]
+    assert replay.compare(case, done, gap * 1.01 + 1e-6).ambiguous
+    assert not replay.compare(case, done, gap * 0.9).ambiguous
+
+
+def test_recorded_cases_replay(golden_backend, golden_artifact):
+    recorded = replay.record(golden_backend, replay.random_cases(golden_backend.manifest, 24))
+    assert {case["mode"] for case in recorded["cases"]} == {"none", "prefix", "dual"}
+    assert _first_mismatches(OrtBackend(golden_artifact, threads=1), recorded["cases"]) == []
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_gaps_in_the_prompt_are_filled_and_nothing_else_is_touched(golden_backend, cache):
+    rng = np.random.default_rng(7)
+    for gen in (0, 10):
+        prompt = rng.integers(0, 1000, 30)
+        gaps = [3, 4, 5, 17, 28]
+        prompt[gaps] = 1000
+        rules = Rules(gen, 8, cache, Threshold(0.9), 1000, (1001,))
+        row = Sequence(prompt, rules)
+        Generator(golden_backend, [row]).run()
+        assert not row.is_masked.any()
+        kept = [i for i in range(30) if i not in gaps]
+        assert (row.canvas[kept] == prompt[kept]).all()
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("policy", [Fixed(3), Threshold(0.9), Factor(0.5)])
+def test_a_last_block_may_be_shorter(golden_backend, cache, policy):
+    row = Sequence(np.arange(5), Rules(21, 8, cache, policy, 1000, (1001,)))
+    Generator(golden_backend, [row]).run()
+    assert len(row.output) == 21 and not row.is_masked.any()
+    blocks = {step.start for step in row.trace if step.kind == "dual"}
+    assert cache != "dual" or blocks <= {5, 13, 21}
+
+
+def test_blocks_are_finished_from_left_to_right(golden_backend, golden_cases):
+    """No position right of a block is written before the block's last mask is gone."""
+    for case in golden_cases[:40]:
+        row = replay.replay(golden_backend, case).rows[0]
+        written = [(position - row.prompt_length) // case["block_length"] for step in row.trace for position in step.positions]
+        assert written == sorted(written)
+
+
+class _Scripted:
+    """A policy that commits what the test says: for the end-of-sequence rule."""
+
+    name = "scripted"
+
+    def __init__(self, order):
+        self.order = iter(order)
+
+    def select(self, stats, is_masked, state):
+        chosen = np.zeros_like(is_masked)
+        chosen[next(self.order)] = True
+        return chosen
+
+
+def test_a_row_ends_at_eos_only_when_everything_before_it_stands():
+    from trt_runtime.policies import RowStats
+
+    rules = Rules(6, 6, "none", _Scripted([2, 0, 0]), 1000, (1001,), stop_at_eos=True)
+    row = Sequence(np.array([1, 2]), rules)
+    tokens = np.array([7, 8, 1001, 9, 9, 9])
+    for number in range(3):
+        assert not row.is_finished
+        forward = row.next_forward()
+        made = tokens[forward.candidates - 2]
+        zeros = np.zeros(len(made))
+        row.commit(forward, RowStats(made, zeros, zeros, zeros))
+        assert row.is_finished == (number == 2)
+    assert row.output.tolist() == [7, 8, 1001, 1001, 1001, 1001]
+    assert row.num_useful == 2
