@@ -98,7 +98,7 @@ def _read_json(path: Path, advice: str = "download the file again") -> dict[str,
         raise DllmError(f"{path}: missing: {advice}.")
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DllmError(f"{path}: not JSON ({error}): {advice}.") from error
     if not isinstance(read, dict):
         raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: {advice}.")
@@ -120,9 +120,10 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict):
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise DllmError(f"{path / INDEX}: the shard {shard!r} is not a bare file name: do not use this checkpoint.")
+    for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise DllmError(f"{path / shard}: missing, {INDEX} lists it: download it again.")
         held = _header(path / shard)
@@ -148,7 +149,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             return {
                 name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DllmError(f"{path}: its safetensors header is damaged ({error}): download it again.") from error
 
 

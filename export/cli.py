@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror}: nothing was written; check the disk and the rights.", file=sys.stderr)
+        print(
+            f"error: {error.filename or args.out}: {error.strerror}: nothing was written; check the disk and the rights.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
@@ -73,11 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkpoint = args.checkpoint or _demo_checkpoint(args.model)
+    checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args.model)
     out = args.out or Path("artifacts") / Path(checkpoint.rstrip("/")).name.split("@")[0]
     config = ExportConfig(
         checkpoint, out, args.dtype, args.head, _lowering(args.lowering), args.model, tuple(args.ignore_key), args.overwrite
     )
+    can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    if args.verify == "yes" and not can_verify:
+        raise DllmError("--verify yes needs torch and transformers: pip install -e '.[reference]', or leave it out.")
     begin = time.perf_counter()
     manifest = export(config, _progress)
     size = sum(facts.size for facts in manifest.files.values())
@@ -85,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
           f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
     if args.verify == "no":
         return 0
-    if args.verify == "auto" and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+    if not can_verify:
         print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
         return 0
     return 0 if verify(out, None) else 1

@@ -24,6 +24,7 @@ from trt_runtime import __version__, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts
+from trt_runtime.tokenizer import Tokenizer
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -69,6 +70,10 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
     _check_sizes(decoder, where)
     decoding = found.decoding(reader, source.generation_config)
     reader.finish(ignored_keys)
+    if decoding.mask_token_id in decoding.eos_token_ids:
+        raise DllmError(
+            f"{where}: mask_token_id {decoding.mask_token_id} is also an end token: take the config.json of the checkpoint."
+        )
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
         if token >= decoder.vocab_size:
             raise DllmError(f"{where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
@@ -88,6 +93,8 @@ def export(config: ExportConfig, progress: Progress) -> Manifest:
         for file in source.checkpoint.tokenizer_files:
             (directory / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "tokenizer" / file.name)
+        if source.checkpoint.tokenizer_files:
+            Tokenizer(directory / "tokenizer")  # refuses one that cannot be read
         for role in contract.ROLES:
             onnx.checker.check_model(directory / f"{role}.onnx", full_check=True)
         manifest = _manifest(source, config, directory, facts)
@@ -174,7 +181,8 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, weight_fact
     return Manifest(
         producer={"dllm-trt": __version__, "python": platform.python_version(), **versions},
         source={
-            "checkpoint": config.checkpoint,
+            "checkpoint": config.checkpoint if checkpoint.revision else str(checkpoint.path.resolve()),
+            "ignored_keys": list(config.ignored_keys),
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },

@@ -137,7 +137,7 @@ def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError(f"{artifact}: the manifest names no checkpoint: give it with --checkpoint.")
-    source = pipeline.read(name)
+    source = pipeline.read(name, ignored_keys=tuple(manifest.source.get("ignored_keys", ())))
     expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
     if expected != got:
         raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")

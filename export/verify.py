@@ -155,7 +155,10 @@ def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> P
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
     twin = directory / "fp32-twin"
-    pipeline.export(pipeline.ExportConfig(name, twin, lowering=manifest.lowering), lambda total: lambda done: None)
+    ignored = tuple(manifest.source.get("ignored_keys", ()))
+    pipeline.export(
+        pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored), lambda total: lambda done: None
+    )
     return twin
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -54,6 +55,13 @@ def refused(path, out, *said: str, **options) -> None:
         ({"layer_norm_type": "default"}, ("layer_norm_type is 'default'",)),
         ({"rope_theta": None}, ("rope_theta is missing",)),
         ({"rope_theta": "big"}, ("rope_theta is 'big'", "expected float")),
+        ({"rope_theta": -1.0}, ("rope_theta is -1.0, expected a number above 0",)),
+        ({"rope_theta": 10**400}, ("rope_theta is", "expected a number above 0")),
+        ({"rms_norm_eps": float("nan")}, ("rms_norm_eps is nan",)),
+        ({"max_sequence_length": 10**15}, ("max_sequence_length is",)),
+        ({"eos_token_id": 126}, ("mask_token_id 126 is also an end token",)),
+        ({"mask_token_id": [5, 6]}, ("mask_token_id is [5, 6], expected one",)),
+        ({"strange": 0}, ("strange = 0", "--ignore-key strange")),
         ({"n_layers": 0}, ("n_layers is 0",)),
         ({"n_heads": 5}, ("5 heads",)),
         ({"n_kv_heads": 3}, ("3 KV heads",)),
@@ -73,6 +81,33 @@ def test_an_unknown_key_can_be_ignored_on_request(tiny, tmp_path):
     path = tiny(config={"my_note": "harmless"})
     refused(path, tmp_path / "out", "my_note = 'harmless'")
     assert export_quietly(path, tmp_path / "out", ignored_keys=("my_note",)).is_dir()
+    refused(path, tmp_path / "other", "has no key typo", ignored_keys=("my_note", "typo"))
+
+
+def test_an_ignored_key_travels_to_the_verification(tiny, tmp_path):
+    pytest.importorskip("torch")
+    from export.verify import verify
+
+    artifact = export_quietly(tiny(config={"my_note": "x"}), tmp_path / "out", ignored_keys=("my_note",), dtype="bf16")
+    assert all(stage.passed for stage in verify(artifact))
+
+
+def test_a_damaged_tokenizer_is_refused_at_export(tiny, tmp_path):
+    path = tiny()
+    (path / "tokenizer.json").write_text("{}")
+    refused(path, tmp_path / "out", "tokenizer.json: not readable")
+    shutil.copyfile(DEMO / "tokenizer.json", path / "tokenizer.json")
+    (path / "tokenizer_config.json").write_text("[1]")
+    refused(path, tmp_path / "out", "tokenizer_config.json: holds a list")
+
+
+def test_generation_config_is_checked(tiny, tmp_path):
+    path = tiny()
+    (path / "generation_config.json").write_text(json.dumps({"gen_length": "abc"}))
+    refused(path, tmp_path / "out", "gen_length is 'abc'")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": None, "gen_length": 40}))
+    manifest = manifests.load(export_quietly(path, tmp_path / "out"))
+    assert manifest.decoding.eos_token_ids == (125,) and manifest.decoding.defaults == {"gen_length": 40}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +173,8 @@ def test_shards(tiny, tmp_path):
         change(changed["weight_map"])
         index.write_text(json.dumps(changed))
         refused(sharded, tmp_path / "out", said)
+    index.write_text(json.dumps({"weight_map": {"a": ["x"], "b": 1}}))
+    refused(sharded, tmp_path / "out", "not a bare file name")
     index.write_text("{}")
     refused(sharded, tmp_path / "out", "has no weight_map")
 

@@ -35,7 +35,9 @@ def test_all_goldens_exactly_in_legacy(legacy_golden, golden_cases):
 def test_legacy_equals_modern(tmp_path, name, dtype, allowed, kv_heads):
     """Logits of a prefix pass and of a refine step, and the caches. fp16: other roundings, logits of scale 5."""
     family = families.find(name)
-    config = family.tiny_config() | {key: kv_heads for key in family.tiny_config() if key in ("n_kv_heads", "num_key_value_heads")}
+    config = family.tiny_config() | {
+        key: kv_heads for key in family.tiny_config() if key in ("n_kv_heads", "num_key_value_heads")
+    }
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(family, config), tmp_path / "checkpoint" / "model.safetensors")

@@ -97,3 +97,13 @@ def test_nothing_refers_to_this_machine():
     for name in tracked:
         data = (ROOT / name).read_bytes()
         assert b"../shar" + b"ed" not in data and b"/wo" + b"rk/" not in data, name
+
+
+def test_the_python_example_of_the_documents_runs(demo_artifact, tmp_path, capsys, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "llada-demo").symlink_to(demo_artifact)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/python-api.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert '"kitchen"' in printed and '"in": "hall", "with": "mop"' in printed and "forwards:" in printed

@@ -184,3 +184,47 @@ def test_errors_are_one_line(demo_artifact, golden_artifact, tmp_path, capsys):
     with open(damaged / "weights.data", "ab") as file:
         file.write(b"x")
     assert "the manifest says" in failed(capsys, "generate", damaged, PROMPT)
+
+
+def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
+    assert run("generate", demo_artifact, "--gen-length", "96", PROMPT) == 0
+    assert demo_task.is_right(capsys.readouterr().out.strip(), PLAN)
+    for wrong in (["generate", demo_artifact, PROMPT, "--thresold", "1"], ["info", demo_artifact, "more"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*wrong)
+        assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--threshold", "0.8", "--policy", "fixed"], "--threshold goes with --policy threshold"),
+        (["--factor", "2"], "--factor goes with --policy factor"),
+        (["--steps", "8"], "--steps goes with --policy fixed"),
+        (["--steps", "2", "--policy", "fixed"], "at least one step a block"),
+        (["--seed", "3"], "--seed goes with a --temperature"),
+        (["--seed", "-3", "--temperature", "1"], "seed is -3"),
+        (["--temperature", "1e308"], "temperature is 1e+308"),
+        (["--threads", "100000"], "--threads is 100000"),
+    ],
+)
+def test_no_option_is_ignored(demo_artifact, capsys, arguments, said):
+    assert said in failed(capsys, "generate", demo_artifact, PROMPT, *arguments)
+
+
+def test_infill_prints_the_whole_text(demo_artifact, capsys):
+    template = '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}]'
+    assert run("generate", demo_artifact, template, "--raw", "--infill", "--gen-length", "0") == 0
+    assert '"in": "hall", "with": "mop"}]' in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text_and_outputs_that_cannot_be_written(demo_artifact, golden_artifact, tmp_path, capsys):
+    assert "not valid Unicode" in failed(capsys, "generate", demo_artifact, "\udcff\udcfe")
+    assert "cannot be written" in failed(
+        capsys, "replay", golden_artifact, "--record", tmp_path / "no" / "x.json", "--count", "1"
+    )
+    assert "leave out --output" in failed(
+        capsys, "replay", golden_artifact, "--record", tmp_path / "x.json", "--output", tmp_path / "y.json"
+    )
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    assert "cannot be read" in failed(capsys, "bench", demo_artifact, "--prompts", tmp_path / "bytes.txt")

@@ -48,7 +48,7 @@ def test_parallel_unmasking_needs_fewer_forwards(model):
 
 
 def test_a_batch_equals_its_rows(model):
-    prompts = [PROMPT, "find 2 red keys in attic. next give Ada six pink scarves", "clean porch with broom", PROMPT[:30]]
+    prompts = [PROMPT, "find 2 red keys in attic. next give Ada six pink toys", "clean porch with broom", PROMPT[:30]]
     together = model.generate(prompts)
     for prompt, result in zip(prompts, together, strict=True):
         assert model.generate([prompt])[0].tokens == result.tokens
@@ -160,3 +160,74 @@ def test_the_first_forward_of_a_block_is_a_prefix_pass(model):
     result = model.generate([PROMPT], rt.GenerationConfig(stop_at_eos=False))[0]
     assert [step.kind for step in result.trace].count(FULL) == 3
     assert result.trace[0].kind == FULL
+
+
+def test_a_stream_with_gaps_commits_the_answer_once(model):
+    template = "<|user|>clean <|mdm_mask|> with mop, and tidy porch with broom, and clean attic with mop<|assistant|>"
+    config = rt.GenerationConfig(infill=True, threshold=1.0)
+    updates = list(model.stream([template], config, raw=True))
+    result = model.generate([template], config, raw=True)[0]
+    assert updates[-1].committed == result.text
+    texts = [update.committed for update in updates]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+
+
+class _Letters:
+    """A tokenizer whose tokens are bytes: a character may end in the next block."""
+
+    has_chat_template = False
+
+    def __init__(self, text):
+        self.bytes = text.encode()
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_character_that_is_split_between_blocks_is_printed_whole():
+    import io
+
+    from trt_runtime.model import Update
+    from trt_runtime.render import show_stream
+
+    data = "né日本語é".encode()
+    letters = _Letters("")
+    cuts = [2, 5, 9, len(data)]
+    updates = [Update(0, i, "dual", letters.decode(data[:n]), "", [], [], (0, 1), n == len(data)) for i, n in enumerate(cuts)]
+
+    class Streamed:
+        def stream(self, prompts, config, raw):
+            return iter(updates)
+
+    out = io.StringIO()
+    show_stream(Streamed(), "x", rt.GenerationConfig(), out=out)
+    assert out.getvalue() == "né日本語é\n"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "config", "said"),
+    [
+        ([5], None, "a prompt holds 5"),
+        ([None], None, "a prompt holds None"),
+        ([["a"]], None, "a prompt holds 'a'"),
+        ([[1.7]], None, "a prompt holds 1.7"),
+        ([[True]], None, "a prompt holds True"),
+        ([b"abc"], None, "a prompt holds b'abc'"),
+        ([[{"role": "user", "content": "x"}, 5]], None, "a prompt holds {'role'"),
+        ([[5]], {"gen_length": 8}, "config is a dict"),
+        ([[5]], rt.GenerationConfig(gen_length=True), "gen_length is True, expected int"),
+        ([[5]], rt.GenerationConfig(threshold="0.9"), "threshold is '0.9', expected float"),
+        ([[5]], rt.GenerationConfig(stop_at_eos="no"), "stop_at_eos is 'no', expected bool"),
+        ([[5]], rt.GenerationConfig(cache=None), "cache is None, expected str"),
+        ([[5]], rt.GenerationConfig(seed=-1), "seed is -1"),
+    ],
+)
+def test_wrong_types_are_refused(model, prompts, config, said):
+    with pytest.raises(rt.DllmError) as error:
+        model.generate(prompts, config)
+    assert said in str(error.value)
+
+
+def test_unknown_backend_options_are_refused(demo_artifact):
+    with pytest.raises(rt.DllmError, match="unknown option of the backend 'ort' 'devise'"):
+        rt.load(demo_artifact, devise="cpu")

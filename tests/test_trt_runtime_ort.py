@@ -139,6 +139,16 @@ def test_backends_that_cannot_open(golden_artifact, tmp_path):
     bf16 = export_quietly(GOLDENS / "llada_tiny", tmp_path / "bf16", dtype="bf16")
     with pytest.raises(DllmError, match="dtype is bf16, which ONNX Runtime does not compute on a CPU"):
         open_backend("ort", bf16)
+    lies = tmp_path / "lies"
+    lies.mkdir()
+    for file in golden_artifact.iterdir():
+        (lies / file.name).write_bytes(file.read_bytes())
+    for key, value in (("num_layers", 5), ("num_kv_heads", 2), ("head_dim", 16), ("dtype", "fp16"), ("vocab_size", 2000)):
+        facts = json.loads((golden_artifact / "manifest.json").read_text())
+        facts["model"][key] = value
+        (lies / "manifest.json").write_text(json.dumps(facts))
+        with pytest.raises(DllmError, match="not of one export"):
+            open_backend("ort", lies)
     (golden_copy := tmp_path / "broken").mkdir()
     for file in golden_artifact.iterdir():
         (golden_copy / file.name).write_bytes(file.read_bytes())

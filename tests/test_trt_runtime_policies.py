@@ -32,7 +32,7 @@ def test_policies_equal_their_naive_restatement(seed):
         value = float(rng.choice([0.05, 0.5, 0.9, 1.0]))
         bound = float(rng.choice([0.1, 0.5, 1.0, 2.0]))
         expected = [
-            (Fixed(steps), oracle.fixed(confidence, masked, oracle.quota(state.num_masked, steps)[state.step])),
+            (Fixed(steps), oracle.fixed(confidence, masked, max(1, oracle.quota(state.num_masked, steps)[state.step]))),
             (Threshold(value), oracle.threshold(confidence, masked, value)),
             (Factor(bound), oracle.factor(confidence, masked, bound)),
         ]

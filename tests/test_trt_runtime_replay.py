@@ -11,6 +11,7 @@ from conftest import GOLDENS
 
 from trt_runtime import replay, tolerances
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.errors import DllmError
 from trt_runtime.generator import Generator
 from trt_runtime.policies import Factor, Fixed, Threshold
 from trt_runtime.sequence import Rules, Sequence
@@ -183,3 +184,59 @@ def test_a_row_ends_at_eos_only_when_everything_before_it_stands():
         assert row.is_finished == (number == 2)
     assert row.output.tolist() == [7, 8, 1001, 1001, 1001, 1001]
     assert row.num_useful == 2
+
+
+_CASE = {
+    "id": "x",
+    "family": "llada",
+    "mode": "dual",
+    "prompt": [[1, 2, 3]],
+    "gen_length": 8,
+    "block_length": 4,
+    "threshold": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "abc"}, "prompt is abc"), ({"prompt": [1, 2]}, "prompt is [1, 2]"), ({"prompt": []}, "prompt is []"),
+        ({"prompt": [[1.5]]}, "prompt is [[1.5]]"), ({"prompt": None}, "prompt is None"), ({"prompt": [[]]}, "the prompt is empty"),
+        ({"gen_length": "8"}, "gen_length is 8"), ({"gen_length": -5}, "gen_length is -5"), ({"gen_length": 600}, "more than the model's"),
+        ({"block_length": 0}, "block_length is 0"), ({"block_length": 1.5}, "block_length is 1.5"),
+        ({"threshold": "x"}, "threshold is x"), ({"factor": [1]}, "factor is [1]"), ({"threshold": None}, "has no 'steps'"),
+        ({"mode": "both"}, "unknown mode 'both'"), ({"mode": 3}, "mode is 3"), ({"mask_token_id": 7}, "mask_token_id is 7"),
+        ({"trace": 5}, "trace is 5"), ({"trace": [["full", 0, 1]]}, "trace is"), ({"trace": [["full", 0, 1, [3], []]]}, "trace is"),
+        ({"output": [5]}, "output is [5]"), ({"output": None}, "output is None"),
+    ],
+)  # fmt: skip
+def test_malformed_cases_are_refused(golden_backend, change, said):
+    with pytest.raises(DllmError) as error:
+        replay.replay(golden_backend, _CASE | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_positions_and_mask_tokens_are_never_ambiguous(golden_backend):
+    """However wide the margin: what no confidence could have decided is a mismatch."""
+    done = replay.replay(golden_backend, _CASE)
+    for position, token in ((9999, 5), (9, 5), (0, 5)):
+        case = _CASE | {"trace": copy.deepcopy(done.result["trace"])}
+        case["trace"][0][3].append(position)
+        case["trace"][0][4].append(token)
+        assert not replay.compare(case, done, 10.0).ambiguous
+    case = _CASE | {"trace": copy.deepcopy(done.result["trace"])}
+    case["trace"][0][4][0] = 1000
+    assert not replay.compare(case, done, 10.0).ambiguous
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_gaps_never_cost_an_empty_forward_and_recordings_replay(golden_backend, cache):
+    """Gaps in a prompt take part of a schedule's quota; the block then outlasts it, and every forward writes something."""
+    case = _CASE | {"mode": cache, "prompt": [[1, 1000, 1000, 4, 1000]], "threshold": None, "steps": 8, "gen_length": 8}
+    recorded = replay.record(golden_backend, [case])["cases"][0]
+    assert all(step[3] for step in recorded["trace"])
+    assert not any(1000 in row for row in recorded["full_output"])
+    assert replay.compare(recorded, replay.replay(golden_backend, recorded)) is None
+    wrong = recorded | {"full_output": [[0] * 13]}
+    assert "full_output" in str(replay.compare(wrong, replay.replay(golden_backend, recorded)))
+    assert "nfe" in str(replay.compare(recorded | {"nfe": 99}, replay.replay(golden_backend, recorded)))

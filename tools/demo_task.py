@@ -24,20 +24,13 @@ GEN_LENGTH = 96
 MIN_ANSWER, MAX_ANSWER = 48, GEN_LENGTH - 1
 
 ITEMS = (
-    "apples", "balls", "baskets", "blankets", "books", "bottles", "bowls", "boxes", "brushes", "candles", "chairs", "coats",
-    "cups", "envelopes", "flowers", "forks", "glasses", "hammers", "keys", "knives", "lamps", "lemons", "maps", "parcels",
-    "pens", "pillows", "plates", "ropes", "scarves", "shirts", "shoes", "spoons", "toys", "towels", "trays", "vases",
+    "apples", "balls", "books", "bottles", "bowls", "boxes", "chairs", "cups", "keys", "lamps",
+    "lemons", "pens", "plates", "ropes", "shoes", "toys",
 )  # fmt: skip
-COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "silver", "white", "yellow")
-ROOMS = (
-    "attic", "balcony", "basement", "bathroom", "bedroom", "cellar", "garage", "garden", "hall", "kitchen", "library",
-    "lobby", "office", "pantry", "porch", "studio",
-)  # fmt: skip
-PEOPLE = (
-    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jon", "Kim", "Leo", "Mia", "Nora", "Omar", "Pia",
-    "Rosa", "Sam", "Tom", "Uma",
-)  # fmt: skip
-TOOLS = ("broom", "cloth", "duster", "mop", "sponge", "vacuum")
+COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white")
+ROOMS = ("attic", "cellar", "garage", "garden", "hall", "kitchen", "library", "office", "pantry", "porch")
+PEOPLE = ("Ada", "Ben", "Dan", "Eva", "Kim", "Leo", "Mia", "Nora", "Sam", "Tom")
+TOOLS = ("broom", "cloth", "mop", "sponge")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 VERBS = {
@@ -112,13 +105,16 @@ def _answer_tokens(plan: list[Step]) -> int:
     return 4 * sum(len(step) for step in plan) + 1
 
 
-def draw(rng: random.Random, *, held_out: bool) -> Example:
-    """One example; with `held_out`, one of its steps names a triple that training never shows, else none does."""
+def draw(rng: random.Random, *, held_out: bool, drill: bool = False) -> Example:
+    """One example; with `held_out`, one of its steps names a triple that training never shows, else none does.
+
+    A `drill` is a single step: training mixes some in, from which copying is learnt first.
+    """
     while True:
-        plan: list[Step] = []
-        while _answer_tokens(plan) < MIN_ANSWER:
+        plan: list[Step] = [_draw_step(rng)]
+        while not drill and _answer_tokens(plan) < MIN_ANSWER:
             plan.append(_draw_step(rng))
-        if rng.random() < 0.5:
+        if not drill and rng.random() < 0.5:
             plan.append(_draw_step(rng))
         if _answer_tokens(plan) <= MAX_ANSWER and any(map(is_held_out, plan)) == held_out:
             break

@@ -36,6 +36,7 @@ END, MASK, USER, ASSISTANT, UNKNOWN = SPECIAL = (
 END_ID, MASK_ID = 0, 1
 VOCAB, WIDTH, LAYERS, HEADS, MLP, THETA, EPS = 256, 128, 4, 4, 384, 1000.0, 1e-5
 MAX_LENGTH = 256
+DRILLS = 0.25  # share of single-step samples
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -115,12 +116,17 @@ class Model(nn.Module):
         return self.ff_out(self.ln_f(x[:, first_row:]))
 
 
-def batches(tokenizer: Tokenizer, rng: random.Random, size: int, *, held_out: bool) -> Iterator[tuple[Tensor, list]]:
-    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: nothing is padded but the response."""
+def batches(
+    tokenizer: Tokenizer, rng: random.Random, size: int, *, held_out: bool, drills: float = 0.0
+) -> Iterator[tuple[Tensor, list]]:
+    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: nothing is padded but the response.
+
+    A share `drills` of the examples has a single step.
+    """
     user, assistant = tokenizer.token_to_id(USER), tokenizer.token_to_id(ASSISTANT)
     buckets: dict[int, list] = defaultdict(list)
     while True:
-        example = demo_task.draw(rng, held_out=held_out)
+        example = demo_task.draw(rng, held_out=held_out, drill=rng.random() < drills)
         prompt = [user, *tokenizer.encode(example.prompt).ids, assistant]
         answer = tokenizer.encode(example.answer).ids
         answer += [END_ID] * (demo_task.GEN_LENGTH - len(answer))
@@ -212,7 +218,7 @@ def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: in
     muon = torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     peaks = [(group, group["lr"]) for optimiser in (muon, adamw) for group in optimiser.param_groups]
-    data = batches(tokenizer, random.Random(seed * 1000 + rank), batch, held_out=False)
+    data = batches(tokenizer, random.Random(seed * 1000 + rank), batch, held_out=False, drills=DRILLS)
     tests = batches(tokenizer, random.Random(seed * 1000 + 999), 64, held_out=True)
     start, step, sequences, next_report, recent = time.time(), 0, 0, 60.0, []
     clock = torch.zeros(1)

@@ -7,9 +7,9 @@ generated tokens), batch 1, the time from the first forward to the last. Memory 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -103,8 +103,9 @@ def run(model: Model, options: Options) -> dict[str, Any]:
                 samples[name].append(sample)
     rows = [_row(name, taken) for name, taken in samples.items()]
     for row in rows:
-        row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-    memory = {name: _peak_memory(model.path, name, options) for name in dict.fromkeys(e.split()[0] for e in entries)}
+        row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
+    config = next(iter(variants.values()))
+    memory = {name: _peak_memory(model.path, name, options, config) for name in dict.fromkeys(e.split()[0] for e in entries)}
     return {"machine": _machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
             "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
                          "dtype": model.manifest.model.dtype},
@@ -139,8 +140,10 @@ def _prompts(model: Model, options: Options) -> list[Prompt]:
         return [rng.choice(allowed, options.prompt_length).tolist() for _ in range(options.count)]
     try:
         lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DllmError(f"{options.prompts}: cannot be read ({error.strerror}): give a file with one prompt a line.") from error
+    except (OSError, ValueError) as error:
+        raise DllmError(
+            f"{options.prompts}: cannot be read ({error}): give a text file (UTF-8) with one prompt a line."
+        ) from error
     if not lines:
         raise DllmError(f"{options.prompts}: holds no prompt: give a file with one prompt a line.")
     return list(lines[: options.count])
@@ -151,8 +154,9 @@ def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
                             threshold=options.threshold, stop_at_eos=options.prompts is not None)  # fmt: skip
     base = base.resolved(model.manifest)
     if options.tokens_per_step is not None:
-        assert base.gen_length is not None
-        base = replace(base, steps=-(-base.gen_length // options.tokens_per_step))
+        assert base.gen_length is not None and base.block_length is not None
+        blocks = -(-base.gen_length // base.block_length)
+        base = replace(base, steps=blocks * -(-base.block_length // options.tokens_per_step))
         return {cache: replace(base, cache=cache) for cache in CACHES}
     single = {cache: replace(base, cache=cache) for cache in CACHES}
     return single | {f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in CACHES}
@@ -204,30 +208,29 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
 
 
-def _peak_memory(artifact: Path, backend: str, options: Options) -> float:
-    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation."""
-    command = [
-        sys.executable,
-        "-m",
-        "trt_runtime.bench",
-        str(artifact),
-        backend,
-        str(options.prompt_length),
-        options.checkpoint or "",
-    ]
+def _peak_memory(artifact: Path, backend: str, options: Options, config: GenerationConfig) -> float:
+    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with both roles."""
+    job = {"artifact": str(artifact), "backend": backend, "prompt_length": options.prompt_length, "threads": options.threads,
+           "checkpoint": options.checkpoint, "gen_length": config.gen_length, "block_length": config.block_length}  # fmt: skip
+    command = [sys.executable, "-m", "trt_runtime.bench", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DllmError(f"the memory measurement failed: {done.stderr.strip().splitlines()[-1]}")
+        raise DllmError(f"the memory measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return float(done.stdout)
 
 
 def _child() -> None:
-    artifact, backend, prompt_length, checkpoint = sys.argv[1:]
-    extra = {"checkpoint": checkpoint} if checkpoint else {}
-    model = Model(Path(artifact), open_backend(backend, Path(artifact), **extra))
+    job = json.loads(sys.argv[1])
+    extra = {"checkpoint": job["checkpoint"]} if job["checkpoint"] and job["backend"] == "torch" else {}
+    backend = open_backend(job["backend"], Path(job["artifact"]), threads=job["threads"], **extra)
+    model = Model(Path(job["artifact"]), backend)
+    room = model.manifest.model.max_length - job["gen_length"]
     token = 0 if model.manifest.decoding.mask_token_id else 1
-    model.generate([[token] * int(prompt_length)], GenerationConfig(stop_at_eos=False))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    config = GenerationConfig(gen_length=job["gen_length"], block_length=job["block_length"], stop_at_eos=False)
+    model.generate([[token] * max(1, min(room, job["prompt_length"]))], config)
+    # not getrusage: its peak survives fork and exec, and would be this process's parent's
+    peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,30 @@ from trt_runtime.config import CACHES, POLICIES, GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model, Prompt, Result, load
 
+MAX_THREADS = 1024
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on prompts that stand behind an option
+    if any(item.startswith("-") and item != "-" for item in rest) or (rest and not hasattr(args, "prompt")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.prompt += rest
     try:
         command: Callable[[argparse.Namespace], int] = args.run
-        return command(args)
+        status = command(args)
+        sys.stdout.flush()
+        return status
     except DllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'output'}: {error.strerror}: check the path, the disk and the rights.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -101,11 +114,11 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     parser.add_argument("--cache", default=default.cache, help=f"{', '.join(CACHES)} (default {default.cache})")
     parser.add_argument("--policy", default=default.policy, help=f"{', '.join(POLICIES)} (default {default.policy})")
-    parser.add_argument("--threshold", type=float, default=default.threshold, help="above 0, at most 1 (default 0.9)")
-    parser.add_argument("--factor", type=float, default=default.factor, help="of the policy 'factor' (default 1.0)")
+    parser.add_argument("--threshold", type=float, help="of the policy 'threshold': above 0, at most 1 (default 0.9)")
+    parser.add_argument("--factor", type=float, help="of the policy 'factor' (default 1.0)")
     parser.add_argument("--steps", type=int, help="with 'fixed': forwards in all (default: one token a forward)")
     parser.add_argument("--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the temperature's noise (default 0)")
+    parser.add_argument("--seed", type=int, help="of the temperature's noise (default 0)")
     parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
     _backend_options(parser)
@@ -113,17 +126,23 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
 
 def _open(args: argparse.Namespace) -> Model:
     options = {"threads": args.threads}
-    if args.threads is not None and args.threads < 1:
-        raise DllmError(f"--threads is {args.threads}, expected a whole number from 1.")
-    if args.checkpoint is not None:
-        if args.backend != "torch":
-            raise DllmError(f"--checkpoint goes with --backend torch, got --backend {args.backend}.")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
+    if args.checkpoint is not None and args.backend == "torch":
         options["checkpoint"] = args.checkpoint
+    elif args.checkpoint is not None and not getattr(args, "reference", ""):
+        raise DllmError(f"--checkpoint goes with --backend torch, got --backend {args.backend}.")
     return load(args.artifact, args.backend, **options)
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
-    return GenerationConfig(**{item.name: getattr(args, item.name) for item in fields(GenerationConfig)})
+    for name, policy in (("threshold", "threshold"), ("factor", "factor"), ("steps", "fixed")):
+        if getattr(args, name) is not None and args.policy != policy and args.policy in POLICIES:
+            raise DllmError(f"--{name} goes with --policy {policy}, got --policy {args.policy}.")
+    if args.seed is not None and args.temperature == 0:
+        raise DllmError("--seed goes with a --temperature above 0: at 0 nothing is drawn.")
+    given = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
+    return GenerationConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -147,7 +166,7 @@ def _generate(args: argparse.Namespace) -> int:
     for prompt, result in zip(prompts, results, strict=True):
         if len(results) > 1:
             print(f"> {prompt}")
-        print(result.text if result.text is not None else " ".join(map(str, result.tokens)))
+        print(render.answer(model, result, whole=args.infill))
         print(render.summary(result), file=sys.stderr)
     return 0
 
@@ -217,6 +236,10 @@ def _verify(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     if args.cases is None and args.record is None:
         raise DllmError("no cases: give CASES.json, or --record NEW.json to make some.")
+    if args.record is not None and (args.output is not None or args.exact):
+        raise DllmError("--record compares nothing: leave out --output and --exact.")
+    if args.count < 1 or args.seed < 0:
+        raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
     model = _open(args)
     facts = model.manifest
     cases = replay.read_cases(args.cases) if args.cases else replay.random_cases(facts, args.count, args.seed)
@@ -245,10 +268,13 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[replay.Case]) -
             excused += 1
             continue
         print(found)
-        near, wrong = near + found.ambiguous, wrong + (not found.ambiguous)
+        ambiguous = found.ambiguous and not args.exact
+        near, wrong = near + ambiguous, wrong + (not ambiguous)
     if args.output is not None:
         _write_json(args.output, {"cases": results})
     expecting = sum("output" in case or "trace" in case for case in cases)
+    if not expecting and args.output is None:
+        raise DllmError("no case says what to expect (output, trace): nothing was compared; give --output to keep the results.")
     print(f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
           f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
     return 1 if wrong else 0

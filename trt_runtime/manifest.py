@@ -104,7 +104,7 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
         )
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
     for name, facts in manifest.files.items():
@@ -135,9 +135,26 @@ def parse(read: object, where: str) -> Manifest:
         raise DllmError(f"{where}: model.dtype is {manifest.model.dtype!r}, expected one of {sorted(contract.DTYPES)}.")
     if manifest.head not in contract.HEADS:
         raise DllmError(f"{where}: head is {manifest.head!r}, expected one of {list(contract.HEADS)}.")
+    _check_facts(manifest, where)
     for name in [*manifest.files, *([manifest.tokenizer] if manifest.tokenizer else [])]:
         _check_name(name, where)
     return manifest
+
+
+def _check_facts(manifest: Manifest, where: str) -> None:
+    model, decoding = manifest.model, manifest.decoding
+    for item in fields(model):
+        value = getattr(model, item.name)
+        if isinstance(value, int) and value < 1:
+            raise DllmError(f"{where}: model.{item.name} is {value}, expected a whole number from 1: {_AGAIN}.")
+    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
+        if not 0 <= token < model.vocab_size:
+            raise DllmError(f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}.")
+    if decoding.mask_token_id in decoding.eos_token_ids or decoding.logit_shift not in (0, 1):
+        raise DllmError(
+            f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, logit_shift "
+            f"{decoding.logit_shift}: the mask cannot end a text, and the shift is 0 or 1: {_AGAIN}."
+        )
 
 
 def write(manifest: Manifest, artifact: Path) -> None:

@@ -58,7 +58,8 @@ class Result:
 class Update:
     """A row after one forward: `committed` is the text of finished blocks; `provisional` what is unmasked beyond them.
 
-    tokens: the generated part as it stands, mask tokens included. changed: positions (from 0) that this forward wrote.
+    tokens: the generated part as it stands, mask tokens included. changed: positions that this forward wrote, and block: the
+    running block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
     """
 
     row: int
@@ -110,16 +111,22 @@ class Model:
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it."""
         if not isinstance(prompt, str):
-            messages = [item for item in prompt if isinstance(item, Mapping)]
-            if messages:
-                return self._need_tokenizer().encode(self._need_tokenizer().render_chat(messages))
-            return [int(item) for item in prompt if not isinstance(item, Mapping)]
+            return self._encode_list(prompt)
         tokenizer = self._need_tokenizer()
         if not prompt.strip():
             raise DllmError("the prompt is empty: give some text to answer.")
         if tokenizer.has_chat_template and not raw:
             prompt = tokenizer.render_chat([{"role": "user", "content": prompt}])
         return tokenizer.encode(prompt)
+
+    def _encode_list(self, prompt: Rows[int] | Rows[Mapping[str, str]]) -> list[int]:
+        items: list[Any] = list(prompt) if isinstance(prompt, (list, tuple, np.ndarray)) else [prompt]
+        if items and all(isinstance(item, Mapping) for item in items):
+            tokenizer = self._need_tokenizer()
+            return tokenizer.encode(tokenizer.render_chat(items))
+        if wrong := [item for item in items if not isinstance(item, (int, np.integer)) or isinstance(item, bool)]:
+            raise DllmError(f"a prompt holds {wrong[0]!r}, expected a text, token ids, or messages {{'role', 'content'}}.")
+        return [int(item) for item in items]
 
     def close(self) -> None:
         """Free the model."""
@@ -131,8 +138,10 @@ class Model:
         return self.tokenizer
 
     def _sequences(self, prompts: Rows[Prompt], config: GenerationConfig, raw: bool) -> list[Sequence]:
+        if not isinstance(config, GenerationConfig):
+            raise DllmError(f"config is a {type(config).__name__}, expected a GenerationConfig.")
         config = config.resolved(self.manifest)
-        if isinstance(prompts, (str, bytes)) or not prompts:
+        if isinstance(prompts, (str, bytes)) or not len(prompts):
             raise DllmError(f"prompts is {prompts!r}, expected a list of one or more prompts.")
         rules = rules_of(config, self.manifest)
         rows = []
@@ -150,7 +159,8 @@ class Model:
 
     def _update(self, slot: int, row: Sequence, block: tuple[int, int]) -> Update:
         step, first = row.trace[-1], row.prompt_length
-        settled = row.length if row.block is None else max(first, row.block[0])
+        in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
+        settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
         committed = self._text(row.canvas[first : min(settled, useful)])
         rest = row.canvas[min(settled, useful) : useful]

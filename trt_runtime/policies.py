@@ -39,7 +39,7 @@ class BlockState:
 
 
 class Policy(ABC):
-    """Commits at least one masked position in each call, unless none is masked (or the schedule of `fixed` says none)."""
+    """Commits at least one masked position in each call, unless none is masked."""
 
     name: ClassVar[str]
 
@@ -57,8 +57,9 @@ class Fixed(Policy):
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         quotas = quota(state.num_masked, self.steps_per_block)
-        # past the schedule (masks outside the block were chosen before its own): one at a time
-        return _most_confident(stats.confidence, is_masked, quotas[state.step] if state.step < len(quotas) else 1)
+        planned = quotas[state.step] if state.step < len(quotas) else 0
+        # never none: where gaps of the prompt took part of the quota, the block outlasts its schedule
+        return _most_confident(stats.confidence, is_masked, max(1, planned))
 
 
 @dataclass(frozen=True)

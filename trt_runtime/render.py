@@ -24,6 +24,13 @@ def summary(result: Result) -> str:
     )
 
 
+def answer(model: Model, result: Result, *, whole: bool) -> str:
+    """A result as text, or as token ids without a tokenizer; `whole`: with the prompt, whose gaps were filled."""
+    if not whole:
+        return result.text if result.text is not None else " ".join(map(str, result.tokens))
+    return model.tokenizer.decode(result.canvas) if model.tokenizer else " ".join(map(str, result.canvas))
+
+
 def show_stream(
     model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None
 ) -> str | None:
@@ -36,8 +43,10 @@ def show_stream(
             text, lines = _canvas(model, last, lines)
             out.write(text)
         elif last.committed is not None:
-            out.write(last.committed[len(shown) :])
-            shown = last.committed
+            # a character whose bytes end in the next block reads as U+FFFD until then
+            whole = last.committed if last.finished else last.committed.rstrip("\ufffd")
+            out.write(whole[len(shown) :])
+            shown = whole
         out.flush()
     assert last is not None
     if out.isatty():

@@ -8,7 +8,7 @@ a fixed schedule), and what is expected: output, nfe (or nfe_nonempty, which lea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def read_cases(path: Path) -> list[Case]:
     """The cases of a file: {"cases": [...]} or a plain list. Raises DllmError."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): give a file of recorded cases.") from error
     cases = read.get("cases") if isinstance(read, dict) else read
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
@@ -75,13 +75,13 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     """The first difference between what a case expects and what came out; None where it agrees or expects nothing.
 
     Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is AMBIGUOUS.
-    A case with mask tokens in its prompt was recorded by code that may leave them: only the steps that it made are
+    The v1 code may leave mask tokens in the prompt (they stand in `full_output`): then only the steps that it made are
     compared, and the forwards that fill the rest of the gaps come after them.
     """
     name, result = str(case.get("id")), replayed.result
     expected = [step for step in case.get("trace", []) if step[3]]
-    has_gaps = any(case.get("mask_token_id") in row for row in case["prompt"])
-    got = result["trace"][: len(expected)] if has_gaps else result["trace"]
+    left_gaps = any(case.get("mask_token_id") in row for row in case.get("full_output", []))
+    got = result["trace"][: len(expected)] if left_gaps else result["trace"]
     if "trace" in case:
         for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
             if mine != theirs:
@@ -92,8 +92,10 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
             return Mismatch(name, where)
     if "output" in case and result["output"] != case["output"]:
         return Mismatch(name, f"output: {_first_token(case['output'], result['output'])}")
+    if "full_output" in case and not left_gaps and result.get("full_output") != case["full_output"]:
+        return Mismatch(name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}")
     nfe = case.get("nfe_nonempty", case.get("nfe"))
-    if nfe is not None and not has_gaps and result["nfe"] != nfe:
+    if nfe is not None and not left_gaps and result["nfe"] != nfe:
         return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}")
     return None
 
@@ -104,6 +106,8 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
         return False
     candidates, stats, state = seen
+    if not set(expected[3]) <= set(candidates.tolist()) or row.rules.mask_token_id in expected[4]:
+        return False
     wanted = np.isin(candidates, expected[3])
     chosen = np.isin(candidates, row.trace[number].positions)
     moved = stats.confidence + margin * (wanted & ~chosen) - margin * (chosen & ~wanted)
@@ -156,12 +160,12 @@ _INPUTS = ("id", "family", "mode", "prompt", "gen_length", "block_length", "step
 
 
 def _rows(manifest: Manifest, case: Case) -> list[Sequence]:
-    where = f"case {case.get('id')}"
-    for key in ("mode", "prompt", "gen_length", "block_length"):
-        if key not in case:
-            raise DllmError(f"{where}: has no '{key}': give a file of recorded cases (make some with replay --record).")
-    if case["mode"] not in CACHES:
-        raise unknown("mode", str(case["mode"]), CACHES)
+    _check_case(case)
+    if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
+        raise DllmError(
+            f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
+            f"{manifest.decoding.mask_token_id}: the case is of another model."
+        )
     facts, gen, block = manifest.decoding, case["gen_length"], case["block_length"]
     # cases are facts about the loop: thresholds outside (0, 1] are allowed here, unlike in GenerationConfig
     config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
@@ -171,6 +175,45 @@ def _rows(manifest: Manifest, case: Case) -> list[Sequence]:
         check_prompt(prompt, config, manifest)
         rows.append(Sequence(np.array(prompt, np.int64), rules))
     return rows
+
+
+def _check_case(case: Case) -> None:
+    """Raise DllmError for a case whose fields are missing or of the wrong type."""
+
+    def rows(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
+
+    def number(value: Any) -> bool:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+    def step(value: Any) -> bool:
+        kinds = (str, int, int, list, list)
+        ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
+        return ok and len(value[3]) == len(value[4]) and rows([value[4]])
+
+    fixed = case.get("threshold") is None and case.get("factor") is None
+    checks: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
+        "mode": (True, lambda v: isinstance(v, str), "a cache mode"),
+        "prompt": (True, lambda v: rows(v) and len(v) > 0, "a list of rows of token ids"),
+        "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
+        "block_length": (True, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "steps": (fixed, lambda v: type(v) is int and v >= 1 if fixed else number(v), "a whole number from 1"),
+        "threshold": (False, number, "a number or null"),
+        "factor": (False, number, "a number or null"),
+        "output": (False, rows, "a list of rows of token ids"),
+        "full_output": (False, rows, "a list of rows of token ids"),
+        "trace": (
+            False,
+            lambda v: isinstance(v, list) and all(map(step, v)),
+            "a list of [kind, start, length, positions, tokens]",
+        ),
+    }
+    for key, (required, is_right, expected) in checks.items():
+        if (required and key not in case) or (key in case and not is_right(case[key])):
+            shown = f"{key} is {str(case[key])[:60]}" if key in case else f"has no '{key}'"
+            raise DllmError(f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record).")
+    if case["mode"] not in CACHES:
+        raise unknown("mode", case["mode"], CACHES)
 
 
 def _policy(case: Case) -> Policy:

@@ -21,7 +21,7 @@ class Tokenizer:
         except Exception as error:  # the package raises plain Exception
             raise DllmError(f"{path / 'tokenizer.json'}: not readable ({error}): export the artifact again.") from error
         config_file = path / "tokenizer_config.json"
-        self._config: dict[str, Any] = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        self._config = _read_object(config_file) if config_file.is_file() else {}
         template_file = path / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else self._config.get("chat_template")
         self._template: str | None = template if isinstance(template, str) else None
@@ -32,7 +32,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._encoding(text).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -43,7 +43,7 @@ class Tokenizer:
         unknown = self._token("unk_token")
         if unknown is None:
             return []
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return [text[begin:end] for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)
                 if token == unknown and text[begin:end] != unknown]  # fmt: skip
 
@@ -60,12 +60,29 @@ class Tokenizer:
         try:
             template = environment.from_string(self._template)
             return template.render(messages=list(messages), add_generation_prompt=True, **special)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can raise anything
             raise DllmError(f"the chat template failed ({error}): check the roles of the messages.") from error
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # lone surrogates: bytes that are not UTF-8
+            raise DllmError(f"the prompt {text!r} is not valid Unicode: give it in UTF-8.") from error
 
     def _token(self, name: str) -> str | None:
         token = self._config.get(name)
-        return token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DllmError(f"{path}: not readable as JSON ({error}): export the artifact again.") from error
+    if not isinstance(read, dict):
+        raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: export the artifact again.")
+    return read
 
 
 def _raise(message: str) -> None:

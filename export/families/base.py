@@ -24,24 +24,24 @@ class ConfigReader:
         self.config, self.where = config, where
         self._seen: set[str] = set(_NEUTRAL)
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
+    def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
         """The value of `key`, which must be of `kind` (an int will do for a float); `default` where it is absent or null."""
         self._seen.add(key)
-        value = self.config.get(key)
+        value: Any = self.config.get(key)
         if value is None:
             if default is None:
                 raise DllmError(f"{self.where}: {key} is missing: this model needs it; take the config.json of the checkpoint.")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, (int, float) if kind is float else (kind,)) or (kind is not bool and isinstance(value, bool)):
             raise DllmError(f"{self.where}: {key} is {value!r}, expected {kind.__name__}.")
-        return value
+        if kind is float and not 0 < value < 1e30:
+            raise DllmError(f"{self.where}: {key} is {value!r}, expected a number above 0.")
+        return float(value) if kind is float else value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1."""
+        """A whole number from 1 (and below 2^31: no tensor axis is longer)."""
         value: int = self.get(key, int, default)
-        if value < 1:
+        if not 1 <= value < 2**31:
             raise DllmError(f"{self.where}: {key} is {value}, expected a whole number from 1.")
         return value
 
@@ -59,20 +59,38 @@ class ConfigReader:
 
     def token_ids(self, key: str, other: Mapping[str, Any]) -> tuple[int, ...]:
         """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the config's."""
-        value = other.get(key, self.config.get(key))
+        value = self.config.get(key) if other.get(key) is None else other[key]
         ids = value if isinstance(value, list) else [value]
         if not ids or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
             raise DllmError(f"{self.where}: {key} is {value!r}, expected a token id or a list of them.")
         return tuple(ids)
 
+    def token_id(self, key: str, other: Mapping[str, Any]) -> int:
+        """The one token id under `key`."""
+        ids = self.token_ids(key, other)
+        if len(ids) != 1:
+            raise DllmError(f"{self.where}: {key} is {list(ids)}, expected one token id.")
+        return ids[0]
+
     def finish(self, ignored: Collection[str]) -> None:
         """Raise for a key that was neither read nor ignored, unless its value is null or false."""
-        unread = [k for k, v in self.config.items() if k not in self._seen and k not in ignored and v not in (None, False)]
+        unread = [k for k, v in self.config.items() if k not in self._seen | set(ignored) and v is not None and v is not False]
+        if strange := sorted(set(ignored) - set(self.config)):
+            raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
         if unread:
             raise DllmError(
                 f"{self.where}: {', '.join(f'{key} = {self.config[key]!r}' for key in unread)}: not known to this family. "
                 f"If it does not change what the model computes, export with --ignore-key {unread[0]}."
             )
+
+
+def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:
+    """gen_length and block_length, where generation_config.json names them."""
+    defaults = {key: generation_config[key] for key in ("gen_length", "block_length") if generation_config.get(key) is not None}
+    for key, value in defaults.items():
+        if type(value) is not int or value < 1:
+            raise DllmError(f"generation_config.json: {key} is {value!r}, expected a whole number from 1.")
+    return defaults
 
 
 class Family(ABC):

@@ -12,7 +12,7 @@ from typing import Any
 
 from export import decoder
 from export.decoder import DecoderConfig
-from export.families.base import ConfigReader, Family, split_layer
+from export.families.base import ConfigReader, Family, decoding_defaults, split_layer
 from trt_runtime.manifest import DecodingFacts
 
 _LAYER = {
@@ -56,13 +56,12 @@ class Llada(Family):
         )
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
-        defaults = {key: generation_config[key] for key in ("gen_length", "block_length") if key in generation_config}
         return DecodingFacts(
-            mask_token_id=config.token_ids("mask_token_id", {})[0],
+            mask_token_id=config.token_id("mask_token_id", {}),
             eos_token_ids=config.token_ids("eos_token_id", generation_config),
-            pad_token_id=config.token_ids("pad_token_id", generation_config)[0],
+            pad_token_id=config.token_id("pad_token_id", generation_config),
             logit_shift=0,
-            defaults=defaults,
+            defaults=decoding_defaults(generation_config),
         )
 
     def tensor_name(self, weight: str) -> str:

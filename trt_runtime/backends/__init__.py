@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
     if name not in _TABLE:
         raise unknown("backend", name, _TABLE)
     module, cls, advice = _TABLE[name]
-    backend: Backend = getattr(import_tool(module, f"the backend '{name}'", advice), cls)(artifact, **options)
+    opener = getattr(import_tool(module, f"the backend '{name}'", advice), cls)
+    known = set(inspect.signature(opener).parameters) - {"artifact"}
+    if strange := sorted(set(options) - known):
+        raise unknown(f"option of the backend '{name}'", strange[0], known)
+    backend: Backend = opener(Path(artifact), **options)
     return backend
 
 

@@ -66,6 +66,7 @@ class OrtBackend(Backend):
                 f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {role} graph ({str(error).splitlines()[0]}): "
                 "use onnxruntime 1.24 or newer, or export with --lowering legacy."
             ) from error
+        self._check_graph(artifact)
         self._names = contract.cache_names("cache", self.manifest.model.dims)
         self._small_inputs = ["input_ids", "position_ids", *(["write_index"] if role == "refine" else []), "kv_len", "logit_rows"]
         self._updated = contract.cache_names("updated", self.manifest.model.dims)
@@ -93,9 +94,27 @@ class OrtBackend(Backend):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name in names:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises several unrelated types
+            raise DllmError(f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}") from error
         outputs = binding.get_outputs()[len(self._names) :]
         return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+    def _check_graph(self, artifact: Path) -> None:
+        """The graph that was opened must be the one that the manifest describes."""
+        dims, head = self.manifest.model.dims, self.manifest.head
+        names = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+        sides = ((self._session.get_inputs(), contract.inputs(self.role, dims)),
+                 (self._session.get_outputs(), contract.outputs(self.role, dims, head)))  # fmt: skip
+        for held, described in sides:
+            found = {value.name: (names.get(value.type), tuple(value.shape or ())) for value in held}
+            for spec in described:
+                if found.get(spec.name) != (spec.dtype, spec.axes):
+                    raise DllmError(
+                        f"{artifact}: the {self.role} graph has {spec.name} as {found.get(spec.name)}, the manifest says "
+                        f"{(spec.dtype, spec.axes)}: the artifact's files are not of one export: export it again."
+                    )
 
     def _binding(self, cache: Cache, slots: slice, names: tuple[str, ...]) -> Any:
         """The binding of a range of slots: each cache is one memory, bound as input and as output."""
