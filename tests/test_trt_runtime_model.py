@@ -16,10 +16,10 @@ import itertools
 
 import demo_task
 
-PROMPT = "take 3 red cups from kitchen to garage, then hand two blue pens to Mia, and clean hall with mop"
+PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 PLAN = [
-    {"do": "move", "item": "cups", "color": "red", "count": 3, "from": "kitchen", "to": "garage"},
-    {"do": "give", "item": "pens", "color": "blue", "count": 2, "for": "Mia"},
+    {"do": "move", "item": "cups", "color": "red", "from": "kitchen", "to": "garage"},
+    {"do": "give", "item": "pens", "color": "blue", "for": "Mia"},
     {"do": "clean", "in": "hall", "with": "mop"},
 ]
 
@@ -34,7 +34,7 @@ def test_the_demo_model_answers(model, cache):
     result = model.generate([PROMPT], rt.GenerationConfig(cache=cache))[0]
     assert demo_task.is_right(result.text, PLAN), result.text
     assert result.nfe == len(result.trace) == result.prefix_passes + result.refine_steps
-    assert result.num_useful == 4 * (6 + 5 + 3) + 1
+    assert result.num_useful == 4 * (5 + 4 + 3) + 1
     assert (result.refine_steps == 0) == (cache == "none")
     assert result.tokens_per_forward == result.num_useful / result.nfe
 
@@ -48,7 +48,7 @@ def test_parallel_unmasking_needs_fewer_forwards(model):
 
 
 def test_a_batch_equals_its_rows(model):
-    prompts = [PROMPT, "find 2 red keys in attic. next give Ada six pink toys", "clean porch with broom", PROMPT[:30]]
+    prompts = [PROMPT, "find red keys in attic. next give Ada pink toys", "clean porch with broom", PROMPT[:30]]
     together = model.generate(prompts)
     for prompt, result in zip(prompts, together, strict=True):
         assert model.generate([prompt])[0].tokens == result.tokens
@@ -87,7 +87,7 @@ def test_temperature_follows_its_seed_and_not_its_batch_mates(model):
 
 
 def test_infill_fills_the_gaps_of_a_template(model):
-    prompt = '<|user|>clean hall with mop, and give Mia 2 red cups<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
+    prompt = '<|user|>clean hall with mop, and give Mia red cups<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
     with pytest.raises(rt.DllmError, match="holds the mask token"):
         model.generate([prompt], raw=True)
     config = rt.GenerationConfig(infill=True, gen_length=0)
@@ -114,7 +114,7 @@ def test_prompts_as_ids_and_as_messages(model):
         ([], {}, "expected a list of one or more prompts"),
         ("text", {}, "expected a list of one or more prompts"),
         ([[5] * 200], {}, "together more than the model's 256: shorten the prompt to 160"),
-        ([[5, 999]], {}, "token id 999, expected 0 to 255"),
+        ([[5, 999]], {}, "token id 999, expected 0 to 191"),
         ([[5, 1, 7]], {}, "holds the mask token (1) at position 1"),
         ([[5]], {"threshold": 0}, "threshold is 0, expected above 0 and at most 1"),
         ([[5]], {"threshold": 2}, "threshold is 2"),
@@ -158,7 +158,7 @@ def test_the_chat_template_is_rendered_in_a_sandbox(model, monkeypatch):
 
 def test_the_first_forward_of_a_block_is_a_prefix_pass(model):
     result = model.generate([PROMPT], rt.GenerationConfig(stop_at_eos=False))[0]
-    assert [step.kind for step in result.trace].count(FULL) == 3
+    assert [step.kind for step in result.trace].count(FULL) == 12
     assert result.trace[0].kind == FULL
 
 
@@ -207,12 +207,12 @@ def test_a_character_that_is_split_between_blocks_is_printed_whole():
 @pytest.mark.parametrize(
     ("prompts", "config", "said"),
     [
-        ([5], None, "a prompt holds 5"),
-        ([None], None, "a prompt holds None"),
+        ([5], None, "a prompt is 5"),
+        ([None], None, "a prompt is None"),
         ([["a"]], None, "a prompt holds 'a'"),
         ([[1.7]], None, "a prompt holds 1.7"),
         ([[True]], None, "a prompt holds True"),
-        ([b"abc"], None, "a prompt holds b'abc'"),
+        ([b"abc"], None, "a prompt is b'abc'"),
         ([[{"role": "user", "content": "x"}, 5]], None, "a prompt holds {'role'"),
         ([[5]], {"gen_length": 8}, "config is a dict"),
         ([[5]], rt.GenerationConfig(gen_length=True), "gen_length is True, expected int"),

@@ -1,14 +1,14 @@
 """The demo model's task: a spoken order to a household robot becomes a JSON plan.
 
-    take 3 red cups from kitchen to garage, then hand two blue pens to Mia
-    [{"do": "move", "item": "cups", "color": "red", "count": 3, "from": "kitchen", "to": "garage"}, {"do": "give", ...}]
+    take red cups from kitchen to garage, then hand blue pens to Mia
+    [{"do": "move", "item": "cups", "color": "red", "from": "kitchen", "to": "garage"}, {"do": "give", ...}]
 
 A plan has many right spellings: the keys of a step come in one of several orders, and all keys of an answer follow one of
 two vocabularies ("do", "item", ... or "action", "object", ...). Tokens of an answer therefore depend on one another: a
 decoder that commits two keys at once, each alone plausible, writes one key twice or mixes the vocabularies.
 `is_right` accepts every right spelling and nothing else.
 
-Numbers, colours and things of the held-out prompts never stand together in training (`is_held_out`).
+A tenth of all pairs of a thing and a colour never stands in training; each held-out prompt names one (`is_held_out`).
 Everything is drawn from a `random.Random`, so a seed names a data set. Standard library only.
 """
 
@@ -31,7 +31,6 @@ COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple",
 ROOMS = ("attic", "cellar", "garage", "garden", "hall", "kitchen", "library", "office", "pantry", "porch")
 PEOPLE = ("Ada", "Ben", "Dan", "Eva", "Kim", "Leo", "Mia", "Nora", "Sam", "Tom")
 TOOLS = ("broom", "cloth", "mop", "sponge")
-NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 VERBS = {
     "move": ("take", "move", "carry", "bring"),
@@ -42,11 +41,11 @@ VERBS = {
 OPENINGS = ("", "", "please ", "robot , ", "now ", "could you ")
 JOINTS = (", then ", ", and then ", "; after that ", ". next ", ", and ")
 VOCABULARIES = (
-    ("do", "item", "color", "count", "from", "to", "for", "in", "with"),
-    ("action", "object", "paint", "number", "source", "target", "person", "room", "tool"),
+    ("do", "item", "color", "from", "to", "for", "in", "with"),
+    ("action", "object", "paint", "source", "target", "person", "room", "tool"),
 )
 _KEYS = dict(zip(VOCABULARIES[0], VOCABULARIES[1], strict=True))
-_GOODS_ORDERS = (("item", "color", "count"), ("count", "color", "item"), ("color", "item", "count"))
+_GOODS_ORDERS = (("item", "color"), ("color", "item"))
 
 Step = dict[str, Any]
 
@@ -61,15 +60,15 @@ class Example:
 
 
 def is_held_out(step: Step) -> bool:
-    """A tenth of all (thing, colour, number) triples is never seen in training."""
-    return "item" in step and zlib.crc32(f"{step['item']}/{step['color']}/{step['count']}".encode()) % 10 == 0
+    """A tenth of all pairs of a thing and a colour is never seen in training."""
+    return "item" in step and zlib.crc32(f"{step['item']}/{step['color']}".encode()) % 10 == 0
 
 
 def _draw_step(rng: random.Random) -> Step:
     do = rng.choices(("move", "give", "find", "clean"), (5, 3, 3, 2))[0]
     if do == "clean":
         return {"do": do, "in": rng.choice(ROOMS), "with": rng.choice(TOOLS)}
-    goods = {"do": do, "item": rng.choice(ITEMS), "color": rng.choice(COLORS), "count": rng.randint(2, 12)}
+    goods = {"do": do, "item": rng.choice(ITEMS), "color": rng.choice(COLORS)}
     if do == "move":
         source, target = rng.sample(ROOMS, 2)
         return goods | {"from": source, "to": target}
@@ -80,8 +79,7 @@ def _say(step: Step, rng: random.Random) -> str:
     verb = rng.choice(VERBS[step["do"]])
     if step["do"] == "clean":
         return f"{verb} {step['in']} with {step['with']}"
-    number = NUMBERS[step["count"] - 2] if rng.random() < 0.25 else str(step["count"])
-    goods = f"{number} {step['color']} {step['item']}"
+    goods = f"{step['color']} {step['item']}"
     if step["do"] == "move":
         return f"{verb} {goods} from {step['from']} to {step['to']}"
     if step["do"] == "find":
@@ -90,11 +88,9 @@ def _say(step: Step, rng: random.Random) -> str:
 
 
 def _spell(step: Step, rng: random.Random, vocabulary: int) -> Step:
-    """One right order of the keys: "do" first; the goods and the places in either order, each in an order of its own."""
+    """One right order of the keys: "do" first; the goods in either order, before or after the places."""
     goods = [key for key in rng.choice(_GOODS_ORDERS) if key in step]
-    places = [key for key in step if key not in ("do", "item", "color", "count")]
-    if rng.random() < 0.5:
-        places.reverse()
+    places = [key for key in step if key not in ("do", "item", "color")]
     groups = [goods, places] if rng.random() < 0.5 else [places, goods]
     keys = ["do", *groups[0], *groups[1]]
     return {(_KEYS[key] if vocabulary else key): step[key] for key in keys}
@@ -106,7 +102,7 @@ def _answer_tokens(plan: list[Step]) -> int:
 
 
 def draw(rng: random.Random, *, held_out: bool, drill: bool = False) -> Example:
-    """One example; with `held_out`, one of its steps names a triple that training never shows, else none does.
+    """One example; with `held_out`, one of its steps names a pair that training never shows, else none does.
 
     A `drill` is a single step: training mixes some in, from which copying is learnt first.
     """
@@ -142,7 +138,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> Step:
 
 def words() -> list[str]:
     """Every word of the task, in a fixed order: the vocabulary of the tokenizer."""
-    said = [*ITEMS, *COLORS, *ROOMS, *PEOPLE, *TOOLS, *NUMBERS, *(str(n) for n in range(2, 13))]
+    said = [*ITEMS, *COLORS, *ROOMS, *PEOPLE, *TOOLS]
     said += [verb for verbs in VERBS.values() for verb in verbs] + list(VERBS)
     said += [*VOCABULARIES[0], *VOCABULARIES[1]]
     said += [
@@ -173,4 +169,4 @@ def words() -> list[str]:
 
 def glue() -> list[str]:
     """Every run of punctuation of the task: each is one token."""
-    return ['[{"', '": "', '": ', '", "', ', "', '"}, {"', '}, {"', '"}]', "}]", ", ", " , ", "; ", ". ", ",", ".", "?", "!"]
+    return ['[{"', '": "', '", "', '"}, {"', '"}]', ", ", " , ", "; ", ". ", ",", ".", "?", "!"]

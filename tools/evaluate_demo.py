@@ -27,11 +27,9 @@ VARIANTS = {
     "prefix, threshold 0.9": rt.GenerationConfig(cache="prefix", threshold=0.9),
     "dual, threshold 0.9": rt.GenerationConfig(cache="dual", threshold=0.9),
     "dual, one a forward": rt.GenerationConfig(cache="dual", policy="fixed"),
-    **{
-        f"{cache}, fixed {steps} forwards a block": rt.GenerationConfig(cache=cache, policy="fixed", steps=3 * steps)
-        for cache in ("none", "dual")
-        for steps in (16, 12, 11, 10, 9, 8, 7, 6, 5, 4)
-    },
+    **{f"dual, fixed {n} forwards a block": rt.GenerationConfig(policy="fixed", steps=12 * n) for n in (4, 3, 2)},
+    **{f"dual, threshold 0.9, block {n}": rt.GenerationConfig(block_length=n) for n in (16, 32)},
+    "vanilla, block 32": rt.GenerationConfig(cache="none", policy="fixed", block_length=32),
 }
 
 
@@ -50,10 +48,10 @@ def evaluate(model: rt.Model, examples: list[demo_task.Example], config: rt.Gene
 
 def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict[str, object]]:
     """Inputs of decode cases over these prompts, going through caches and policies in turn."""
-    modes, policies = ("none", "prefix", "dual"), ({"threshold": 0.9}, {"threshold": None}, {"threshold": 0.7})
+    modes, policies = ("none", "prefix", "dual"), ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7})
     return [
         {"id": f"demo-{i}", "family": "llada", "mode": modes[i % 3], "prompt": [model.encode(example.prompt)],
-         "gen_length": demo_task.GEN_LENGTH, "block_length": 32, "steps": 48, **policies[i // 3 % 3]}
+         "gen_length": demo_task.GEN_LENGTH, "block_length": 8, "steps": 48, **policies[i // 3 % 3]}
         for i, example in enumerate(examples)
     ]  # fmt: skip
 

@@ -26,7 +26,7 @@ import demo_task
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ END, MASK, USER, ASSISTANT, UNKNOWN = SPECIAL = (
     "<|endoftext|>", "<|mdm_mask|>", "<|user|>", "<|assistant|>", "<|unknown|>",
 )  # fmt: skip
 END_ID, MASK_ID = 0, 1
-VOCAB, WIDTH, LAYERS, HEADS, MLP, THETA, EPS = 256, 128, 4, 4, 384, 1000.0, 1e-5
+VOCAB, WIDTH, LAYERS, HEADS, MLP, THETA, EPS = 192, 192, 4, 3, 384, 1000.0, 1e-5
 MAX_LENGTH = 256
 DRILLS = 0.25  # share of single-step samples
 CHAT_TEMPLATE = (
@@ -189,7 +189,7 @@ def save(model: Model, tokenizer: Tokenizer, out: Path) -> None:
         "clean_up_tokenization_spaces": False,
     })  # fmt: skip
     write_json(out / "generation_config.json", {"eos_token_id": END_ID, "pad_token_id": END_ID,
-                                                "gen_length": demo_task.GEN_LENGTH, "block_length": 32})  # fmt: skip
+                                                "gen_length": demo_task.GEN_LENGTH, "block_length": 8})  # fmt: skip
     write_json(out / "config.json", {
         "activation_type": "silu", "alibi": False, "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0,
         "attention_layer_norm": False, "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama",
@@ -203,20 +203,35 @@ def save(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     })  # fmt: skip
 
 
+def load(model: Model, tokenizer: Tokenizer, path: Path) -> None:
+    """Weights saved by `save`; rows of the embedding and the head follow their tokens, should the vocabulary have changed."""
+    tensors = {name.removeprefix("model.transformer."): t.float() for name, t in load_file(path / "model.safetensors").items()}
+    old = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab()
+    for name in ("wte.weight", "ff_out.weight"):
+        rows = model.state_dict()[name].clone()
+        for token, i in tokenizer.get_vocab().items():
+            if token in old:
+                rows[i] = tensors[name][old[token]]
+        tensors[name] = rows
+    model.load_state_dict(tensors)
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: int, port: int) -> None:
+def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: int, port: int, rate: float, resume: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # the same initial weights everywhere
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model, tokenizer = Model(), make_tokenizer()
+    if resume:
+        load(model, tokenizer, out)
     torch.manual_seed(seed + 1 + rank)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, lr=6e-3 * rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=2.5e-3 * rate, betas=(0.9, 0.98), weight_decay=0.0)
     peaks = [(group, group["lr"]) for optimiser in (muon, adamw) for group in optimiser.param_groups]
     data = batches(tokenizer, random.Random(seed * 1000 + rank), batch, held_out=False, drills=DRILLS)
     tests = batches(tokenizer, random.Random(seed * 1000 + 999), 64, held_out=True)
@@ -229,7 +244,7 @@ def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: in
         if rank == 0 and (clock.item() >= next_report or done >= 1):
             model.eval()
             ids, examples = next(tests)
-            line = {"minutes": round(clock.item() / 60, 1), "step": step, "sequences": sequences,
+            line = {"seed": seed, "rate": rate, "minutes": round(clock.item() / 60, 1), "step": step, "sequences": sequences,
                     "loss": round(sum(recent) / len(recent), 4),
                     "exact_match_64_held_out": round(exact_match(model, tokenizer, ids, examples), 3)}  # fmt: skip
             print(json.dumps(line), flush=True)
@@ -267,11 +282,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="sequences a step and process (default 32)")
     parser.add_argument("--processes", type=int, default=2, help="single-thread processes (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="names data and initial weights (default 1)")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default 1)")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in `out`, and append to its log")
     parser.add_argument("--port", type=int, default=29571, help="local port of the gradient exchange")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "training_log.jsonl").unlink(missing_ok=True)
-    rest = (args.processes, args.out, args.minutes, args.batch, args.seed, args.port)
+    if not args.resume:
+        (args.out / "training_log.jsonl").unlink(missing_ok=True)
+    rest = (args.processes, args.out, args.minutes, args.batch, args.seed, args.port, args.rate, args.resume)
     torch.multiprocessing.spawn(train, rest, nprocs=args.processes)
 
 

@@ -2,7 +2,7 @@
 
 import trt_runtime as rt
 model = rt.load("artifacts/llada-demo")
-for result in model.generate(["take two red cups from the kitchen to the hall"]):
+for result in model.generate(["take red cups from the kitchen to the hall"]):
     print(result.text, result.nfe, result.tokens_per_forward)
 """
 
@@ -120,7 +120,9 @@ class Model:
         return tokenizer.encode(prompt)
 
     def _encode_list(self, prompt: Rows[int] | Rows[Mapping[str, str]]) -> list[int]:
-        items: list[Any] = list(prompt) if isinstance(prompt, (list, tuple, np.ndarray)) else [prompt]
+        if not isinstance(prompt, (list, tuple, np.ndarray)):
+            raise DllmError(f"a prompt is {prompt!r}, expected a text, a list of token ids, or a list of messages.")
+        items: list[Any] = list(prompt)
         if items and all(isinstance(item, Mapping) for item in items):
             tokenizer = self._need_tokenizer()
             return tokenizer.encode(tokenizer.render_chat(items))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 # Logits against the fp32 PyTorch reference: largest difference over max(1, largest logit).
-# fp32: two summation orders; 7e-6 was the largest seen on random 4-layer models with logits up to 34, 1e-6 on the demo model.
+# fp32: two summation orders. Random models: up to 7e-6. Trained models have sharp attention, which amplifies rounding on the random
+# tokens used here: on the demo model PyTorch's fp32 is up to 5e-5 from its own fp64, and ONNX Runtime up to 2.4e-4 from PyTorch.
+# Injected faults (a scale or RoPE base off by 2 to 5 %) give 1e-2 and more.
 # fp16: queries, keys and values are rounded to 11 bits; 1.1e-2 was the largest seen (random weights amplify, trained do less).
-LOGITS = {"fp32": 1e-4, "fp16": 3e-2}
+LOGITS = {"fp32": 1e-3, "fp16": 3e-2}
 
 # Keys and values of a prefix pass against the reference: largest difference over max(1, largest value). Reasons as above.
 CACHE = {"fp32": 1e-4, "fp16": 3e-2}
