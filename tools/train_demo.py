@@ -220,12 +220,13 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: int, port: int, rate: float, resume: bool) -> None:
+def train(rank: int, args: argparse.Namespace) -> None:
+    out, seed, rate, world = args.out, args.seed, args.rate, args.processes
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # the same initial weights everywhere
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=world)
     model, tokenizer = Model(), make_tokenizer()
-    if resume:
+    if args.resume:
         load(model, tokenizer, out)
     torch.manual_seed(seed + 1 + rank)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -233,14 +234,14 @@ def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: in
     muon = torch.optim.Muon(matrices, lr=6e-3 * rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=2.5e-3 * rate, betas=(0.9, 0.98), weight_decay=0.0)
     peaks = [(group, group["lr"]) for optimiser in (muon, adamw) for group in optimiser.param_groups]
-    data = batches(tokenizer, random.Random(seed * 1000 + rank), batch, held_out=False, drills=DRILLS)
+    data = batches(tokenizer, random.Random(seed * 1000 + rank), args.batch, held_out=False, drills=DRILLS)
     tests = batches(tokenizer, random.Random(seed * 1000 + 999), 64, held_out=True)
     start, step, sequences, next_report, recent = time.time(), 0, 0, 60.0, []
     clock = torch.zeros(1)
     while True:
         clock[0] = time.time() - start
         dist.broadcast(clock, 0)
-        done = clock.item() / (60 * minutes)
+        done = clock.item() / (60 * args.minutes)
         if rank == 0 and (clock.item() >= next_report or done >= 1):
             model.eval()
             ids, examples = next(tests)
@@ -252,7 +253,7 @@ def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: in
                 log.write(json.dumps(line) + "\n")
             save(model, tokenizer, out)
             model.train()
-            recent, next_report = [], clock.item() + max(60.0, minutes * 60 / 30)
+            recent, next_report = [], clock.item() + max(60.0, args.minutes * 60 / 30)
         if done >= 1:
             return
         for group, peak in peaks:
@@ -272,7 +273,7 @@ def train(rank: int, world: int, out: Path, minutes: float, batch: int, seed: in
         adamw.step()
         model.zero_grad(set_to_none=True)
         recent.append(loss.item())
-        step, sequences = step + 1, sequences + batch * world
+        step, sequences = step + 1, sequences + args.batch * world
 
 
 def main() -> None:
@@ -289,8 +290,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (args.out / "training_log.jsonl").unlink(missing_ok=True)
-    rest = (args.processes, args.out, args.minutes, args.batch, args.seed, args.port, args.rate, args.resume)
-    torch.multiprocessing.spawn(train, rest, nprocs=args.processes)
+    torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)
 
 
 if __name__ == "__main__":
