@@ -2,7 +2,7 @@
 
     python benchmarks/llada_140m.py --output benchmarks/results
 
-12 layers, d 768, vocabulary 32k; prompt 256, gen_length 128, blocks of 32, two tokens a forward, fp32. Both sides run the same
+12 layers, d 768, vocabulary 32k; prompt 256, gen_length 128, blocks of 32, two tokens a forward (vanilla: one), fp32. Both sides run the same
 loop over the same weights (`dllm-trt bench`); PyTorch is eager, with scaled_dot_product_attention and the head computed only
 on the rows that are used.
 """
@@ -31,7 +31,7 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         run("-m", "trt_runtime.cli", "bench", artifact, "--prompt-length", "256", "--gen-length", "128", "--block-length", "32",
             "--tokens-per-step", "2", "--count", "1", "--repeats", str(args.repeats), "--threads", str(args.threads),
-            "--reference", "none,dual", "--output", str(args.output / f"llada-140m-{args.threads}-thread.json"))  # fmt: skip
+            "--variants", "none,prefix,dual", "--reference", "vanilla,none,dual", "--output", str(args.output / f"llada-140m-{args.threads}-thread.json"))  # fmt: skip
 
 
 def run(*command: str) -> None:

@@ -31,7 +31,7 @@ from trt_runtime.model import Model, Prompt
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. `reference`: names of the variants that PyTorch runs too."""
+    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs too."""
 
     prompts: Path | None
     prompt_length: int
@@ -41,6 +41,7 @@ class Options:
     block_length: int | None
     threshold: float
     tokens_per_step: int | None
+    variants: tuple[str, ...]
     reference: tuple[str, ...]
     threads: int | None
     checkpoint: str | None
@@ -76,9 +77,9 @@ def options_of(args: argparse.Namespace) -> Options:
             raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
     if args.tokens_per_step is not None and args.tokens_per_step < 1:
         raise DllmError(f"--tokens-per-step is {args.tokens_per_step}, expected a whole number from 1.")
-    reference = tuple(name for name in args.reference.split(",") if name)
+    variants, reference = (tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference))
     return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
-                   args.threshold, args.tokens_per_step, reference, args.threads, args.checkpoint)  # fmt: skip
+                   args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint)  # fmt: skip
 
 
 def run(model: Model, options: Options) -> dict[str, Any]:
@@ -86,11 +87,12 @@ def run(model: Model, options: Options) -> dict[str, Any]:
     prompts = _prompts(model, options)
     variants = _variants(model, options)
     names = variants if options.reference == ("all",) else options.reference
-    for name in names:
+    for name in (*names, *options.variants):
         if name not in variants:
             raise unknown("variant", name, variants)
+    own = {name: config for name, config in variants.items() if name in options.variants or not options.variants}
     entries = {f"ort {name}" if model.backend.name == "ort" else f"{model.backend.name} {name}": (model, config)
-               for name, config in variants.items()}  # fmt: skip
+               for name, config in own.items()}  # fmt: skip
     if names:
         extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
         torch_model = Model(model.path, open_backend("torch", model.path, threads=options.threads, **extra))
@@ -153,11 +155,12 @@ def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
     base = GenerationConfig(gen_length=options.gen_length, block_length=options.block_length, policy="fixed",
                             threshold=options.threshold, stop_at_eos=options.prompts is not None)  # fmt: skip
     base = base.resolved(model.manifest)
+    vanilla = replace(base, cache="none")
     if options.tokens_per_step is not None:
         assert base.gen_length is not None and base.block_length is not None
         blocks = -(-base.gen_length // base.block_length)
         base = replace(base, steps=blocks * -(-base.block_length // options.tokens_per_step))
-        return {cache: replace(base, cache=cache) for cache in CACHES}
+        return {"vanilla": vanilla} | {cache: replace(base, cache=cache) for cache in CACHES}
     single = {cache: replace(base, cache=cache) for cache in CACHES}
     return single | {f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in CACHES}
 

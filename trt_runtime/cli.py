@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
     bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
+    bench.add_argument("--variants", default="", metavar="NAMES", help="variants to run, e.g. none,dual (default all)")
     bench.add_argument(
         "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
     )
