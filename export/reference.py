@@ -133,11 +133,17 @@ class TorchBackend(Backend):
         return logits
 
 
-def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...]]:
+    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own) and the config keys ignored at its export."""
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
-        raise DllmError(f"{artifact}: the manifest names no checkpoint: give it with --checkpoint.")
-    source = pipeline.read(name, ignored_keys=tuple(manifest.source.get("ignored_keys", ())))
+        raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
+    return name, tuple(manifest.source.get("ignored_keys", ()))
+
+
+def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+    name, ignored_keys = origin(manifest, checkpoint)
+    source = pipeline.read(name, ignored_keys=ignored_keys)
     expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
     if expected != got:
         raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")

@@ -19,13 +19,12 @@ import torch
 import transformers
 
 from export import pipeline
-from export.reference import TorchBackend
+from export.reference import TorchBackend, origin
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
 from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
 
 _CANVASES = 3
@@ -52,8 +51,8 @@ def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
     manifest = manifests.load(artifact, check_hashes=True)
     yield (weights := Stage("weights", True, {"files": len(manifest.files), "hashes": "as in the manifest"}))
     with tempfile.TemporaryDirectory() as temporary:
-        runnable = artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary))
         reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32")
+        runnable = artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary))
         stages = [weights]
         for stage in _compare(runnable, reference):
             stages.append(stage)
@@ -151,11 +150,8 @@ def _worst(mine: Array, theirs: Array) -> float:
 
 
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
-    name = checkpoint or manifest.source.get("checkpoint")
-    if not isinstance(name, str):
-        raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
+    name, ignored = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
-    ignored = tuple(manifest.source.get("ignored_keys", ()))
     pipeline.export(
         pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored), lambda total: lambda done: None
     )
