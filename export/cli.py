@@ -19,7 +19,11 @@ from export.pipeline import ExportConfig, export
 from trt_runtime import contract
 from trt_runtime.errors import DllmError
 
-DEMO_CHECKPOINTS = {"llada": "checkpoints/llada-demo"}
+# what is exported without --checkpoint, and what it is
+DEMO_CHECKPOINTS = {
+    "llada": ("checkpoints/llada-demo", "the demo checkpoint"),
+    "dream": ("tests/data/goldens/dream_tiny", "a tiny random checkpoint (no text to expect of it)"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,9 +132,9 @@ def _demo_checkpoint(model: str | None) -> str:
     if name not in DEMO_CHECKPOINTS:
         families.find(name)  # names what exists if the model is unknown
         raise DllmError(f"no demo checkpoint for '{name}': give one with CHECKPOINT=dir (--checkpoint).")
-    demo = Path(__file__).resolve().parents[1] / DEMO_CHECKPOINTS[name]
-    shown = DEMO_CHECKPOINTS[name] if Path(DEMO_CHECKPOINTS[name]).exists() else str(demo)
-    print(f"no checkpoint given: exporting the demo checkpoint {shown}")
+    path, title = DEMO_CHECKPOINTS[name]
+    shown = path if Path(path).exists() else str(Path(__file__).resolve().parents[1] / path)
+    print(f"no checkpoint given: exporting {title} {shown}")
     return shown
 
 

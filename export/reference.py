@@ -82,6 +82,10 @@ class TorchBackend(Backend):
             torch.set_num_threads(threads)
         self.model = _load(_source(self.manifest, checkpoint, artifact), self.dtype).to(self.device)
 
+    @property
+    def gives_logits(self) -> bool:
+        return True
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         model = self.manifest.model
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
@@ -157,7 +161,7 @@ def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
     config = getattr(transformers, f"{cls}Config")(
         vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size, intermediate_size=decoder.intermediate_size,
         num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads,
-        num_key_value_heads=decoder.num_kv_heads, max_position_embeddings=decoder.max_length, rms_norm_eps=decoder.norm_eps,
+        num_key_value_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, max_position_embeddings=decoder.max_length, rms_norm_eps=decoder.norm_eps,
         tie_word_embeddings=decoder.tied_head, hidden_act="silu", attn_implementation="sdpa",
         rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta}, **extra,
     )  # fmt: skip

@@ -23,15 +23,27 @@ def export_quietly(checkpoint: Path, out: Path, **options) -> Path:
     return out
 
 
+@pytest.fixture(scope="session", params=["llada", "dream"])
+def golden_family(request) -> str:
+    """The families that have recorded cases."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def golden_artifact(tmp_path_factory) -> Path:
+def golden_checkpoint(golden_family) -> Path:
+    return GOLDENS / f"{golden_family}_tiny"
+
+
+@pytest.fixture(scope="session")
+def golden_artifact(golden_checkpoint, tmp_path_factory) -> Path:
     """The golden checkpoint in fp32, with logits."""
-    return export_quietly(GOLDENS / "llada_tiny", tmp_path_factory.mktemp("golden") / "fp32", head="logits")
+    return export_quietly(golden_checkpoint, tmp_path_factory.mktemp("golden") / "fp32", head="logits")
 
 
 @pytest.fixture(scope="session")
-def golden_fp16(tmp_path_factory) -> Path:
-    return export_quietly(GOLDENS / "llada_tiny", tmp_path_factory.mktemp("golden") / "fp16", dtype="fp16")
+def golden_fp16(golden_checkpoint, tmp_path_factory) -> Path:
+    """The same in fp16, with statistics only."""
+    return export_quietly(golden_checkpoint, tmp_path_factory.mktemp("golden") / "fp16", dtype="fp16")
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +52,8 @@ def golden_backend(golden_artifact) -> OrtBackend:
 
 
 @pytest.fixture(scope="session")
-def golden_cases() -> list[replay.Case]:
-    return [case for case in replay.read_cases(GOLDENS / "cases.json") if case["family"] == "llada"]
+def golden_cases(golden_family) -> list[replay.Case]:
+    return [case for case in replay.read_cases(GOLDENS / "cases.json") if case["family"] == golden_family]
 
 
 @pytest.fixture(scope="session")

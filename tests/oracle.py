@@ -34,3 +34,31 @@ def factor(confidence: Sequence[float], masked: Sequence[bool], value: float) ->
         if (n + 1) * (1 - confidence[order[n - 1]]) < value:
             accepted = n
     return set(order[:accepted])
+
+
+def decaying_quota(masked: int, steps: int, first: int) -> list[int]:
+    """Dream's schedule, by its words: time runs evenly from 1 to 0.001; each step takes the share of it that passes."""
+    counts, left = [], masked
+    for i in range(first, steps):
+        now, then = (1 - (1 - 1e-3) * k / steps for k in (i, i + 1))
+        counts.append(left if i == steps - 1 else int(left * (1 - then / now)))
+        left -= counts[-1]
+    return counts
+
+
+def bounded_threshold(confidence: Sequence[float], masked: Sequence[bool], value: float, budget: int) -> set[int]:
+    """Of the `budget` most confident, the first always and the others with confidence >= value."""
+    order = ranked(confidence, masked)[:budget]
+    return {i for rank, i in enumerate(order) if rank == 0 or confidence[i] >= value}
+
+
+def kept_tokens(probability: Sequence[float], top_p: float, top_k: int | None) -> set[int]:
+    """Tokens that top_p and then top_k keep: from the best on until their sum is above top_p; of these the k best."""
+    order = sorted(range(len(probability)), key=lambda token: (-probability[token], token))
+    kept, total = [], 0.0
+    for token in order:
+        if total > top_p:
+            break
+        kept.append(token)
+        total += probability[token]
+    return set(kept if top_k is None else kept[:top_k])

@@ -35,29 +35,34 @@ def logits(backend, cache, call, slots=None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["c0", "c1"])
-def test_forward_goldens(golden_backend, name):
-    """Full pass, keys and values, and both refine calls after edits of the block: 1e-4 relative."""
-    data = {k[3:]: v for k, v in load_file(GOLDENS / "llada_forward.safetensors").items() if k.startswith(name)}
-    meta = json.loads((GOLDENS / "forward_meta.json").read_text())[f"llada.{name}"]
+def test_forward_goldens(golden_backend, golden_family, name):
+    """Full pass, keys and values, and both refine calls after edits of the block: 1e-4 relative. Logits stand at their own row."""
+    data = {k[3:]: v for k, v in load_file(GOLDENS / f"{golden_family}_forward.safetensors").items() if k.startswith(name)}
+    meta = json.loads((GOLDENS / "forward_meta.json").read_text())[f"{golden_family}.{name}"]
     start, length = meta["s"], meta["L"]
+    kv_heads = golden_backend.manifest.model.num_kv_heads
+    theta = {"llada": 500000.0, "dream": 1000000.0}[golden_family]
 
     def close(got, expected):
         assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+    def heads(recorded):  # [1, H, L, D], or [1, L, H * D]
+        return recorded.reshape(1, length, kv_heads, -1).swapaxes(1, 2) if recorded.ndim == 3 else recorded
 
     for kind, ids in (("prefix", data["suffix_ids"]), ("dual", data["block_ids"])):
         cache = golden_backend.new_cache(1, length)
         close(logits(golden_backend, cache, window(data["input_ids"])), data["full_logits"])
         for layer in range(4):
-            close(cache.buffers.arrays[f"cache_value.{layer}"], data[f"v.{layer}"])
-            close(cache.buffers.arrays[f"cache_key.{layer}"], _rotated(data[f"k.{layer}"]))
+            close(cache.buffers.arrays[f"cache_value.{layer}"], heads(data[f"v.{layer}"]))
+            close(cache.buffers.arrays[f"cache_key.{layer}"], _rotated(heads(data[f"k.{layer}"]), theta))
         close(logits(golden_backend, cache, window(ids, start, [length])), data[f"{kind}_refine_logits"])
     assert np.abs(data["recompute_logits"][:, start : start + 8] - data["dual_refine_logits"]).max() > 0.1  # a cache matters
 
 
-def _rotated(keys: np.ndarray) -> np.ndarray:
-    """Half-split RoPE of keys [1, H, L, D], theta 500000, written with complex numbers."""
+def _rotated(keys: np.ndarray, theta: float) -> np.ndarray:
+    """Half-split RoPE of keys [1, H, L, D], written with complex numbers."""
     half = keys.shape[-1] // 2
-    angle = np.arange(keys.shape[2])[:, None] * 500000.0 ** (-np.arange(half) / half)
+    angle = np.arange(keys.shape[2])[:, None] * theta ** (-np.arange(half) / half)
     turned = (keys[..., :half] + 1j * keys[..., half:]) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], -1)
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import GOLDENS, export_quietly
+from conftest import export_quietly
 from safetensors.numpy import save_file
 from test_export_graphs import logits, window
 from tiny import random_tensors
@@ -18,8 +18,8 @@ from trt_runtime.backends.ort import OrtBackend
 
 
 @pytest.fixture(scope="module")
-def legacy_golden(tmp_path_factory):
-    return export_quietly(GOLDENS / "llada_tiny", tmp_path_factory.mktemp("legacy") / "fp32", lowering="legacy")
+def legacy_golden(golden_checkpoint, tmp_path_factory):
+    return export_quietly(golden_checkpoint, tmp_path_factory.mktemp("legacy") / "fp32", lowering="legacy")
 
 
 def test_all_goldens_exactly_in_legacy(legacy_golden, golden_cases):

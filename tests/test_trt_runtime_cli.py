@@ -170,9 +170,9 @@ def test_errors_are_one_line(demo_artifact, golden_artifact, tmp_path, capsys):
     assert "no chat template" in failed(capsys, "chat", golden_artifact)
     assert "no cases" in failed(capsys, "replay", golden_artifact)
     assert "not readable as JSON" in failed(capsys, "replay", golden_artifact, tmp_path / "none.json")
-    (tmp_path / "cases.json").write_text('{"cases": [{"id": "x", "family": "dream"}]}')
+    (tmp_path / "cases.json").write_text('{"cases": [{"id": "x", "family": "other"}]}')
     assert run("replay", golden_artifact, tmp_path / "cases.json") == 1
-    assert "no case is of the family llada" in capsys.readouterr().err
+    assert "no case is of the family" in capsys.readouterr().err
     (tmp_path / "cases.json").write_text('{"cases": [{"id": "x"}]}')
     assert "case x: has no 'mode'" in failed(capsys, "replay", golden_artifact, tmp_path / "cases.json")
     assert "--repeats is 0" in failed(capsys, "bench", demo_artifact, "--repeats", "0")
@@ -200,7 +200,12 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
     [
         (["--threshold", "0.8", "--policy", "fixed"], "--threshold goes with --policy threshold"),
         (["--factor", "2"], "--factor goes with --policy factor"),
-        (["--steps", "8"], "--steps goes with --policy fixed"),
+        (["--steps", "20", "--policy", "factor"], "another policy than 'factor'"),
+        (["--steps", "8"], "at least one step a block"),
+        (["--alg-temp", "0.5"], "alg_temp is 0.5 with policy 'threshold'"),
+        (["--top-p", "0.5"], "top_p and top_k: this model samples by Gumbel noise"),
+        (["--top-k", "0"], "top_k is 0"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
         (["--steps", "2", "--policy", "fixed"], "at least one step a block"),
         (["--seed", "3"], "--seed goes with a --temperature"),
         (["--seed", "-3", "--temperature", "1"], "seed is -3"),

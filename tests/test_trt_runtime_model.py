@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import trt_runtime as rt
+from trt_runtime.config import CACHES, POLICIES
 from trt_runtime.sequence import FULL
 
 sys.path.append(str(ROOT / "tools"))
@@ -137,10 +139,60 @@ def test_what_is_refused(model, prompts, config, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_temperature_needs_logits(golden_fp16):
-    model = rt.load(golden_fp16, threads=1)
-    with pytest.raises(rt.DllmError, match="statistics only: use temperature 0, or export it again with HEAD=logits"):
-        model.generate([[1, 2]], rt.GenerationConfig(temperature=0.5))
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_in_every_cache_mode_fills_the_canvas(golden_backend, golden_artifact, policy, cache):
+    """Rows of unequal length as one batch equal their runs alone; no forward is wasted, and no more made than tokens."""
+    model = rt.Model(golden_artifact, golden_backend)
+    config = rt.GenerationConfig(gen_length=20, block_length=None if cache == "none" else 8, cache=cache, policy=policy,
+                                 steps=None if policy in ("factor", "threshold") else 10, stop_at_eos=False)  # fmt: skip
+    prompts = [[5, 6, 7], list(range(20, 40))]
+    together = model.generate(prompts, config)
+    for i, (prompt, result) in enumerate(zip(prompts, together, strict=True)):
+        assert model.generate([prompt], replace(config, seed=i))[0].tokens == result.tokens
+        assert 1000 not in result.tokens and all(step.positions for step in result.trace) and result.nfe <= 20
+
+
+def test_a_dream_has_no_blocks_without_a_cache_unless_asked(golden_backend, golden_artifact):
+    model = rt.Model(golden_artifact, golden_backend)
+    facts = golden_backend.manifest.decoding
+    free = rt.GenerationConfig(gen_length=24, cache="none", policy="maskgit_plus", stop_at_eos=False)
+    written = [step.positions[0] for step in model.generate([[1, 2]], free)[0].trace]
+    blocks = [step.positions[0] for step in model.generate([[1, 2]], replace(free, block_length=4))[0].trace]
+    assert [p // 4 for p in np.array(blocks) - 2] == sorted(p // 4 for p in np.array(blocks) - 2)
+    assert (written == sorted(written)) is False or facts.blocks_without_cache
+    cached = model.generate([[1, 2]], replace(free, cache="dual", block_length=8))[0]
+    first = [step for step in cached.trace if step.kind == FULL]
+    assert facts.first_commit == all(step.positions == [p] for step, p in zip(first, (2, 10, 18), strict=True))
+
+
+def test_top_p_and_top_k_and_alg_temp(golden_backend, golden_artifact):
+    model = rt.Model(golden_artifact, golden_backend)
+    base = rt.GenerationConfig(gen_length=16, block_length=8, stop_at_eos=False)
+    if golden_backend.manifest.decoding.sampling == "gumbel":
+        with pytest.raises(rt.DllmError, match="Gumbel"):
+            model.generate([[1]], replace(base, top_k=3))
+    else:
+        greedy = model.generate([[1, 2, 3]], replace(base, block_length=None, cache="none", policy="fixed"))[0].tokens
+        only = replace(base, block_length=None, temperature=5.0, top_k=1, cache="none", policy="fixed", seed=3)
+        assert model.generate([[1, 2, 3]], replace(only, policy="maskgit_plus"))[0].nfe == 15
+        hot = [model.generate([[1, 2, 3]], replace(only, top_k=None, top_p=p))[0].tokens for p in (1e-9, 1.0)]
+        assert hot[0] != hot[1] and len(greedy) == 16
+    drawn = [model.generate([[1, 2]], replace(base, policy="entropy", alg_temp=5.0, seed=s))[0] for s in (0, 0, 1, 2)]
+    assert drawn[0].trace == drawn[1].trace and len({str(d.trace) for d in drawn}) > 1
+
+
+def test_a_temperature_needs_logits(golden_fp16, golden_artifact, monkeypatch):
+    """ONNX Runtime has them in any artifact; where a backend has none, it is said."""
+    from trt_runtime.backends.ort import OrtBackend
+
+    model, hot = rt.load(golden_fp16, threads=1), rt.GenerationConfig(temperature=20.0, gen_length=8, block_length=8)
+    assert model.manifest.head == "statistics"
+    tokens = {tuple(model.generate([[1, 2]], replace(hot, seed=seed))[0].tokens) for seed in range(4)}
+    assert len(tokens) > 1
+    monkeypatch.setattr(OrtBackend, "gives_logits", False)
+    with pytest.raises(rt.DllmError, match=r"statistics only on ort: leave them out, or export it again with HEAD=logits"):
+        model.generate([[1, 2]], hot)
     with pytest.raises(rt.DllmError, match="no tokenizer: give the prompt as token ids"):
         model.generate(["text"])
     assert model.generate([[1, 2]], rt.GenerationConfig(gen_length=8, block_length=8))[0].text is None

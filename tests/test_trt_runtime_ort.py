@@ -131,19 +131,19 @@ def test_statistics_that_are_no_numbers_are_an_error(tmp_path):
         backend.prefix(backend.new_cache(1, 4), slice(0, 1), window([1, 2, 3, 4]))
 
 
-def test_backends_that_cannot_open(golden_artifact, tmp_path):
-    from conftest import GOLDENS, export_quietly
+def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path):
+    from conftest import export_quietly
 
     with pytest.raises(DllmError, match="unknown backend 'orth': did you mean 'ort'"):
         open_backend("orth", golden_artifact)
-    bf16 = export_quietly(GOLDENS / "llada_tiny", tmp_path / "bf16", dtype="bf16")
+    bf16 = export_quietly(golden_checkpoint, tmp_path / "bf16", dtype="bf16")
     with pytest.raises(DllmError, match="dtype is bf16, which ONNX Runtime does not compute on a CPU"):
         open_backend("ort", bf16)
     lies = tmp_path / "lies"
     lies.mkdir()
     for file in golden_artifact.iterdir():
         (lies / file.name).write_bytes(file.read_bytes())
-    for key, value in (("num_layers", 5), ("num_kv_heads", 2), ("head_dim", 16), ("dtype", "fp16"), ("vocab_size", 2000)):
+    for key, value in (("num_layers", 5), ("num_kv_heads", 1), ("head_dim", 16), ("dtype", "fp16"), ("vocab_size", 2000)):
         facts = json.loads((golden_artifact / "manifest.json").read_text())
         facts["model"][key] = value
         (lies / "manifest.json").write_text(json.dumps(facts))

@@ -117,9 +117,14 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default=default.policy, help=f"{', '.join(POLICIES)} (default {default.policy})")
     parser.add_argument("--threshold", type=float, help="of the policy 'threshold': above 0, at most 1 (default 0.9)")
     parser.add_argument("--factor", type=float, help="of the policy 'factor' (default 1.0)")
-    parser.add_argument("--steps", type=int, help="with 'fixed': forwards in all (default: one token a forward)")
+    parser.add_argument(
+        "--steps", type=int, help="of a schedule: forwards in all (default one token a forward); bounds 'threshold'"
+    )
+    parser.add_argument("--alg-temp", type=float, help="of entropy, maskgit_plus, topk_margin: above 0, positions are drawn")
     parser.add_argument("--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)")
-    parser.add_argument("--seed", type=int, help="of the temperature's noise (default 0)")
+    parser.add_argument("--top-p", type=float, help="of a Dream: keep the most probable tokens up to this sum")
+    parser.add_argument("--top-k", type=int, help="of a Dream: keep this many tokens")
+    parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
     parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
     _backend_options(parser)
@@ -137,11 +142,11 @@ def _open(args: argparse.Namespace) -> Model:
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
-    for name, policy in (("threshold", "threshold"), ("factor", "factor"), ("steps", "fixed")):
+    for name, policy in (("threshold", "threshold"), ("factor", "factor")):
         if getattr(args, name) is not None and args.policy != policy and args.policy in POLICIES:
             raise DllmError(f"--{name} goes with --policy {policy}, got --policy {args.policy}.")
-    if args.seed is not None and args.temperature == 0:
-        raise DllmError("--seed goes with a --temperature above 0: at 0 nothing is drawn.")
+    if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
+        raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
     given = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
     return GenerationConfig(**{name: value for name, value in given.items() if value is not None})
 

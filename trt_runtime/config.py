@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from trt_runtime.errors import DllmError, unknown
-from trt_runtime.manifest import Manifest
-from trt_runtime.policies import Factor, Fixed, Policy, Threshold
+from trt_runtime.manifest import CATEGORICAL, Manifest
+from trt_runtime.policies import Entropy, Factor, Fixed, MaskgitPlus, Origin, Policy, Threshold, TopkMargin
+from trt_runtime.sampling import Sampler
 
 CACHES = ("none", "prefix", "dual")
-POLICIES = ("factor", "fixed", "threshold")
+_DECAYING: dict[str, Callable[[int | None, float], Policy]] = {
+    "entropy": Entropy,
+    "maskgit_plus": MaskgitPlus,
+    "topk_margin": TopkMargin,
+}
+POLICIES = ("factor", "fixed", "origin", "threshold", *_DECAYING)
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
 MAX_TEMPERATURE = 100.0
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -23,13 +30,17 @@ class GenerationConfig:
     """Options of a generation. `None` takes the model's default.
 
     gen_length: tokens to generate; need not be a multiple of block_length (the last block is then shorter).
-    block_length: positions that are unmasked before the next block begins.
+    block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no blocks by default.
     cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after it).
-    policy: 'threshold', 'factor' or 'fixed'. `threshold` in (0, 1] is inclusive; `factor` > 0.
-    steps: with 'fixed', forwards for the whole generation, the same number for each block (a remainder is left unused);
-        None is one token a forward.
-    temperature: 0 proposes the argmax; above, Gumbel noise is added to the logits (needs an artifact with --head logits).
-    seed: of that noise; rows of a batch draw from seed, seed + 1, ...
+    policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy', 'maskgit_plus',
+        'topk_margin', 'origin' (Dream's). `threshold` in (0, 1] is inclusive; `factor` > 0.
+    steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is left unused);
+        None is one token a forward. With 'threshold' a bound: no more than an even share and what earlier steps left over.
+    alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score / alg_temp).
+    temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits / temperature).
+    top_p, top_k: for a Dream, keep the most probable tokens up to a sum of top_p, and the top_k best. Drawing and filtering
+        need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
+    seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
     stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused.
     """
@@ -41,7 +52,10 @@ class GenerationConfig:
     threshold: float = 0.9
     factor: float = 1.0
     steps: int | None = None
+    alg_temp: float = 0.0
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
     seed: int = 0
     stop_at_eos: bool = True
     infill: bool = False
@@ -51,7 +65,9 @@ class GenerationConfig:
         self._check_types()
         defaults = manifest.decoding.defaults
         gen = self.gen_length if self.gen_length is not None else defaults.get("gen_length", DEFAULT_GEN_LENGTH)
-        block = self.block_length if self.block_length is not None else defaults.get("block_length", DEFAULT_BLOCK_LENGTH)
+        block = self.block_length
+        if block is None and (self.cache != "none" or manifest.decoding.blocks_without_cache):
+            block = defaults.get("block_length", DEFAULT_BLOCK_LENGTH)
         full = replace(self, gen_length=gen, block_length=block)
         if self.cache not in CACHES:
             raise unknown("cache", self.cache, CACHES)
@@ -59,7 +75,7 @@ class GenerationConfig:
             raise unknown("policy", self.policy, POLICIES)
         if gen < (0 if self.infill else 1):
             raise DllmError(f"gen_length is {gen}, expected a whole number from {0 if self.infill else 1}.")
-        if block < 1:
+        if block is not None and block < 1:
             raise DllmError(f"block_length is {block}, expected a whole number from 1.")
         if not 0 < self.threshold <= 1:
             raise DllmError(
@@ -68,16 +84,25 @@ class GenerationConfig:
         if not 0 < self.factor < math.inf:
             raise DllmError(f"factor is {self.factor}, expected above 0 (1.0 is usual; larger commits more at once).")
         full._check_steps()
-        if not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise DllmError(f"temperature is {self.temperature}, expected 0 to {MAX_TEMPERATURE}.")
+        full._check_sampling(manifest.decoding.sampling)
+        return full
+
+    def _check_sampling(self, sampling: str) -> None:
+        for name in ("temperature", "alg_temp"):
+            if not 0 <= getattr(self, name) <= MAX_TEMPERATURE:
+                raise DllmError(f"{name} is {getattr(self, name)}, expected 0 to {MAX_TEMPERATURE}.")
+        if self.alg_temp > 0 and self.policy not in _DECAYING:
+            raise DllmError(
+                f"alg_temp is {self.alg_temp} with policy '{self.policy}': expected 0, or one of {', '.join(_DECAYING)}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise DllmError(f"top_p is {self.top_p}, expected above 0 and at most 1 (1 keeps every token).")
+        if self.top_k is not None and self.top_k < 1:
+            raise DllmError(f"top_k is {self.top_k}, expected a whole number from 1.")
+        if sampling != CATEGORICAL and (self.top_p < 1 or self.top_k is not None):
+            raise DllmError("top_p and top_k: this model samples by Gumbel noise (LLaDA), which has neither: leave them out.")
         if self.seed < 0:
             raise DllmError(f"seed is {self.seed}, expected a whole number from 0.")
-        if self.temperature > 0 and manifest.head != "logits":
-            raise DllmError(
-                f"temperature is {self.temperature}, but this artifact returns statistics only: use temperature 0, "
-                "or export it again with HEAD=logits (--head logits)."
-            )
-        return full
 
     def _check_types(self) -> None:
         for item in fields(self):
@@ -88,20 +113,28 @@ class GenerationConfig:
     def _check_steps(self) -> None:
         if self.steps is None:
             return
-        if self.policy != "fixed" or self.steps < self._num_blocks:
+        if self.policy == "factor" or self.steps < self._num_blocks:
             raise DllmError(
-                f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected policy 'fixed' and "
-                "at least one step a block."
+                f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected at least one step a "
+                "block, and another policy than 'factor'."
             )
 
     @property
     def _num_blocks(self) -> int:
-        assert self.gen_length is not None and self.block_length is not None
-        return max(1, -(-self.gen_length // self.block_length))
+        assert self.gen_length is not None
+        return 1 if self.block_length is None else max(1, -(-self.gen_length // self.block_length))
 
     def make_policy(self) -> Policy:
         """The policy of a resolved configuration."""
-        if self.policy == "fixed":
-            assert self.block_length is not None
-            return Fixed(self.block_length if self.steps is None else self.steps // self._num_blocks)
-        return Factor(self.factor) if self.policy == "factor" else Threshold(self.threshold)
+        steps = None if self.steps is None else self.steps // self._num_blocks
+        if self.policy in _DECAYING:
+            return _DECAYING[self.policy](steps, self.alg_temp)
+        if self.policy == "factor":
+            return Factor(self.factor)
+        if self.policy == "threshold":
+            return Threshold(self.threshold, steps)
+        return Fixed(steps) if self.policy == "fixed" else Origin(steps)
+
+    def make_sampler(self, manifest: Manifest) -> Sampler:
+        """How proposals are made, for the model of `manifest`."""
+        return Sampler(manifest.decoding.sampling, self.temperature, self.top_p, self.top_k)

@@ -15,7 +15,7 @@ import numpy as np
 
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.policies import RowStats
-from trt_runtime.sequence import Forward, Sequence, gumbel_propose
+from trt_runtime.sequence import Forward, Sequence
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Generator:
     def _run(self, group: list[Wanted]) -> None:
         slots = slice(group[0].slot, group[-1].slot + 1)
         call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
-        want_logits = any(wanted.sequence.rules.temperature > 0 for wanted in group)
+        want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
         stats = call(self.cache, slots, assemble(group), want_logits=want_logits)
         for index, wanted in enumerate(group):
             wanted.sequence.commit(wanted.forward, propose(wanted, stats, index))
@@ -100,13 +100,10 @@ def assemble(group: list[Wanted]) -> Window:
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
-    """The statistics of a row's candidates; above temperature 0 the proposals are drawn from its logits."""
+    """The statistics of a row's candidates; with a temperature or filters, of proposals drawn from its logits."""
     count, rules = len(wanted.forward.candidates), wanted.sequence.rules
     row = stats.row(index, count)
-    if rules.temperature == 0:
+    if not rules.sampler.needs_logits:
         return row
     assert stats.logits is not None
-    logits = stats.logits[index, :count]
-    uniform = wanted.sequence.rng.random(logits.shape)
-    token, confidence = gumbel_propose(logits, uniform, rules.temperature, rules.mask_token_id)
-    return RowStats(token, confidence, row.runner_up, row.entropy)
+    return rules.sampler.propose(stats.logits[index, :count], row, rules.mask_token_id, wanted.sequence.rng)

@@ -22,6 +22,7 @@ from trt_runtime.errors import DllmError
 FORMAT = "dllm-trt"
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
 _AGAIN = "export it again or copy it again"
 
 
@@ -48,13 +49,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DecodingFacts:
-    """What the loop must know. `logit_shift`: the logits of row i - logit_shift predict token i."""
+    """What the loop must know. `logit_shift`: the logits of row i - logit_shift predict token i.
+
+    sampling: how proposals are drawn, 'gumbel' (LLaDA) or 'categorical' (Dream): see sampling.py.
+    first_commit: with a cache, a prefix pass commits the block's first position alone, whatever the policy (Dream).
+    blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the whole canvas).
+    """
 
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     logit_shift: int
     defaults: dict[str, Any] = field(default_factory=dict)
+    sampling: str = GUMBEL
+    first_commit: bool = False
+    blocks_without_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,8 @@ def _check_facts(manifest: Manifest, where: str) -> None:
         value = getattr(model, item.name)
         if isinstance(value, int) and value < 1:
             raise DllmError(f"{where}: model.{item.name} is {value}, expected a whole number from 1: {_AGAIN}.")
+    if decoding.sampling not in SAMPLINGS:
+        raise DllmError(f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}.")
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
         if not 0 <= token < model.vocab_size:
             raise DllmError(f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}.")

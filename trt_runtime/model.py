@@ -146,6 +146,11 @@ class Model:
         if isinstance(prompts, (str, bytes)) or not len(prompts):
             raise DllmError(f"prompts is {prompts!r}, expected a list of one or more prompts.")
         rules = rules_of(config, self.manifest)
+        if rules.sampler.needs_logits and not self.backend.gives_logits:
+            raise DllmError(
+                f"temperature is {config.temperature}, top_p {config.top_p}, top_k {config.top_k}, but this artifact returns "
+                f"statistics only on {self.backend.name}: leave them out, or export it again with HEAD=logits (--head logits)."
+            )
         rows = []
         for i, prompt in enumerate(prompts):
             ids = self.encode(prompt, raw=raw)
@@ -185,9 +190,10 @@ def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
 def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     """The decoding rules of a resolved configuration."""
     facts = manifest.decoding
-    assert config.gen_length is not None and config.block_length is not None
+    assert config.gen_length is not None
     return Rules(config.gen_length, config.block_length, config.cache, config.make_policy(), facts.mask_token_id,
-                 facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.temperature)  # fmt: skip
+                 facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.make_sampler(manifest),
+                 facts.first_commit)  # fmt: skip
 
 
 def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:

@@ -1,8 +1,12 @@
 """Replay recorded decode cases on a backend, compare, and record new ones. Token ids in and out; no tokenizer.
 
 A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps, threshold (null with
-a fixed schedule), and what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace
-(a list of [kind, start, length, positions, tokens]; with several rows the positions are [row, position] pairs).
+a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask (false for padding at the left of a row), and
+what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list of [kind, start,
+length, positions, tokens]; with several rows the positions are [row, position] pairs).
+
+A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and there `steps` does
+not bound a threshold; without a cache it does (policies.Threshold).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +24,20 @@ from trt_runtime.backends.base import Backend
 from trt_runtime.config import CACHES, GenerationConfig
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.generator import Generator
-from trt_runtime.manifest import Manifest
+from trt_runtime.manifest import CATEGORICAL, Manifest
 from trt_runtime.model import check_prompt
-from trt_runtime.policies import Factor, Fixed, Policy, Threshold
-from trt_runtime.sequence import Rules, Sequence
+from trt_runtime.policies import (
+    Entropy,
+    Factor,
+    Fixed,
+    MaskgitPlus,
+    Origin,
+    Policy,
+    Threshold,
+    TopkMargin,
+)  # fmt: skip
+from trt_runtime.sampling import Sampler
+from trt_runtime.sequence import FULL, Rules, Sequence, Step
 
 Case = dict[str, Any]
 
@@ -48,6 +63,19 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """A row of a case: `padding` tokens at its left are not part of it, and shift what its trace says."""
+
+    sequence: Sequence
+    padding: list[int]
+
+    def as_list(self, step: Step) -> tuple[str, int, int, list[int], list[int]]:
+        pad = len(self.padding)
+        start, length = (0, step.length + pad) if step.kind == FULL else (step.start + pad, step.length)
+        return step.kind, start, length, [position + pad for position in step.positions], step.tokens
+
+
+@dataclass(frozen=True)
 class Mismatch:
     """The first difference of a case, in words. AMBIGUOUS: a change of confidence within the dtype's margin explains it."""
 
@@ -66,21 +94,26 @@ def replay(backend: Backend, case: Case) -> Replayed:
 
 def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
     """Run several cases as one batch: each must come out as it does alone."""
-    rows = [_rows(backend.manifest, case) for case in cases]
-    Generator(backend, [row for group in rows for row in group]).run()
-    return [Replayed(group, _result(case, group)) for case, group in zip(cases, rows, strict=True)]
+    groups = [_rows(backend.manifest, case) for case in cases]
+    if any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows) and not backend.gives_logits:
+        raise DllmError(f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits.")
+    Generator(backend, [row.sequence for rows in groups for row in rows]).run()
+    return [Replayed([row.sequence for row in rows], _result(case, rows)) for case, rows in zip(cases, groups, strict=True)]
 
 
 def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:
     """The first difference between what a case expects and what came out; None where it agrees or expects nothing.
 
     Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is AMBIGUOUS.
-    The v1 code may leave mask tokens in the prompt (they stand in `full_output`): then only the steps that it made are
-    compared, and the forwards that fill the rest of the gaps come after them.
+    The v1 code may leave mask tokens behind, which is never done here. Where they stand in the prompt, only the steps that it
+    made are compared, and the forwards that fill the rest of the gaps come after them; where they stand in the output, its
+    trace is followed up to the first forward that wrote nothing.
     """
-    name, result = str(case.get("id")), replayed.result
-    expected = [step for step in case.get("trace", []) if step[3]]
-    left_gaps = any(case.get("mask_token_id") in row for row in case.get("full_output", []))
+    name, result, trace = str(case.get("id")), replayed.result, case.get("trace", [])
+    mask = case.get("mask_token_id")
+    left_masks = any(mask in row for row in case.get("output", []))
+    left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
+    expected = [step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]]
     got = result["trace"][: len(expected)] if left_gaps else result["trace"]
     if "trace" in case:
         for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
@@ -90,7 +123,7 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
         if len(got) != len(expected):
             where = f"step {min(len(got), len(expected))}: expected {len(expected)} forwards, got {len(got)}"
             return Mismatch(name, where)
-    if "output" in case and result["output"] != case["output"]:
+    if "output" in case and not left_masks and result["output"] != case["output"]:
         return Mismatch(name, f"output: {_first_token(case['output'], result['output'])}")
     if "full_output" in case and not left_gaps and result.get("full_output") != case["full_output"]:
         return Mismatch(name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}")
@@ -110,8 +143,11 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
         return False
     wanted = np.isin(candidates, expected[3])
     chosen = np.isin(candidates, row.trace[number].positions)
-    moved = stats.confidence + margin * (wanted & ~chosen) - margin * (chosen & ~wanted)
-    again = row.rules.policy.select(replace(stats, confidence=moved), np.ones(len(candidates), np.bool_), state)
+    change = margin * (wanted & ~chosen) - margin * (chosen & ~wanted)
+    # an error e of the logits moves a probability by up to e/4, and an entropy by e times the spread of the log-probabilities
+    moved = replace(stats, confidence=stats.confidence + change, entropy=stats.entropy - 10 * change,
+                    best=None if stats.best is None else stats.best + change)  # fmt: skip
+    again = row.rules.policy.select(moved, np.ones(len(candidates), np.bool_), state)
     tokens = dict(zip(expected[3], expected[4], strict=True))
     same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]
     close = stats.confidence - stats.runner_up < margin
@@ -143,7 +179,7 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     model, decoding = manifest.model, manifest.decoding
     special = {decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids}
     words = np.array([token for token in range(model.vocab_size) if token not in special])
-    options: list[Case] = [{"threshold": 0.9}, {"threshold": None}, {"threshold": 0.6}, {"threshold": None, "factor": 1.0}]
+    options: list[Case] = [{"threshold": 0.9}, {"threshold": None}, {"alg": "topk_margin"}, {"threshold": None, "factor": 1.0}]
     cases = []
     for i in range(count):
         block = int(rng.choice([4, 8, 16]))
@@ -156,24 +192,34 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     return cases
 
 
-_INPUTS = ("id", "family", "mode", "prompt", "gen_length", "block_length", "steps", "threshold", "factor")
+_INPUTS = ("id", "family", "mode", "prompt", "gen_length", "block_length", "steps", "threshold", "factor", "alg", "top_p",
+           "top_k", "attention_mask")  # fmt: skip
 
 
-def _rows(manifest: Manifest, case: Case) -> list[Sequence]:
+def _rows(manifest: Manifest, case: Case) -> list[_Row]:
     _check_case(case)
     if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
         raise DllmError(
             f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
             f"{manifest.decoding.mask_token_id}: the case is of another model."
         )
-    facts, gen, block = manifest.decoding, case["gen_length"], case["block_length"]
+    facts, gen = manifest.decoding, case["gen_length"]
+    block = None if case["mode"] == "none" and not facts.blocks_without_cache else case.get("block_length")
+    if block is None and (case["mode"] != "none" or facts.blocks_without_cache):
+        raise DllmError(f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs.")
     # cases are facts about the loop: thresholds outside (0, 1] are allowed here, unlike in GenerationConfig
     config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
-    rules = Rules(gen, block, case["mode"], _policy(case), facts.mask_token_id, facts.eos_token_ids, facts.logit_shift)
+    top_p, top_k = case.get("top_p"), case.get("top_k")
+    sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
+    if sampler.needs_logits and facts.sampling != CATEGORICAL:
+        raise DllmError(f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know.")
+    rules = Rules(gen, block, case["mode"], _policy(case, block), facts.mask_token_id, facts.eos_token_ids, facts.logit_shift,
+                  sampler=sampler, first_commit=facts.first_commit)  # fmt: skip
     rows = []
-    for prompt in case["prompt"]:
-        check_prompt(prompt, config, manifest)
-        rows.append(Sequence(np.array(prompt, np.int64), rules))
+    for prompt, mask in zip(case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True):
+        pad = 0 if mask is None else mask.index(True)
+        check_prompt(prompt[pad:], config, manifest)
+        rows.append(_Row(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
     return rows
 
 
@@ -191,15 +237,35 @@ def _check_case(case: Case) -> None:
         ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
         return ok and len(value[3]) == len(value[4]) and rows([value[4]])
 
-    fixed = case.get("threshold") is None and case.get("factor") is None
+    def padding(value: Any) -> bool:
+        """A mask as long as each prompt, whose false entries stand at the left of true ones."""
+        prompts = case["prompt"]
+        return isinstance(value, list) and len(value) == len(prompts) and all(
+            isinstance(row, list) and len(row) == len(prompt) and all(type(item) is bool for item in row)
+            and any(row) and row == sorted(row) for row, prompt in zip(value, prompts, strict=True)
+        )  # fmt: skip
+
+    scheduled, bounded = _alg(case) in _SCHEDULES, _alg(case) == "threshold"
     checks: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
         "mode": (True, lambda v: isinstance(v, str), "a cache mode"),
         "prompt": (True, lambda v: rows(v) and len(v) > 0, "a list of rows of token ids"),
         "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
-        "block_length": (True, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "steps": (fixed, lambda v: type(v) is int and v >= 1 if fixed else number(v), "a whole number from 1"),
-        "threshold": (False, number, "a number or null"),
+        "block_length": (False, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "steps": (
+            scheduled,
+            lambda v: type(v) is int and v >= 1 if scheduled or v is not None else True,
+            "a whole number from 1",
+        ),
+        "threshold": (
+            bounded,
+            lambda v: number(v) and not (bounded and v is None),
+            "a number" if bounded else "a number or null",
+        ),
         "factor": (False, number, "a number or null"),
+        "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
+        "top_p": (False, lambda v: number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
+        "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
+        "attention_mask": (False, padding, "a row of booleans for each prompt, false for the padding at its left"),
         "output": (False, rows, "a list of rows of token ids"),
         "full_output": (False, rows, "a list of rows of token ids"),
         "trace": (
@@ -214,39 +280,58 @@ def _check_case(case: Case) -> None:
             raise DllmError(f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record).")
     if case["mode"] not in CACHES:
         raise unknown("mode", case["mode"], CACHES)
+    if _alg(case) not in (*_SCHEDULES, "threshold", "factor"):
+        raise unknown("alg", _alg(case), ["confidence_threshold", *_SCHEDULES])
 
 
-def _policy(case: Case) -> Policy:
+_SCHEDULES: dict[str, Callable[[int], Policy]] = {
+    "fixed": Fixed, "origin": Origin, "entropy": Entropy, "maskgit_plus": MaskgitPlus, "topk_margin": TopkMargin,
+}  # fmt: skip
+
+
+def _alg(case: Case) -> str:
+    """The policy's name: as the case has it, or by the number that it gives."""
     if case.get("factor") is not None:
+        return "factor"
+    name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
+    return "threshold" if name == "confidence_threshold" else name
+
+
+def _policy(case: Case, block_length: int | None) -> Policy:
+    name = _alg(case)
+    if name == "factor":
         return Factor(float(case["factor"]))
-    if case.get("threshold") is not None:
-        return Threshold(float(case["threshold"]))
-    blocks = max(1, -(-case["gen_length"] // case["block_length"]))
-    return Fixed(max(1, case["steps"] // blocks))
+    if name == "threshold":
+        return Threshold(float(case["threshold"]), case.get("steps") if block_length is None else None)
+    blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
+    return _SCHEDULES[name](max(1, case["steps"] // blocks))
 
 
-def _result(case: Case, rows: list[Sequence]) -> Case:
+def _result(case: Case, rows: list[_Row]) -> Case:
+    whole = [[*row.padding, *row.sequence.canvas.tolist()] for row in rows]
     result: Case = {
         "id": case.get("id"),
-        "output": [row.output.tolist() for row in rows],
-        "nfe": max(row.nfe for row in rows),
+        "output": [row.sequence.output.tolist() for row in rows],
+        "nfe": max(row.sequence.nfe for row in rows),
         "trace": _trace(rows),
     }
-    if any((row.canvas[: row.prompt_length] != prompt).any() for row, prompt in zip(rows, case["prompt"], strict=True)):
-        result["full_output"] = [row.canvas.tolist() for row in rows]
+    filled = any(canvas[: len(prompt)] != prompt for canvas, prompt in zip(whole, case["prompt"], strict=True))
+    if filled or "attention_mask" in case:
+        result["full_output"] = whole
     return result
 
 
-def _trace(rows: list[Sequence]) -> list[list[Any]]:
+def _trace(rows: list[_Row]) -> list[list[Any]]:
     """The rows' steps; several rows are merged forward by forward."""
+    traces = [[row.as_list(step) for step in row.sequence.trace] for row in rows]
     if len(rows) == 1:
-        return [step.as_list() for step in rows[0].trace]
+        return [list(step) for step in traces[0]]
     merged = []
-    for number in range(max(row.nfe for row in rows)):
-        steps = [(i, row.trace[number]) for i, row in enumerate(rows) if number < row.nfe]
-        first = steps[0][1]
-        positions = [[i, position] for i, step in steps for position in step.positions]
-        merged.append([first.kind, first.start, first.length, positions, [t for _, step in steps for t in step.tokens]])
+    for number in range(max(len(trace) for trace in traces)):
+        steps = [(i, trace[number]) for i, trace in enumerate(traces) if number < len(trace)]
+        kind, start, length, _, _ = steps[0][1]
+        positions = [[i, position] for i, step in steps for position in step[3]]
+        merged.append([kind, start, length, positions, [token for _, step in steps for token in step[4]]])
     return merged
 
 

@@ -6,28 +6,34 @@ prefix pass -> select -> (refine -> select)* until the block has no mask, then t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trt_runtime.policies import BlockState, Bools, Floats, Ints, Policy, RowStats
+from trt_runtime.policies import BlockState, Bools, Ints, Policy, RowStats
+from trt_runtime.sampling import Sampler
 
 FULL = "full"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a row decodes: SPEC-level choices without ranges (GenerationConfig checks those)."""
+    """How a row decodes, unchecked (GenerationConfig knows the ranges).
+
+    block_length: None makes one block of all masks, wherever they are (Dream without a cache).
+    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
+    """
 
     gen_length: int
-    block_length: int
+    block_length: int | None
     cache: str
     policy: Policy
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     logit_shift: int = 0
     stop_at_eos: bool = False
-    temperature: float = 0.0
+    sampler: Sampler = field(default_factory=Sampler)
+    first_commit: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Sequence:
         self.canvas: Ints = np.concatenate([prompt, np.full(rules.gen_length, rules.mask_token_id, np.int64)])
         self.trace: list[Step] = []
         self.rng = np.random.default_rng(seed)
+        self.uniform = np.random.default_rng([seed, 1]).random(len(self.canvas))
         self.block: tuple[int, int] | None = None
         self.state = BlockState(0, 0)
         self._open_block(self.prompt_length)
@@ -115,6 +122,8 @@ class Sequence:
         assert self.block is not None, "the row is finished"
         start, end = self.block
         masked = np.flatnonzero(self.is_masked[:end])
+        if self._is_forced:
+            return Forward(FULL, 0, self.length, masked[masked >= start][:1])
         if self.rules.cache == "none" or self.state.step == 0:
             return Forward(FULL, 0, self.length, masked)
         end = self.length if self.rules.cache == "prefix" else end
@@ -122,18 +131,27 @@ class Sequence:
 
     def commit(self, forward: Forward, stats: RowStats) -> None:
         """Let the policy choose among the candidates, write the proposals, and move on."""
-        chosen = self.rules.policy.select(stats, np.ones(len(forward.candidates), np.bool_), self.state)
+        assert self.block is not None
+        forced, chosen = self._is_forced, np.ones(len(forward.candidates), np.bool_)
+        state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng)
+        if not forced:
+            chosen = self.rules.policy.select(stats, chosen, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         self.canvas[positions] = tokens
         length = forward.end - forward.start
-        seen = (forward.candidates, stats, self.state)
+        seen = (forward.candidates, stats, state)
         self.trace.append(Step(forward.kind, forward.start, length, positions.tolist(), tokens.tolist(), seen))
-        self.state = BlockState(self.state.num_masked, self.state.step + 1)
-        assert self.block is not None
+        left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
+        self.state = BlockState(left, self.state.step + 1, self.state.forced + forced)
         if self.rules.stop_at_eos and self._has_ended():
             self.block = None
         elif not self.is_masked[slice(*self.block)].any():
             self._open_block(self.block[1])
+
+    @property
+    def _is_forced(self) -> bool:
+        """Whether the next forward commits the block's first mask, whatever the policy."""
+        return self.rules.first_commit and self.rules.cache != "none" and self.state.step == 0
 
     def _open_block(self, start: int) -> None:
         """The next block: first those of the generation, from left to right, then the gaps of the prompt."""
@@ -142,9 +160,12 @@ class Sequence:
         if not len(masked):
             self.block = None
             return
+        size = self.rules.block_length or self.length
         if masked[-1] < self.prompt_length:
             start, limit = int(masked[0]), self.prompt_length
-        self.block = (start, min(start + self.rules.block_length, limit))
+        elif self.rules.block_length is None:
+            start = int(masked[0])
+        self.block = (start, min(start + size, limit))
         self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
 
     def _has_ended(self) -> bool:
@@ -155,22 +176,3 @@ class Sequence:
         rest = self.output[ends[0] :]
         rest[rest == self.rules.mask_token_id] = rest[0]
         return True
-
-
-def gumbel_propose(logits: Floats, uniform: Floats, temperature: float, mask_token_id: int) -> tuple[Ints, Floats]:
-    """Tokens [R] drawn from softmax(logits [R, V] / temperature), and their un-tempered probabilities [R].
-
-    argmax(logits - T ln(-ln u)) with u [R, V] uniform in [0, 1), in float64 as LLaDA's code has it; the mask is not drawn.
-    """
-    wide = logits.astype(np.float64)
-    if temperature > 0:
-        with np.errstate(divide="ignore"):
-            noisy = wide - temperature * np.log(-np.log(uniform))
-    else:
-        noisy = wide.copy()
-    if mask_token_id < noisy.shape[-1]:
-        noisy[:, mask_token_id] = -np.inf
-    token = noisy.argmax(-1)
-    weights = np.exp(wide - wide.max(-1, keepdims=True))
-    probability = np.take_along_axis(weights, token[:, None], -1)[:, 0] / weights.sum(-1)
-    return token.astype(np.int64), probability

@@ -45,6 +45,18 @@ class ConfigReader:
             raise DllmError(f"{self.where}: {key} is {value}, expected a whole number from 1.")
         return value
 
+    def rope_theta(self) -> float:
+        """The base of plain RoPE, under either of its names: rope_theta, or rope_parameters of newer transformers."""
+        parameters = self.get("rope_parameters", dict, {})
+        if not parameters:
+            theta: float = self.get("rope_theta", float)
+            return theta
+        inner = ConfigReader(parameters, f"{self.where}: rope_parameters")
+        inner.require("rope_type", "default")
+        theta = inner.get("rope_theta", float)
+        inner.finish(())
+        return theta
+
     def require(self, key: str, *supported: Any) -> None:
         """Refuse a value that is not implemented. An absent or null key passes."""
         self._seen.add(key)

@@ -50,7 +50,7 @@ class Llada(Family):
             vocab_size=config.positive("embedding_size", vocab),
             max_length=config.positive("max_sequence_length"),
             norm_eps=config.get("rms_norm_eps", float),
-            rope_theta=config.get("rope_theta", float),
+            rope_theta=config.rope_theta(),
             rotary_float32=config.get("rope_full_precision", bool, True),
             tied_head=config.get("weight_tying", bool, False),
         )

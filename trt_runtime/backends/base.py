@@ -59,6 +59,11 @@ class Backend(ABC):
     name: str
     manifest: Manifest
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether a call can be asked for logits: always with --head logits, else where the backend has them anyway."""
+        return self.manifest.head == "logits"
+
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """A cache for `batch` rows of up to `capacity` positions. It lives as long as the object."""
@@ -104,7 +109,7 @@ class Backend(ABC):
             low, high = limits[name]
             if array.min() < low or array.max() > high:
                 raise DllmError(f"{name}: values {array.min()} to {array.max()}, expected {low} to {high}.")
-        if want_logits and self.manifest.head != "logits":
+        if want_logits and not self.gives_logits:
             raise DllmError("logits were asked for, but the artifact has none: export it with --head logits.")
 
     @staticmethod

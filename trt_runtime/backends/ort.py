@@ -19,6 +19,9 @@ from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.errors import DllmError
 
+# a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges messages that
+# stand one after the other, so a graph file with this behind it has one more output, and no onnx package is needed
+_LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _CPU_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -56,11 +59,10 @@ class OrtBackend(Backend):
         options.log_severity_level = 2 if os.environ.get("DLLM_ORT_LOG") else 3
         try:
             if model_bytes is None:
-                source: Any = str(artifact / self.manifest.graphs[role].file)
-            else:
-                source = model_bytes
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+                model_bytes = (artifact / self.manifest.graphs[role].file).read_bytes()
+                model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
+            self._session = ort.InferenceSession(model_bytes, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises several unrelated types
             raise DllmError(
                 f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {role} graph ({str(error).splitlines()[0]}): "
@@ -70,6 +72,10 @@ class OrtBackend(Backend):
         self._names = contract.cache_names("cache", self.manifest.model.dims)
         self._small_inputs = ["input_ids", "position_ids", *(["write_index"] if role == "refine" else []), "kv_len", "logit_rows"]
         self._updated = contract.cache_names("updated", self.manifest.model.dims)
+
+    @property
+    def gives_logits(self) -> bool:
+        return True
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         model = self.manifest.model

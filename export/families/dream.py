@@ -1,0 +1,83 @@
+"""Dream (`model_type: Dream`): Dream-v0 7B Base and Instruct, Dream-Coder, DiffuCoder and fine-tuned relatives.
+
+A Qwen2.5 body under Qwen2's own tensor names, with full attention: biases on q, k and v alone, grouped KV heads, cos and sin cast
+to the model's dtype. Predicts token i from row i - 1 (logit_shift 1), as the autoregressive model it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from export import decoder
+from export.decoder import DecoderConfig
+from export.families.base import ConfigReader, Family, decoding_defaults, split_layer
+from trt_runtime.manifest import CATEGORICAL, DecodingFacts
+
+_LAYER = {
+    "attention_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}  # fmt: skip
+_OUTSIDE = {decoder.EMBEDDING: "model.embed_tokens", decoder.FINAL_NORM: "model.norm", decoder.HEAD: "lm_head"}
+
+
+class Dream(Family):
+    title = "Dream"
+
+    def decoder(self, config: ConfigReader) -> DecoderConfig:
+        config.require("hidden_act", "silu")
+        config.require("mlp_bias", False)
+        for key in ("use_sliding_window", "use_mrope", "is_causal"):
+            config.require(key, False)
+        config.require("rope_scaling", {"rope_type": "default"}, {"type": "default"})
+        config.ignore("attention_dropout", "max_window_layers", "sliding_window", "full_attn_mask", "layer_types")
+        hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")
+        return DecoderConfig(
+            hidden_size=hidden,
+            num_layers=config.positive("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=config.positive("num_key_value_heads", heads),
+            head_dim=config.positive("head_dim", hidden // heads),
+            intermediate_size=config.positive("intermediate_size"),
+            vocab_size=config.positive("vocab_size"),
+            max_length=config.positive("max_position_embeddings"),
+            norm_eps=config.get("rms_norm_eps", float),
+            rope_theta=config.rope_theta(),
+            rotary_float32=False,
+            qkv_bias=True,
+            tied_head=config.get("tie_word_embeddings", bool, False),
+        )
+
+    def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
+        return DecodingFacts(
+            mask_token_id=config.token_id("mask_token_id", {}),
+            eos_token_ids=config.token_ids("eos_token_id", generation_config),
+            pad_token_id=config.token_id("pad_token_id", generation_config),
+            logit_shift=1,
+            defaults=decoding_defaults(generation_config),
+            sampling=CATEGORICAL,
+            first_commit=True,
+            blocks_without_cache=False,
+        )
+
+    def tensor_name(self, weight: str) -> str:
+        where = split_layer(weight)
+        if where is None:
+            return _OUTSIDE[weight] + ".weight"
+        leaf, _, kind = where[1].partition(".")
+        return f"model.layers.{where[0]}.{_LAYER[leaf]}.{kind or 'weight'}"
+
+    def tiny_config(self) -> dict[str, Any]:
+        return {
+            "model_type": "Dream", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+            "use_sliding_window": False, "mask_token_id": 126, "eos_token_id": 125, "pad_token_id": 125,
+        }  # fmt: skip
+
+    def reference(self, decoder: DecoderConfig) -> tuple[str, dict[str, Any]]:
+        return "Qwen2", {}
+
+
+FAMILY = Dream()

@@ -1,0 +1,50 @@
+"""Drawing proposals: Dream's filters against recorded units and a naive restatement, and frequencies against probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+
+from trt_runtime.manifest import CATEGORICAL
+from trt_runtime.policies import RowStats
+from trt_runtime.sampling import Sampler, filtered
+
+NOTHING = RowStats(*(np.zeros(0),) * 4)
+
+
+def test_recorded_units_of_dream(golden_units):
+    """sample_tokens of the v1 code at temperature 0: token and confidence, margin or negative entropy."""
+    assert len(golden_units["dream_sample"]) == 108
+    for unit in golden_units["dream_sample"]:
+        logits = np.array(unit["logits"])
+        top_p = unit["top_p"] if unit["top_p"] is not None else 1.0
+        sampler, outside = Sampler(CATEGORICAL, 0.0, top_p, unit["top_k"]), logits.shape[-1]
+        stats = sampler.propose(logits, NOTHING, outside, np.random.default_rng(0))
+        got = {"max": stats.confidence, "margin": stats.margin, "entropy": -stats.entropy}[unit["mode"]]
+        assert stats.token.tolist() == unit["x0"]
+        assert np.abs(got - np.array(unit["confidence"])).max() < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_filters_equal_their_naive_restatement(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(1000):
+        logits = rng.normal(size=(1, int(rng.integers(2, 20)))) * rng.choice([0.5, 3.0])
+        top_p, top_k = float(rng.choice([0.1, 0.5, 0.9, 1.0])), rng.choice([None, 1, 3])
+        temperature, mask = float(rng.choice([0.0, 0.7, 2.0])), int(rng.integers(0, logits.shape[1]))
+        allowed = np.where(np.arange(logits.shape[1]) == mask, -np.inf, logits[0]) / (temperature or 1.0)
+        weights = np.exp(allowed - allowed.max())
+        kept = oracle.kept_tokens((weights / weights.sum()).tolist(), top_p, top_k)
+        expected = np.where(np.isin(np.arange(logits.shape[1]), list(kept)), weights, 0)
+        got = filtered(logits, temperature, top_p, top_k, mask)[0]
+        assert np.allclose(got, expected / expected.sum(), atol=1e-12)
+
+
+def test_drawn_tokens_follow_their_probabilities_and_the_mask_is_never_drawn():
+    logits = np.repeat(np.array([[1.0, 2.0, 9.0, 0.5, 1.5]]), 20_000, 0)
+    stats = Sampler(CATEGORICAL, 0.8, 0.95).propose(logits, NOTHING, 2, np.random.default_rng(1))
+    expected = filtered(logits[:1], 0.8, 0.95, None, 2)[0]
+    assert np.allclose(np.bincount(stats.token, minlength=5) / 20_000, expected, atol=0.015)
+    assert expected[2] == 0 and np.allclose(stats.confidence, expected[stats.token])
+    assert np.allclose(stats.margin, np.sort(expected)[-1] - np.sort(expected)[-2])
