@@ -16,6 +16,7 @@ from tqdm import tqdm
 from export import families
 from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
+from export.weights import FP16_LARGEST, FP16_NEAR, MODES
 from trt_runtime import contract
 from trt_runtime.errors import DllmError
 
@@ -71,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-key", action="append", default=[], metavar="KEY",
         help="a key of config.json that is not known and does not change the computation (may be repeated)",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=MODES, default="copy",
+        help="'link' uses the checkpoint's own files where they lie (same dtype), in seconds and without a copy (default copy)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there already")
     parser.add_argument(
         "--verify", choices=("auto", "yes", "no"), default="auto",
@@ -83,7 +88,15 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args.model)
     out = args.out or Path("artifacts") / Path(checkpoint.rstrip("/")).name.split("@")[0]
     config = ExportConfig(
-        checkpoint, out, args.dtype, args.head, _lowering(args.lowering), args.model, tuple(args.ignore_key), args.overwrite
+        checkpoint,
+        out,
+        args.dtype,
+        args.head,
+        _lowering(args.lowering),
+        args.model,
+        tuple(args.ignore_key),
+        args.overwrite,
+        args.weights,
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
@@ -93,12 +106,29 @@ def _run(args: argparse.Namespace) -> int:
     size = sum(facts.size for facts in manifest.files.values())
     print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
           f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
+    if args.dtype == "fp16" and (near := {n: m for n, m in manifest.weight_maxima.items() if m > FP16_NEAR}):
+        name = max(near, key=lambda item: near[item])
+        print(f"warning: {name} holds {near[name]:g}, and {len(near) - 1} other weights are near fp16's range ({FP16_LARGEST:g}): "
+              "its sums may overflow; prefer DTYPE=bf16", file=sys.stderr)  # fmt: skip
     if args.verify == "no":
         return 0
     if not can_verify:
         print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
         return 0
     return 0 if verify(out, None) else 1
+
+
+def verify_layers(artifact: Path, checkpoint: str | None) -> bool:
+    """Print the residual stream beside the reference's, layer by layer; whether all agree."""
+    from export.layers import table
+    from export.verify import bisect
+
+    tables = bisect(artifact, checkpoint)
+    for kind, rows in tables.items():
+        print(f"{kind}: residual stream after each layer, ours against PyTorch's")
+        for line in table(rows):
+            print(f"  {line}")
+    return all(row.passed for rows in tables.values() for row in rows)
 
 
 def verify(artifact: Path, checkpoint: str | None) -> bool:
@@ -110,7 +140,8 @@ def verify(artifact: Path, checkpoint: str | None) -> bool:
     for stage in run_verification(artifact, checkpoint):
         print(f"  {stage}", flush=True)
         passed = passed and stage.passed
-    print("verified: the result is in the manifest" if passed else "NOT VERIFIED: do not deploy this artifact")
+    print("verified: the result is in the manifest" if passed else
+          f"NOT VERIFIED: do not deploy this artifact; 'dllm-trt verify {artifact} --layers' shows where it begins")  # fmt: skip
     return passed
 
 

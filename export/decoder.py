@@ -21,6 +21,7 @@ MASKED = -30000.0  # finite in fp16, and exp(MASKED) is 0
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
 ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
+OUTPUT = "output"  # of a layer: the residual stream after it
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Decoder:
         for i, cache in enumerate(caches):
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
             x, written = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
+            x.name = layer_name(i, OUTPUT)  # verify exposes the residual stream under this name
             updated.append(written)
         x = self._norm(x, FINAL_NORM)
         head = self.weight(EMBEDDING if self.config.tied_head else HEAD)

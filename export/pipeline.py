@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,10 @@ Progress = Callable[[int], Callable[[int], object]]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write."""
+    """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write.
+
+    weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files where they lie.
+    """
 
     checkpoint: str
     out: Path
@@ -41,6 +44,7 @@ class ExportConfig:
     family: str | None = None
     ignored_keys: tuple[str, ...] = ()
     overwrite: bool = False
+    weights: str = "copy"
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,18 @@ def export(config: ExportConfig, progress: Progress) -> Manifest:
     """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written."""
     source = read(config.checkpoint, config.family, config.ignored_keys)
     _check_target(config)
-    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype)
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights)
     with _sealed(config.out) as directory:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory)
-        total = planned[-1].offset + planned[-1].size
-        facts = weights.stream(planned, directory / weights.FILE_NAME, progress(total))
+        written = weights.stream(planned, directory, progress(weights.total_size(planned)))
         for file in source.checkpoint.tokenizer_files:
             (directory / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "tokenizer" / file.name)
         if source.checkpoint.tokenizer_files:
             Tokenizer(directory / "tokenizer")  # refuses one that cannot be read
-        for role in contract.ROLES:
-            onnx.checker.check_model(directory / f"{role}.onnx", full_check=True)
-        manifest = _manifest(source, config, directory, facts)
+        _check_graphs(directory, written.files)
+        manifest = _manifest(source, config, directory, written)
         manifests.write(manifest, directory)
     return manifest
 
@@ -148,10 +150,23 @@ def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[
     ir.save(model, directory / f"{role}.onnx")
 
 
-def _manifest(source: Source, config: ExportConfig, directory: Path, weight_facts: FileFacts) -> Manifest:
+def _check_graphs(directory: Path, data: Iterable[str]) -> None:
+    """Run the ONNX checker by path, which never loads the weights. It takes no file with several hard links for external data
+    (a linked one has), so it sees empty files of the same size in their place."""
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        for name in data:
+            with open(Path(temporary) / name, "wb") as file:
+                file.truncate((directory / name).stat().st_size)
+        for role in contract.ROLES:
+            path = Path(temporary) / f"{role}.onnx"
+            shutil.copyfile(directory / f"{role}.onnx", path)
+            onnx.checker.check_model(path, full_check=True)
+
+
+def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
     dims = graphs.dims_of(decoder, config.dtype)
-    files = {weights.FILE_NAME: weight_facts}
+    files = dict(written.files)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in files:
@@ -194,4 +209,5 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, weight_fact
         graphs=described,
         files=files,
         tokenizer="tokenizer" if checkpoint.tokenizer_files else None,
+        weight_maxima=written.maxima,
     )

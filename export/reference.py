@@ -9,7 +9,7 @@ Shape letters: B rows of the call, S rows of the window, R rows asked for, C cap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,15 @@ class TorchBackend(Backend):
         threads: int | None = None,
         device: str = "cpu",
     ) -> None:
-        self.manifest = manifests.load(artifact)
-        self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or self.manifest.model.dtype]
+        facts = manifests.load(artifact)
+        source = _source(facts, checkpoint, artifact)
+        # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
+        decoding = replace(source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults)
+        self.manifest, self.source = replace(facts, decoding=decoding), source
+        self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or facts.model.dtype]
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model = _load(_source(self.manifest, checkpoint, artifact), self.dtype).to(self.device)
+        self.model = _load(source, self.dtype).to(self.device)
 
     @property
     def gives_logits(self) -> bool:

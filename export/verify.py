@@ -1,14 +1,19 @@
-"""Parity of an artifact with the PyTorch reference, stage by stage: weights, logits, cache, decode.
+"""Parity of an artifact with the PyTorch reference, stage by stage: weights, range, logits, cache, decode.
 
-The artifact's own graphs are run, with one internal value (the logits) exposed as an output. ONNX Runtime has no bf16 on a
-CPU: a bf16 artifact is verified through an fp32 twin, exported from the same checkpoint.
+weights: every tensor of weights.data is the checkpoint's, converted. range: no activation of the reference leaves the dtype's range.
+logits: a prefix pass on both graphs. cache: what the pass and a refine step left in it, and the logits of the step, which reads it.
+decode: recorded cases of the reference, token by token.
+
+The artifact's own graphs are run, with the logits exposed as an output where they are none. ONNX Runtime has no bf16 on a CPU: a
+bf16 artifact is verified through an fp32 twin, exported from the same checkpoint.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ import onnxruntime
 import torch
 import transformers
 
-from export import pipeline
+from export import layers, pipeline, weights
 from export.reference import TorchBackend, origin
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
@@ -40,70 +45,165 @@ class Stage:
     name: str
     passed: bool
     measured: dict[str, Any]
+    advice: str = ""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.measured.items())
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
+
+
+@dataclass
+class _Worst:
+    """The largest differences seen, relative to max(1, largest value)."""
+
+    logits: float = 0.0
+    refine_logits: float = 0.0
+    caches: float = 0.0
+    same: float = 0.0
+    ranges: layers.Ranges = field(default_factory=layers.Ranges)
 
 
 def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
     """The stages, as they finish. After the last, the result is written into the manifest. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
-    yield (weights := Stage("weights", True, {"files": len(manifest.files), "hashes": "as in the manifest"}))
-    with tempfile.TemporaryDirectory() as temporary:
-        reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32")
-        runnable = artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary))
-        stages = [weights]
-        for stage in _compare(runnable, reference):
+    stages = []
+    with opened(artifact, checkpoint) as (runnable, reference):
+        for stage in _stages(artifact, runnable, reference, manifest):
             stages.append(stage)
             yield stage
     _write(artifact, manifest, stages)
 
 
-def exposed(artifact: Path, role: str, names: list[str]) -> bytes:
-    """The graph of a role with internal values added to its outputs (float32), over the artifact's own weights."""
+@contextmanager
+def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, TorchBackend]]:
+    """The artifact as it can run here (a bf16 one as its fp32 twin), and the reference in fp32."""
+    manifest = manifests.load(artifact)
+    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
+
+
+def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
+    """Layer by layer, for a prefix pass and a refine step: where a failure begins. Raises DllmError."""
+    with opened(artifact, checkpoint) as (runnable, reference):
+        calls = _calls(reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length))
+        return layers.compare(runnable, reference, calls, exposed)
+
+
+def _stages(artifact: Path, runnable: Path, reference: TorchBackend, manifest: Manifest) -> Iterator[Stage]:
+    yield _weights(artifact, reference, manifest)
+    worst, engine = _graphs(runnable, reference)
+    dtype = engine.manifest.model.dtype
+    yield _range(worst.ranges, manifest.model.dtype)
+    allowed = tolerances.LOGITS[dtype]
+    logits_ok = worst.logits <= allowed and worst.same <= tolerances.SAME_GRAPH[dtype]
+    yield Stage("logits", logits_ok, {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed})
+    cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
+    measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits}
+    yield Stage("cache", cache_ok, measured)
+    yield _decode(engine, reference, manifest, dtype)
+
+
+def _weights(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Stage:
+    """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
+    source = reference.source
+    mode = "copy" if weights.holds_all(manifest) else "link"
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode)
+    wrong: list[str] = []
+    for role in contract.ROLES:
+        held = {t.name: t for t in onnx.load(artifact / manifest.graphs[role].file, load_external_data=False).graph.initializer}
+        for weight in planned:
+            if weight.name not in held or not _lies_where_planned(held[weight.name], weight):
+                wrong.append(f"{weight.name} in the {role} graph")
+    if not wrong:
+        wrong = [weight.name for weight in planned if not weights.is_in(weight, artifact)]
+    measured: dict[str, Any] = {"tensors": len(planned), "files": len(manifest.files), "hashes": "as in the manifest"}
+    if wrong:
+        measured["not the checkpoint's"] = f"{len(wrong)}, first {wrong[0]}"
+    return Stage("weights", not wrong, measured, "export it again" if wrong else "")
+
+
+def _lies_where_planned(tensor: onnx.TensorProto, weight: weights.Weight) -> bool:
+    placed = {entry.key: entry.value for entry in tensor.external_data}
+    return (placed.get("location"), int(placed.get("offset", 0)), tuple(tensor.dims)) == (
+        weight.file,
+        weight.offset,
+        weight.shape,
+    )
+
+
+def _range(ranges: layers.Ranges, dtype: str) -> Stage:
+    measured = {"largest activation": ranges.largest, "in": ranges.where}
+    if dtype != "fp16":
+        return Stage("range", True, measured)
+    passed = ranges.largest <= weights.FP16_LARGEST
+    near = f"{ranges.where} comes near fp16's range ({weights.FP16_LARGEST:g}): prefer DTYPE=bf16"
+    over = f"{ranges.where} leaves fp16's range ({weights.FP16_LARGEST:g}): export with DTYPE=bf16"
+    return Stage("range", passed, measured, over if not passed else near if ranges.largest > weights.FP16_NEAR else "")
+
+
+def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:
+    expected, got = asdict(reference.manifest.decoding), asdict(manifest.decoding)
+    if different := [
+        f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key]
+    ]:
+        return Stage("decode", False, {"first": different[0]}, "export it again")
+    recorded = replays.record(reference, replays.random_cases(reference.manifest, _CASES))["cases"]
+    margin = tolerances.CONFIDENCE[dtype]
+    found = [replays.compare(case, replays.replay(engine, case), margin) for case in recorded]
+    wrong = [str(item) for item in found if item is not None and not item.ambiguous]
+    measured = {"cases": len(found), "exact": found.count(None), "ambiguous": len(found) - found.count(None) - len(wrong)}
+    return Stage("decode", not wrong, measured | ({"first": wrong[0]} if wrong else {}))
+
+
+def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") -> bytes:
+    """The graph of a role with internal values of a dtype added to its outputs, over the artifact's own weights."""
     model = onnx.load(artifact / f"{role}.onnx", load_external_data=False)
+    kinds = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}
     present = {output.name for output in model.graph.output}
     for name in names:
         if name not in present:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+            kind = onnx.TensorProto.FLOAT if name == contract.LOGITS else kinds[dtype]
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     data: bytes = model.SerializeToString()
     return data
 
 
-def _compare(artifact: Path, reference: TorchBackend) -> Iterator[Stage]:
-    engines = {
-        role: OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS])) for role in contract.ROLES
-    }
-    dtype = engines["refine"].manifest.model.dtype
-    logits, cache, same = _graphs(engines, reference)
-    yield Stage("logits", logits <= tolerances.LOGITS[dtype], {"worst": logits, "allowed": tolerances.LOGITS[dtype]})
-    cache_ok = cache <= tolerances.CACHE[dtype] and same <= tolerances.SAME_GRAPH[dtype]
-    yield Stage("cache", cache_ok, {"worst": cache, "prefix against refine": same, "allowed": tolerances.CACHE[dtype]})
-    cases = replays.random_cases(reference.manifest, _CASES)
-    recorded = replays.record(reference, cases)["cases"]
-    margin = tolerances.CONFIDENCE[dtype]
-    found = [replays.compare(case, replays.replay(engines["refine"], case), margin) for case in recorded]
-    wrong = [str(item) for item in found if item is not None and not item.ambiguous]
-    measured = {"cases": len(found), "exact": found.count(None), "ambiguous": len(found) - found.count(None) - len(wrong)}
-    yield Stage("decode", not wrong, measured | ({"first": wrong[0]} if wrong else {}))
-
-
-def _graphs(engines: dict[str, OrtBackend], reference: TorchBackend) -> tuple[float, float, float]:
-    """Worst relative differences: logits against the reference, caches against it, and prefix graph against refine graph."""
-    facts, rng = reference.manifest, np.random.default_rng(0)
-    logits = caches = same = 0.0
-    for _ in range(_CANVASES):
-        length = int(rng.integers(12, min(96, facts.model.max_length) + 1))
-        full, refine, valid = _calls(facts, rng, length)
-        theirs = _torch_run(reference, full, refine)
-        mine = {role: _ort_run(engine, full, refine) for role, engine in engines.items()}
-        logits = max(logits, _worst(mine["refine"][0] * valid, theirs[0] * valid), _worst(mine["refine"][1], theirs[1]))
-        same = max(same, _worst(mine["prefix"][0] * valid, mine["refine"][0] * valid))
+def _graphs(artifact: Path, reference: TorchBackend) -> tuple[_Worst, OrtBackend]:
+    """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine step. One graph is
+    open at a time: the weights of both would take twice the memory."""
+    worst, rng = _Worst(), np.random.default_rng(0)
+    calls = [_calls(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length)) for n in range(_CANVASES)]
+    with layers.watched(reference, worst.ranges):
+        theirs = [_torch_run(reference, *call[:2]) for call in calls]
+    made: dict[str, list[_Run]] = {}
+    for role in contract.ROLES:
+        engine = OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS]))
+        made[role] = [_ort_run(engine, *call[:2]) for call in calls]
+        if role == "prefix":
+            engine.close()
+    for i, (_, _, valid) in enumerate(calls):
         for role in contract.ROLES:
-            pairs = zip(mine[role][2], theirs[2], strict=True)
-            caches = max(caches, *(_worst(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
-    return logits, caches, same
+            mine = made[role][i]
+            worst.logits = max(worst.logits, _worst(mine.logits * valid, theirs[i].logits * valid))
+            pairs = zip(mine.caches, theirs[i].caches, strict=True)
+            worst.caches = max(worst.caches, *(_worst(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
+        worst.same = max(worst.same, _worst(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
+        mine = made["refine"][i]
+        worst.refine_logits = max(worst.refine_logits, _worst(mine.refine_logits, theirs[i].refine_logits))
+        pairs = zip(mine.refined, theirs[i].refined, strict=True)
+        worst.caches = max(worst.caches, *(_worst(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
+    return worst, engine
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Logits of a prefix pass, the caches after it, logits of a refine step, and the caches after that (refine graph only)."""
+
+    logits: Array
+    caches: list[Array]
+    refine_logits: Array
+    refined: list[Array]
 
 
 def _calls(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Window, Window, Array]:
@@ -114,33 +214,35 @@ def _calls(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Wind
     start = length // 2
     edited = rng.integers(0, facts.model.vocab_size, (2, 4))
     valid = (np.arange(length) < kv_len[:, None])[..., None]
-    return _window(canvas, 0, kv_len), _window(edited, start, kv_len), valid
+    return window(canvas, 0, kv_len), window(edited, start, kv_len), valid
 
 
-def _window(ids: Array, start: int, kv_len: Array) -> Window:
+def window(ids: Array, start: int, kv_len: Array) -> Window:
+    """A call over `ids` [B, S] from position `start` on, asking for every row."""
     batch, rows = ids.shape
     row = np.tile(np.arange(rows), (batch, 1))
     return Window(ids.astype(np.int64), row + start, np.full(batch, start), kv_len.astype(np.int64), row)
 
 
-def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> tuple[Array, Array, list[Array]]:
-    """Logits of a prefix pass and of a refine step, and the caches between them. The prefix graph makes only the pass."""
+def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> _Run:
     slots, length = slice(0, 2), full.input_ids.shape[1]
     cache = engine.new_cache(2, length)
     first = engine.run(cache, slots, full, [contract.LOGITS])[contract.LOGITS]
     written = [array.astype(np.float32) for array in cache.buffers.arrays.values()]
     if engine.role == "prefix":
-        return first, first, written
-    return first, engine.run(cache, slots, refine, [contract.LOGITS])[contract.LOGITS], written
+        return _Run(first, written, first, [])
+    second = engine.run(cache, slots, refine, [contract.LOGITS])[contract.LOGITS]
+    return _Run(first, written, second, [array.astype(np.float32) for array in cache.buffers.arrays.values()])
 
 
 @torch.inference_mode()
-def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> tuple[Array, Array, list[Array]]:
+def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> _Run:
     slots, length = slice(0, 2), full.input_ids.shape[1]
     cache = reference.new_cache(2, length)
     first = reference.logits(cache, slots, full, own_rows_only=True).numpy()
     written = [tensor.clone().numpy() for pair in cache.buffers for tensor in pair]
-    return first, reference.logits(cache, slots, refine, own_rows_only=False).numpy(), written
+    second = reference.logits(cache, slots, refine, own_rows_only=False).numpy()
+    return _Run(first, written, second, [tensor.numpy() for pair in cache.buffers for tensor in pair])
 
 
 def _worst(mine: Array, theirs: Array) -> float:

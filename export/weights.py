@@ -1,16 +1,21 @@
 """Weights: where each lies in weights.data, and the stream that puts them there.
 
 A plan is made from shapes alone, so graphs can be built before a byte is read. The stream then goes through the checkpoint
-in small pieces: conversion and hashing happen in the same pass, and memory stays at one piece, whatever the model's size.
+in small pieces: conversion, hashing and the largest magnitudes happen in the same pass, every byte is written once, and memory
+stays at two pieces, whatever the model's size. With `link` the weights stay in the checkpoint's own files, which are hard-linked
+into the artifact and only read once, to hash them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,15 @@ from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import Family
 from export.graphs import IR_DTYPES
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import FileFacts
+from trt_runtime.manifest import FileFacts, Manifest
 
 FILE_NAME = "weights.data"
+MODES = ("copy", "link")
 ALIGNMENT = 4096  # so that the file can be memory-mapped tensor by tensor
-_PIECE = 1 << 22  # elements converted at a time
+FP16_LARGEST = 65504.0
+FP16_NEAR = FP16_LARGEST / 4  # from here on a layer's sums are likely to leave the range
+_PIECE = 1 << 22  # bytes read at a time
+_CACHED = 1 << 19  # elements looked at at a time: they stay in the processor's cache
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
@@ -38,11 +47,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of weights.data: `size` bytes at `offset`; `source` is a checkpoint tensor or a computed array."""
+    """One initializer: `size` bytes at `offset` of `file`; `source` is a checkpoint tensor or a computed array."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str
     offset: int
     size: int
     source: StoredTensor | Array
@@ -51,23 +61,31 @@ class Weight:
     def external(self) -> ir.ExternalTensor:
         """The initializer that refers to this weight without holding it."""
         return ir.ExternalTensor(
-            FILE_NAME, self.offset, self.size, IR_DTYPES[self.dtype], shape=ir.Shape(self.shape), name=self.name
+            self.file, self.offset, self.size, IR_DTYPES[self.dtype], shape=ir.Shape(self.shape), name=self.name
         )
 
 
-def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: str) -> list[Weight]:
-    """The layout of weights.data. Raises DllmError, with names, for missing, surplus or misshapen tensors."""
+@dataclass
+class Written:
+    """What a stream left behind: facts of the files, and the largest magnitude of every checkpoint tensor, by its weight."""
+
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+
+def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: str, mode: str = "copy") -> list[Weight]:
+    """Where every weight will lie. Raises DllmError, with names, for missing, surplus or misshapen tensors."""
     shapes = weight_shapes(config)
     names = {family.tensor_name(weight): weight for weight in shapes}
     _account(names, family, checkpoint)
     weights: list[Weight] = []
-    offset = 0
+    end = 0
 
-    def add(name: str, dtype: str, shape: tuple[int, ...], source: StoredTensor | Array, source_name: str) -> None:
-        nonlocal offset
+    def append(name: str, dtype: str, shape: tuple[int, ...], source: StoredTensor | Array, source_name: str) -> None:
+        nonlocal end
         size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        weights.append(Weight(name, dtype, shape, offset, size, source, source_name))
-        offset = -(-(offset + size) // ALIGNMENT) * ALIGNMENT
+        weights.append(Weight(name, dtype, shape, FILE_NAME, end, size, source, source_name))
+        end = -(-(end + size) // ALIGNMENT) * ALIGNMENT
 
     for source_name, name in names.items():
         stored = checkpoint.tensors[source_name]
@@ -76,10 +94,24 @@ def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: s
                 f"{checkpoint.path}: tensor {source_name} has shape {list(stored.shape)}, config.json asks for "
                 f"{list(shapes[name])}: config and weights are not of one model."
             )
-        add(name, dtype, shapes[name], stored, source_name)
+        if mode == "copy":
+            append(name, dtype, shapes[name], stored, source_name)
+            continue
+        if stored.dtype != NUMPY_DTYPES[dtype]:
+            held = next((short for short, known in NUMPY_DTYPES.items() if known == stored.dtype), stored.dtype.name)
+            raise DllmError(
+                f"{checkpoint.path}: tensor {source_name} is {held}, and --weights link cannot convert it to {dtype}: "
+                f"export with DTYPE={held}, or with --weights copy."
+            )
+        weights.append(Weight(name, dtype, stored.shape, stored.file.name, stored.offset, stored.size, stored, source_name))
     for name, table in zip((decoder.ROPE_COS, decoder.ROPE_SIN), rope_tables(config), strict=True):
-        add(name, "fp32", table.shape, table, name)
+        append(name, "fp32", table.shape, table, name)
     return weights
+
+
+def total_size(weights: Iterable[Weight]) -> int:
+    """Bytes that a stream of these weights goes through."""
+    return sum(weight.size for weight in weights)
 
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
@@ -90,39 +122,153 @@ def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
     return np.cos(angle), np.sin(angle)
 
 
-def stream(weights: Iterable[Weight], path: Path, progress: Callable[[int], object]) -> FileFacts:
-    """Write weights.data at `path`; `progress` is told the bytes written. Returns size and SHA-256."""
-    digest, position = hashlib.sha256(), 0
+def stream(weights: list[Weight], directory: Path, progress: Callable[[int], object]) -> Written:
+    """Put the weights' files into `directory`; `progress` is told the bytes done. Raises DllmError for what fp16 cannot hold."""
+    written = Written()
+    shards = {weight.file: weight.source.file for weight in weights
+              if weight.file != FILE_NAME and isinstance(weight.source, StoredTensor)}  # fmt: skip
+    for name, shard in shards.items():
+        link(shard.resolve(), directory / name)
+        within = [weight for weight in weights if weight.file == name]
+        written.files[name] = _hash_shard(directory / name, within, written.maxima, progress)
+    own = [weight for weight in weights if weight.file == FILE_NAME]
+    with open(directory / FILE_NAME, "xb") as file, _Hasher() as hasher:
+        for weight in own:
+            file.write(padding := b"\0" * (weight.offset - hasher.size))
+            hasher.update(padding)
+            for piece in _pieces(weight.source):
+                converted = np.ascontiguousarray(_convert(piece, weight, written.maxima)).view(np.uint8).data
+                hasher.update(converted)  # hashes while the same bytes are written
+                file.write(converted)
+                progress(len(converted))
+        written.files[FILE_NAME] = hasher.facts()
+    return written
 
-    def put(data: bytes | memoryview) -> None:
-        nonlocal position
-        file.write(data)
-        digest.update(data)
-        position += len(data)
-        progress(len(data))
 
-    with open(path, "xb") as file:
-        for weight in weights:
-            put(b"\0" * (weight.offset - position))
-            flat = weight.source.open() if isinstance(weight.source, StoredTensor) else weight.source.reshape(-1)
-            for start in range(0, flat.size, _PIECE):
-                piece = _convert(flat[start : start + _PIECE], weight)
-                put(np.ascontiguousarray(piece).view(np.uint8).data)
-    return FileFacts(position, digest.hexdigest())
+def holds_all(manifest: Manifest) -> bool:
+    """Whether weights.data holds the weights, and not the checkpoint's own files beside it."""
+    return not any(name.endswith(".safetensors") for name in manifest.files)
 
 
-def _convert(piece: Array, weight: Weight) -> Array:
+def is_in(weight: Weight, artifact: Path) -> bool:
+    """Whether the bytes at a weight's place in an artifact are its source, converted."""
+    with open(artifact / weight.file, "rb") as file:
+        file.seek(weight.offset)
+        for piece in _pieces(weight.source):
+            expected = np.ascontiguousarray(_convert(piece, weight, {})).view(np.uint8).data
+            if file.read(len(expected)) != expected:
+                return False
+    return True
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file; where that cannot be (another disk), copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class _Hasher:
+    """SHA-256 in a thread of its own, one piece behind: the caller must not change a piece before the next call."""
+
+    def __init__(self) -> None:
+        self.size, self._digest, self._pool = 0, hashlib.sha256(), ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def update(self, data: bytes | memoryview) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self.size += len(data)
+        self._pending = self._pool.submit(self._digest.update, data)
+
+    def facts(self) -> FileFacts:
+        if self._pending is not None:
+            self._pending.result()
+        return FileFacts(self.size, self._digest.hexdigest())
+
+
+def _pieces(source: StoredTensor | Array) -> Iterator[Array]:
+    """The elements of a weight in order, flat, a piece at a time; a piece is good until the second after it."""
+    if not isinstance(source, StoredTensor):
+        yield source.reshape(-1)
+        return
+    step = _PIECE // source.dtype.itemsize
+    buffers = [np.empty(min(step, source.size // source.dtype.itemsize), source.dtype) for _ in range(2)]
+    with open(source.file, "rb") as file:
+        file.seek(source.offset)
+        for number, start in enumerate(range(0, source.size, _PIECE)):
+            piece = buffers[number % 2][: min(_PIECE, source.size - start) // source.dtype.itemsize]
+            if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
+                raise DllmError(f"{source.file}: cut short while it was read: download it again.")
+            yield piece
+
+
+def _hash_shard(path: Path, weights: list[Weight], maxima: dict[str, float], progress: Callable[[int], object]) -> FileFacts:
+    """Hash a whole safetensors file, and note the largest magnitudes of the tensors in it."""
+    ordered = sorted(weights, key=lambda weight: weight.offset)
+    with _Hasher() as hasher:
+        for weight in ordered:
+            for piece in _bytes(path, hasher.size, weight.offset):
+                hasher.update(piece)
+            assert isinstance(weight.source, StoredTensor)
+            for elements in _pieces(weight.source):
+                _note_maximum(elements, weight, maxima)
+                hasher.update(elements.view(np.uint8).data)
+                progress(elements.nbytes)
+        for piece in _bytes(path, hasher.size, path.stat().st_size):
+            hasher.update(piece)
+        return hasher.facts()
+
+
+def _bytes(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < end and (piece := file.read(min(_PIECE, end - start))):
+            start += len(piece)
+            yield piece
+
+
+def _convert(piece: Array, weight: Weight, maxima: dict[str, float]) -> Array:
+    """A piece in the weight's dtype; its largest magnitude is noted."""
     target = NUMPY_DTYPES[weight.dtype]
+    if not isinstance(weight.source, StoredTensor):
+        return piece
+    _note_maximum(piece, weight, maxima)
     if piece.dtype == target:
-        return np.asarray(piece)
+        return piece
+    wide = piece
+    if piece.dtype == ml_dtypes.bfloat16:  # the upper half of a float32
+        wide = (piece.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
-        converted = piece.astype(np.float32).astype(target)
-    if target == np.float16 and not np.isfinite(converted).all():
-        largest = float(np.abs(piece.astype(np.float32)).max())
+        converted = wide.astype(np.float32, copy=False).astype(target, copy=False)
+    if target == np.float16 and maxima[weight.name] > FP16_LARGEST:
         raise DllmError(
-            f"tensor {weight.source_name}: holds {largest:g}, more than fp16 can (65504): export with DTYPE=bf16 (--dtype bf16)."
+            f"tensor {weight.source_name}: holds {maxima[weight.name]:g}, more than fp16 can ({FP16_LARGEST:g}): export with "
+            "DTYPE=bf16 (--dtype bf16)."
         )
     return converted
+
+
+def _note_maximum(piece: Array, weight: Weight, maxima: dict[str, float]) -> None:
+    """Without their sign, floating-point numbers are ordered as their bits are: no conversion is needed to compare them."""
+    kind = np.dtype(f"u{piece.dtype.itemsize}")
+    magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
+    bits = piece.view(kind)
+    for start in range(0, bits.size, _CACHED):
+        most = max(most, (bits[start : start + _CACHED] & magnitude).max())
+    largest = float(np.array([most], kind).view(piece.dtype)[0])
+    if not math.isfinite(largest):
+        raise DllmError(
+            f"tensor {weight.source_name}: holds values that are no number (NaN, infinite): the checkpoint is damaged."
+        )
+    maxima[weight.name] = max(maxima.get(weight.name, 0.0), largest)
 
 
 def _account(names: Mapping[str, str], family: Family, checkpoint: Checkpoint) -> None:

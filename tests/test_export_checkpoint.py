@@ -221,7 +221,7 @@ def test_tied_head_and_grouped_heads(tmp_path):
     save_file(tensors, path / "model.safetensors")
     artifact = export_quietly(path, tmp_path / "out")
     assert manifests.load(artifact).model.num_kv_heads == 2
-    assert [stage.passed for stage in verify(artifact)] == [True] * 4
+    assert [stage.passed for stage in verify(artifact)] == [True] * 5
 
 
 def test_target_directories(tiny, tmp_path):

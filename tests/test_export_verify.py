@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import pytest
 pytest.importorskip("torch")
 
 from conftest import DEMO, GOLDENS, export_quietly
+from tiny import write_checkpoint
 
 from export import cli as export_cli
-from export import weights
+from export import families, lint, pipeline, weights
+from export.decoder import Decoder
 from export.lowering import modern
-from export.verify import verify
+from export.verify import bisect, verify
 from trt_runtime import cli
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
@@ -26,7 +29,7 @@ def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):
     artifact = export_quietly(DEMO, tmp_path / "artifact", dtype=dtype)
     assert manifests.load(artifact).verified is None
     stages = list(verify(artifact))
-    assert [stage.name for stage in stages] == ["weights", "logits", "cache", "decode"]
+    assert [stage.name for stage in stages] == ["weights", "range", "logits", "cache", "decode"]
     assert all(stage.passed for stage in stages), [str(stage) for stage in stages]
     verified = manifests.load(artifact, check_hashes=True).verified
     assert verified["passed"] and "transformers" in verified["against"]
@@ -36,58 +39,177 @@ def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):
         assert verified["stages"]["decode"]["exact"] + verified["stages"]["decode"]["ambiguous"] == 12
 
 
-def _export_with(monkeypatch, tmp_path, target, name, replacement):
-    monkeypatch.setattr(target, name, replacement)
-    return export_quietly(GOLDENS / "llada_tiny", tmp_path / "broken")
+def _swap_gate_and_up(monkeypatch):
+    real, swapped = Decoder._linear, {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    monkeypatch.setattr(Decoder, "_linear", lambda self, x, layer, name, **o: real(self, x, layer, swapped.get(name, name), **o))
 
 
-def _failing(artifact) -> list[str]:
-    return [stage.name for stage in verify(artifact) if not stage.passed]
+def _swap_heads(monkeypatch):
+    """The first two query heads change places in one layer."""
+    real = Decoder._heads
+
+    def wrong(self, h, layer, name, heads, rows):
+        made = real(self, h, layer, name, heads, rows)
+        order = [1, 0, *range(2, heads)]
+        return self.op.Gather(made, order, axis=1) if (layer, name) == (1, "q_proj") else made
+
+    monkeypatch.setattr(Decoder, "_heads", wrong)
 
 
-def test_a_wrong_rope_base_is_caught(monkeypatch, tmp_path):
-    real = weights.rope_tables
-
-    def wrong(config):
-        from dataclasses import replace
-
-        return real(replace(config, rope_theta=config.rope_theta * 1.05))
-
-    assert "logits" in _failing(_export_with(monkeypatch, tmp_path, weights, "rope_tables", wrong))
-
-
-def test_a_wrong_scale_is_caught(monkeypatch, tmp_path):
+def _wrong_scale(monkeypatch):
     real = modern.attention
-
-    def wrong(*values, head_dim, group):
-        return real(*values, head_dim=head_dim * 1.02, group=group)
-
-    assert "logits" in _failing(_export_with(monkeypatch, tmp_path, modern, "attention", wrong))
+    monkeypatch.setattr(modern, "attention", lambda *v, head_dim, group: real(*v, head_dim=head_dim * 1.1, group=group))
 
 
-def test_swapped_tensors_are_caught(monkeypatch, tmp_path):
-    from export.families.llada import Llada
-
-    real, swapped = Llada.tensor_name, {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-
-    def wrong(self, weight):
-        head, _, leaf = weight.rpartition(".")
-        return real(self, f"{head}.{swapped[leaf]}" if leaf in swapped and "layers.2" in head else weight)
-
-    monkeypatch.setattr(Llada, "tensor_name", wrong)
-    artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "broken")
-    monkeypatch.setattr(Llada, "tensor_name", real)
-    assert "logits" in _failing(artifact)
+def _wrong_rope_base(monkeypatch):
+    real = weights.rope_tables
+    monkeypatch.setattr(weights, "rope_tables", lambda config: real(replace(config, rope_theta=config.rope_theta * 1.05)))
 
 
-def test_a_cache_written_at_the_wrong_row_is_caught(monkeypatch, tmp_path):
+def _interleaved_rotation(monkeypatch):
+    monkeypatch.setattr(
+        modern, "rotate", lambda op, x, cos, sin, positions: op.RotaryEmbedding(x, cos, sin, positions, interleaved=1)
+    )
+    monkeypatch.setattr(lint, "find", lambda *_: [])  # the lint would refuse it first
+
+
+def _position_off_by_one(monkeypatch):
+    """All positions: logits know only differences, but the keys in the cache are rotated too far."""
+    real = modern.rotate
+    monkeypatch.setattr(modern, "rotate", lambda op, x, cos, sin, positions: real(op, x, cos, sin, op.Add(positions, 1)))
+
+
+def _position_off_by_one_in_refine_steps(monkeypatch):
+    """Rows of a window that does not begin at 0 stand one position too far, against a cache that is right."""
+    real = modern.rotate
+
+    def wrong(op, x, cos, sin, positions):
+        first = op.ReduceMin(positions, [1], keepdims=1)
+        return real(op, x, cos, sin, op.Add(positions, op.Min(first, 1)))
+
+    monkeypatch.setattr(modern, "rotate", wrong)
+
+
+def _stale_cache(monkeypatch):
+    """A refine step leaves the block's rows as the prefix pass made them."""
     real = modern.write_cache
 
     def wrong(op, cache, update, write_index):
-        return real(op, cache, update, op.Mul(write_index, 0))
+        is_prefix_pass = op.Unsqueeze(op.Equal(write_index, 0), [1, 2, 3])
+        rows = op.Range(0, op.Squeeze(op.Shape(update, start=2, end=3)), 1)
+        index = op.Unsqueeze(op.Add(op.Unsqueeze(write_index, [1]), rows), [1, 3])
+        old = op.GatherElements(cache, op.Expand(index, op.Shape(update)), axis=2)
+        return real(op, cache, op.Where(is_prefix_pass, update, old), write_index)
 
-    failing = _failing(_export_with(monkeypatch, tmp_path, modern, "write_cache", wrong))
-    assert "logits" in failing and "decode" in failing
+    monkeypatch.setattr(modern, "write_cache", wrong)
+
+
+def _cache_written_at_the_wrong_row(monkeypatch):
+    real = modern.write_cache
+    monkeypatch.setattr(modern, "write_cache", lambda op, cache, update, index: real(op, cache, update, op.Mul(index, 0)))
+
+
+def _one_tensor_not_loaded(monkeypatch):
+    real = weights._convert
+
+    def wrong(piece, weight, maxima):
+        return real(piece * 0 if weight.name == "layers.2.up_proj" else piece, weight, maxima)
+
+    monkeypatch.setattr(weights, "_convert", wrong)
+
+
+def _shift_off_by_one(monkeypatch):
+    real = pipeline._manifest
+
+    def wrong(*arguments):
+        manifest = real(*arguments)
+        return replace(manifest, decoding=replace(manifest.decoding, logit_shift=1 - manifest.decoding.logit_shift))
+
+    monkeypatch.setattr(pipeline, "_manifest", wrong)
+
+
+FAULTS = [
+    (_one_tensor_not_loaded, "weights"), (_wrong_scale, "logits"), (_swap_heads, "logits"), (_wrong_rope_base, "weights"),
+    (_interleaved_rotation, "logits"), (_swap_gate_and_up, "logits"), (_position_off_by_one, "cache"),
+    (_position_off_by_one_in_refine_steps, "cache"), (_stale_cache, "cache"), (_cache_written_at_the_wrong_row, "cache"),
+    (_shift_off_by_one, "decode"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("fault", "stage"), FAULTS, ids=lambda item: getattr(item, "__name__", item))
+def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype):
+    """The first stage that fails is where the fault lies. It is injected into the export alone, not into what verifies it."""
+    with monkeypatch.context() as patch:
+        fault(patch)
+        artifact = export_quietly(golden_checkpoint, tmp_path / "broken", dtype=dtype)
+    stages = list(verify(artifact))
+    assert [s.name for s in stages if not s.passed][:1] == [stage], [str(s) for s in stages]
+    assert manifests.load(artifact).verified["passed"] is False
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_no_false_alarm(tiny_checkpoint, golden_checkpoint, tmp_path, dtype):
+    for i, checkpoint in enumerate((tiny_checkpoint, golden_checkpoint)):
+        artifact = export_quietly(checkpoint, tmp_path / f"{i}", dtype=dtype)
+        assert [s.passed for s in verify(artifact)] == [True] * 5
+        assert all(row.passed for rows in bisect(artifact).values() for row in rows)
+
+
+def test_the_layers_show_where_a_fault_begins(golden_checkpoint, monkeypatch, tmp_path, capsys):
+    """Heads swapped in layer 1: layer 0 agrees, layer 1 is the first that does not."""
+    with monkeypatch.context() as patch:
+        _swap_heads(patch)
+        artifact = export_quietly(golden_checkpoint, tmp_path / "broken")
+    rows = bisect(artifact)["prefix pass"]
+    assert [row.name for row in rows] == [f"layers.{i}.output" for i in range(4)] + ["logits"]
+    assert [row.passed for row in rows] == [True, False, False, False, False]
+    assert rows[0].cosine > 0.999999 > rows[1].cosine and rows[0].norm_ratio == pytest.approx(1, abs=1e-5)
+    assert cli.main(["verify", str(artifact), "--layers"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said if "<-- first bad" in line] == ["layers.1.output"] * 2
+    assert cli.main(["verify", str(export_quietly(golden_checkpoint, tmp_path / "good")), "--layers"]) == 0
+    assert "bad" not in capsys.readouterr().out
+
+
+def test_values_that_are_no_number_are_counted(golden_checkpoint, monkeypatch, tmp_path):
+    real = Decoder._layer
+
+    def wrong(self, i, *arguments, **options):
+        x, written = real(self, i, *arguments, **options)
+        return (self.op.Sqrt(x) if i == 2 else x), written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_layer", wrong)
+        artifact = export_quietly(golden_checkpoint, tmp_path / "broken")
+    rows = bisect(artifact)["prefix pass"]
+    assert [row.bad_values > 0 for row in rows[:3]] == [False, False, True] and not rows[2].passed
+
+
+def _outlier(value):
+    """A model whose layer 1 has one large MLP unit: its weights are fine, its activations are `value` times as large."""
+
+    def change(tensors):
+        for name in tensors:
+            if name.endswith(("blocks.1.up_proj.weight", "layers.1.mlp.up_proj.weight")):
+                tensors[name][3] *= value
+            if name.endswith(("blocks.1.ff_out.weight", "layers.1.mlp.down_proj.weight")):
+                tensors[name][:, 3] /= value
+
+    return change
+
+
+def test_fp16_is_warned_about_and_refused_by_what_activations_need(tiny_checkpoint, tmp_path, capsys):
+    family = families.find(json.loads((tiny_checkpoint / "config.json").read_text())["model_type"])
+    for value, passed, said in ((1.0, True, ""), (6e3, True, "comes near fp16's range"), (3e4, False, "leaves fp16's range")):
+        checkpoint = write_checkpoint(family, tmp_path / f"c{value:g}", change=_outlier(value))
+        artifact = export_quietly(checkpoint, tmp_path / f"a{value:g}", dtype="fp16")
+        stage = next(s for s in verify(artifact) if s.name == "range")
+        assert (stage.passed, bool(stage.advice)) == (passed, bool(said)) and said in stage.advice
+        if said:
+            assert "layers.1.mlp.down_proj (input)" in stage.advice and "DTYPE=bf16" in stage.advice
+        bf16 = export_quietly(checkpoint, tmp_path / f"b{value:g}", dtype="bf16")
+        assert next(s for s in verify(bf16) if s.name == "range").passed
 
 
 def test_a_changed_weight_is_caught_before_anything_runs(tmp_path):
@@ -103,7 +225,7 @@ def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):
     artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "artifact")
     assert cli.main(["verify", str(artifact)]) == 0
     said = capsys.readouterr().out
-    assert said.count("ok  ") == 4 and "verified: the result is in the manifest" in said
+    assert said.count("ok  ") == 5 and "verified: the result is in the manifest" in said
     assert "yes, against transformers" in _info(artifact, capsys)
     real = modern.attention
     monkeypatch.setattr(modern, "attention", lambda *a, head_dim, group: real(*a, head_dim=head_dim * 2, group=group))

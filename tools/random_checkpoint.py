@@ -1,20 +1,25 @@
-"""Write a LLaDA checkpoint of random weights in the official layout, for benchmarks and size tests.
+"""Write a checkpoint of random weights in a family's official layout, for benchmarks and size tests.
 
     python tools/random_checkpoint.py --preset llada-140m checkpoints/llada-140m
+    python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random       # 16 GB: every tensor, real shapes, shards, bf16
 
-The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. Needs numpy and safetensors.
+The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers are windows of one
+block of 8 M, each at another place, so writing is as fast as the disk, and memory stays small. Needs numpy and ml_dtypes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import struct
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -22,39 +27,124 @@ from export import families
 from export.decoder import weight_shapes
 from export.families.base import ConfigReader
 
+_BLOCK, _STRIDE = 1 << 23, 2_999_999  # the stride is prime: no two windows of a model begin at the same number
+_SHARD_BYTES = 5_000_000_000  # as transformers splits them
+_DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
+    "fp32": ("F32", np.dtype(np.float32)), "fp16": ("F16", np.dtype(np.float16)), "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}  # fmt: skip
 _LLADA = {
     "model_type": "llada", "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
     "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False,
     "include_bias": False, "max_sequence_length": 4096,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "llada-140m": _LLADA | {
+_DREAM = {
+    "model_type": "Dream", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+    "tie_word_embeddings": False, "use_sliding_window": False, "attention_dropout": 0.0,
+}  # fmt: skip
+_LLADA_8B = _LLADA | {
+    "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+    "embedding_size": 126464, "mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081,
+}  # fmt: skip
+_DREAM_7B = _DREAM | {
+    "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072, "mask_token_id": 151666,
+    "eos_token_id": 151643, "pad_token_id": 151643, "bos_token_id": 151643,
+}  # fmt: skip
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "llada-140m": (_LLADA | {
         "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "mlp_hidden_size": 2304, "vocab_size": 32000,
         "embedding_size": 32000, "mask_token_id": 31999, "eos_token_id": 31998, "pad_token_id": 31998,
-    },
+    }, "fp32"),
+    "llada-8b": (_LLADA_8B, "bf16"),
+    "dream-7b": (_DREAM_7B, "bf16"),
+    "llada-8b-2layers": (_LLADA_8B | {"n_layers": 2}, "bf16"),  # full width: what runs on a machine of 24 GiB, with PyTorch beside
+    "dream-7b-2layers": (_DREAM_7B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}, "bf16"),
 }  # fmt: skip
 
+Shapes = dict[str, tuple[int, ...]]
 
-def write(config: dict[str, Any], path: Path, seed: int = 0) -> None:
-    """A checkpoint directory: config.json and model.safetensors (float32)."""
-    family, rng = families.find(config["model_type"]), np.random.default_rng(seed)
+
+def write(config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0, shard_bytes: int = _SHARD_BYTES) -> None:
+    """A checkpoint directory: config.json and model.safetensors, or shards with an index where it is larger than a shard."""
+    family = families.find(config["model_type"])
+    shapes = {family.tensor_name(name): shape
+              for name, shape in weight_shapes(family.decoder(ConfigReader(config, "config.json"))).items()}  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, shape in weight_shapes(family.decoder(ConfigReader(config, "config.json"))).items():
-        gain = np.float32(1.0 if len(shape) == 1 else shape[-1] ** -0.5)
-        values = np.ones(shape, np.float32) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * gain
-        tensors[family.tensor_name(name)] = values
-    save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    itemsize, noise = _DTYPES[dtype][1].itemsize, _Noise(dtype, seed)
+    shards = list(_shards(shapes, itemsize, shard_bytes))
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        write_safetensors(path / name, shard, dtype, (piece for item in shard.items() for piece in noise.values(*item)))
+    if len(shards) > 1:
+        total = sum(itemsize * math.prod(shape) for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_safetensors(path: Path, shapes: Shapes, dtype: str, pieces: Iterable[np.ndarray]) -> None:
+    """A safetensors file whose data comes in pieces; without any it is a sparse file of zeros."""
+    kind, numpy = _DTYPES[dtype]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + numpy.itemsize * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for piece in pieces:
+            file.write(piece.view(np.uint8).data)
+        file.truncate(8 + len(text) + end)
+
+
+def _shards(shapes: Shapes, itemsize: int, shard_bytes: int) -> Iterator[Shapes]:
+    shard: Shapes = {}
+    for name, shape in shapes.items():
+        held = sum(itemsize * math.prod(other) for other in shard.values())
+        if shard and held + itemsize * math.prod(shape) > shard_bytes:
+            yield shard
+            shard = {}
+        shard[name] = shape
+    yield shard
+
+
+class _Noise:
+    """Normal numbers in the dtype of the checkpoint, window by window."""
+
+    def __init__(self, dtype: str, seed: int) -> None:
+        block = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32)
+        self.block, self.dtype, self.used = np.concatenate([block, block]), _DTYPES[dtype][1], 0
+        self.scaled: dict[float, np.ndarray] = {}
+
+    def values(self, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """A tensor's numbers: matrices of unit gain, small biases, norms of 1."""
+        size = math.prod(shape)
+        if len(shape) == 1 and not name.endswith("bias"):
+            yield np.ones(size, self.dtype)
+            return
+        gain = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        if gain not in self.scaled:
+            self.scaled[gain] = (self.block * np.float32(gain)).astype(self.dtype)
+        for start in range(0, size, _BLOCK):
+            self.used += 1
+            offset = self.used * _STRIDE % _BLOCK
+            yield self.scaled[gain][offset : offset + min(_BLOCK, size - start)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), required=True, help="the size")
+    parser.add_argument("--preset", choices=sorted(PRESETS), required=True, help="the model")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), help="of the weights (default: the preset's own, bf16 where published)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.add_argument("path", type=Path, help="directory to write")
     args = parser.parse_args()
-    write(PRESETS[args.preset], args.path, args.seed)
+    config, dtype = PRESETS[args.preset]
+    write(config, args.path, args.dtype or dtype, args.seed)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = _command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
     verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
+    verify.add_argument(
+        "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
+    )
 
     again = _command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
     again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
@@ -236,7 +239,8 @@ def _verify(args: argparse.Namespace) -> int:
     advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
     tool = backends.import_tool("export.cli", "verify", advice)
     backends.import_tool("export.verify", "verify", advice)
-    return 0 if tool.verify(args.artifact, args.checkpoint) else 1
+    run = tool.verify_layers if args.layers else tool.verify
+    return 0 if run(args.artifact, args.checkpoint) else 1
 
 
 def _replay(args: argparse.Namespace) -> int:

@@ -85,7 +85,10 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes."""
+    """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes.
+
+    weight_maxima: the largest magnitude of each checkpoint tensor, by the name of its initializer.
+    """
 
     producer: dict[str, str]
     source: dict[str, Any]
@@ -98,6 +101,7 @@ class Manifest:
     files: dict[str, FileFacts]
     tokenizer: str | None = None
     verified: dict[str, Any] | None = None
+    weight_maxima: dict[str, float] = field(default_factory=dict)
 
 
 def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:

@@ -1,0 +1,143 @@
+"""Inside the network: the residual stream layer by layer, and the largest activations.
+
+`compare` bisects a failed verification: it runs the artifact's graphs with the residual stream after every layer exposed, beside
+the PyTorch reference, and the first layer that differs is where the fault lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export import decoder
+from export.reference import TorchBackend
+from trt_runtime import contract, tolerances
+from trt_runtime import manifest as manifests
+from trt_runtime.backends.base import Window
+from trt_runtime.backends.ort import OrtBackend
+
+Array = np.ndarray[Any, Any]
+Exposed = Callable[[Path, str, list[str], str], bytes]
+
+
+@dataclass
+class Ranges:
+    """The largest magnitude that an input or output of a linear layer took in the reference, and where."""
+
+    largest: float = 0.0
+    where: str = ""
+
+    def note(self, where: str, tensor: torch.Tensor) -> None:
+        found = float(tensor.detach().abs().max())
+        if found > self.largest or not math.isfinite(found):
+            self.largest, self.where = found, where
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values that are no number."""
+
+    name: str
+    max_abs: float
+    cosine: float
+    norm_ratio: float
+    bad_values: int
+    passed: bool
+
+
+@contextmanager
+def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
+    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its residual stream."""
+    hooks = []
+    for name, module in reference.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            hooks.append(module.register_forward_hook(_noting(ranges, name.removeprefix("model."))))
+    for i, layer in enumerate(reference.model.model.layers):
+        hooks.append(layer.register_forward_hook(_noting(ranges, decoder.layer_name(i, decoder.OUTPUT))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noting(ranges: Ranges, name: str) -> Callable[..., None]:
+    def note(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        made = made[0] if isinstance(made, tuple) else made
+        if isinstance(module, torch.nn.Linear):
+            ranges.note(f"{name} (input)", given[0])
+            ranges.note(f"{name} (output)", made)
+        else:
+            ranges.note(name, made)
+
+    return note
+
+
+def compare(
+    artifact: Path, reference: TorchBackend, calls: tuple[Window, Window, Array], exposed: Exposed
+) -> dict[str, list[Row]]:
+    """Rows by kind of call ('prefix pass', 'refine step'): the residual stream after each layer, then the logits.
+
+    `calls`: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. `exposed` makes a graph with more outputs.
+    """
+    full, refine, valid = calls
+    facts = manifests.load(artifact).model
+    names = [decoder.layer_name(i, decoder.OUTPUT) for i in range(facts.num_layers)]
+    engine = OrtBackend(artifact, model_bytes=exposed(artifact, "refine", [*names, contract.LOGITS], facts.dtype))
+    batch, length = full.input_ids.shape
+    slots, mine, theirs = slice(0, batch), engine.new_cache(batch, length), reference.new_cache(batch, length)
+    tables = {}
+    for kind, call, keep in (("prefix pass", full, valid), ("refine step", refine, np.ones((*refine.input_ids.shape, 1), bool))):
+        made = engine.run(mine, slots, call, [*names, contract.LOGITS])
+        expected = _residuals(reference, theirs, slots, call, own_rows_only=kind == "prefix pass")
+        tables[kind] = [
+            _row(name, made[name].astype(np.float32).reshape(expected[name].shape), expected[name], keep, facts.dtype)
+            for name in [*names, contract.LOGITS]
+        ]
+    return tables
+
+
+@torch.inference_mode()
+def _residuals(reference: TorchBackend, cache: Any, slots: slice, call: Window, *, own_rows_only: bool) -> dict[str, Array]:
+    kept: dict[str, Array] = {}
+
+    def keeping(name: str) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, given: Any, made: Any) -> None:
+            kept[name] = (made[0] if isinstance(made, tuple) else made).numpy().copy()
+
+        return keep
+
+    hooks = [layer.register_forward_hook(keeping(decoder.layer_name(i, decoder.OUTPUT)))
+             for i, layer in enumerate(reference.model.model.layers)]  # fmt: skip
+    try:
+        kept[contract.LOGITS] = reference.logits(cache, slots, call, own_rows_only=own_rows_only).numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
+    bad = int((~np.isfinite(mine)).sum())
+    a, b = (np.where(keep, np.nan_to_num(x.astype(np.float64), posinf=0.0, neginf=0.0), 0.0) for x in (mine, theirs))
+    worst = float(np.abs(a - b).max() / max(1.0, float(np.abs(b).max())))
+    norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    cosine = float((a * b).sum() / max(norms[0] * norms[1], 1e-30))
+    return Row(name, worst, cosine, norms[0] / max(norms[1], 1e-30), bad, bad == 0 and worst <= tolerances.LOGITS[dtype])
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Lines of a table; the first layer that differs is marked."""
+    width = max(len(row.name) for row in rows)
+    yield f"{'':{width}}   max abs    cosine  norm ratio  NaN/Inf"
+    first = next((row for row in rows if not row.passed), None)
+    for row in rows:
+        mark = "  <-- first bad" if row is first else "" if row.passed else "  bad"
+        yield f"{row.name:{width}}  {row.max_abs:8.1e}  {row.cosine:8.6f}  {row.norm_ratio:10.6f}  {row.bad_values:7}{mark}"
