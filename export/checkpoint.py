@@ -21,7 +21,6 @@ import numpy as np
 from trt_runtime.errors import DllmError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_HEADER = 100_000_000  # the format's own bound
@@ -51,12 +50,6 @@ class Checkpoint:
     generation_config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     revision: str | None = None
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, or none when there is no tokenizer.json."""
-        found = [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        return found if found and found[0].name == "tokenizer.json" else []
 
 
 def locate(name: str) -> tuple[Path, str | None]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from export import families
 from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
-from export.weights import FP16_LARGEST, FP16_NEAR, MODES
+from export.weights import MODES
 from trt_runtime import contract
 from trt_runtime.errors import DllmError
 
@@ -102,14 +102,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify == "yes" and not can_verify:
         raise DllmError("--verify yes needs torch and transformers: pip install -e '.[reference]', or leave it out.")
     begin = time.perf_counter()
-    manifest = export(config, _progress)
+    manifest = export(config, _progress, lambda text: print(f"note: {text}", file=sys.stderr))
     size = sum(facts.size for facts in manifest.files.values())
     print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
           f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
-    if args.dtype == "fp16" and (near := {n: m for n, m in manifest.weight_maxima.items() if m > FP16_NEAR}):
-        name = max(near, key=lambda item: near[item])
-        print(f"warning: {name} holds {near[name]:g}, and {len(near) - 1} other weights are near fp16's range ({FP16_LARGEST:g}): "
-              "its sums may overflow; prefer DTYPE=bf16", file=sys.stderr)  # fmt: skip
     if args.verify == "no":
         return 0
     if not can_verify:

@@ -8,14 +8,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from export import checkpoint as checkpoints
-from export import families, graphs, lint, weights
+from export import families, graphs, lint, tokenizer_files, weights
 from export import lowering as lowerings
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderConfig
@@ -24,7 +24,6 @@ from trt_runtime import __version__, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts
-from trt_runtime.tokenizer import Tokenizer
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -84,8 +83,9 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
     return Source(source, found, decoder, decoding)
 
 
-def export(config: ExportConfig, progress: Progress) -> Manifest:
-    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written."""
+def export(config: ExportConfig, progress: Progress, note: Callable[[str], object] = lambda text: None) -> Manifest:
+    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written; `note` is told in a
+    sentence what a user should know of an export that succeeded."""
     source = read(config.checkpoint, config.family, config.ignored_keys)
     _check_target(config)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights)
@@ -93,11 +93,14 @@ def export(config: ExportConfig, progress: Progress) -> Manifest:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory)
         written = weights.stream(planned, directory, progress(weights.total_size(planned)))
-        for file in source.checkpoint.tokenizer_files:
-            (directory / "tokenizer").mkdir(exist_ok=True)
-            shutil.copyfile(file, directory / "tokenizer" / file.name)
-        if source.checkpoint.tokenizer_files:
-            Tokenizer(directory / "tokenizer")  # refuses one that cannot be read
+        tokenizer = tokenizer_files.assemble(source.checkpoint.path, directory / "tokenizer")
+        if tokenizer is not None:
+            decoding = tokenizer_files.completed(source.decoding, tokenizer, source.decoder.vocab_size)
+            source = replace(source, decoding=decoding)
+        else:
+            note(tokenizer_files.note(source.checkpoint.path))
+        if config.dtype == "fp16" and (near := weights.near_fp16(written.maxima)):
+            note(near)
         _check_graphs(directory, written.files)
         manifest = _manifest(source, config, directory, written)
         manifests.write(manifest, directory)
@@ -196,7 +199,9 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
     return Manifest(
         producer={"dllm-trt": __version__, "python": platform.python_version(), **versions},
         source={
-            "checkpoint": config.checkpoint if checkpoint.revision else str(checkpoint.path.resolve()),
+            "checkpoint": f"{config.checkpoint.split('@')[0]}@{checkpoint.revision}"
+            if checkpoint.revision
+            else str(checkpoint.path.resolve()),
             "ignored_keys": list(config.ignored_keys),
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
@@ -208,6 +213,6 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         opset=lowerings.find(config.lowering).OPSET,
         graphs=described,
         files=files,
-        tokenizer="tokenizer" if checkpoint.tokenizer_files else None,
+        tokenizer="tokenizer" if (directory / "tokenizer").is_dir() else None,
         weight_maxima=written.maxima,
     )

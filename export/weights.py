@@ -150,6 +150,18 @@ def holds_all(manifest: Manifest) -> bool:
     return not any(name.endswith(".safetensors") for name in manifest.files)
 
 
+def near_fp16(maxima: Mapping[str, float]) -> str:
+    """A warning that names the largest weight near the end of fp16's range; empty if none is."""
+    near = {name: largest for name, largest in maxima.items() if largest > FP16_NEAR}
+    if not near:
+        return ""
+    name = max(near, key=lambda item: near[item])
+    return (
+        f"{name} holds {near[name]:g}, near the end of fp16's range ({FP16_LARGEST:g}), as do {len(near) - 1} other weights: sums may "
+        "overflow; prefer DTYPE=bf16"
+    )
+
+
 def is_in(weight: Weight, artifact: Path) -> bool:
     """Whether the bytes at a weight's place in an artifact are its source, converted."""
     with open(artifact / weight.file, "rb") as file:

@@ -14,10 +14,10 @@ import time
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, export_quietly
-from tiny import random_tensors, write_checkpoint
+from tiny import write_checkpoint, write_sparse
 
-from export import checkpoint, cli, families, weights
-from export.pipeline import ExportConfig, export, read
+from export import checkpoint, cli, families
+from export.pipeline import ExportConfig, export
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 
@@ -179,46 +179,13 @@ def test_shards(tiny, tmp_path):
     refused(sharded, tmp_path / "out", "has no weight_map")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_weights_arrive_converted_and_where_the_plan_says(tiny, tmp_path, dtype):
-    path = tiny()
-    artifact = export_quietly(path, tmp_path / "out", dtype=dtype)
-    source = read(str(path))
-    data = (artifact / "weights.data").read_bytes()
-    tensors = random_tensors(LLADA, LLADA.tiny_config())
-    planned = weights.plan(source.decoder, LLADA, source.checkpoint, dtype)
-    assert sum(weight.source_name in tensors for weight in planned) == len(tensors)
-    for weight in planned:
-        got = np.frombuffer(data[weight.offset : weight.offset + weight.size], weights.NUMPY_DTYPES[weight.dtype])
-        if weight.source_name in tensors:
-            expected = tensors[weight.source_name].astype(weights.NUMPY_DTYPES[dtype])
-            assert (got.reshape(weight.shape) == expected).all()
-        assert weight.offset % weights.ALIGNMENT == 0
-
-
-def test_fp16_that_would_overflow_is_refused_with_the_tensor_named(tiny, tmp_path):
-    def grow(tensors):
-        tensors["model.transformer.blocks.2.up_proj.weight"][5, 7] = 1e5
-
-    path = tiny(change=grow)
-    refused(path, tmp_path / "out", "blocks.2.up_proj.weight", "100000", "bf16", dtype="fp16")
-    assert export_quietly(path, tmp_path / "out", dtype="bf16").is_dir()
-
-
-def test_tied_head_and_grouped_heads(tmp_path):
+def test_tied_head_and_grouped_heads(tiny, tmp_path):
     """A tied LLaDA has no head tensor; n_kv_heads below n_heads shrinks the caches. Both agree with the reference."""
     from export.verify import verify
 
     pytest.importorskip("torch")
-    config = LLADA.tiny_config() | {"weight_tying": True, "n_kv_heads": 2}
-    path = tmp_path / "tied"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    from safetensors.numpy import save_file
-
-    tensors = random_tensors(LLADA, config)
-    assert "model.transformer.ff_out.weight" not in tensors
-    save_file(tensors, path / "model.safetensors")
+    path = tiny(model={"weight_tying": True, "n_kv_heads": 2})
+    assert "model.transformer.ff_out.weight" not in checkpoint.load(path).tensors
     artifact = export_quietly(path, tmp_path / "out")
     assert manifests.load(artifact).model.num_kv_heads == 2
     assert [stage.passed for stage in verify(artifact)] == [True] * 5
@@ -269,10 +236,8 @@ def test_a_killed_export_leaves_no_half_artifact(tmp_path, signum):
     config = {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 4096, "n_layers": 8, "vocab_size": 60000,
               "embedding_size": 60000}  # fmt: skip
     path = tmp_path / "checkpoint"
-    path.mkdir()
     full = LLADA.tiny_config() | config
-    (path / "config.json").write_text(json.dumps(full))
-    _sparse_checkpoint(path / "model.safetensors", full)
+    write_sparse(LLADA, path, full)
     command = [sys.executable, "-m", "export", "--checkpoint", str(path), "--out", str(tmp_path / "out"), "--verify", "no"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
@@ -281,21 +246,6 @@ def test_a_killed_export_leaves_no_half_artifact(tmp_path, signum):
     os.kill(process.pid, signum)
     assert process.wait(30) in (130, 143)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
-
-
-def _sparse_checkpoint(path, config) -> None:
-    from export.decoder import weight_shapes
-    from export.families.base import ConfigReader
-
-    header, offset = {}, 0
-    for name, shape in weight_shapes(LLADA.decoder(ConfigReader(config, ""))).items():
-        size = 4 * int(np.prod(shape))
-        header[LLADA.tensor_name(name)] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):

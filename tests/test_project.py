@@ -16,7 +16,7 @@ WHEEL = [
     "trt_runtime/backends/ort.py", "trt_runtime/bench.py", "trt_runtime/cli.py", "trt_runtime/config.py",
     "trt_runtime/contract.py", "trt_runtime/errors.py", "trt_runtime/generator.py", "trt_runtime/manifest.py",
     "trt_runtime/model.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
-    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/sequence.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py",
+    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/sequence.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,16 @@ def write_checkpoint(
     path: Path,
     *,
     config: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     change: Callable[[Tensors], object] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint directory. `change` may edit the tensors; `shards` > 1 writes an index."""
+    """A checkpoint directory. `model` changes the model, `config` only what config.json says of it; `change` may edit the tensors;
+    `shards` > 1 writes an index."""
     path.mkdir(parents=True)
-    config = {**family.tiny_config(), **(config or {})}
-    (path / "config.json").write_text(json.dumps(config))
-    tensors = random_tensors(family, family.tiny_config())
+    real = {**family.tiny_config(), **(model or {})}
+    (path / "config.json").write_text(json.dumps({**real, **(config or {})}))
+    tensors = random_tensors(family, real)
     if change:
         change(tensors)
     if shards == 1:
@@ -52,4 +55,16 @@ def write_checkpoint(
         save_file({name: tensors[name] for name in held}, path / file)
         weight_map |= dict.fromkeys(held, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str = "fp32") -> Path:
+    """A checkpoint of any size that takes no room on the disk: every weight is zero."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+    from random_checkpoint import write_safetensors
+
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
+    write_safetensors(path / "model.safetensors", {family.tensor_name(n): shape for n, shape in shapes.items()}, dtype, ())
     return path

@@ -108,7 +108,7 @@ def run(model: Model, options: Options) -> dict[str, Any]:
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
     config = next(iter(variants.values()))
     memory = {name: _peak_memory(model.path, name, options, config) for name in dict.fromkeys(e.split()[0] for e in entries)}
-    return {"machine": _machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
+    return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
             "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
                          "dtype": model.manifest.model.dtype},
             "rows": rows, "peak_memory_mib": memory}  # fmt: skip
@@ -189,7 +189,8 @@ def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
             "prefix_ms": median("prefix_ms"), "refine_ms": median("refine_ms")}  # fmt: skip
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """The CPU, its cores, and the versions that a measurement depends on."""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )

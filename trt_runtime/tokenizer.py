@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trt_runtime import templates
 from trt_runtime.errors import DllmError
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -20,15 +23,25 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the package raises plain Exception
             raise DllmError(f"{path / 'tokenizer.json'}: not readable ({error}): export the artifact again.") from error
-        config_file = path / "tokenizer_config.json"
-        self._config = _read_object(config_file) if config_file.is_file() else {}
-        template_file = path / "chat_template.jinja"
-        template = template_file.read_text("utf-8") if template_file.is_file() else self._config.get("chat_template")
-        self._template: str | None = template if isinstance(template, str) else None
+        config, older = (_read_object(path / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        texts = {name: _text(config.get(name)) or _text(older.get(name)) for name in SPECIAL}
+        self._special: dict[str, str] = {name: text for name, text in texts.items() if text}
+        self._template = _template(path, config)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name ('mask_token'); None if there is none."""
+        text = self._special.get(name)
+        token: int | None = self._tokenizer.token_to_id(text) if text else None
+        return token
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added."""
@@ -40,28 +53,31 @@ class Tokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary has no token for."""
-        unknown = self._token("unk_token")
+        unknown = self._special.get("unk_token")
         if unknown is None:
             return []
         encoding = self._encoding(text)
         return [text[begin:end] for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)
                 if token == unknown and text[begin:end] != unknown]  # fmt: skip
 
-    def render_chat(self, messages: Iterable[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Iterable[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template."""
         if self._template is None:
             raise DllmError("this model has no chat template: use 'generate --raw', which takes the prompt as it stands.")
-        import jinja2
-        import jinja2.sandbox
+        return templates.render(self._template, list(messages), self._special, add_generation_prompt=add_generation_prompt)
 
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        special = {name: self._token(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template puts behind an answer; None where it puts none."""
+        if self._template is None:
+            return None
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "the-answer"}
         try:
-            template = environment.from_string(self._template)
-            return template.render(messages=list(messages), add_generation_prompt=True, **special)
-        except Exception as error:  # a template can raise anything
-            raise DllmError(f"the chat template failed ({error}): check the roles of the messages.") from error
+            text = self.render_chat([question, answer], add_generation_prompt=False)
+        except DllmError:
+            return None
+        behind = self.encode(text.rpartition(answer["content"])[2])
+        added = self._tokenizer.get_added_tokens_decoder()
+        return behind[0] if behind and behind[0] in added and added[behind[0]].special else None
 
     def _encoding(self, text: str) -> Any:
         try:
@@ -69,13 +85,25 @@ class Tokenizer:
         except TypeError as error:  # lone surrogates: bytes that are not UTF-8
             raise DllmError(f"the prompt {text!r} is not valid Unicode: give it in UTF-8.") from error
 
-    def _token(self, name: str) -> str | None:
-        token = self._config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
+
+def _template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in the configuration; where there are several, the one called 'default'."""
+    file = path / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _text(token: object) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
         read = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -83,9 +111,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: export the artifact again.")
     return read
-
-
-def _raise(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

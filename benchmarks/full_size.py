@@ -1,0 +1,112 @@
+"""Benchmark: export of a full-size checkpoint beside a plain copy of the same files, and parity of a full-width model of two layers.
+
+    python benchmarks/full_size.py --model llada --output benchmarks/results
+
+Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn copies its files (cp) and
+exports it (--weights copy and link), each followed by a sync that is part of its time. Memory is the peak of the process. With
+--parity the same width with two layers is exported in fp32 and verified against PyTorch. Needs 50 GB of disk, and 20 GB of memory
+for the parity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from trt_runtime import manifest as manifests
+from trt_runtime.bench import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = {"llada": "llada-8b", "dream": "dream-7b"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(PRESETS), default="llada", help="the model (default llada)")
+    parser.add_argument("--repeats", type=int, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument("--parity", action="store_true", help="also verify a full-width model of two layers")
+    parser.add_argument("--scratch", type=Path, help="a directory on the disk to measure (default the temporary directory's)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result")
+    args = parser.parse_args()
+    preset = PRESETS[args.model]
+    report: dict[str, Any] = {"preset": preset, "machine": machine()}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+        report |= measure(preset, Path(temporary), args.repeats)
+    if args.parity:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+            report["parity"] = parity(f"{preset}-2layers", Path(temporary))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"full-size-{preset}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
+    """Seconds and peak memory of cp, export and linked export, in turn."""
+    checkpoint, out = scratch / preset, scratch / "out"
+    run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    export = [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        str(checkpoint),
+        "--dtype",
+        "bf16",
+        "--out",
+        str(out),
+        "--verify",
+        "no",
+    ]
+    commands = {"cp": ["cp", "-r", str(checkpoint), str(out)], "export": export, "export, linked": [*export, "--weights", "link"]}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            os.sync()
+            begin = time.perf_counter()
+            memory = peak(command)
+            os.sync()
+            samples[name].append((time.perf_counter() - begin, memory))
+            written = out / manifests.FILE_NAME
+            if written.is_file():
+                manifests.load(out)
+            shutil.rmtree(out)
+    rows = {name: {"seconds": [round(s, 1) for s, _ in taken], "peak_memory_mib": round(max(m for _, m in taken))}
+            for name, taken in samples.items()}  # fmt: skip
+    medians = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
+    return {"bytes": size, "rows": rows, "export_over_cp": medians["export"] / medians["cp"]}
+
+
+def parity(preset: str, scratch: Path) -> dict[str, Any]:
+    """What `verify` says of the full-width model, in fp32 on ONNX Runtime."""
+    run("tools/random_checkpoint.py", "--preset", preset, str(scratch / preset))
+    run("-m", "export", "--checkpoint", str(scratch / preset), "--out", str(scratch / "out"), "--verify", "yes")
+    return {"preset": preset, **(manifests.load(scratch / "out").verified or {})}
+
+
+def peak(command: list[str]) -> float:
+    """Run a command and return its peak resident memory in MiB."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return usage.ru_maxrss / 1024
+
+
+def run(*command: str) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()

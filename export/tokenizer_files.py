@@ -1,0 +1,127 @@
+"""A checkpoint's tokenizer, put into the artifact as tokenizer.json with its configuration and chat template.
+
+Most checkpoints have a tokenizer.json. Dream and other Qwen2 relatives may ship the slow tokenizer's files alone (vocab.json and
+merges.txt, beside Python code that is never run): their tokenizer.json is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from trt_runtime.errors import DllmError
+from trt_runtime.manifest import DecodingFacts
+from trt_runtime.tokenizer import Tokenizer
+
+FILE_NAME = "tokenizer.json"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates")
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+# how a slow byte-level BPE tokenizer splits a text before its merges, by the class that tokenizer_config.json names
+_QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+_SPLITS = dict.fromkeys(("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast"), _QWEN2)
+
+
+def note(checkpoint: Path) -> str:
+    """What to tell a user about a checkpoint whose tokenizer cannot be taken along; empty if there is nothing to say."""
+    if (checkpoint / FILE_NAME).is_file() or _is_slow(checkpoint):
+        return ""
+    if models := sorted(file.name for file in checkpoint.glob("*.model")):
+        return (
+            f"{models[0]} is a SentencePiece model, which is not read: prompts must be token ids. For text, make a {FILE_NAME} with "
+            "transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) and export again"
+        )
+    return f"the checkpoint has no {FILE_NAME}: prompts must be token ids"
+
+
+def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
+    """Put the tokenizer of a checkpoint into `directory`, and open it. None if there is none. Raises DllmError."""
+    if not (checkpoint / FILE_NAME).is_file() and not _is_slow(checkpoint):
+        return None
+    directory.mkdir()
+    for name in _BESIDE:
+        if (checkpoint / name).is_dir():
+            shutil.copytree(checkpoint / name, directory / name)
+        elif (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, directory / name)
+    if (checkpoint / FILE_NAME).is_file():
+        shutil.copyfile(checkpoint / FILE_NAME, directory / FILE_NAME)
+    else:
+        _from_slow_files(checkpoint).save(str(directory / FILE_NAME))
+    return Tokenizer(directory)  # refuses one that cannot be read
+
+
+def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int) -> DecodingFacts:
+    """The decoding facts with the token that ends a turn of the chat template among the end tokens.
+
+    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask token.
+    """
+    if (most := tokenizer.max_id) >= vocab_size:
+        raise DllmError(f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this checkpoint.")
+    mask = tokenizer.special_id("mask_token")
+    if mask is not None and mask != decoding.mask_token_id:
+        raise DllmError(
+            f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both from one checkpoint."
+        )
+    end = tokenizer.end_of_turn()
+    ends = decoding.eos_token_ids
+    if end is None or end in (*ends, decoding.mask_token_id):
+        return decoding
+    return DecodingFacts(**{**vars(decoding), "eos_token_ids": (*ends, end)})
+
+
+def _is_slow(checkpoint: Path) -> bool:
+    return (checkpoint / _VOCABULARY).is_file() and (checkpoint / _MERGES).is_file()
+
+
+def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
+    config = _read(checkpoint / "tokenizer_config.json")
+    name = config.get("tokenizer_class")
+    if name not in _SPLITS:
+        raise DllmError(
+            f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is none of {', '.join(_SPLITS)}: make a {FILE_NAME} "
+            "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))."
+        )
+    try:
+        model = models.BPE.from_file(str(checkpoint / _VOCABULARY), str(checkpoint / _MERGES))
+    except Exception as error:  # the package raises plain Exception
+        raise DllmError(f"{checkpoint}: {_VOCABULARY} and {_MERGES} are not readable ({error}): download them again.") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLITS[name]), "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(tokenizer, checkpoint, config)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[str, Any]) -> None:
+    """Added tokens, at the ids where the checkpoint has them: of tokenizer_config.json, or of the older added_tokens.json."""
+    listed = {int(token): entry for token, entry in config.get("added_tokens_decoder", {}).items()}
+    if not listed:
+        older = checkpoint / "added_tokens.json"
+        listed = {token: {"content": text, "special": True} for text, token in (_read(older) if older.is_file() else {}).items()}
+    for token, entry in sorted(listed.items()):
+        flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
+        added = tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
+        (tokenizer.add_special_tokens if entry.get("special") else tokenizer.add_tokens)([added])
+        if (got := tokenizer.token_to_id(entry["content"])) != token:
+            raise DllmError(
+                f"{checkpoint}: the added token {entry['content']!r} comes to id {got}, tokenizer_config.json says {token}: its "
+                f"vocabulary has gaps; make a {FILE_NAME} with transformers' save_pretrained."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DllmError(f"{path}: not readable as JSON ({error}): download it again.") from error
+    if not isinstance(read, dict):
+        raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: download it again.")
+    return read

@@ -1,0 +1,75 @@
+"""Chat templates: Jinja text that came with a checkpoint, rendered in a sandbox as transformers renders it.
+
+A template is untrusted: it sees plain strings, lists and dicts, and can change nothing outside itself. jinja2 below 3.1.6 has known
+ways out of its sandbox.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from trt_runtime.errors import DllmError
+
+
+def render(
+    template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str], *, add_generation_prompt: bool
+) -> str:
+    """The text of a conversation of {'role', 'content'} messages. `special`: texts of the special tokens, by name.
+
+    Raises DllmError for a message that is none, and for whatever the template raises.
+    """
+    plain = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(isinstance(item, str) for pair in message.items() for item in pair):
+            raise DllmError(f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': '...'}}.")
+        plain.append({str(key): str(value) for key, value in message.items()})
+    try:
+        return str(
+            _compiled(template).render(
+                messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
+            )
+        )
+    except Exception as error:  # a template can raise anything
+        raise DllmError(f"the chat template failed ({error}): check the roles of the messages.") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    import jinja2.ext
+    import jinja2.sandbox
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _generation_tag()]
+    )
+    environment.filters["tojson"] = _tojson  # Jinja's own escapes HTML
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _generation_tag() -> Any:
+    """`{% generation %}`, which marks an answer for training: here its body stands for itself."""
+    import jinja2.ext
+
+    class Generation(jinja2.ext.Extension):  # type: ignore[misc]
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    return Generation
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
