@@ -1,5 +1,5 @@
 # Targets set up what they need. `make help` lists them.
-#   MODEL=llada  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  HEAD=statistics|logits  OUT=dir  VERIFY=0  PYTHON=python3.x
+#   MODEL=llada|dream  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  WEIGHTS=copy|link  HEAD=statistics|logits  OUT=dir  VERIFY=0  PYTHON=python3.x
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 MODEL ?= llada
 DTYPE ?= fp32
 HEAD ?= statistics
+WEIGHTS ?= copy
 DEMO := artifacts/llada-demo
 PROMPTS := checkpoints/llada-demo/prompts.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -38,9 +39,9 @@ demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measur
 	@echo && echo "== 4. one prompt, block by block" && $(BIN)/dllm-trt generate $(DEMO) --stream "$$(sed -n 4p $(PROMPTS))"
 	@echo && echo "== 5. caches and parallel unmasking, side by side" && $(BIN)/dllm-trt bench $(DEMO) --prompts $(PROMPTS) --count 8
 
-export: $(VENV)/.runtime ## checkpoint -> artifact: MODEL=llada [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir]
+export: $(VENV)/.runtime ## checkpoint -> artifact: MODEL=llada|dream [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir]
 	$(BIN)/python -m export --model $(MODEL) --dtype $(DTYPE) --head $(HEAD) --overwrite \
-	  $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto)
+	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto)
 
 test: $(VENV)/.dev ## the tests, on a CPU
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@ import numpy as np
 from trt_runtime.errors import DllmError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_HEADER = 100_000_000  # the format's own bound
@@ -57,7 +58,17 @@ def locate(name: str) -> tuple[Path, str | None]:
     path = Path(name)
     if path.is_dir():
         return path, None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or path.exists():
+    hub, repo, revision = _hub(name)
+    try:
+        snapshot = hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_PATTERNS))
+    except Exception as error:  # the hub's client raises errors of a dozen unrelated types
+        raise _unreachable(name, error) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+def _hub(name: str) -> tuple[Any, str, str | None]:
+    """huggingface_hub, the repository and the revision of a hub id."""
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
         raise DllmError(
             f"{name}: no such directory, and not a hub id: give a checkpoint directory with config.json and "
             "*.safetensors, or a hub id like org/name."
@@ -69,14 +80,29 @@ def locate(name: str) -> tuple[Path, str | None]:
             f"{name}: no such directory; to download it from the hub, install huggingface_hub: pip install huggingface_hub."
         ) from error
     repo, _, revision = name.partition("@")
+    return huggingface_hub, repo, revision or None
+
+
+def _unreachable(name: str, error: Exception) -> DllmError:
+    said = str(error).splitlines()[0] if str(error) else "no message"
+    return DllmError(
+        f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: {said}): check the name and the "
+        "network, or download it yourself and give its directory."
+    )
+
+
+def config_of(name: str) -> tuple[dict[str, Any], str]:
+    """config.json alone, and where it came from: of a directory, or of a hub id, whose weights are not downloaded."""
+    path = Path(name)
+    if path.is_dir() or not _HUB_ID.fullmatch(name):
+        path = locate(name)[0]
+        return _read_json(path / "config.json", "a checkpoint directory has config.json"), str(path / "config.json")
+    hub, repo, revision = _hub(name)
     try:
-        snapshot = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(_HUB_PATTERNS))
+        file = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the hub's client raises errors of a dozen unrelated types
-        raise DllmError(
-            f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}): check the name and the network, or download it yourself and give its directory."
-        ) from error
-    return Path(snapshot), Path(snapshot).name
+        raise _unreachable(name, error) from error
+    return _read_json(file), f"{name}: config.json"
 
 
 def load(path: Path, revision: str | None = None) -> Checkpoint:

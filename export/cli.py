@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)")
     parser.add_argument(
         "--head", choices=contract.HEADS, default="statistics",
-        help="'logits' adds the logits to the outputs, for temperatures above 0 (default statistics)",
+        help="'logits' adds the logits to the outputs; ONNX Runtime has them anyway (default statistics)",
     )  # fmt: skip
     parser.add_argument(
         "--lowering", choices=("auto", *LOWERINGS), default="auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -18,7 +20,7 @@ from export import checkpoint as checkpoints
 from export import families, graphs, lint, tokenizer_files, weights
 from export import lowering as lowerings
 from export.checkpoint import Checkpoint
-from export.decoder import DecoderConfig
+from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import ConfigReader, Family
 from trt_runtime import __version__, contract
 from trt_runtime import manifest as manifests
@@ -60,17 +62,12 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
     """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
-    model_type = source.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
-    found = families.find(model_type)
+    found, reader, decoder = _understood(source.config, where)
     if family is not None and families.find(family) is not found:
+        model_type = source.config["model_type"]
         raise DllmError(
             f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}."
         )
-    reader = ConfigReader(source.config, where)
-    decoder = found.decoder(reader)
-    _check_sizes(decoder, where)
     decoding = found.decoding(reader, source.generation_config)
     reader.finish(ignored_keys)
     if decoding.mask_token_id in decoding.eos_token_ids:
@@ -81,6 +78,23 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
         if token >= decoder.vocab_size:
             raise DllmError(f"{where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
     return Source(source, found, decoder, decoding)
+
+
+def facts_of_checkpoint(name: str, dtype: str) -> ModelFacts:
+    """The model of a checkpoint (a directory or hub id) from its config.json alone. Raises DllmError."""
+    config, where = checkpoints.config_of(name)
+    decoder = _understood(config, where)[2]
+    return _model_facts(decoder, config, dtype, sum(math.prod(shape) for shape in weight_shapes(decoder).values()))
+
+
+def _understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
+    family, reader = families.find(model_type), ConfigReader(config, where)
+    decoder = family.decoder(reader)
+    _check_sizes(decoder, where)
+    return family, reader, decoder
 
 
 def export(config: ExportConfig, progress: Progress, note: Callable[[str], object] = lambda text: None) -> Manifest:
@@ -166,16 +180,9 @@ def _check_graphs(directory: Path, data: Iterable[str]) -> None:
             onnx.checker.check_model(path, full_check=True)
 
 
-def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written) -> Manifest:
-    decoder, checkpoint = source.decoder, source.checkpoint
-    dims = graphs.dims_of(decoder, config.dtype)
-    files = dict(written.files)
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in files:
-            files[name] = FileFacts(path.stat().st_size, manifests.sha256_of(path))
-    model = ModelFacts(
-        family=checkpoint.config["model_type"].lower(),
+def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str, parameters: int) -> ModelFacts:
+    return ModelFacts(
+        family=config["model_type"].lower(),
         num_layers=decoder.num_layers,
         num_heads=decoder.num_heads,
         num_kv_heads=decoder.num_kv_heads,
@@ -184,9 +191,20 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         intermediate_size=decoder.intermediate_size,
         vocab_size=decoder.vocab_size,
         max_length=decoder.max_length,
-        dtype=config.dtype,
-        parameters=sum(stored.size // stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+        dtype=dtype,
+        parameters=parameters,
     )
+
+
+def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written) -> Manifest:
+    decoder, checkpoint = source.decoder, source.checkpoint
+    dims = graphs.dims_of(decoder, config.dtype)
+    files = dict(written.files)
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = FileFacts(path.stat().st_size, manifests.sha256_of(path))
+    parameters = sum(stored.size // stored.dtype.itemsize for stored in checkpoint.tensors.values())
     described = {
         role: GraphFacts(
             f"{role}.onnx",
@@ -206,7 +224,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },
-        model=model,
+        model=_model_facts(decoder, checkpoint.config, config.dtype, parameters),
         decoding=source.decoding,
         head=config.head,
         lowering=config.lowering,

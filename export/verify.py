@@ -33,6 +33,7 @@ from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.manifest import Manifest
 
 _CANVASES = 3
+_SMALL = 20_000_000  # parameters
 _CASES = 12
 
 Array = np.ndarray[Any, Any]
@@ -78,7 +79,7 @@ def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
 def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, TorchBackend]]:
     """The artifact as it can run here (a bf16 one as its fp32 twin), and the reference in fp32."""
     manifest = manifests.load(artifact)
-    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32")
+    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=_threads(manifest))
     with tempfile.TemporaryDirectory() as temporary:
         yield artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
 
@@ -178,7 +179,9 @@ def _graphs(artifact: Path, reference: TorchBackend) -> tuple[_Worst, OrtBackend
         theirs = [_torch_run(reference, *call[:2]) for call in calls]
     made: dict[str, list[_Run]] = {}
     for role in contract.ROLES:
-        engine = OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS]))
+        engine = OrtBackend(
+            artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS]), threads=_threads(reference.manifest)
+        )
         made[role] = [_ort_run(engine, *call[:2]) for call in calls]
         if role == "prefix":
             engine.close()
@@ -249,6 +252,11 @@ def _worst(mine: Array, theirs: Array) -> float:
     """Largest difference over max(1, largest value); infinite where something is no number."""
     difference = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
     return difference if np.isfinite(difference) else float("inf")
+
+
+def _threads(manifest: Manifest) -> int | None:
+    """Small models run on one thread: more are slower. None: the backend's own choice."""
+    return 1 if manifest.model.parameters < _SMALL else None
 
 
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:

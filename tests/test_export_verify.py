@@ -149,11 +149,11 @@ def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monk
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_no_false_alarm(tiny_checkpoint, golden_checkpoint, tmp_path, dtype):
-    for i, checkpoint in enumerate((tiny_checkpoint, golden_checkpoint)):
-        artifact = export_quietly(checkpoint, tmp_path / f"{i}", dtype=dtype)
-        assert [s.passed for s in verify(artifact)] == [True] * 5
-        assert all(row.passed for rows in bisect(artifact).values() for row in rows)
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "golden_checkpoint"])
+def test_no_false_alarm(request, checkpoint, tmp_path, dtype):
+    artifact = export_quietly(request.getfixturevalue(checkpoint), tmp_path / "artifact", dtype=dtype)
+    assert [s.passed for s in verify(artifact)] == [True] * 5
+    assert all(row.passed for rows in bisect(artifact).values() for row in rows)
 
 
 def test_the_layers_show_where_a_fault_begins(golden_checkpoint, monkeypatch, tmp_path, capsys):

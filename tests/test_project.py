@@ -14,8 +14,8 @@ DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "artifac
 WHEEL = [
     "trt_runtime/__init__.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
     "trt_runtime/backends/ort.py", "trt_runtime/bench.py", "trt_runtime/cli.py", "trt_runtime/config.py",
-    "trt_runtime/contract.py", "trt_runtime/errors.py", "trt_runtime/generator.py", "trt_runtime/manifest.py",
-    "trt_runtime/model.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
+    "trt_runtime/contract.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/errors.py", "trt_runtime/generator.py", "trt_runtime/manifest.py",
+    "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
     "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/sequence.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py",
 ]  # fmt: skip
 
@@ -74,7 +74,9 @@ def _help(*command: str) -> str:
     return done.stdout
 
 
-COMMANDS = {name: ("trt_runtime.cli", name) for name in ("generate", "chat", "info", "verify", "replay", "bench")}
+COMMANDS = {
+    name: ("trt_runtime.cli", name) for name in ("generate", "chat", "info", "plan", "doctor", "verify", "replay", "bench")
+}
 
 
 def test_every_option_is_documented_and_every_documented_option_exists():

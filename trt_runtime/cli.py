@@ -1,4 +1,4 @@
-"""The command line `dllm-trt`: generate, chat, info, verify, replay, bench."""
+"""The command line `dllm-trt`: generate, chat, info, plan, doctor, verify, replay, bench."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from trt_runtime import backends, manifest, render, replay, tolerances
+from trt_runtime import backends, devices, manifest, render, replay, tolerances
+from trt_runtime import plan as planning
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model, Prompt, Result, load
@@ -64,6 +65,23 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print the manifest as JSON")
     info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
 
+    plan = _command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
+    default = planning.DEFAULT_WORK
+    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
+    plan.add_argument("--batch", type=int, default=default.batch, help=f"rows at a time (default {default.batch})")
+    plan.add_argument(
+        "--length", type=int, default=default.length, help=f"tokens of the longest canvas (default {default.length})"
+    )
+    plan.add_argument(
+        "--block-length", type=int, default=default.block_length, help=f"tokens of a block (default {default.block_length})"
+    )
+    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16)")
+    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
     verify = _command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
     verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
     verify.add_argument(
@@ -99,9 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+def _command(  # type: ignore[no-untyped-def]
+    commands, name: str, run: Callable[[argparse.Namespace], int], text: str, takes: str = ""
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
+    if takes:
+        parser.add_argument(
+            "model", metavar=takes, help="an artifact, a checkpoint's directory (config.json is enough), or a hub id"
+        )
+    else:
+        parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
     parser.set_defaults(run=run)
     return parser
 
@@ -233,6 +258,20 @@ def _info(args: argparse.Namespace) -> int:
     else:
         print(render.describe(args.artifact, facts))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    work = planning.Work(args.batch, args.length, args.block_length)
+    print(planning.run(args.model, device=args.device, work=work, dtype=args.dtype, as_json=args.json))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from trt_runtime import doctor
+
+    text, healthy = doctor.run(as_json=args.json)
+    print(text)
+    return 0 if healthy else 1
 
 
 def _verify(args: argparse.Namespace) -> int:

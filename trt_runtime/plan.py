@@ -1,0 +1,244 @@
+"""Forecasts before work: memory by backend and layout, time of a forward at the roofline, disk; and whether it fits.
+
+Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, N heads, D head_dim, V vocabulary.
+
+Time: a forward cannot be faster than its multiplications at the device's dense rate, nor than reading the weights and the cache at
+its bandwidth; the larger of the two is the forecast, and measured times are longer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trt_runtime import contract
+from trt_runtime import manifest as manifests
+from trt_runtime.backends import import_tool
+from trt_runtime.devices import DEVICES, GIB, Device, find
+from trt_runtime.errors import DllmError
+from trt_runtime.manifest import ModelFacts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be run: rows at a time, the longest canvas, and the block."""
+
+    batch: int
+    length: int
+    block_length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A backend and how it holds the weights: `copies` of them, and whether of a 16-bit head in float32 too.
+
+    scores: whether attention writes its scores [B, N, S, C] to memory. on_cpu: whether it runs on a CPU.
+    """
+
+    name: str
+    label: str
+    copies: int
+    wide_head: bool
+    scores: bool
+    on_cpu: bool
+
+
+LAYOUTS = (
+    Layout("ort, one session", "ort", 1, wide_head=True, scores=True, on_cpu=True),
+    Layout("tensorrt, one engine (shared)", "trt shared", 1, wide_head=True, scores=False, on_cpu=False),
+    Layout("tensorrt, two engines (split)", "trt split", 2, wide_head=True, scores=False, on_cpu=False),
+    Layout("torch (the reference)", "torch", 1, wide_head=False, scores=False, on_cpu=True),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: weights (with the head's float32 copy), the cache of all rows, the largest activations, logits and statistics."""
+
+    weights: int
+    cache: int
+    activations: int
+    statistics: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.statistics
+
+
+def weight_bytes(facts: ModelFacts) -> int:
+    """Weights and rotation tables."""
+    tables = 2 * facts.max_length * (facts.head_dim // 2) * 4
+    return facts.parameters * _item(facts) + tables
+
+
+def cache_bytes(facts: ModelFacts, work: Work) -> int:
+    """Keys and values of every layer: `length` rows for each of `batch` slots."""
+    return 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * _item(facts) * work.batch * work.length
+
+
+def memory(facts: ModelFacts, work: Work, layout: Layout) -> Memory:
+    """Memory at the peak, which is a prefix pass."""
+    rows = work.batch * work.length
+    # the graph's head multiplies in float32, for which backends keep a converted copy
+    head = facts.vocab_size * facts.hidden_size * 4 if layout.wide_head and _item(facts) == 2 else 0
+    # the residual stream and its norm; gate, up and their product
+    activations = rows * (2 * facts.hidden_size + 3 * facts.intermediate_size) * _item(facts)
+    if layout.scores:
+        activations += work.batch * facts.num_heads * work.length * work.length * 4
+    statistics = 3 * work.batch * min(work.block_length, work.length) * facts.vocab_size * 4  # logits, shifted, exponentials
+    return Memory(layout.copies * (weight_bytes(facts) + head), cache_bytes(facts, work), activations, statistics)
+
+
+def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
+    """Of one row of the batch: linear layers over `rows`, attention of `rows` to `keys`, and the last layer and head on `asked`."""
+    hidden, wide = facts.hidden_size, facts.num_heads * facts.head_dim
+    key_value = 2 * hidden * facts.num_kv_heads * facts.head_dim
+    pruned = 2 * hidden * wide + 3 * hidden * facts.intermediate_size  # q, o and the MLP
+    layers = 2 * rows * facts.num_layers * key_value + 2 * pruned * (rows * (facts.num_layers - 1) + asked)
+    attention = 4 * wide * keys * (rows * (facts.num_layers - 1) + asked)
+    return float(layers + attention + 2 * asked * hidden * facts.vocab_size)
+
+
+def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int) -> float | None:
+    """The roofline time of a forward over windows of `rows`; None where the device's rates are not known."""
+    rate = device.rate32 if facts.dtype == "fp32" else device.rate16
+    if rate is None or device.bandwidth is None:
+        return None
+    asked = min(work.block_length, rows)
+    multiply = work.batch * flops(facts, rows, work.length, asked) / (rate * 1e12)
+    embedding = (facts.vocab_size - min(work.batch * rows, facts.vocab_size)) * facts.hidden_size * _item(facts)
+    moved = weight_bytes(facts) - embedding + cache_bytes(facts, work)
+    return max(multiply, moved / (device.bandwidth * 1e9))
+
+
+def facts_of(path: str, dtype: str | None) -> ModelFacts:
+    """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices). Raises DllmError."""
+    if _is_artifact(path):
+        facts = manifests.load(Path(path)).model
+        return facts if dtype is None else replace(facts, dtype=dtype)
+    advice = "forecasts for a checkpoint run from a checkout, with pip install -e '.[export]'; those for an artifact run anywhere"
+    facts_of_checkpoint = import_tool("export.pipeline", "plan", advice).facts_of_checkpoint
+    checkpoint: ModelFacts = facts_of_checkpoint(path, dtype or "bf16")
+    return checkpoint
+
+
+def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> str:
+    """A sentence: whether it fits, and what to change if it does not."""
+    free, needed = device.memory - device.reserved, memory(facts, work, layout).total
+    what = f"{layout.name} on {device.name}"
+    if needed <= free:
+        return f"fits: {what} needs {_gib(needed)} of {_gib(free)} GiB."
+    fits = [change for change in _smaller(facts, work) if memory(*change[1:], layout).total <= free]
+    short = f"does not fit: {what} needs {_gib(needed)} of {_gib(free)} GiB"
+    if fits:
+        return f"{short}; {fits[0][0]} would."
+    least = memory(facts, Work(1, min(work.length, 64), min(work.block_length, 32)), layout).total
+    enough = next((d for d in sorted(DEVICES.values(), key=lambda d: d.memory) if d.memory - d.reserved >= needed), None)
+    other = f"take a device like {enough.name}" if enough else "no device of the table is enough"
+    return f"{short}, and even a short canvas alone needs {_gib(least)} GiB: {other}" + (
+        ", or one engine instead of two." if layout.copies > 1 else "."
+    )
+
+
+def _smaller(facts: ModelFacts, work: Work) -> Iterator[tuple[str, ModelFacts, Work]]:
+    """Changes that a user may make, the mildest first."""
+    for batch in range(work.batch - 1, 0, -1):
+        yield f"a batch of {batch}", facts, replace(work, batch=batch)
+    for length in range(work.length - work.length % 64, work.length // 4, -64):
+        yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
+    if facts.dtype == "fp32":
+        yield "a 16-bit dtype (DTYPE=bf16, or fp16 on a CPU)", replace(facts, dtype="bf16"), work
+        yield (
+            "a 16-bit dtype (DTYPE=bf16, or fp16 on a CPU) and a batch of 1",
+            replace(facts, dtype="bf16"),
+            replace(work, batch=1),
+        )
+
+
+def check(facts: ModelFacts, work: Work) -> None:
+    """Raise DllmError for work that the model cannot do."""
+    for name in ("batch", "length", "block_length"):
+        if getattr(work, name) < 1:
+            raise DllmError(f"--{name.replace('_', '-')} is {getattr(work, name)}, expected a whole number from 1.")
+    if work.length > facts.max_length:
+        raise DllmError(f"--length is {work.length}, the model's canvas has up to {facts.max_length} tokens: give less.")
+    if facts.dtype not in contract.DTYPES:
+        raise DllmError(f"dtype is {facts.dtype}, expected one of {', '.join(contract.DTYPES)}.")
+
+
+def report(facts: ModelFacts, work: Work, names: list[str]) -> dict[str, Any]:
+    """Everything as plain data: bytes and seconds. `names`: devices of the table; the first ones' verdicts are given."""
+    devices = [find(name) for name in names]
+    weights = weight_bytes(facts)
+    return {
+        "model": asdict(facts), "work": asdict(work),
+        "memory": {layout.name: {**asdict(memory(facts, work, layout)), "total": memory(facts, work, layout).total}
+                   for layout in LAYOUTS},
+        "disk": {"artifact": weights, "artifact, weights linked": weights - facts.parameters * _item(facts),
+                 "engines, shared": weights, "engines, split": 2 * weights},
+        "build_memory": 3 * weights,
+        "devices": {device.name: {
+            "memory": device.memory, "prefix_pass_seconds": seconds(facts, work, device, rows=work.length),
+            "refine_step_seconds": seconds(facts, work, device, rows=min(work.block_length, work.length)),
+            "fits": {layout.label: memory(facts, work, layout).total <= device.memory - device.reserved
+                     for layout in LAYOUTS if layout.on_cpu or not device.is_cpu},
+        } for device in devices},
+        "verdicts": [verdict(facts, work, device, layout) for device in devices for layout in LAYOUTS
+                     if layout.on_cpu or not device.is_cpu],
+    }  # fmt: skip
+
+
+def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
+    """A report as text."""
+    work = made["work"]
+    lines = [
+        f"{facts.family}, {facts.parameters / 1e9:.2f} B parameters, {facts.dtype}; batch {work['batch']}, canvas {work['length']}, "
+        f"block {work['block_length']}", "",
+        f"{'memory, GiB':32}{'weights':>9}{'cache':>9}{'activations':>13}{'statistics':>12}{'total':>9}",
+    ]  # fmt: skip
+    for name, parts in made["memory"].items():
+        lines.append(f"{name:32}{_gib(parts['weights']):>9}{_gib(parts['cache']):>9}{_gib(parts['activations']):>13}"
+                     f"{_gib(parts['statistics']):>12}{_gib(parts['total']):>9}")  # fmt: skip
+    disk = made["disk"]
+    lines += ["", f"disk: artifact {_gib(disk['artifact'])} GiB ({_gib(disk['artifact, weights linked'])} with --weights link), engines "
+              f"{_gib(disk['engines, shared'])} (shared) or {_gib(disk['engines, split'])} (split); building an engine takes about "
+              f"{_gib(made['build_memory'])} GiB of memory", "",
+              f"{'at the roofline':26}{'memory GiB':>11}{'prefix pass ms':>16}{'refine step ms':>16}  fits"]  # fmt: skip
+    for name, row in made["devices"].items():
+        fitting = [label for label, fits in row["fits"].items() if fits]
+        lines.append(f"{name:26}{_gib(row['memory']):>11}{_ms(row['prefix_pass_seconds']):>16}{_ms(row['refine_step_seconds']):>16}"
+                     f"  {', '.join(fitting) or 'nothing'}")  # fmt: skip
+    if verdicts:
+        lines += ["", *made["verdicts"]]
+    return "\n".join(lines)
+
+
+def run(path: str, *, device: str | None, work: Work, dtype: str | None, as_json: bool) -> str:
+    """The forecast for a model, as text or JSON; without a device for all of the table. Raises DllmError."""
+    facts = facts_of(path, dtype or ("fp16" if device == "cpu" and not _is_artifact(path) else None))
+    work = replace(work, length=min(work.length, facts.max_length) if work.length == DEFAULT_WORK.length else work.length)
+    check(facts, work)
+    made = report(facts, work, [device] if device else ["cpu", *DEVICES])
+    return json.dumps(made, indent=1) if as_json else describe(facts, made, verdicts=device is not None)
+
+
+DEFAULT_WORK = Work(batch=1, length=1280, block_length=32)
+
+
+def _is_artifact(path: str) -> bool:
+    return (Path(path) / manifests.FILE_NAME).is_file()
+
+
+def _item(facts: ModelFacts) -> int:
+    return contract.ITEM_SIZE[contract.DTYPES[facts.dtype]]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _ms(time: float | None) -> str:
+    return "-" if time is None else f"{1000 * time:.2f}"
