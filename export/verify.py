@@ -30,6 +30,7 @@ from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
 from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.cases import random_cases
 from trt_runtime.manifest import Manifest
 
 _CANVASES = 3
@@ -149,7 +150,7 @@ def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dty
         f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key]
     ]:
         return Stage("decode", False, {"first": different[0]}, "export it again")
-    recorded = replays.record(reference, replays.random_cases(reference.manifest, _CASES))["cases"]
+    recorded = replays.record(reference, random_cases(reference.manifest, _CASES))["cases"]
     margin = tolerances.CONFIDENCE[dtype]
     found = [replays.compare(case, replays.replay(engine, case), margin) for case in recorded]
     wrong = [str(item) for item in found if item is not None and not item.ambiguous]

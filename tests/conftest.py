@@ -10,8 +10,9 @@ from tiny import write_checkpoint
 
 from export import families
 from export.pipeline import ExportConfig, export
-from trt_runtime import replay
+from trt_runtime import cases
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.errors import DllmError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -21,6 +22,26 @@ DEMO = ROOT / "checkpoints" / "llada-demo"
 def export_quietly(checkpoint: Path, out: Path, **options) -> Path:
     export(ExportConfig(str(checkpoint), out, **options), lambda total: lambda done: None)
     return out
+
+
+def refused(path, out, *said: str, **options) -> None:
+    """The export fails with one line that says all of `said`, and leaves nothing beside `out`."""
+    with pytest.raises(DllmError) as error:
+        export_quietly(path, out, **options)
+    message = str(error.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+    assert not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Makes tiny LLaDA checkpoints."""
+
+    def make(name="checkpoint", **options):
+        return write_checkpoint(families.find("llada"), tmp_path / name, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session", params=["llada", "dream"])
@@ -52,8 +73,8 @@ def golden_backend(golden_artifact) -> OrtBackend:
 
 
 @pytest.fixture(scope="session")
-def golden_cases(golden_family) -> list[replay.Case]:
-    return [case for case in replay.read_cases(GOLDENS / "cases.json") if case["family"] == golden_family]
+def golden_cases(golden_family) -> list[cases.Case]:
+    return [case for case in cases.read_cases(GOLDENS / "cases.json") if case["family"] == golden_family]
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT, export_quietly
-from tiny import write_checkpoint, write_sparse
+from conftest import DEMO, ROOT, export_quietly, refused
+from tiny import write_sparse
 
 from export import checkpoint, cli, families
 from export.pipeline import ExportConfig, export
@@ -22,24 +22,6 @@ from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 
 LLADA = families.find("llada")
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    def make(name="checkpoint", **options):
-        return write_checkpoint(LLADA, tmp_path / name, **options)
-
-    return make
-
-
-def refused(path, out, *said: str, **options) -> None:
-    """The export fails with one line that says all of `said`, and leaves nothing beside `out`."""
-    with pytest.raises(DllmError) as error:
-        export_quietly(path, out, **options)
-    message = str(error.value)
-    assert all(part in message for part in said), message
-    assert "\n" not in message
-    assert not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
 
 
 @pytest.mark.parametrize(

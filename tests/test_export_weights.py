@@ -10,33 +10,17 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, export_quietly
+from conftest import ROOT, export_quietly, refused
 from tiny import random_tensors, write_checkpoint, write_sparse
 
 from export import checkpoint, families, graphs, pipeline, weights
 from export.families.base import ConfigReader
 from export.pipeline import ExportConfig, read
-from trt_runtime import contract, replay
+from trt_runtime import cases, contract, replay
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.errors import DllmError
 
 LLADA = families.find("llada")
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    def make(name="checkpoint", **options):
-        return write_checkpoint(LLADA, tmp_path / name, **options)
-
-    return make
-
-
-def refused(path, out, *said: str, **options) -> None:
-    with pytest.raises(DllmError) as error:
-        export_quietly(path, out, **options)
-    assert all(part in str(error.value) for part in said), str(error.value)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -108,9 +92,9 @@ def test_linked_weights_give_the_same_logits_and_take_no_room(tiny_checkpoint, t
     assert (linked / "weights.data").stat().st_size == (copied / "weights.data").stat().st_size - sum(
         -(-stored.size // weights.ALIGNMENT) * weights.ALIGNMENT for stored in read(str(path)).checkpoint.tensors.values()
     )
-    cases = replay.record(OrtBackend(copied, threads=1), replay.random_cases(manifest, 6))["cases"]
+    recorded = replay.record(OrtBackend(copied, threads=1), cases.random_cases(manifest, 6))["cases"]
     backend = OrtBackend(linked, threads=1)
-    assert [replay.compare(case, replay.replay(backend, case)) for case in cases] == [None] * 6
+    assert [replay.compare(case, replay.replay(backend, case)) for case in recorded] == [None] * 6
 
 
 def test_a_link_that_cannot_be_made_becomes_a_copy_and_a_conversion_is_refused(tiny, tmp_path, monkeypatch):

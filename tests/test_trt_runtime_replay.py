@@ -10,6 +10,7 @@ import pytest
 
 from trt_runtime import replay, tolerances
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.cases import random_cases
 from trt_runtime.errors import DllmError
 from trt_runtime.generator import Generator
 from trt_runtime.policies import Factor, Fixed, Threshold
@@ -130,7 +131,7 @@ def test_a_near_tie_is_ambiguous_and_a_far_one_is_not(golden_backend, golden_cas
 
 
 def test_recorded_cases_replay(golden_backend, golden_artifact):
-    recorded = replay.record(golden_backend, replay.random_cases(golden_backend.manifest, 24))
+    recorded = replay.record(golden_backend, random_cases(golden_backend.manifest, 24))
     assert {case["mode"] for case in recorded["cases"]} == {"none", "prefix", "dual"}
     assert _first_mismatches(OrtBackend(golden_artifact, threads=1), recorded["cases"]) == []
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from trt_runtime import backends, devices, manifest, render, replay, tolerances
+from trt_runtime import cases as decode_cases
 from trt_runtime import plan as planning
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig
 from trt_runtime.errors import DllmError
@@ -291,7 +292,7 @@ def _replay(args: argparse.Namespace) -> int:
         raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
     model = _open(args)
     facts = model.manifest
-    cases = replay.read_cases(args.cases) if args.cases else replay.random_cases(facts, args.count, args.seed)
+    cases = decode_cases.read_cases(args.cases) if args.cases else decode_cases.random_cases(facts, args.count, args.seed)
     ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
     if len(ours) < len(cases):
         print(f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
@@ -304,7 +305,7 @@ def _replay(args: argparse.Namespace) -> int:
     return _compare(args, model, ours)
 
 
-def _compare(args: argparse.Namespace, model: Model, cases: list[replay.Case]) -> int:
+def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Case]) -> int:
     dtype = model.manifest.model.dtype
     results, wrong, near, excused = [], 0, 0, 0
     for case in cases:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.manifest import CATEGORICAL, Manifest
-from trt_runtime.policies import Entropy, Factor, Fixed, MaskgitPlus, Origin, Policy, Threshold, TopkMargin
+from trt_runtime.policies import DECAYING, SCHEDULES, Factor, Policy, Threshold
 from trt_runtime.sampling import Sampler
 
 CACHES = ("none", "prefix", "dual")
-_DECAYING: dict[str, Callable[[int | None, float], Policy]] = {
-    "entropy": Entropy,
-    "maskgit_plus": MaskgitPlus,
-    "topk_margin": TopkMargin,
-}
-POLICIES = ("factor", "fixed", "origin", "threshold", *_DECAYING)
+POLICIES = ("factor", "threshold", *SCHEDULES)
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
 MAX_TEMPERATURE = 100.0
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -91,9 +85,9 @@ class GenerationConfig:
         for name in ("temperature", "alg_temp"):
             if not 0 <= getattr(self, name) <= MAX_TEMPERATURE:
                 raise DllmError(f"{name} is {getattr(self, name)}, expected 0 to {MAX_TEMPERATURE}.")
-        if self.alg_temp > 0 and self.policy not in _DECAYING:
+        if self.alg_temp > 0 and self.policy not in DECAYING:
             raise DllmError(
-                f"alg_temp is {self.alg_temp} with policy '{self.policy}': expected 0, or one of {', '.join(_DECAYING)}."
+                f"alg_temp is {self.alg_temp} with policy '{self.policy}': expected 0, or one of {', '.join(DECAYING)}."
             )
         if not 0 < self.top_p <= 1:
             raise DllmError(f"top_p is {self.top_p}, expected above 0 and at most 1 (1 keeps every token).")
@@ -127,13 +121,11 @@ class GenerationConfig:
     def make_policy(self) -> Policy:
         """The policy of a resolved configuration."""
         steps = None if self.steps is None else self.steps // self._num_blocks
-        if self.policy in _DECAYING:
-            return _DECAYING[self.policy](steps, self.alg_temp)
         if self.policy == "factor":
             return Factor(self.factor)
         if self.policy == "threshold":
             return Threshold(self.threshold, steps)
-        return Fixed(steps) if self.policy == "fixed" else Origin(steps)
+        return DECAYING[self.policy](steps, self.alg_temp) if self.policy in DECAYING else SCHEDULES[self.policy](steps)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:
         """How proposals are made, for the model of `manifest`."""

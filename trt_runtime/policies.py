@@ -7,6 +7,7 @@ policies, and no row can depend on its batch-mates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -198,6 +199,13 @@ class Origin(Policy):
         survival = time[1:-1] / time[0]  # the last step takes all that remain
         step = np.searchsorted(1 - survival, state.uniform, side="right")
         return np.asarray(is_masked & (step == step[is_masked].min()))
+
+
+# policies that are schedules of steps; those of the second table also take alg_temp
+DECAYING: dict[str, type[Entropy] | type[MaskgitPlus] | type[TopkMargin]] = {
+    "entropy": Entropy, "maskgit_plus": MaskgitPlus, "topk_margin": TopkMargin,
+}  # fmt: skip
+SCHEDULES: dict[str, Callable[[int | None], Policy]] = {"fixed": Fixed, "origin": Origin, **DECAYING}
 
 
 def quota(masked: int, steps: int) -> list[int]:
