@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
     tensors: dict[str, StoredTensor] = {}
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise DllmError(f"{path / INDEX}: the shard {shard!r} is not a bare file name: do not use this checkpoint.")
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise DllmError(f"{path / INDEX}: the shard {shard!r} is not a bare file name like model-00001.safetensors: "
+                            "do not use this checkpoint.")  # fmt: skip
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise DllmError(f"{path / shard}: missing, {INDEX} lists it: download it again.")
@@ -165,11 +167,16 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             raise DllmError(f"{path}: not a safetensors file, or cut short ({size} bytes): download it again.")
         try:
             header = json.loads(file.read(length))
-            return {
+            held = {
                 name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DllmError(f"{path}: its safetensors header is damaged ({error}): download it again.") from error
+    ordered = sorted((stored.offset, stored.offset + stored.size, name) for name, stored in held.items())
+    for (_, end, name), (begin, _, other) in pairwise(ordered):
+        if begin < end:
+            raise DllmError(f"{path}: tensors {name} and {other} overlap: the file is damaged: download it again.")
+    return held
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:

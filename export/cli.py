@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except DllmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args.model)
-    out = args.out or Path("artifacts") / Path(checkpoint.rstrip("/")).name.split("@")[0]
+    out = args.out or Path("artifacts") / _name_of(checkpoint)
     config = ExportConfig(
         checkpoint,
         out,
@@ -114,6 +114,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if verify(out, None) else 1
 
 
+def _name_of(checkpoint: str) -> str:
+    """A directory's own name, or the model's part of a hub id."""
+    return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rpartition("/")[2].split("@")[0]
+
+
 def verify_layers(artifact: Path, checkpoint: str | None) -> bool:
     """Print the residual stream beside the reference's, layer by layer; whether all agree."""
     from export.layers import table
@@ -121,10 +126,12 @@ def verify_layers(artifact: Path, checkpoint: str | None) -> bool:
 
     tables = bisect(artifact, checkpoint)
     for kind, rows in tables.items():
-        print(f"{kind}: residual stream after each layer, ours against PyTorch's")
+        print(f"{kind}: residual stream after each layer, beside PyTorch's")
         for line in table(rows):
             print(f"  {line}")
-    return all(row.passed for rows in tables.values() for row in rows)
+    bad = [f"{kind}: {row.name}" for kind, rows in tables.items() for row in rows if not row.passed]
+    print(f"it begins at {bad[0]}" if bad else "all layers agree")
+    return not bad
 
 
 def verify(artifact: Path, checkpoint: str | None) -> bool:

@@ -83,24 +83,30 @@ def _noting(ranges: Ranges, name: str) -> Callable[..., None]:
 def compare(
     artifact: Path, reference: TorchBackend, calls: tuple[Window, Window, Array], exposed: Exposed
 ) -> dict[str, list[Row]]:
-    """Rows by kind of call ('prefix pass', 'refine step'): the residual stream after each layer, then the logits.
+    """Rows by kind of call (a prefix pass on either graph, a refine step): the residual stream after each layer, then the logits.
 
     `calls`: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. `exposed` makes a graph with more outputs.
     """
     full, refine, valid = calls
     facts = manifests.load(artifact).model
     names = [decoder.layer_name(i, decoder.OUTPUT) for i in range(facts.num_layers)]
-    engine = OrtBackend(artifact, model_bytes=exposed(artifact, "refine", [*names, contract.LOGITS], facts.dtype))
     batch, length = full.input_ids.shape
-    slots, mine, theirs = slice(0, batch), engine.new_cache(batch, length), reference.new_cache(batch, length)
+    slots, theirs = slice(0, batch), reference.new_cache(batch, length)
+    expected = {"prefix": _residuals(reference, theirs, slots, full, own_rows_only=True),
+                "refine": _residuals(reference, theirs, slots, refine, own_rows_only=False)}  # fmt: skip
+    every = np.ones((*refine.input_ids.shape, 1), bool)
     tables = {}
-    for kind, call, keep in (("prefix pass", full, valid), ("refine step", refine, np.ones((*refine.input_ids.shape, 1), bool))):
-        made = engine.run(mine, slots, call, [*names, contract.LOGITS])
-        expected = _residuals(reference, theirs, slots, call, own_rows_only=kind == "prefix pass")
-        tables[kind] = [
-            _row(name, made[name].astype(np.float32).reshape(expected[name].shape), expected[name], keep, facts.dtype)
-            for name in [*names, contract.LOGITS]
-        ]
+    for role in contract.ROLES:  # one session at a time
+        engine = OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [*names, contract.LOGITS], facts.dtype))
+        cache = engine.new_cache(batch, length)
+        kinds = [(f"prefix pass, {role} graph", full, valid, expected["prefix"])]
+        if role == "refine":
+            kinds.append(("refine step, refine graph", refine, every, expected["refine"]))
+        for kind, call, keep, wanted in kinds:
+            made = engine.run(cache, slots, call, [*names, contract.LOGITS])
+            tables[kind] = [_row(name, made[name].astype(np.float32).reshape(wanted[name].shape), wanted[name], keep, facts.dtype)
+                            for name in [*names, contract.LOGITS]]  # fmt: skip
+        engine.close()
     return tables
 
 
@@ -136,7 +142,7 @@ def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
 def table(rows: list[Row]) -> Iterator[str]:
     """Lines of a table; the first layer that differs is marked."""
     width = max(len(row.name) for row in rows)
-    yield f"{'':{width}}   max abs    cosine  norm ratio  NaN/Inf"
+    yield f"{'':{width}}  rel diff    cosine  norm ratio  NaN/Inf"
     first = next((row for row in rows if not row.passed), None)
     for row in rows:
         mark = "  <-- first bad" if row is first else "" if row.passed else "  bad"

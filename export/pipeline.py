@@ -84,7 +84,12 @@ def facts_of_checkpoint(name: str, dtype: str) -> ModelFacts:
     """The model of a checkpoint (a directory or hub id) from its config.json alone. Raises DllmError."""
     config, where = checkpoints.config_of(name)
     decoder = _understood(config, where)[2]
-    return _model_facts(decoder, config, dtype, sum(math.prod(shape) for shape in weight_shapes(decoder).values()))
+    return _model_facts(decoder, config, dtype)
+
+
+def facts_of_source(source: Source, dtype: str) -> ModelFacts:
+    """What a manifest says of the network of a checkpoint."""
+    return _model_facts(source.decoder, source.checkpoint.config, dtype)
 
 
 def _understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
@@ -101,7 +106,7 @@ def export(config: ExportConfig, progress: Progress, note: Callable[[str], objec
     """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written; `note` is told in a
     sentence what a user should know of an export that succeeded."""
     source = read(config.checkpoint, config.family, config.ignored_keys)
-    _check_target(config)
+    _check_target(config, source.checkpoint.path)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights)
     with _sealed(config.out) as directory:
         for role in contract.ROLES:
@@ -122,6 +127,12 @@ def export(config: ExportConfig, progress: Progress, note: Callable[[str], objec
 
 
 def _check_sizes(decoder: DecoderConfig, where: str) -> None:
+    most = {"layers": (decoder.num_layers, 10_000), "positions": (decoder.max_length, 1 << 22)}
+    for what, (value, limit) in most.items():
+        if value > limit:
+            raise DllmError(f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the checkpoint.")
+    if decoder.vocab_size < 4:
+        raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
     if decoder.hidden_size % decoder.num_heads or decoder.num_heads % decoder.num_kv_heads or decoder.head_dim % 2:
         raise DllmError(
             f"{where}: hidden size {decoder.hidden_size}, {decoder.num_heads} heads and {decoder.num_kv_heads} KV heads do not "
@@ -129,14 +140,18 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
         )
 
 
-def _check_target(config: ExportConfig) -> None:
+def _check_target(config: ExportConfig, checkpoint: Path) -> None:
     out = config.out
+    if checkpoint.resolve() == out.resolve() or out.resolve() in checkpoint.resolve().parents:
+        raise DllmError(f"{out}: is the checkpoint's own directory, or holds it: choose another OUT.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / manifests.FILE_NAME).is_file():
         raise DllmError(f"{out}: exists and is not an artifact: it is left alone; choose another OUT or remove it.")
     if not config.overwrite:
         raise DllmError(f"{out}: an artifact is there already: add --overwrite to replace it, or choose another OUT.")
+    for own in manifests.foreign_files(out):
+        raise DllmError(f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it.")
 
 
 @contextmanager
@@ -180,7 +195,7 @@ def _check_graphs(directory: Path, data: Iterable[str]) -> None:
             onnx.checker.check_model(path, full_check=True)
 
 
-def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str, parameters: int) -> ModelFacts:
+def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
     return ModelFacts(
         family=config["model_type"].lower(),
         num_layers=decoder.num_layers,
@@ -192,7 +207,8 @@ def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str, par
         vocab_size=decoder.vocab_size,
         max_length=decoder.max_length,
         dtype=dtype,
-        parameters=parameters,
+        parameters=sum(math.prod(shape) for shape in weight_shapes(decoder).values()),
+        tied_head=decoder.tied_head,
     )
 
 
@@ -204,7 +220,6 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in files:
             files[name] = FileFacts(path.stat().st_size, manifests.sha256_of(path))
-    parameters = sum(stored.size // stored.dtype.itemsize for stored in checkpoint.tensors.values())
     described = {
         role: GraphFacts(
             f"{role}.onnx",
@@ -224,7 +239,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },
-        model=_model_facts(decoder, checkpoint.config, config.dtype, parameters),
+        model=_model_facts(decoder, checkpoint.config, config.dtype),
         decoding=source.decoding,
         head=config.head,
         lowering=config.lowering,

@@ -20,27 +20,12 @@ import transformers
 from export import decoder as decoders
 from export import pipeline
 from export.checkpoint import StoredTensor
-from export.families.base import split_layer
+from export.families.base import hf_name
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.errors import DllmError
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_LAYER = {
-    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
-}  # fmt: skip
-_OUTSIDE = {decoders.EMBEDDING: "model.embed_tokens", decoders.FINAL_NORM: "model.norm", decoders.HEAD: "lm_head"}
-
-
-def transformers_name(weight: str) -> str:
-    """transformers' name of a decoder weight: 'layers.3.q_proj.bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
-    where = split_layer(weight)
-    if where is None:
-        return _OUTSIDE[weight] + ".weight"
-    leaf, _, kind = where[1].partition(".")
-    return f"model.layers.{where[0]}.{_LAYER[leaf]}.{kind or 'weight'}"
 
 
 @dataclass
@@ -80,7 +65,7 @@ class TorchBackend(Backend):
         source = _source(facts, checkpoint, artifact)
         # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
         decoding = replace(source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults)
-        self.manifest, self.source = replace(facts, decoding=decoding), source
+        self.artifact, self.manifest, self.source = artifact, replace(facts, decoding=decoding), source
         self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or facts.model.dtype]
         if threads is not None:
             torch.set_num_threads(threads)
@@ -146,7 +131,10 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, t
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
-    return name, tuple(manifest.source.get("ignored_keys", ()))
+    ignored = manifest.source.get("ignored_keys", [])
+    if not isinstance(ignored, list) or not all(isinstance(key, str) for key in ignored):
+        raise DllmError(f"the manifest's source.ignored_keys is {ignored!r}, expected a list of names: export it again.")
+    return name, tuple(ignored)
 
 
 def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
@@ -174,15 +162,27 @@ def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
     state = dict(_state(source, dtype))
     if decoder.tied_head:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise DllmError(
+            f"{source.checkpoint.path}: its weights are not those of the reference, transformers' {cls}ForCausalLM "
+            f"({' '.join(str(error).split())[:300]}): correct {source.family.title}.reference() or the names of its tensors."
+        ) from error
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are buffers, which meta left empty
+    expected = decoder.rope_theta ** -(torch.arange(0, decoder.head_dim, 2) / decoder.head_dim)
+    if not torch.allclose(model.model.rotary_emb.inv_freq.cpu(), expected, rtol=1e-4):
+        raise DllmError(
+            f"transformers {transformers.__version__} does not take rope_theta {decoder.rope_theta:g} from where it is given: install "
+            "transformers 5.8 or newer (pip install -U transformers)."
+        )
     return model.eval()
 
 
 def _state(source: pipeline.Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for weight in decoders.weight_shapes(source.decoder):
         stored = source.checkpoint.tensors[source.family.tensor_name(weight)]
-        yield transformers_name(weight), _tensor(stored).to(dtype)
+        yield hf_name(weight), _tensor(stored).to(dtype)
 
 
 def _tensor(stored: StoredTensor) -> torch.Tensor:

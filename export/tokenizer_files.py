@@ -45,14 +45,18 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
     directory.mkdir()
     for name in _BESIDE:
         if (checkpoint / name).is_dir():
-            shutil.copytree(checkpoint / name, directory / name)
+            shutil.copytree(checkpoint / name, directory / name, ignore_dangling_symlinks=True)
         elif (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, directory / name)
     if (checkpoint / FILE_NAME).is_file():
         shutil.copyfile(checkpoint / FILE_NAME, directory / FILE_NAME)
     else:
         _from_slow_files(checkpoint).save(str(directory / FILE_NAME))
-    return Tokenizer(directory)  # refuses one that cannot be read
+    try:
+        return Tokenizer(directory)
+    except DllmError as error:  # the artifact is not there yet: the checkpoint's file is meant
+        said = str(error).replace(str(directory), str(checkpoint)).replace("export the artifact again", "download it again")
+        raise DllmError(said) from error
 
 
 def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int) -> DecodingFacts:
@@ -81,7 +85,7 @@ def _is_slow(checkpoint: Path) -> bool:
 def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
     config = _read(checkpoint / "tokenizer_config.json")
     name = config.get("tokenizer_class")
-    if name not in _SPLITS:
+    if not isinstance(name, str) or name not in _SPLITS:
         raise DllmError(
             f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is none of {', '.join(_SPLITS)}: make a {FILE_NAME} "
             "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))."
@@ -102,10 +106,7 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[str, Any]) -> None:
     """Added tokens, at the ids where the checkpoint has them: of tokenizer_config.json, or of the older added_tokens.json."""
-    listed = {int(token): entry for token, entry in config.get("added_tokens_decoder", {}).items()}
-    if not listed:
-        older = checkpoint / "added_tokens.json"
-        listed = {token: {"content": text, "special": True} for text, token in (_read(older) if older.is_file() else {}).items()}
+    listed = _listed(checkpoint, config)
     for token, entry in sorted(listed.items()):
         flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
         added = tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
@@ -115,6 +116,31 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[
                 f"{checkpoint}: the added token {entry['content']!r} comes to id {got}, tokenizer_config.json says {token}: its "
                 f"vocabulary has gaps; make a {FILE_NAME} with transformers' save_pretrained."
             )
+
+
+def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The added tokens by id, checked."""
+    older = checkpoint / "added_tokens.json"
+    named: Any = config.get("added_tokens_decoder")
+    if not named and older.is_file():
+        named = {token: {"content": text, "special": True} for text, token in _read(older).items()}
+    listed: dict[int, dict[str, Any]] = {}
+    for token, entry in (named or {}).items() if isinstance(named or {}, dict) else [("", named)]:
+        texts = isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_text(entry["content"])
+        flags = texts and all(
+            isinstance(entry.get(key, False), bool) for key in ("single_word", "lstrip", "rstrip", "normalized")
+        )
+        if not str(token).isdigit() or not flags:
+            raise DllmError(
+                f"{checkpoint}: the added token {token!r} is {entry!r}, expected an id with 'content' and flags: download "
+                "tokenizer_config.json again."
+            )
+        listed[int(token)] = entry
+    return listed
+
+
+def _is_text(text: str) -> bool:
+    return bool(text) and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ into the artifact and only read once, to hash them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -103,6 +104,11 @@ def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: s
                 f"{checkpoint.path}: tensor {source_name} is {held}, and --weights link cannot convert it to {dtype}: "
                 f"export with DTYPE={held}, or with --weights copy."
             )
+        if stored.offset % 8:
+            raise DllmError(
+                f"{stored.file}: tensor {source_name} lies at byte {stored.offset}, which --weights link cannot use (multiples of 8): "
+                "export with --weights copy."
+            )
         weights.append(Weight(name, dtype, stored.shape, stored.file.name, stored.offset, stored.size, stored, source_name))
     for name, table in zip((decoder.ROPE_COS, decoder.ROPE_SIN), rope_tables(config), strict=True):
         append(name, "fp32", table.shape, table, name)
@@ -177,7 +183,9 @@ def link(source: Path, target: Path) -> None:
     """Hard-link a file; where that cannot be (another disk), copy it."""
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
         shutil.copyfile(source, target)
 
 

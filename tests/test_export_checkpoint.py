@@ -37,6 +37,13 @@ LLADA = families.find("llada")
         ({"layer_norm_type": "default"}, ("layer_norm_type is 'default'",)),
         ({"rope_theta": None}, ("rope_theta is missing",)),
         ({"rope_theta": "big"}, ("rope_theta is 'big'", "expected float")),
+        ({"rope_theta": 1e-320}, ("rope_theta is", "expected 1 or more")),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500000.0}}, ("rope_type is 'yarn'",)),
+        ({"rope_parameters": {"rope_theta": 500000.0, "factor": 2}}, ("rope_parameters: factor is not implemented",)),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, ("rope_theta is 500000.0, rope_parameters say 10000",)),
+        ({"n_layers": 1 << 30}, ("layers, supported are up to",)),
+        ({"max_sequence_length": 1 << 30}, ("positions, supported are up to",)),
+        ({"embedding_size": 2, "vocab_size": 2}, ("a vocabulary of 2",)),
         ({"rope_theta": -1.0}, ("rope_theta is -1.0, expected a number above 0",)),
         ({"rope_theta": 10**400}, ("rope_theta is", "expected a number above 0")),
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps is nan",)),
@@ -44,6 +51,7 @@ LLADA = families.find("llada")
         ({"eos_token_id": 126}, ("mask_token_id 126 is also an end token",)),
         ({"mask_token_id": [5, 6]}, ("mask_token_id is [5, 6], expected one",)),
         ({"strange": 0}, ("strange = 0", "--ignore-key strange")),
+        ({"bidirectional": False}, ("bidirectional = False", "--ignore-key")),
         ({"n_layers": 0}, ("n_layers is 0",)),
         ({"n_heads": 5}, ("5 heads",)),
         ({"n_kv_heads": 3}, ("3 KV heads",)),
@@ -186,6 +194,43 @@ def test_target_directories(tiny, tmp_path):
     before = manifests.load(out)
     export_quietly(path, out, overwrite=True, dtype="fp16")
     assert before.model.dtype == "fp32" and manifests.load(out).model.dtype == "fp16"
+
+
+def test_nothing_but_an_artifact_is_ever_replaced(tiny, tmp_path):
+    """A directory with some other manifest.json, with files of the user's, or with the checkpoint in it is left alone."""
+    path, out = tiny(), tmp_path / "out"
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "manifest.json").write_text('{"name": "an extension"}')
+    export_quietly(path, out)
+    (out / "notes.txt").write_text("mine")
+    inside = tmp_path / "holder"
+    export_quietly(path, inside)
+    shutil.copytree(path, inside / "checkpoint")
+    (path / "manifest.json").write_text("{}")
+    for target, source in ((web, path), (out, path), (inside, inside / "checkpoint"), (path, path)):
+        before = {file: file.read_bytes() for file in target.rglob("*") if file.is_file()}
+        with pytest.raises(DllmError, match="choose another OUT"):
+            export_quietly(source, target, overwrite=True)
+        assert {file: file.read_bytes() for file in target.rglob("*") if file.is_file()} == before
+
+
+def test_overlapping_tensors_and_odd_shard_names_are_refused(tiny, tmp_path):
+    path = tiny()
+    data = (path / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    first, second = (n for n in header if n.endswith(("blocks.0.k_proj.weight", "blocks.0.q_proj.weight")))
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    refused(path, tmp_path / "out", "overlap")
+    sharded = tiny("sharded", shards=2)
+    index = sharded / "model.safetensors.index.json"
+    listed = index.read_text()
+    for name in ("weights.data", "refine.onnx", "manifest.json", "manifest.json.tmp", "x:y.safetensors", "tokenizer"):
+        index.write_text(listed.replace("model-00001-of-00002.safetensors", name))
+        refused(sharded, tmp_path / "out", "is not a bare file name like", weights="link")
 
 
 def test_an_artifact_moves_and_the_same_export_is_the_same_bytes(tiny, tmp_path):

@@ -237,3 +237,44 @@ def test_a_checkpoint_without_a_tokenizer_says_so(dream, tmp_path, capsys):
         assert cli.main(["--checkpoint", str(path), "--out", str(tmp_path / "a"), "--verify", "no", "--overwrite"]) == 0
         assert said in capsys.readouterr().err
         (path / "tokenizer.model").unlink(missing_ok=True)
+
+
+def test_truncation_and_padding_of_a_training_run_are_left_behind(tmp_path):
+    path = shutil.copytree(DEMO, tmp_path / "demo")
+    held = json.loads((path / "tokenizer.json").read_text())
+    held["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    held["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                       "pad_token": "<|endoftext|>"}  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(held))
+    text = "take red cups from kitchen to garage"
+    assert Ours(path).encode(text) == Ours(DEMO).encode(text)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ '<|user|>' + messages[0]['content'] + '<|assistant|>' }}",
+     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content | upper }}{% endfor %}",
+     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|assistant|>' }}"],
+)  # fmt: skip
+def test_a_token_that_ends_no_turn_is_not_taken_for_an_end(template):
+    tokenizer = Ours(DEMO)
+    tokenizer._template = template
+    assert tokenizer.end_of_turn() is None
+
+
+@pytest.mark.parametrize(
+    "listed", [[1], 5, "x", {"abc": {"content": "a"}}, {"900": {}}, {"900": {"content": 5}}, {"900": "x"}, {"900": {"content": "\ud800"}},
+               {"900": {"content": "a", "lstrip": "yes"}}]
+)  # fmt: skip
+def test_added_tokens_of_the_wrong_kind_are_one_clear_line(dream, tmp_path, listed):
+    path = shutil.copytree(dream, tmp_path / "checkpoint")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": listed}))
+    _refused(path, tmp_path, "the added token")
+
+
+def test_files_of_a_tokenizer_that_the_manifest_does_not_list_are_refused(llada, tmp_path):
+    artifact = export_quietly(llada, tmp_path / "a")
+    (artifact / "tokenizer" / "chat_template.jinja").write_text("{{ 'another prompt' }}")
+    with pytest.raises(DllmError, match="the manifest does not list it"):
+        manifests.load(artifact)

@@ -36,7 +36,7 @@ def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):
     assert verified["stages"]["decode"]["cases"] == 12
     assert ("fp32 twin" in verified["backend"]) == (dtype == "bf16")
     if dtype == "fp32":
-        assert verified["stages"]["decode"]["exact"] + verified["stages"]["decode"]["ambiguous"] == 12
+        assert verified["stages"]["decode"]["decisions"] > 100 and verified["stages"]["decode"]["ambiguous"] < 20
 
 
 def _swap_gate_and_up(monkeypatch):
@@ -90,6 +90,19 @@ def _position_off_by_one_in_refine_steps(monkeypatch):
     monkeypatch.setattr(modern, "rotate", wrong)
 
 
+def _wrong_scale_in_the_prefix_graph(monkeypatch):
+    """The refine graph is right, and ONNX Runtime decodes with that one: only TensorRT would meet the fault."""
+    real = pipeline.graphs.build
+
+    def wrong(role, *arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            if role == "prefix":
+                _wrong_scale(patch)
+            return real(role, *arguments, **options)
+
+    monkeypatch.setattr(pipeline.graphs, "build", wrong)
+
+
 def _stale_cache(monkeypatch):
     """A refine step leaves the block's rows as the prefix pass made them."""
     real = modern.write_cache
@@ -123,13 +136,14 @@ def _shift_off_by_one(monkeypatch):
 
     def wrong(*arguments):
         manifest = real(*arguments)
-        return replace(manifest, decoding=replace(manifest.decoding, logit_shift=1 - manifest.decoding.logit_shift))
+        shift = 1 - manifest.decoding.logit_shift
+        return replace(manifest, decoding=replace(manifest.decoding, logit_shift=shift, first_commit=shift == 1))
 
     monkeypatch.setattr(pipeline, "_manifest", wrong)
 
 
 FAULTS = [
-    (_one_tensor_not_loaded, "weights"), (_wrong_scale, "logits"), (_swap_heads, "logits"), (_wrong_rope_base, "weights"),
+    (_one_tensor_not_loaded, "weights"), (_wrong_scale, "logits"), (_wrong_scale_in_the_prefix_graph, "logits"), (_swap_heads, "logits"), (_wrong_rope_base, "weights"),
     (_interleaved_rotation, "logits"), (_swap_gate_and_up, "logits"), (_position_off_by_one, "cache"),
     (_position_off_by_one_in_refine_steps, "cache"), (_stale_cache, "cache"), (_cache_written_at_the_wrong_row, "cache"),
     (_shift_off_by_one, "decode"),
@@ -146,6 +160,8 @@ def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monk
     stages = list(verify(artifact))
     assert [s.name for s in stages if not s.passed][:1] == [stage], [str(s) for s in stages]
     assert manifests.load(artifact).verified["passed"] is False
+    if stage == "logits":
+        assert not all(row.passed for rows in bisect(artifact).values() for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -168,15 +184,16 @@ def test_the_layers_show_where_a_fault_begins(golden_checkpoint, monkeypatch, tm
     with monkeypatch.context() as patch:
         _swap_heads(patch)
         artifact = export_quietly(golden_checkpoint, tmp_path / "broken")
-    rows = bisect(artifact)["prefix pass"]
+    rows = bisect(artifact)["prefix pass, prefix graph"]
     assert [row.name for row in rows] == [f"layers.{i}.output" for i in range(4)] + ["logits"]
     assert [row.passed for row in rows] == [True, False, False, False, False]
     assert rows[0].cosine > 0.999999 > rows[1].cosine and rows[0].norm_ratio == pytest.approx(1, abs=1e-5)
     assert cli.main(["verify", str(artifact), "--layers"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said if "<-- first bad" in line] == ["layers.1.output"] * 2
+    assert [line.split()[0] for line in said if "<-- first bad" in line] == ["layers.1.output"] * 3
     assert cli.main(["verify", str(export_quietly(golden_checkpoint, tmp_path / "good")), "--layers"]) == 0
-    assert "bad" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bad" not in said and said.endswith("all layers agree\n")
 
 
 def test_values_that_are_no_number_are_counted(golden_checkpoint, monkeypatch, tmp_path):
@@ -189,34 +206,42 @@ def test_values_that_are_no_number_are_counted(golden_checkpoint, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "_layer", wrong)
         artifact = export_quietly(golden_checkpoint, tmp_path / "broken")
-    rows = bisect(artifact)["prefix pass"]
+    rows = bisect(artifact)["prefix pass, refine graph"]
     assert [row.bad_values > 0 for row in rows[:3]] == [False, False, True] and not rows[2].passed
 
 
-def _outlier(value):
+def _outlier(family, value):
     """A model whose layer 1 has one large MLP unit: its weights are fine, its activations are `value` times as large."""
 
     def change(tensors):
-        for name in tensors:
-            if name.endswith(("blocks.1.up_proj.weight", "layers.1.mlp.up_proj.weight")):
-                tensors[name][3] *= value
-            if name.endswith(("blocks.1.ff_out.weight", "layers.1.mlp.down_proj.weight")):
-                tensors[name][:, 3] /= value
+        tensors[family.tensor_name("layers.1.up_proj")][3] *= value
+        tensors[family.tensor_name("layers.1.down_proj")][:, 3] /= value
 
     return change
 
 
 def test_fp16_is_warned_about_and_refused_by_what_activations_need(tiny_checkpoint, tmp_path, capsys):
     family = families.find(json.loads((tiny_checkpoint / "config.json").read_text())["model_type"])
-    for value, passed, said in ((1.0, True, ""), (6e3, True, "comes near fp16's range"), (3e4, False, "leaves fp16's range")):
-        checkpoint = write_checkpoint(family, tmp_path / f"c{value:g}", change=_outlier(value))
-        artifact = export_quietly(checkpoint, tmp_path / f"a{value:g}", dtype="fp16")
-        stage = next(s for s in verify(artifact) if s.name == "range")
-        assert (stage.passed, bool(stage.advice)) == (passed, bool(said)) and said in stage.advice
-        if said:
-            assert "layers.1.mlp.down_proj (input)" in stage.advice and "DTYPE=bf16" in stage.advice
-        bf16 = export_quietly(checkpoint, tmp_path / f"b{value:g}", dtype="bf16")
-        assert next(s for s in verify(bf16) if s.name == "range").passed
+    usual = _range_of(family, tmp_path / "usual", 1e3) / 1e3  # what the unit gives per unit of its size
+    for largest, passed, said in ((3e4, True, "comes near fp16's range"), (2e5, False, "leaves fp16's range")):
+        checkpoint = write_checkpoint(family, tmp_path / f"c{largest:g}", change=_outlier(family, largest / usual))
+        stage = _range_stage(export_quietly(checkpoint, tmp_path / f"a{largest:g}", dtype="fp16"))
+        assert stage.passed == passed and said in stage.advice
+        assert "layers.1.mlp.down_proj (input)" in stage.advice and "DTYPE=bf16" in stage.advice
+        assert _range_stage(export_quietly(checkpoint, tmp_path / f"b{largest:g}", dtype="bf16")).passed
+    quiet = _range_stage(export_quietly(tiny_checkpoint, tmp_path / "quiet", dtype="fp16"))
+    assert quiet.passed and not quiet.advice
+
+
+def _range_stage(artifact):
+    return next(stage for stage in verify(artifact) if stage.name == "range")
+
+
+def _range_of(family, path, value) -> float:
+    checkpoint = write_checkpoint(family, path, change=_outlier(family, value))
+    stage = _range_stage(export_quietly(checkpoint, path.with_name(path.name + "-artifact")))
+    assert stage.measured["in"] == "layers.1.mlp.down_proj (input)"
+    return stage.measured["largest activation"]
 
 
 def test_a_changed_weight_is_caught_before_anything_runs(tmp_path):
@@ -226,6 +251,75 @@ def test_a_changed_weight_is_caught_before_anything_runs(tmp_path):
     data.flush()
     with pytest.raises(DllmError, match=r"weights\.data: SHA-256"):
         list(verify(artifact))
+
+
+def _reseal(artifact, **change):
+    """Hashes fixed after an edit by hand, and facts changed: what only a comparison with the checkpoint can find."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    for name in manifest["files"]:
+        data = artifact / name
+        manifest["files"][name] = {"size": data.stat().st_size, "sha256": manifests.sha256_of(data)}
+    for key, value in change.items():
+        group, _, item = key.partition("__")
+        manifest[group][item] = value
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"decoding__eos_token_ids": [3, 4]}, {"model__max_length": 100_000}, {"model__num_heads": 2}, {"model__parameters": 5},
+     {"decoding__defaults": {"gen_length": 7}}, {"decoding__pad_token_id": 3}, {"model__family": "other"}],
+)  # fmt: skip
+def test_facts_that_are_not_the_checkpoints_are_found(tmp_path, change):
+    artifact = _reseal(export_quietly(GOLDENS / "llada_tiny", tmp_path / "a"), **change)
+    assert "decode" in _failing(artifact)
+
+
+def _failing(artifact) -> list[str]:
+    return [stage.name for stage in verify(artifact) if not stage.passed]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_graph_that_was_changed_by_hand_is_found(tmp_path, dtype):
+    """Also a bf16 one, which cannot run here, and one under another name than usual."""
+    import onnx
+
+    artifact = export_quietly(GOLDENS / "dream_tiny", tmp_path / "a", dtype=dtype)
+    for role in ("prefix", "refine"):
+        other = shutil.copytree(artifact, tmp_path / role)
+        model = onnx.load(other / f"{role}.onnx", load_external_data=False)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "epsilon":
+                    attribute.f = 0.5
+        (other / f"{role}.onnx").write_bytes(model.SerializeToString())
+        assert _failing(_reseal(other))[:1] == (["weights"] if dtype == "bf16" else ["logits"])
+        moved = shutil.copytree(other, tmp_path / f"{role}-moved")
+        shutil.copyfile(artifact / f"{role}.onnx", moved / f"{role}.onnx")
+        (moved / "evil.onnx").write_bytes(model.SerializeToString())
+        manifest = json.loads((moved / "manifest.json").read_text())
+        manifest["graphs"][role]["file"] = "evil.onnx"
+        manifest["files"]["evil.onnx"] = {"size": 0, "sha256": ""}
+        (moved / "manifest.json").write_text(json.dumps(manifest))
+        assert _failing(_reseal(moved))
+
+
+def test_graphs_with_another_mask_token_and_damaged_ones_are_refused(tmp_path):
+    """Their statistics would propose the mask; nothing hangs."""
+    artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "a")
+    config = json.loads((GOLDENS / "llada_tiny" / "config.json").read_text()) | {"mask_token_id": 999}
+    other = shutil.copytree(GOLDENS / "llada_tiny", tmp_path / "checkpoint")
+    (other / "config.json").write_text(json.dumps(config))
+    wrong = export_quietly(other, tmp_path / "b")
+    for role in ("prefix", "refine"):
+        mixed = shutil.copytree(artifact, tmp_path / role)
+        shutil.copyfile(wrong / f"{role}.onnx", mixed / f"{role}.onnx")
+        with pytest.raises(DllmError, match="the graph is not of this artifact"):
+            list(verify(_reseal(mixed)))
+        (mixed / f"{role}.onnx").write_bytes(b"no graph")
+        with pytest.raises(DllmError, match=r"no ONNX graph|cannot open"):
+            list(verify(_reseal(mixed)))
 
 
 def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):

@@ -83,7 +83,7 @@ def test_weights_near_the_range_of_fp16_are_warned_about(tiny, tmp_path, capsys)
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_linked_weights_give_the_same_logits_and_take_no_room(tiny_checkpoint, tmp_path, shards):
-    family = families.find(read(str(tiny_checkpoint)).family.title)
+    family = families.find(read(str(tiny_checkpoint)).checkpoint.config["model_type"])
     path = write_checkpoint(family, tmp_path / "sharded", shards=shards)
     copied, linked = (export_quietly(path, tmp_path / mode, weights=mode) for mode in weights.MODES)
     manifest = manifests.load(linked, check_hashes=True)

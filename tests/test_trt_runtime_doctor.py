@@ -110,7 +110,7 @@ class _Cuda:
     [
         (_Cuda([b"NVIDIA L4"]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", OK, "NVIDIA L4, 24.0 GiB, compute capability 8.9")]),
         (_Cuda([]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", ABSENT, "the driver has no device")]),
-        (_Cuda([], 999), [("GPU", WARNING, "the driver does not start (cuInit: error 999)")]),
+        (_Cuda([], 999), [("GPU", WARNING, "the driver does not start (CUDA error 999)")]),
     ],
 )
 def test_gpus_are_asked_through_the_driver(monkeypatch, cuda, expected):

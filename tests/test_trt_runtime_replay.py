@@ -125,9 +125,55 @@ def test_a_near_tie_is_ambiguous_and_a_far_one_is_not(golden_backend, golden_cas
     token = int(stats.token[list(candidates).index(nearest[1])])
     merged = sorted([*zip(step[3], step[4], strict=True), (nearest[1], token)])
     step[3], step[4] = [p for p, _ in merged], [t for _, t in merged]
-    gap = 0.9 - nearest[0]
-    assert replay.compare(case, done, gap * 1.01 + 1e-6).ambiguous
-    assert not replay.compare(case, done, gap * 0.9).ambiguous
+    scale = (0.9 - nearest[0]) / (4 * nearest[0] * (1 - nearest[0]))  # the margin is meant at a confidence of 0.5
+    assert replay.compare(case, done, scale * 1.01 + 1e-6).ambiguous
+    assert not replay.compare(case, done, scale * 0.9).ambiguous
+
+
+def test_arbitrary_tokens_and_positions_at_low_confidence_are_no_near_ties(golden_fp16):
+    """Where every confidence is small, a margin as wide as they are would accept anything."""
+    from trt_runtime.policies import RowStats
+
+    class Flat(OrtBackend):
+        def run(self, cache, slots, window, names):
+            made = super().run(cache, slots, window, names)
+            rng = np.random.default_rng(int(window.input_ids.sum()))
+            confidence = (0.01 + 0.01 * rng.random(made["confidence"].shape)).astype(np.float32)
+            return made | {"confidence": confidence, "runner_up": confidence * 0.8}
+
+    backend = Flat(golden_fp16, threads=1)
+    case = _CASE | {"threshold": None, "steps": 8, "gen_length": 8, "block_length": 8, "id": "flat"}
+    recorded = replay.record(backend, [case])["cases"][0]
+    assert replay.follow(backend, recorded, tolerances.CONFIDENCE["fp16"]).ambiguous == 0
+    for change in ("token", "position"):
+        wrong = copy.deepcopy(recorded)
+        step = wrong["trace"][1]
+        if change == "token":
+            step[4][0] = (step[4][0] + 1) % 1000
+        else:
+            later = wrong["trace"][-1]  # the least confident of all
+            step[3][0], step[4][0] = later[3][0], later[4][0]
+        found = replay.follow(backend, wrong, tolerances.CONFIDENCE["fp16"])
+        assert found.mismatch is not None and "step 1" in str(found.mismatch), change
+    assert RowStats(*(np.ones(1),) * 4).margin == 0
+
+
+def test_a_case_is_followed_through_a_near_tie_and_stopped_at_a_mismatch(golden_backend, golden_cases):
+    """What the case wrote is written, so that the decisions after a near tie are compared too."""
+    case = next(c for c in golden_cases if c["id"].endswith("-dual-thr0.9-P9-G64-B32"))
+    recorded = replay.record(golden_backend, [case])["cases"][0]
+    assert replay.follow(golden_backend, recorded, 0.0) == replay.Agreement(len(recorded["trace"]), 0, None)
+    held_back = copy.deepcopy(recorded)
+    number = next(i for i, step in enumerate(held_back["trace"]) if len(step[3]) > 2)
+    candidates = replay.replay(golden_backend, case).rows[0].trace[number].seen
+    confidence = dict(zip(candidates[0].tolist(), candidates[1].confidence.tolist(), strict=True))
+    last = min(held_back["trace"][number][3], key=lambda position: confidence[position])
+    index = held_back["trace"][number][3].index(last)
+    del held_back["trace"][number][3][index], held_back["trace"][number][4][index]
+    wide = (confidence[last] - 0.9) / (4 * confidence[last] * (1 - confidence[last])) + 1e-3
+    found = replay.follow(golden_backend, held_back, wide)
+    assert found.ambiguous == 1 and found.decisions > number + 1  # it went on, with the canvas as recorded
+    assert replay.follow(golden_backend, held_back, 0.0).decisions == number + 1
 
 
 def test_recorded_cases_replay(golden_backend, golden_artifact):

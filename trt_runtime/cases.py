@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime.config import CACHES, GenerationConfig
+from trt_runtime.config import CACHES, MAX_STEPS, GenerationConfig
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.manifest import CATEGORICAL, Manifest
 from trt_runtime.model import check_prompt
@@ -67,11 +67,11 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     cases = []
     for i in range(count):
         block = int(rng.choice([4, 8, 16]))
-        gen = min(block * int(rng.integers(2, 5)), model.max_length // 2)
+        gen = max(1, min(block * int(rng.integers(2, 5)), model.max_length // 2))
         prompt = rng.choice(words, int(rng.integers(1, max(2, min(48, model.max_length - gen)))))
         cases.append({
             "id": f"random-{seed}-{i}", "family": model.family, "mode": CACHES[i % 3], "prompt": [prompt.tolist()],
-            "gen_length": gen, "block_length": block, "steps": gen // 2, **options[(i // 3) % len(options)],
+            "gen_length": gen, "block_length": block, "steps": max(1, gen // 2), **options[(i // 3) % len(options)],
         })  # fmt: skip
     return cases
 
@@ -110,12 +110,17 @@ def _check_case(case: Case) -> None:
         return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
 
     def number(value: Any) -> bool:
-        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9)
 
     def step(value: Any) -> bool:
         kinds = (str, int, int, list, list)
         ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
-        return ok and len(value[3]) == len(value[4]) and rows([value[4]])
+        several = len(case["prompt"]) > 1
+        places = ok and (rows([value[3]]) or (several and rows(value[3])))
+        return places and len(value[3]) == len(value[4]) and rows([value[4]])
+
+    def steps(value: Any) -> bool:
+        return (value is None and not scheduled) or (type(value) is int and 1 <= value <= MAX_STEPS)
 
     def padding(value: Any) -> bool:
         """A mask as long as each prompt, whose false entries stand at the left of true ones."""
@@ -131,17 +136,14 @@ def _check_case(case: Case) -> None:
         "prompt": (True, lambda v: rows(v) and len(v) > 0, "a list of rows of token ids"),
         "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
         "block_length": (False, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "steps": (
-            scheduled,
-            lambda v: type(v) is int and v >= 1 if scheduled or v is not None else True,
-            "a whole number from 1",
-        ),
+        "steps": (scheduled, steps, f"a whole number from 1 to {MAX_STEPS}"),
         "threshold": (
             bounded,
             lambda v: number(v) and not (bounded and v is None),
             "a number" if bounded else "a number or null",
         ),
-        "factor": (False, number, "a number or null"),
+        "factor": (_alg(case) == "factor", lambda v: number(v) and not (v is None and _alg(case) == "factor"), "a number"),
+        "matches": (False, lambda v: isinstance(v, dict), "an object"),
         "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
         "top_p": (False, lambda v: number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
         "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),

@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except DllmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     except BrokenPipeError:
+        return 1
+    except UnicodeError as error:
+        print(f"error: a text cannot be read or written ({error}): use UTF-8 (PYTHONUTF8=1).", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror}: check the path, the disk and the rights.", file=sys.stderr)
@@ -67,16 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
 
     plan = _command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
-    default = planning.DEFAULT_WORK
     plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
-    plan.add_argument("--batch", type=int, default=default.batch, help=f"rows at a time (default {default.batch})")
+    plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
+    most = planning.DEFAULT_LENGTH
     plan.add_argument(
-        "--length", type=int, default=default.length, help=f"tokens of the longest canvas (default {default.length})"
+        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
     )
-    plan.add_argument(
-        "--block-length", type=int, default=default.block_length, help=f"tokens of a block (default {default.block_length})"
-    )
-    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16)")
+    plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
+    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
     plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
@@ -262,7 +263,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    work = planning.Work(args.batch, args.length, args.block_length)
+    if args.length is not None and args.length < 1:
+        raise DllmError(f"--length is {args.length}, expected a whole number from 1.")
+    work = planning.Work(args.batch, args.length or 0, args.block_length)
     print(planning.run(args.model, device=args.device, work=work, dtype=args.dtype, as_json=args.json))
     return 0
 

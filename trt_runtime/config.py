@@ -13,7 +13,8 @@ from trt_runtime.sampling import Sampler
 CACHES = ("none", "prefix", "dual")
 POLICIES = ("factor", "threshold", *SCHEDULES)
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
-MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
+MAX_STEPS = 100_000
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
 }  # fmt: skip
@@ -83,8 +84,9 @@ class GenerationConfig:
 
     def _check_sampling(self, sampling: str) -> None:
         for name in ("temperature", "alg_temp"):
-            if not 0 <= getattr(self, name) <= MAX_TEMPERATURE:
-                raise DllmError(f"{name} is {getattr(self, name)}, expected 0 to {MAX_TEMPERATURE}.")
+            value = getattr(self, name)
+            if value and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+                raise DllmError(f"{name} is {value}, expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}.")
         if self.alg_temp > 0 and self.policy not in DECAYING:
             raise DllmError(
                 f"alg_temp is {self.alg_temp} with policy '{self.policy}': expected 0, or one of {', '.join(DECAYING)}."
@@ -107,6 +109,8 @@ class GenerationConfig:
     def _check_steps(self) -> None:
         if self.steps is None:
             return
+        if self.steps > MAX_STEPS:
+            raise DllmError(f"steps is {self.steps}, expected up to {MAX_STEPS}.")
         if self.policy == "factor" or self.steps < self._num_blocks:
             raise DllmError(
                 f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected at least one step a "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import io
 import json
 import platform
 import re
@@ -47,18 +49,19 @@ PACKAGES = (
     Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", "pip install tokenizers", needed=True),
     Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", "pip install 'jinja2>=3.1.6'", needed=True),
     Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", _pip("ort")),
-    Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU", _pip("ort-gpu")),
-    Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", "pip install tensorrt (from NVIDIA's index)"),
-    Package("tensorrt-rtx", "tensorrt_rtx", "1.2", "2", "TensorRT-RTX engines", "pip install tensorrt-rtx"),
-    Package("cuda-python", "cuda", "12.6", "14", "TensorRT engines: device memory", "pip install cuda-python"),
+    Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU (a later version)", _pip("ort-gpu")),
+    Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines (a later version)", "pip install tensorrt (from NVIDIA's index)"),
+    Package("tensorrt-rtx", "tensorrt_rtx", "1.2", "2", "TensorRT-RTX engines (a later version)", "pip install tensorrt-rtx"),
+    Package("cuda-python", "cuda", "12.6", "14", "TensorRT engines (a later version)", "pip install cuda-python"),
     Package("onnx", "onnx", "1.21", "2", "export", _CHECKOUT.format("export")),
     Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", _CHECKOUT.format("export")),
     Package("onnxscript", "onnxscript", "0.6", "1", "export", _CHECKOUT.format("export")),
     Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", _CHECKOUT.format("export")),
+    Package("tqdm", "tqdm", "4.66", "5", "export", _CHECKOUT.format("export")),
     Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", _CHECKOUT.format("export")),
     Package("torch", "torch", "2.6", "3", "verify, the reference", _CHECKOUT.format("reference")),
-    Package("transformers", "transformers", "4.57", "6", "verify, the reference", _CHECKOUT.format("reference")),
-    Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines", "pip install polygraphy"),
+    Package("transformers", "transformers", "5.8", "6", "verify, the reference", _CHECKOUT.format("reference")),
+    Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines (a later version)", "pip install polygraphy"),
 )  # fmt: skip
 
 
@@ -72,7 +75,7 @@ class Finding:
     mend: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:8} {self.what:26} {self.said}" + (f"\n{'':35} -> {self.mend}" if self.mend else "")
+        return f"{self.status:8} {self.what:31} {self.said}" + (f"\n{'':40} -> {self.mend}" if self.mend else "")
 
 
 def findings() -> Iterator[Finding]:
@@ -100,10 +103,8 @@ def summary(found: list[Finding]) -> str:
     good = {finding.what for finding in found if finding.status == OK}
     can = [name for name, needs in (
         ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
-        ("decode on the GPU (ort)", {"provider CUDAExecutionProvider"}),
-        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes"}),
+        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "tqdm"}),
         ("verify", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "torch", "transformers", "provider CPUExecutionProvider"}),
-        ("build TensorRT engines", {"tensorrt", "cuda-python", "GPU"}),
     ) if needs <= good]  # fmt: skip
     return f"This machine can: {', '.join(can) or 'nothing yet; mend the failures first'}."
 
@@ -133,8 +134,9 @@ def package_finding(package: Package) -> Finding:
         said = f"{version}; supported from {package.least}, below {package.below}; for: {package.purpose}"
         return Finding(package.name, status, said, package.mend)
     try:
-        importlib.import_module(package.module)
-    except Exception as error:  # a broken binary package can raise anything
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(package.module)
+    except (Exception, SystemExit) as error:  # a broken package can raise anything
         said = f"{version}, but its import fails: {type(error).__name__}: {_first_line(error)}"
         return Finding(package.name, FAILURE if package.needed else WARNING, said, f"install it again: {package.mend}")
     return Finding(package.name, OK, f"{version}; for: {package.purpose}")
@@ -150,12 +152,14 @@ def _gpu() -> Iterator[Finding]:
     """The driver and its devices, asked through libcuda: no CUDA toolkit and no package is needed."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
+        if not all(hasattr(cuda, name) for name in ("cuDriverGetVersion", "cuDeviceTotalMem_v2")):
+            raise OSError("a stub of the driver's library")
     except OSError:
         yield Finding("GPU", ABSENT, "no NVIDIA driver (libcuda.so.1)", "install the driver, or use the CPU")
         return
     number, version = ctypes.c_int(), ctypes.c_int()
-    if (code := cuda.cuInit(0)) or cuda.cuDeviceGetCount(ctypes.byref(number)):
-        yield Finding("GPU", WARNING, f"the driver does not start (cuInit: error {code})",
+    if code := cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)):
+        yield Finding("GPU", WARNING, f"the driver does not start (CUDA error {code})",
                       "check nvidia-smi; in a container, start it with --gpus all")  # fmt: skip
         return
     cuda.cuDriverGetVersion(ctypes.byref(version))
@@ -174,7 +178,7 @@ def _describe_gpu(cuda: Any, index: int) -> str:
     cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
     for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-    return f"{name.value.decode()}, {size.value / GIB:.1f} GiB, compute capability {major.value}.{minor.value}"
+    return f"{name.value.decode(errors='replace')}, {size.value / GIB:.1f} GiB, compute capability {major.value}.{minor.value}"
 
 
 # a ModelProto, opset 17: y = Identity(x), both float [1]
@@ -239,5 +243,5 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:3])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]

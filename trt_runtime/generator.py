@@ -8,14 +8,14 @@ cache, join and finish on their own, and never see one another: padding is maske
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.policies import RowStats
-from trt_runtime.sequence import Forward, Sequence
+from trt_runtime.sequence import Forward, Sequence, Written
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Generator:
     def is_finished(self) -> bool:
         return all(sequence.is_finished for sequence in self.sequences)
 
-    def step(self) -> list[Wanted]:
-        """One forward for every unfinished row. Returns what was done for each."""
+    def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
+        """One forward for every unfinished row. Returns what was done for each. `instead`: what to write in place of a slot's own
+        choice (Sequence.commit)."""
         wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
         for group in groups(wanted, self.capacity):
-            self._run(group)
+            self._run(group, instead or {})
         return wanted
 
     def run(self) -> None:
@@ -61,13 +62,13 @@ class Generator:
         while not self.is_finished:
             self.step()
 
-    def _run(self, group: list[Wanted]) -> None:
+    def _run(self, group: list[Wanted], instead: Mapping[int, Written]) -> None:
         slots = slice(group[0].slot, group[-1].slot + 1)
         call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
         want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
         stats = call(self.cache, slots, assemble(group), want_logits=want_logits)
         for index, wanted in enumerate(group):
-            wanted.sequence.commit(wanted.forward, propose(wanted, stats, index))
+            wanted.sequence.commit(wanted.forward, propose(wanted, stats, index), instead.get(wanted.slot))
 
 
 def groups(wanted: list[Wanted], capacity: int) -> Iterator[list[Wanted]]:

@@ -28,7 +28,10 @@ _AGAIN = "export it again or copy it again"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens."""
+    """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
+
+    parameters: of the network alone. tied_head: whether the head is the embedding.
+    """
 
     family: str
     num_layers: int
@@ -41,6 +44,7 @@ class ModelFacts:
     max_length: int
     dtype: str
     parameters: int
+    tied_head: bool = False
 
     @property
     def dims(self) -> contract.Dims:
@@ -122,6 +126,9 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
     manifest = parse(read, str(path))
     for name, facts in manifest.files.items():
         _check_file(artifact, name, facts, check_hashes)
+    for file in sorted((artifact / manifest.tokenizer).rglob("*")) if manifest.tokenizer else ():
+        if not file.is_dir() and file.relative_to(artifact).as_posix() not in manifest.files:
+            raise DllmError(f"{file}: the manifest does not list it: the file was added after export: remove it, or {_AGAIN}.")
     return manifest
 
 
@@ -156,10 +163,15 @@ def parse(read: object, where: str) -> Manifest:
 
 def _check_facts(manifest: Manifest, where: str) -> None:
     model, decoding = manifest.model, manifest.decoding
+    if not any(name.endswith(".data") for name in manifest.files):
+        raise DllmError(f"{where}: lists no weights: {_AGAIN}.")
+    for key, value in decoding.defaults.items():
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise DllmError(f"{where}: decoding.defaults: {key} is {value!r}, expected a whole number from 1: {_AGAIN}.")
     for item in fields(model):
         value = getattr(model, item.name)
-        if isinstance(value, int) and value < 1:
-            raise DllmError(f"{where}: model.{item.name} is {value}, expected a whole number from 1: {_AGAIN}.")
+        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**48:
+            raise DllmError(f"{where}: model.{item.name} is {str(value)[:40]}, expected a whole number from 1: {_AGAIN}.")
     if decoding.sampling not in SAMPLINGS:
         raise DllmError(f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}.")
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
@@ -170,6 +182,10 @@ def _check_facts(manifest: Manifest, where: str) -> None:
             f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, logit_shift "
             f"{decoding.logit_shift}: the mask cannot end a text, and the shift is 0 or 1: {_AGAIN}."
         )
+    if decoding.logit_shift and not decoding.first_commit:  # the row before a refine window would be needed
+        raise DllmError(
+            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which cannot be decoded: {_AGAIN}."
+        )
 
 
 def write(manifest: Manifest, artifact: Path) -> None:
@@ -178,6 +194,16 @@ def write(manifest: Manifest, artifact: Path) -> None:
     temporary = artifact / (FILE_NAME + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, artifact / FILE_NAME)
+
+
+def foreign_files(artifact: Path) -> list[str]:
+    """Files in an artifact's directory that its manifest does not list; all of them if the manifest is none."""
+    try:
+        listed = set(parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files)
+    except (OSError, ValueError, RecursionError, DllmError):
+        listed = set()
+    found = (path.relative_to(artifact).as_posix() for path in sorted(artifact.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in listed and not (listed and name in (FILE_NAME, FILE_NAME + ".tmp"))]
 
 
 def sha256_of(path: Path) -> str:

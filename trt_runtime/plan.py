@@ -2,8 +2,8 @@
 
 Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, N heads, D head_dim, V vocabulary.
 
-Time: a forward cannot be faster than its multiplications at the device's dense rate, nor than reading the weights and the cache at
-its bandwidth; the larger of the two is the forecast, and measured times are longer.
+Time: a forward takes its multiplications at the device's dense rate, or reading weights and cache at its bandwidth, whichever is
+longer; measured times are longer still. What is not measured yet: everything on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trt_runtime.manifest import ModelFacts
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be run: rows at a time, the longest canvas, and the block."""
+    """What is to be run: rows at a time, the longest canvas in tokens (0: a usual one), and the block."""
 
     batch: int
     length: int
@@ -52,6 +52,9 @@ LAYOUTS = (
     Layout("tensorrt, two engines (split)", "trt split", 2, wide_head=True, scores=False, on_cpu=False),
     Layout("torch (the reference)", "torch", 1, wide_head=False, scores=False, on_cpu=True),
 )
+NOT_YET = "this version runs ort and torch on a CPU; rows for GPUs and TensorRT are forecasts of what comes"
+# ONNX Runtime computes fp16 on a CPU in fp32, from copies that it makes: bytes a parameter measured for 63 and 126 M parameters
+_CPU_16BIT = 4.7
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,12 @@ def cache_bytes(facts: ModelFacts, work: Work) -> int:
     return 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * _item(facts) * work.batch * work.length
 
 
-def memory(facts: ModelFacts, work: Work, layout: Layout) -> Memory:
+def runs(facts: ModelFacts, layout: Layout, device: Device) -> bool:
+    """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16."""
+    return not device.is_cpu or (layout.on_cpu and not (layout.label == "ort" and facts.dtype == "bf16"))
+
+
+def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = False) -> Memory:
     """Memory at the peak, which is a prefix pass."""
     rows = work.batch * work.length
     # the graph's head multiplies in float32, for which backends keep a converted copy
@@ -89,7 +97,10 @@ def memory(facts: ModelFacts, work: Work, layout: Layout) -> Memory:
     if layout.scores:
         activations += work.batch * facts.num_heads * work.length * work.length * 4
     statistics = 3 * work.batch * min(work.block_length, work.length) * facts.vocab_size * 4  # logits, shifted, exponentials
-    return Memory(layout.copies * (weight_bytes(facts) + head), cache_bytes(facts, work), activations, statistics)
+    weights = layout.copies * (weight_bytes(facts) + head)
+    if on_cpu and layout.label == "ort" and _item(facts) == 2:
+        weights = int(_CPU_16BIT * facts.parameters) + weight_bytes(facts) - 2 * facts.parameters
+    return Memory(weights, cache_bytes(facts, work), activations, statistics)
 
 
 def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
@@ -109,8 +120,10 @@ def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int) -> floa
         return None
     asked = min(work.block_length, rows)
     multiply = work.batch * flops(facts, rows, work.length, asked) / (rate * 1e12)
-    embedding = (facts.vocab_size - min(work.batch * rows, facts.vocab_size)) * facts.hidden_size * _item(facts)
-    moved = weight_bytes(facts) - embedding + cache_bytes(facts, work)
+    head = facts.vocab_size * facts.hidden_size
+    linear = facts.parameters - (0 if facts.tied_head else head)  # of the embedding a few rows are read
+    wide = (4 - _item(facts)) * head  # the head multiplies in float32
+    moved = linear * _item(facts) + wide + cache_bytes(facts, work)
     return max(multiply, moved / (device.bandwidth * 1e9))
 
 
@@ -127,35 +140,41 @@ def facts_of(path: str, dtype: str | None) -> ModelFacts:
 
 def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> str:
     """A sentence: whether it fits, and what to change if it does not."""
-    free, needed = device.memory - device.reserved, memory(facts, work, layout).total
+
+    def needed(facts: ModelFacts, work: Work) -> int:
+        return memory(facts, work, layout, on_cpu=device.is_cpu).total
+
+    free, all_of_it = device.memory - device.reserved, needed(facts, work)
     what = f"{layout.name} on {device.name}"
-    if needed <= free:
-        return f"fits: {what} needs {_gib(needed)} of {_gib(free)} GiB."
-    fits = [change for change in _smaller(facts, work) if memory(*change[1:], layout).total <= free]
-    short = f"does not fit: {what} needs {_gib(needed)} of {_gib(free)} GiB"
-    if fits:
-        return f"{short}; {fits[0][0]} would."
-    least = memory(facts, Work(1, min(work.length, 64), min(work.block_length, 32)), layout).total
-    enough = next((d for d in sorted(DEVICES.values(), key=lambda d: d.memory) if d.memory - d.reserved >= needed), None)
-    other = f"take a device like {enough.name}" if enough else "no device of the table is enough"
-    return f"{short}, and even a short canvas alone needs {_gib(least)} GiB: {other}" + (
-        ", or one engine instead of two." if layout.copies > 1 else "."
-    )
+    if all_of_it <= free:
+        return f"fits: {what} needs {_gib(all_of_it)} of {_gib(free)} GiB."
+    short = f"does not fit: {what} needs {_gib(all_of_it)} of {_gib(free)} GiB"
+    fitting = next((words for words, model, less in _smaller(facts, work, device) if needed(model, less) <= free), None)
+    if fitting:
+        return f"{short}; {fitting} would."
+    least = needed(facts, replace(work, batch=1, length=min(work.length, _SHORTEST)))
+    enough = [d.name for d in sorted(DEVICES.values(), key=lambda d: d.memory)
+              if memory(facts, work, layout).total <= d.memory - d.reserved]  # fmt: skip
+    other = f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
+    one = ", or one engine instead of two" if layout.copies > 1 else ""
+    return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {_gib(least)} GiB: {other}{one}."
 
 
-def _smaller(facts: ModelFacts, work: Work) -> Iterator[tuple[str, ModelFacts, Work]]:
+_SHORTEST, _MOST_ROWS = 64, 4096
+
+
+def _smaller(facts: ModelFacts, work: Work, device: Device) -> Iterator[tuple[str, ModelFacts, Work]]:
     """Changes that a user may make, the mildest first."""
-    for batch in range(work.batch - 1, 0, -1):
+    for batch in range(min(work.batch - 1, _MOST_ROWS), 0, -1):
         yield f"a batch of {batch}", facts, replace(work, batch=batch)
-    for length in range(work.length - work.length % 64, work.length // 4, -64):
+    for length in range(work.length - work.length % _SHORTEST, work.length // 4, -_SHORTEST):
         yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
-    if facts.dtype == "fp32":
-        yield "a 16-bit dtype (DTYPE=bf16, or fp16 on a CPU)", replace(facts, dtype="bf16"), work
-        yield (
-            "a 16-bit dtype (DTYPE=bf16, or fp16 on a CPU) and a batch of 1",
-            replace(facts, dtype="bf16"),
-            replace(work, batch=1),
-        )
+    if facts.dtype == "fp32" and not device.is_cpu:
+        yield "DTYPE=bf16 (--dtype bf16)", replace(facts, dtype="bf16"), work
+        yield "DTYPE=bf16 (--dtype bf16) and a batch of 1", replace(facts, dtype="bf16"), replace(work, batch=1)
+    length = work.length // 4
+    while (length := length // 2) >= _SHORTEST:
+        yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
 
 
 def check(facts: ModelFacts, work: Work) -> None:
@@ -163,6 +182,8 @@ def check(facts: ModelFacts, work: Work) -> None:
     for name in ("batch", "length", "block_length"):
         if getattr(work, name) < 1:
             raise DllmError(f"--{name.replace('_', '-')} is {getattr(work, name)}, expected a whole number from 1.")
+    if work.batch > _MOST_ROWS:
+        raise DllmError(f"--batch is {str(work.batch)[:20]}, expected up to {_MOST_ROWS}.")
     if work.length > facts.max_length:
         raise DllmError(f"--length is {work.length}, the model's canvas has up to {facts.max_length} tokens: give less.")
     if facts.dtype not in contract.DTYPES:
@@ -170,24 +191,24 @@ def check(facts: ModelFacts, work: Work) -> None:
 
 
 def report(facts: ModelFacts, work: Work, names: list[str]) -> dict[str, Any]:
-    """Everything as plain data: bytes and seconds. `names`: devices of the table; the first ones' verdicts are given."""
+    """Everything as plain data: bytes and seconds, for the devices of these names."""
     devices = [find(name) for name in names]
-    weights = weight_bytes(facts)
+    weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
     return {
         "model": asdict(facts), "work": asdict(work),
-        "memory": {layout.name: {**asdict(memory(facts, work, layout)), "total": memory(facts, work, layout).total}
-                   for layout in LAYOUTS},
+        "memory": {layout.name: {**asdict(parts), "total": parts.total} for layout in LAYOUTS
+                   if (parts := memory(facts, work, layout, on_cpu=only_cpu)) and (not only_cpu or runs(facts, layout, devices[0]))},
         "disk": {"artifact": weights, "artifact, weights linked": weights - facts.parameters * _item(facts),
                  "engines, shared": weights, "engines, split": 2 * weights},
         "build_memory": 3 * weights,
         "devices": {device.name: {
             "memory": device.memory, "prefix_pass_seconds": seconds(facts, work, device, rows=work.length),
             "refine_step_seconds": seconds(facts, work, device, rows=min(work.block_length, work.length)),
-            "fits": {layout.label: memory(facts, work, layout).total <= device.memory - device.reserved
-                     for layout in LAYOUTS if layout.on_cpu or not device.is_cpu},
+            "fits": {layout.label: memory(facts, work, layout, on_cpu=device.is_cpu).total <= device.memory - device.reserved
+                     for layout in LAYOUTS if runs(facts, layout, device)},
         } for device in devices},
         "verdicts": [verdict(facts, work, device, layout) for device in devices for layout in LAYOUTS
-                     if layout.on_cpu or not device.is_cpu],
+                     if runs(facts, layout, device)],
     }  # fmt: skip
 
 
@@ -195,7 +216,7 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
     """A report as text."""
     work = made["work"]
     lines = [
-        f"{facts.family}, {facts.parameters / 1e9:.2f} B parameters, {facts.dtype}; batch {work['batch']}, canvas {work['length']}, "
+        f"{facts.family}, {_count(facts.parameters)} parameters, {facts.dtype}; batch {work['batch']}, canvas {work['length']}, "
         f"block {work['block_length']}", "",
         f"{'memory, GiB':32}{'weights':>9}{'cache':>9}{'activations':>13}{'statistics':>12}{'total':>9}",
     ]  # fmt: skip
@@ -204,28 +225,26 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
                      f"{_gib(parts['statistics']):>12}{_gib(parts['total']):>9}")  # fmt: skip
     disk = made["disk"]
     lines += ["", f"disk: artifact {_gib(disk['artifact'])} GiB ({_gib(disk['artifact, weights linked'])} with --weights link), engines "
-              f"{_gib(disk['engines, shared'])} (shared) or {_gib(disk['engines, split'])} (split); building an engine takes about "
-              f"{_gib(made['build_memory'])} GiB of memory", "",
+              f"{_gib(disk['engines, shared'])} (shared) or {_gib(disk['engines, split'])} (split); building an engine takes about three times the weights, "
+              f"{_gib(made['build_memory'])} GiB, of memory", "",
               f"{'at the roofline':26}{'memory GiB':>11}{'prefix pass ms':>16}{'refine step ms':>16}  fits"]  # fmt: skip
     for name, row in made["devices"].items():
         fitting = [label for label, fits in row["fits"].items() if fits]
         lines.append(f"{name:26}{_gib(row['memory']):>11}{_ms(row['prefix_pass_seconds']):>16}{_ms(row['refine_step_seconds']):>16}"
                      f"  {', '.join(fitting) or 'nothing'}")  # fmt: skip
-    if verdicts:
-        lines += ["", *made["verdicts"]]
+    lines += ["", *(made["verdicts"] if verdicts else []), f"({NOT_YET})"]
     return "\n".join(lines)
 
 
 def run(path: str, *, device: str | None, work: Work, dtype: str | None, as_json: bool) -> str:
     """The forecast for a model, as text or JSON; without a device for all of the table. Raises DllmError."""
-    facts = facts_of(path, dtype or ("fp16" if device == "cpu" and not _is_artifact(path) else None))
-    work = replace(work, length=min(work.length, facts.max_length) if work.length == DEFAULT_WORK.length else work.length)
-    check(facts, work)
-    made = report(facts, work, [device] if device else ["cpu", *DEVICES])
+    facts = facts_of(path, dtype or ("fp32" if device == "cpu" and not _is_artifact(path) else None))
+    check(facts, work := replace(work, length=work.length or min(DEFAULT_LENGTH, facts.max_length)))
+    made = report(facts, work, [device] if device is not None else ["cpu", *DEVICES])
     return json.dumps(made, indent=1) if as_json else describe(facts, made, verdicts=device is not None)
 
 
-DEFAULT_WORK = Work(batch=1, length=1280, block_length=32)
+DEFAULT_LENGTH = 1280
 
 
 def _is_artifact(path: str) -> bool:
@@ -237,8 +256,12 @@ def _item(facts: ModelFacts) -> int:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.2f}" if size >= 0.005 * GIB or not size else f"{size / GIB:.1g}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
 def _ms(time: float | None) -> str:
-    return "-" if time is None else f"{1000 * time:.2f}"
+    return "-" if time is None else f"{1000 * time:.2f}" if time >= 1e-5 else f"{1000 * time:.1g}"

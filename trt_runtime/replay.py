@@ -18,6 +18,8 @@ from trt_runtime.errors import DllmError
 from trt_runtime.generator import Generator
 from trt_runtime.sequence import Sequence
 
+_ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -66,6 +68,8 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     left_masks = any(mask in row for row in case.get("output", []))
     left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
     expected = [step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]]
+    if left_masks and not expected:
+        return Mismatch(name, "output: expected mask tokens, which are never left here, and there is no trace to follow")
     got = result["trace"][: len(expected)] if left_gaps else result["trace"]
     if "trace" in case:
         for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
@@ -80,13 +84,42 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     if "full_output" in case and not left_gaps and result.get("full_output") != case["full_output"]:
         return Mismatch(name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}")
     nfe = case.get("nfe_nonempty", case.get("nfe"))
-    if nfe is not None and not left_gaps and result["nfe"] != nfe:
-        return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}")
-    return None
+    differs = nfe is not None and not left_gaps and result["nfe"] != nfe
+    return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}") if differs else None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a case was followed: decisions compared, those of them AMBIGUOUS, and the first mismatch, if any."""
+
+    decisions: int
+    ambiguous: int
+    mismatch: Mismatch | None
+
+
+def follow(backend: Backend, case: Case, margin: float) -> Agreement:
+    """Compare every decision of a recorded case of one row, each after the history that was recorded: what the case wrote is
+    written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
+    (row,) = rows_of(backend.manifest, case)
+    generator, name, ambiguous = Generator(backend, [row.sequence]), str(case.get("id")), 0
+    for number, expected in enumerate(case["trace"]):
+        if row.sequence.is_finished:
+            return Agreement(number, ambiguous, Mismatch(name, f"step {number}: expected {len(case['trace'])} forwards"))
+        generator.step({0: (expected[3], expected[4])})
+        got = list(row.as_list(row.sequence.trace[-1]))
+        if got == expected:
+            continue
+        if not _is_near(row.sequence, number, expected, margin):
+            return Agreement(number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}"))
+        ambiguous += 1
+    return Agreement(len(case["trace"]), ambiguous, None)
 
 
 def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:
-    """Whether moving the confidences in question by `margin` turns the decision of a step into the expected one."""
+    """Whether moving the confidences in question within their margins turns the decision of a step into the expected one.
+
+    An error of the logits moves a probability p by a share of p (1 - p): `margin` is meant at p = 0.5, and shrinks to both ends.
+    """
     seen = row.trace[number].seen
     if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
         return False
@@ -95,14 +128,17 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
         return False
     wanted = np.isin(candidates, expected[3])
     chosen = np.isin(candidates, row.trace[number].positions)
-    change = margin * (wanted & ~chosen) - margin * (chosen & ~wanted)
-    # an error e of the logits moves a probability by up to e/4, and an entropy by e times the spread of the log-probabilities
+    margins = 4 * margin * stats.confidence * (1 - stats.confidence) + (_ROUNDING if margin else 0)
+    change = margins * (wanted & ~chosen) - margins * (chosen & ~wanted)
+    # an entropy moves by an error of the logits times the spread of the log-probabilities
     moved = replace(stats, confidence=stats.confidence + change, entropy=stats.entropy - 10 * change,
                     best=None if stats.best is None else stats.best + change)  # fmt: skip
     again = row.rules.policy.select(moved, np.ones(len(candidates), np.bool_), state)
     tokens = dict(zip(expected[3], expected[4], strict=True))
     same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]
-    close = stats.confidence - stats.runner_up < margin
+    close = stats.runner_up > stats.confidence * np.exp(
+        -4 * margin
+    )  # the two logits lie within twice the error that moves p so far
     return bool((again == wanted).all() and (same_token | close)[wanted].all())
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from trt_runtime.errors import DllmError
 from trt_runtime.policies import BlockState, Bools, Ints, Policy, RowStats
 from trt_runtime.sampling import Sampler
 
 FULL = "full"
+Written = tuple[list[int], list[int]]  # positions and their tokens
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,25 @@ class Sequence:
         end = self.length if self.rules.cache == "prefix" else end
         return Forward(self.rules.cache, start, end, masked[masked >= start])
 
-    def commit(self, forward: Forward, stats: RowStats) -> None:
-        """Let the policy choose among the candidates, write the proposals, and move on."""
+    def commit(self, forward: Forward, stats: RowStats, instead: Written | None = None) -> None:
+        """Let the policy choose among the candidates, write the proposals, and move on.
+
+        `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
+        """
         assert self.block is not None
         forced, chosen = self._is_forced, np.ones(len(forward.candidates), np.bool_)
         state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng)
         if not forced:
             chosen = self.rules.policy.select(stats, chosen, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
-        self.canvas[positions] = tokens
+        if self.rules.mask_token_id in tokens:
+            raise DllmError(
+                f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this manifest: export it again."
+            )
+        if instead is None:
+            self.canvas[positions] = tokens
+        else:
+            self.canvas[instead[0]] = instead[1]
         length = forward.end - forward.start
         seen = (forward.candidates, stats, state)
         self.trace.append(Step(forward.kind, forward.start, length, positions.tolist(), tokens.tolist(), seen))

@@ -21,6 +21,8 @@ class Tokenizer:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            self._tokenizer.no_truncation()  # settings of a training run, which some files carry
+            self._tokenizer.no_padding()
         except Exception as error:  # the package raises plain Exception
             raise DllmError(f"{path / 'tokenizer.json'}: not readable ({error}): export the artifact again.") from error
         config, older = (_read_object(path / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
@@ -35,7 +37,7 @@ class Tokenizer:
     @property
     def max_id(self) -> int:
         """The largest token id."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name ('mask_token'); None if there is none."""
@@ -75,9 +77,13 @@ class Tokenizer:
             text = self.render_chat([question, answer], add_generation_prompt=False)
         except DllmError:
             return None
-        behind = self.encode(text.rpartition(answer["content"])[2])
+        if text.count(answer["content"]) != 1:
+            return None
+        before, _, after = text.partition(answer["content"])
         added = self._tokenizer.get_added_tokens_decoder()
-        return behind[0] if behind and behind[0] in added and added[behind[0]].special else None
+        opening = [token for token in self.encode(before) if token in added and added[token].special][-1:]
+        closing = [token for token in self.encode(after)[:1] if token in added and added[token].special]
+        return closing[0] if closing and closing != opening else None  # a token that opens a turn does not end one
 
     def _encoding(self, text: str) -> Any:
         try:
@@ -89,11 +95,17 @@ class Tokenizer:
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or in the configuration; where there are several, the one called 'default'."""
     file = path / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    try:
+        template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise DllmError(f"{file}: is not UTF-8 ({error}): export the artifact again.") from error
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        template = next((i.get("template") for i in template if isinstance(i, dict) and i.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise DllmError(
+            f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text: export the artifact again."
+        )
+    return template
 
 
 def _text(token: object) -> str | None:

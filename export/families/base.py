@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from export import decoder
 from export.decoder import DecoderConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts
@@ -48,13 +49,19 @@ class ConfigReader:
     def rope_theta(self) -> float:
         """The base of plain RoPE, under either of its names: rope_theta, or rope_parameters of newer transformers."""
         parameters = self.get("rope_parameters", dict, {})
-        if not parameters:
-            theta: float = self.get("rope_theta", float)
-            return theta
-        inner = ConfigReader(parameters, f"{self.where}: rope_parameters")
-        inner.require("rope_type", "default")
-        theta = inner.get("rope_theta", float)
-        inner.finish(())
+        inner = ConfigReader(parameters, f"{self.where}: rope_parameters") if parameters else self
+        theta: float = inner.get("rope_theta", float)
+        if parameters:
+            self._seen.add("rope_theta")
+            if strange := sorted(set(parameters) - {"rope_type", "rope_theta"}):
+                raise DllmError(
+                    f"{inner.where}: {strange[0]} is not implemented: supported are rope_type 'default' and rope_theta."
+                )
+            inner.require("rope_type", "default")
+            if self.config.get("rope_theta") not in (None, theta):
+                raise DllmError(f"{self.where}: rope_theta is {self.config['rope_theta']!r}, rope_parameters say {theta:g}.")
+        if theta < 1:
+            raise DllmError(f"{self.where}: rope_theta is {theta:g}, expected 1 or more.")
         return theta
 
     def require(self, key: str, *supported: Any) -> None:
@@ -85,8 +92,8 @@ class ConfigReader:
         return ids[0]
 
     def finish(self, ignored: Collection[str]) -> None:
-        """Raise for a key that was neither read nor ignored, unless its value is null or false."""
-        unread = [k for k, v in self.config.items() if k not in self._seen | set(ignored) and v is not None and v is not False]
+        """Raise for a key that was neither read nor ignored, unless its value is null."""
+        unread = [key for key, value in self.config.items() if key not in self._seen | set(ignored) and value is not None]
         if strange := sorted(set(ignored) - set(self.config)):
             raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
         if unread:
@@ -105,10 +112,27 @@ def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:
     return defaults
 
 
+_HF_LAYER = {
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
+}  # fmt: skip
+_HF_OUTSIDE = {decoder.EMBEDDING: "model.embed_tokens", decoder.FINAL_NORM: "model.norm", decoder.HEAD: "lm_head"}
+
+
+def hf_name(weight: str) -> str:
+    """The name of a decoder weight in transformers' Llama and Qwen2: 'layers.3.q_proj.bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
+    where = split_layer(weight)
+    if where is None:
+        return _HF_OUTSIDE[weight] + ".weight"
+    leaf, _, kind = where[1].partition(".")
+    return f"model.layers.{where[0]}.{_HF_LAYER[leaf]}.{kind or 'weight'}"
+
+
 class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
-    title: str
+    title: str  # what messages call it
     allowed_surplus: Iterable[str] = ()  # regular expressions: tensors that a checkpoint may hold and the decoder does not use
 
     @abstractmethod

@@ -9,17 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from export import decoder
 from export.decoder import DecoderConfig
-from export.families.base import ConfigReader, Family, decoding_defaults, split_layer
+from export.families.base import ConfigReader, Family, decoding_defaults, hf_name
 from trt_runtime.manifest import CATEGORICAL, DecodingFacts
-
-_LAYER = {
-    "attention_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}  # fmt: skip
-_OUTSIDE = {decoder.EMBEDDING: "model.embed_tokens", decoder.FINAL_NORM: "model.norm", decoder.HEAD: "lm_head"}
 
 
 class Dream(Family):
@@ -31,7 +23,8 @@ class Dream(Family):
         for key in ("use_sliding_window", "use_mrope", "is_causal"):
             config.require(key, False)
         config.require("rope_scaling", {"rope_type": "default"}, {"type": "default"})
-        config.ignore("attention_dropout", "max_window_layers", "sliding_window", "full_attn_mask", "layer_types")
+        config.require("full_attn_mask", True)
+        config.ignore("attention_dropout", "max_window_layers", "sliding_window")
         hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")
         return DecoderConfig(
             hidden_size=hidden,
@@ -62,11 +55,7 @@ class Dream(Family):
         )
 
     def tensor_name(self, weight: str) -> str:
-        where = split_layer(weight)
-        if where is None:
-            return _OUTSIDE[weight] + ".weight"
-        leaf, _, kind = where[1].partition(".")
-        return f"model.layers.{where[0]}.{_LAYER[leaf]}.{kind or 'weight'}"
+        return hf_name(weight)
 
     def tiny_config(self) -> dict[str, Any]:
         return {
