@@ -100,12 +100,13 @@ def _stages(artifact: Path, runnable: Path, reference: TorchBackend, manifest: M
     yield _weights(artifact, reference, manifest)
     worst, engine = _graphs(runnable, reference)
     dtype = engine.manifest.model.dtype
-    yield _range(worst.ranges, manifest.model.dtype)
+    yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
     allowed = tolerances.LOGITS[dtype]
     logits_ok = worst.logits <= allowed and worst.same <= tolerances.SAME_GRAPH[dtype]
     yield Stage("logits", logits_ok, {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed})
     cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
-    measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits}
+    measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
+                "allowed for logits": allowed}  # fmt: skip
     yield Stage("cache", cache_ok, measured)
     yield _decode(engine, reference, manifest, dtype)
 
@@ -157,8 +158,11 @@ def _lies_where_planned(tensor: onnx.TensorProto, weight: weights.Weight) -> boo
     return there == (weight.file, str(weight.offset), weight.shape)
 
 
-def _range(ranges: layers.Ranges, dtype: str) -> Stage:
-    measured = {"largest activation": ranges.largest, "in": ranges.where}
+def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage:
+    measured: dict[str, Any] = {"largest activation": ranges.largest, "in": ranges.where}
+    if maxima:
+        name = max(maxima, key=lambda item: maxima[item])
+        measured |= {"largest weight": maxima[name], "of": name}
     if dtype != "fp16":
         return Stage("range", True, measured)
     passed = ranges.largest <= weights.FP16_LARGEST

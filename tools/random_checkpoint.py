@@ -4,7 +4,7 @@
     python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random       # 16 GB: every tensor, real shapes, shards, bf16
 
 The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers are windows of one
-block of 8 M, each at another place, so writing is as fast as the disk, and memory stays small. Needs numpy and ml_dtypes.
+block of 8 M, each at another place, so writing is as fast as the disk, and memory stays small. Runs from a checkout with the `export` extra.
 """
 
 from __future__ import annotations

@@ -259,6 +259,8 @@ def _info(args: argparse.Namespace) -> int:
         print((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"), end="")
     else:
         print(render.describe(args.artifact, facts))
+        if args.check:
+            print(f"hashes     {len(facts.files)} files as in the manifest")
     return 0
 
 

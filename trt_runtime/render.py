@@ -18,10 +18,14 @@ _DIM, _BRIGHT, _PLAIN, _UP, _CLEAR = "\x1b[2m", "\x1b[1;32m", "\x1b[0m", "\x1b[{
 def summary(result: Result) -> str:
     """One line about a result: useful tokens, forwards by kind, tokens a forward, time."""
     return (
-        f"[{result.num_useful} tokens, {result.nfe} forwards ({result.prefix_passes} prefix passes, {result.refine_steps} "
-        f"refine steps), {result.tokens_per_forward:.2f} tokens a forward, {result.seconds:.2f} s, "
+        f"[{result.num_useful} tokens, {result.nfe} forwards ({_plural(result.prefix_passes, 'prefix pass', 'es')}, "
+        f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens a forward, {result.seconds:.2f} s, "
         f"{result.num_useful / max(result.seconds, 1e-9):.0f} tokens/s]"
     )
+
+
+def _plural(number: int, what: str, ending: str) -> str:
+    return f"{number} {what}{'' if number == 1 else ending}"
 
 
 def answer(model: Model, result: Result, *, whole: bool) -> str:
@@ -95,7 +99,9 @@ def describe(path: Path, manifest: Manifest) -> str:
         f"of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}",
         "canvas": f"up to {model.max_length} tokens; the cache takes {per_token / 1024:g} KiB a token",
         "decoding": f"mask {decoding.mask_token_id}, end {', '.join(map(str, decoding.eos_token_ids))}, "
-        f"logit shift {decoding.logit_shift}, defaults {decoding.defaults or 'none'}",
+        f"logit shift {decoding.logit_shift}, {decoding.sampling} sampling, defaults: "
+        + (", ".join(f"{key} {value}" for key, value in decoding.defaults.items()) or "none"),
+        "source": str(manifest.source.get("checkpoint", "not named")),
         "graphs": f"opset {manifest.opset}, {manifest.lowering} lowering, {manifest.head} head",
         "tokenizer": manifest.tokenizer or "none (token ids only)",
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
