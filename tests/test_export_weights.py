@@ -18,6 +18,7 @@ from export.families.base import ConfigReader
 from export.pipeline import ExportConfig, read
 from trt_runtime import cases, contract, replay
 from trt_runtime import manifest as manifests
+from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
 
 LLADA = families.find("llada")
@@ -92,6 +93,11 @@ def test_linked_weights_give_the_same_logits_and_take_no_room(tiny_checkpoint, t
     assert (linked / "weights.data").stat().st_size == (copied / "weights.data").stat().st_size - sum(
         -(-stored.size // weights.ALIGNMENT) * weights.ALIGNMENT for stored in read(str(path)).checkpoint.tensors.values()
     )
+    rows = np.arange(20)[None]
+    call = Window(rows % 7, rows, np.zeros(1, np.int64), np.array([20]), rows)
+    first, second = (backend.prefix(backend.new_cache(1, 20), slice(0, 1), call, want_logits=True).logits
+                     for backend in (OrtBackend(copied, threads=1), OrtBackend(linked, threads=1)))  # fmt: skip
+    assert (first == second).all()
     recorded = replay.record(OrtBackend(copied, threads=1), cases.random_cases(manifest, 6))["cases"]
     backend = OrtBackend(linked, threads=1)
     assert [replay.compare(case, replay.replay(backend, case)) for case in recorded] == [None] * 6
