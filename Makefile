@@ -26,9 +26,9 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[export,ort]'
 	@touch $@
 
-# what the tests need: PyTorch and transformers for the reference, and the linters
+# what the tests need: PyTorch and transformers for the reference, TensorRT-RTX (which builds without a GPU), and the linters
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -e '.[export,ort,reference,dev]'
+	$(PIP) -e '.[export,ort,reference,rtx,dev]'
 	@touch $@
 
 demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring

@@ -1,4 +1,4 @@
-"""The command line `dllm-trt`: generate, chat, info, plan, doctor, verify, replay, bench."""
+"""The command line `dllm-trt`: generate, chat, info, plan, doctor, build, verify, replay, bench."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from trt_runtime import backends, devices, manifest, render, replay, tolerances
+from trt_runtime import backends, devices, engine, manifest, render, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime import plan as planning
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig
@@ -65,24 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
     _decoding_options(chat)
 
-    info = _command(commands, "info", _info, "what an artifact is")
-    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
-
-    plan = _command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
-    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
-    plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
-    most = planning.DEFAULT_LENGTH
-    plan.add_argument(
-        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
-    )
-    plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
-    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
-    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
-
-    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.set_defaults(run=_doctor)
+    _artifact_commands(commands)
 
     verify = _command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
     verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
@@ -117,6 +100,44 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     _backend_options(bench)
     return parser
+
+
+def _artifact_commands(commands) -> None:  # type: ignore[no-untyped-def]
+    info = _command(commands, "info", _info, "what an artifact is")
+    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
+
+    plan = _command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
+    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
+    plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
+    most = planning.DEFAULT_LENGTH
+    plan.add_argument(
+        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
+    )
+    plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
+    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
+    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    build = _command(commands, "build", _build, "build TensorRT engines")
+    base = engine.BuildConfig()
+    build.add_argument("--backend", default=base.backend, help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx")
+    build.add_argument(
+        "--target", default="", metavar="SM,...", help=f"of tensorrt-rtx: {','.join(engine.TARGETS)} (default: this GPU)"
+    )
+    build.add_argument("--layout", default=base.layout, help="shared (default: one engine, weights once) or split (two engines)")
+    build.add_argument("--max-batch", type=int, default=base.max_batch, help=f"rows at a time (default {base.max_batch})")
+    build.add_argument(
+        "--max-length", type=int, default=base.max_length, help=f"tokens of the longest canvas (default {base.max_length})"
+    )
+    build.add_argument(
+        "--block-length", type=int, default=base.block_length, help=f"tokens of a block (default {base.block_length})"
+    )
+    build.add_argument("--optimization-level", type=int, help="0 to 5: of the builder (default its own)")
+    build.add_argument("--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)")
 
 
 def _command(  # type: ignore[no-untyped-def]
@@ -261,6 +282,17 @@ def _info(args: argparse.Namespace) -> int:
         print(render.describe(args.artifact, facts))
         if args.check:
             print(f"hashes     {len(facts.files)} files as in the manifest")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    config = engine.BuildConfig(
+        args.backend, args.layout, tuple(name for name in args.target.split(",") if name), args.max_batch, args.max_length,
+        args.block_length, args.optimization_level,
+    )  # fmt: skip
+    directory = engine.build(args.artifact, args.out, config)
+    for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
+        print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
     return 0
 
 
