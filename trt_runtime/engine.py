@@ -214,10 +214,10 @@ def _serialised(artifact: Path, manifest: Manifest, plan: EnginePlan, config: Bu
     if config.optimization_level is not None:
         settings.builder_optimization_level = config.optimization_level
     for profile in plan.profiles:
-        made = builder.create_optimization_profile()
+        shapes = builder.create_optimization_profile()
         for spec in specs:
-            made.set_shape(spec.name, *profile.shapes(spec, config.max_length))
-        settings.add_optimization_profile(made)
+            shapes.set_shape(spec.name, *profile.shapes(spec, config.max_length))
+        settings.add_optimization_profile(shapes)
     settings.progress_monitor = monitor = _monitor(trt, plan.name)
     engine = builder.build_serialized_network(network, settings)
     monitor.end()
