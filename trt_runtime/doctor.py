@@ -51,7 +51,7 @@ PACKAGES = (
     Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", _pip("ort")),
     Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU (a later version)", _pip("ort-gpu")),
     Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines (a later version)", "pip install tensorrt (from NVIDIA's index)"),
-    Package("tensorrt-rtx", "tensorrt_rtx", "1.2", "2", "TensorRT-RTX engines (a later version)", "pip install tensorrt-rtx"),
+    Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _CHECKOUT.format("rtx")),
     Package("cuda-python", "cuda", "12.6", "14", "TensorRT engines (a later version)", "pip install cuda-python"),
     Package("onnx", "onnx", "1.21", "2", "export", _CHECKOUT.format("export")),
     Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", _CHECKOUT.format("export")),
@@ -103,6 +103,7 @@ def summary(found: list[Finding]) -> str:
     good = {finding.what for finding in found if finding.status == OK}
     can = [name for name, needs in (
         ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
+        ("build TensorRT-RTX engines", {"tensorrt-rtx-cu13-bindings", "onnx"}),
         ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "tqdm"}),
         ("verify", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "torch", "transformers", "provider CPUExecutionProvider"}),
     ) if needs <= good]  # fmt: skip
