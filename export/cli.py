@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +19,10 @@ from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
 from export.weights import MODES
 from trt_runtime import contract
+from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
+from trt_runtime.manifest import ModelFacts
+from trt_runtime.plan import LAYOUTS, Work, memory
 
 # what is exported without --checkpoint, and what it is
 DEMO_CHECKPOINTS = {
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there already")
     parser.add_argument(
         "--verify", choices=("auto", "yes", "no"), default="auto",
-        help="compare with PyTorch afterwards; 'auto' does so if torch and transformers are installed (default auto)",
+        help="compare with PyTorch afterwards; 'auto' (default) does so if torch and transformers are there and the memory suffices",
     )  # fmt: skip
     return parser
 
@@ -111,7 +115,20 @@ def _run(args: argparse.Namespace) -> int:
     if not can_verify:
         print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
         return 0
+    needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
+    if args.verify == "auto" and free and needed > free:
+        print(f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
+              f"'dllm-trt verify {out}' on a larger machine, or add --verify yes")  # fmt: skip
+        return 0
     return 0 if verify(out, None) else 1
+
+
+def _verification_bytes(facts: ModelFacts) -> int:
+    """Memory of a verification: the reference in fp32, and ONNX Runtime beside it."""
+    dtype = "fp32" if facts.dtype == "bf16" else facts.dtype  # by a twin
+    work = Work(batch=2, length=64, block_length=32)
+    return sum(memory(replace(facts, dtype=kind), work, layout, on_cpu=True).total
+               for kind, layout in ((dtype, LAYOUTS[0]), ("fp32", LAYOUTS[-1])))  # fmt: skip
 
 
 def _name_of(checkpoint: str) -> str:

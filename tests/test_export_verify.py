@@ -322,6 +322,19 @@ def test_graphs_with_another_mask_token_and_damaged_ones_are_refused(tmp_path):
             list(verify(_reseal(mixed)))
 
 
+def test_a_model_too_large_to_verify_here_is_exported_and_says_so(tmp_path, capsys, monkeypatch):
+    """A user with an 8 B model and 16 GiB must not be killed by the verification after the export."""
+    command = ["--checkpoint", str(GOLDENS / "llada_tiny"), "--out", str(tmp_path / "a"), "--overwrite"]
+    monkeypatch.setattr(export_cli, "meminfo", lambda key: 1_000_000)
+    assert export_cli.main(command) == 0
+    assert "not verified: it would take about" in capsys.readouterr().out
+    assert manifests.load(tmp_path / "a").verified is None
+    assert export_cli.main([*command, "--verify", "yes"]) == 0
+    assert manifests.load(tmp_path / "a").verified["passed"]
+    facts = replace(manifests.load(tmp_path / "a").model, parameters=8_000_000_000, dtype="bf16")
+    assert 55e9 < export_cli._verification_bytes(facts) < 75e9
+
+
 def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):
     artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "artifact")
     assert cli.main(["verify", str(artifact)]) == 0
