@@ -97,23 +97,24 @@ def config_of(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name)
     if path.is_dir() or not _HUB_ID.fullmatch(name):
         path = locate(name)[0]
-        return _read_json(path / "config.json", "a checkpoint directory has config.json"), str(path / "config.json")
+        return read_json(path / "config.json", "a checkpoint directory has config.json"), str(path / "config.json")
     hub, repo, revision = _hub(name)
     try:
         file = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the hub's client raises errors of a dozen unrelated types
         raise _unreachable(name, error) from error
-    return _read_json(file), f"{name}: config.json"
+    return read_json(file), f"{name}: config.json"
 
 
 def load(path: Path, revision: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint directory. Raises DllmError for anything missing, cut short or contradictory."""
-    config = _read_json(path / "config.json", "a checkpoint directory has config.json and *.safetensors")
+    config = read_json(path / "config.json", "a checkpoint directory has config.json and *.safetensors")
     generation = path / "generation_config.json"
-    return Checkpoint(path, config, _read_json(generation) if generation.is_file() else {}, _tensors(path), revision)
+    return Checkpoint(path, config, read_json(generation) if generation.is_file() else {}, _tensors(path), revision)
 
 
-def _read_json(path: Path, advice: str = "download the file again") -> dict[str, Any]:
+def read_json(path: Path, advice: str = "download the file again") -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises DllmError."""
     if not path.is_file():
         raise DllmError(f"{path}: missing: {advice}.")
     try:
@@ -136,7 +137,7 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
             else "a checkpoint needs one of them"
         )
         raise DllmError(f"{path}: neither {SINGLE} nor {INDEX}: {advice}.")
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
     tensors: dict[str, StoredTensor] = {}

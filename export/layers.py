@@ -45,39 +45,53 @@ class Row:
     """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values that are no number."""
 
     name: str
-    max_abs: float
+    difference: float
     cosine: float
     norm_ratio: float
     bad_values: int
     passed: bool
 
 
+Noted = Callable[[str, torch.nn.Module, torch.Tensor, torch.Tensor], None]
+
+
 @contextmanager
-def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
-    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its residual stream."""
-    hooks = []
-    for name, module in reference.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            hooks.append(module.register_forward_hook(_noting(ranges, name.removeprefix("model."))))
-    for i, layer in enumerate(reference.model.model.layers):
-        hooks.append(layer.register_forward_hook(_noting(ranges, decoder.layer_name(i, decoder.OUTPUT))))
+def _hooked(modules: dict[str, torch.nn.Module], noted: Noted) -> Iterator[None]:
+    """While it lasts, `noted` is told of every forward of the modules: name, module, what went in and what came out."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def told(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
+            noted(name, module, given[0] if given else made, made[0] if isinstance(made, tuple) else made)
+
+        return told
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
-def _noting(ranges: Ranges, name: str) -> Callable[..., None]:
-    def note(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
-        made = made[0] if isinstance(made, tuple) else made
+def _layers(reference: TorchBackend) -> dict[str, torch.nn.Module]:
+    return {decoder.layer_name(i, decoder.OUTPUT): layer for i, layer in enumerate(reference.model.model.layers)}
+
+
+@contextmanager
+def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
+    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its residual stream."""
+    linear = {name.removeprefix("model."): module for name, module in reference.model.named_modules()
+              if isinstance(module, torch.nn.Linear) and name != "lm_head"}  # fmt: skip
+
+    def note(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
         if isinstance(module, torch.nn.Linear):
-            ranges.note(f"{name} (input)", given[0])
+            ranges.note(f"{name} (input)", given)
             ranges.note(f"{name} (output)", made)
         else:
             ranges.note(name, made)
 
-    return note
+    with _hooked({**linear, **_layers(reference)}, note):
+        yield
 
 
 def compare(
@@ -114,26 +128,24 @@ def compare(
 def _residuals(reference: TorchBackend, cache: Any, slots: slice, call: Window, *, own_rows_only: bool) -> dict[str, Array]:
     kept: dict[str, Array] = {}
 
-    def keeping(name: str) -> Callable[..., None]:
-        def keep(module: torch.nn.Module, given: Any, made: Any) -> None:
-            kept[name] = (made[0] if isinstance(made, tuple) else made).numpy().copy()
+    def keep(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
+        kept[name] = made.numpy().copy()
 
-        return keep
-
-    hooks = [layer.register_forward_hook(keeping(decoder.layer_name(i, decoder.OUTPUT)))
-             for i, layer in enumerate(reference.model.model.layers)]  # fmt: skip
-    try:
+    with _hooked(_layers(reference), keep):
         kept[contract.LOGITS] = reference.logits(cache, slots, call, own_rows_only=own_rows_only).numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return kept
+
+
+def difference(mine: Array, theirs: Array) -> float:
+    """Largest difference over max(1, largest value); infinite where something is no number."""
+    found = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
+    return found if math.isfinite(found) else math.inf
 
 
 def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
     bad = int((~np.isfinite(mine)).sum())
     a, b = (np.where(keep, np.nan_to_num(x.astype(np.float64), posinf=0.0, neginf=0.0), 0.0) for x in (mine, theirs))
-    worst = float(np.abs(a - b).max() / max(1.0, float(np.abs(b).max())))
+    worst = difference(a, b)
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     cosine = float((a * b).sum() / max(norms[0] * norms[1], 1e-30))
     return Row(name, worst, cosine, norms[0] / max(norms[1], 1e-30), bad, bad == 0 and worst <= tolerances.LOGITS[dtype])
@@ -146,4 +158,4 @@ def table(rows: list[Row]) -> Iterator[str]:
     first = next((row for row in rows if not row.passed), None)
     for row in rows:
         mark = "  <-- first bad" if row is first else "" if row.passed else "  bad"
-        yield f"{row.name:{width}}  {row.max_abs:8.1e}  {row.cosine:8.6f}  {row.norm_ratio:10.6f}  {row.bad_values:7}{mark}"
+        yield f"{row.name:{width}}  {row.difference:8.1e}  {row.cosine:8.6f}  {row.norm_ratio:10.6f}  {row.bad_values:7}{mark}"

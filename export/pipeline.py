@@ -7,8 +7,7 @@ import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def export(config: ExportConfig, progress: Progress, note: Callable[[str], objec
     source = read(config.checkpoint, config.family, config.ignored_keys)
     _check_target(config, source.checkpoint.path)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights)
-    with _sealed(config.out) as directory:
+    with manifests.sealed(config.out) as directory:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory)
         written = weights.stream(planned, directory, progress(weights.total_size(planned)))
@@ -154,30 +153,21 @@ def _check_target(config: ExportConfig, checkpoint: Path) -> None:
         raise DllmError(f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it.")
 
 
-@contextmanager
-def _sealed(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
-        directory = Path(temporary) / "artifact"
-        directory.mkdir()
-        yield directory
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        directory.rename(out)
+def graph_of(role: str, source: Source, dtype: str, head: str, lowering: str, planned: list[weights.Weight]) -> ir.Model:
+    """The graph of a role for a checkpoint, its weights where they are planned."""
+    return graphs.build(
+        role,
+        source.decoder,
+        dtype=dtype,
+        head=head,
+        mask_token_id=source.decoding.mask_token_id,
+        lowering=lowering,
+        weights={weight.name: weight.external() for weight in planned},
+    )
 
 
 def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path) -> None:
-    model = graphs.build(
-        role,
-        source.decoder,
-        dtype=config.dtype,
-        head=config.head,
-        mask_token_id=source.decoding.mask_token_id,
-        lowering=config.lowering,
-        weights={weight.name: weight.external() for weight in planned},
-    )
+    model = graph_of(role, source, config.dtype, config.head, config.lowering, planned)
     lint.check(model, role, graphs.dims_of(source.decoder, config.dtype), config.head, config.lowering)
     ir.save(model, directory / f"{role}.onnx")
 

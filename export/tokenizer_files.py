@@ -6,7 +6,6 @@ merges.txt, beside Python code that is never run): their tokenizer.json is made 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from export.checkpoint import read_json
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts
 from trt_runtime.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def _is_slow(checkpoint: Path) -> bool:
 
 
 def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
-    config = _read(checkpoint / "tokenizer_config.json")
+    config = read_json(checkpoint / "tokenizer_config.json")
     name = config.get("tokenizer_class")
     if not isinstance(name, str) or name not in _SPLITS:
         raise DllmError(
@@ -123,7 +123,7 @@ def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any
     older = checkpoint / "added_tokens.json"
     named: Any = config.get("added_tokens_decoder")
     if not named and older.is_file():
-        named = {token: {"content": text, "special": True} for text, token in _read(older).items()}
+        named = {token: {"content": text, "special": True} for text, token in read_json(older).items()}
     listed: dict[int, dict[str, Any]] = {}
     for token, entry in (named or {}).items() if isinstance(named or {}, dict) else [("", named)]:
         texts = isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_text(entry["content"])
@@ -141,13 +141,3 @@ def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any
 
 def _is_text(text: str) -> bool:
     return bool(text) and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DllmError(f"{path}: not readable as JSON ({error}): download it again.") from error
-    if not isinstance(read, dict):
-        raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: download it again.")
-    return read

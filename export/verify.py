@@ -24,7 +24,7 @@ import onnxruntime
 import torch
 import transformers
 
-from export import graphs, layers, pipeline, tokenizer_files, weights
+from export import layers, pipeline, tokenizer_files, weights
 from export.reference import TorchBackend, origin
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
@@ -120,7 +120,7 @@ def _weights(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Sta
     for role in contract.ROLES:
         graph = _graph(artifact / manifest.graphs[role].file)
         held = {tensor.name: tensor for tensor in graph.graph.initializer}
-        if manifest.model.dtype == "bf16" and graph.graph != _built(role, reference, manifest, planned).graph:
+        if manifest.model.dtype == "bf16" and graph.graph != _built(role, source, manifest, planned):
             wrong.append(f"the {role} graph itself (it cannot run here, and is not the one that this version builds)")
         for weight in planned:
             if weight.name not in held or not _lies_where_planned(held[weight.name], weight):
@@ -140,16 +140,10 @@ def _graph(path: Path) -> onnx.ModelProto:
         raise DllmError(f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again.") from error
 
 
-def _built(role: str, reference: TorchBackend, manifest: Manifest, planned: list[weights.Weight]) -> onnx.ModelProto:
+def _built(role: str, source: pipeline.Source, manifest: Manifest, planned: list[weights.Weight]) -> onnx.GraphProto:
     """The graph that this version builds for the checkpoint: what stands in for running a bf16 one."""
-    source = reference.source
-    model = graphs.build(
-        role, source.decoder, dtype=manifest.model.dtype, head=manifest.head, mask_token_id=source.decoding.mask_token_id,
-        lowering=manifest.lowering, weights={weight.name: weight.external() for weight in planned},
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        ir.save(model, Path(temporary) / "graph.onnx")
-        return _graph(Path(temporary) / "graph.onnx")
+    model = pipeline.graph_of(role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned)
+    return onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()).graph
 
 
 def _lies_where_planned(tensor: onnx.TensorProto, weight: weights.Weight) -> bool:
@@ -172,7 +166,7 @@ def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage
 
 
 def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:
-    expected, got = _expected_facts(engine, reference, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
+    expected, got = _expected_facts(reference, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
     if different := [
         f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key]
     ]:
@@ -190,7 +184,7 @@ def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dty
     return Stage("decode", True, measured)
 
 
-def _expected_facts(engine: OrtBackend, reference: TorchBackend, manifest: Manifest) -> dict[str, Any]:
+def _expected_facts(reference: TorchBackend, manifest: Manifest) -> dict[str, Any]:
     """What the manifest must say of the checkpoint: its network, and how it decodes."""
     source, decoding = reference.source, reference.source.decoding
     if manifest.tokenizer is not None:
@@ -230,14 +224,14 @@ def _graphs(artifact: Path, reference: TorchBackend) -> tuple[_Worst, OrtBackend
     for i, (_, _, valid) in enumerate(calls):
         for role in contract.ROLES:
             mine = made[role][i]
-            worst.logits = max(worst.logits, _worst(mine.logits * valid, theirs[i].logits * valid))
+            worst.logits = max(worst.logits, layers.difference(mine.logits * valid, theirs[i].logits * valid))
             pairs = zip(mine.caches, theirs[i].caches, strict=True)
-            worst.caches = max(worst.caches, *(_worst(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
-        worst.same = max(worst.same, _worst(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
+            worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
+        worst.same = max(worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
         mine = made["refine"][i]
-        worst.refine_logits = max(worst.refine_logits, _worst(mine.refine_logits, theirs[i].refine_logits))
+        worst.refine_logits = max(worst.refine_logits, layers.difference(mine.refine_logits, theirs[i].refine_logits))
         pairs = zip(mine.refined, theirs[i].refined, strict=True)
-        worst.caches = max(worst.caches, *(_worst(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
+        worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
     return worst, engine
 
 
@@ -309,12 +303,6 @@ def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> _Run:
     written = [tensor.clone().numpy() for pair in cache.buffers for tensor in pair]
     second = reference.logits(cache, slots, refine, own_rows_only=False).numpy()
     return _Run(first, written, second, [tensor.numpy() for pair in cache.buffers for tensor in pair])
-
-
-def _worst(mine: Array, theirs: Array) -> float:
-    """Largest difference over max(1, largest value); infinite where something is no number."""
-    difference = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
-    return difference if np.isfinite(difference) else float("inf")
 
 
 def _threads(manifest: Manifest) -> int | None:

@@ -143,7 +143,7 @@ def stream(weights: list[Weight], directory: Path, progress: Callable[[int], obj
             file.write(padding := b"\0" * (weight.offset - hasher.size))
             hasher.update(padding)
             for piece in _pieces(weight.source):
-                converted = np.ascontiguousarray(_convert(piece, weight, written.maxima)).view(np.uint8).data
+                converted = _bytes_of(piece, weight, written.maxima)
                 hasher.update(converted)  # hashes while the same bytes are written
                 file.write(converted)
                 progress(len(converted))
@@ -170,10 +170,12 @@ def near_fp16(maxima: Mapping[str, float]) -> str:
 
 def is_in(weight: Weight, artifact: Path) -> bool:
     """Whether the bytes at a weight's place in an artifact are its source, converted."""
+    if isinstance(weight.source, StoredTensor) and weight.source.file.samefile(artifact / weight.file):
+        return True  # linked
     with open(artifact / weight.file, "rb") as file:
         file.seek(weight.offset)
         for piece in _pieces(weight.source):
-            expected = np.ascontiguousarray(_convert(piece, weight, {})).view(np.uint8).data
+            expected = _bytes_of(piece, weight, {})
             if file.read(len(expected)) != expected:
                 return False
     return True
@@ -253,6 +255,11 @@ def _bytes(path: Path, start: int, end: int) -> Iterator[bytes]:
         while start < end and (piece := file.read(min(_PIECE, end - start))):
             start += len(piece)
             yield piece
+
+
+def _bytes_of(piece: Array, weight: Weight, maxima: dict[str, float]) -> memoryview:
+    """A piece as it lies in the file."""
+    return np.ascontiguousarray(_convert(piece, weight, maxima)).view(np.uint8).data
 
 
 def _convert(piece: Array, weight: Weight, maxima: dict[str, float]) -> Array:

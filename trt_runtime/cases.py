@@ -103,56 +103,65 @@ def rows_of(manifest: Manifest, case: Case) -> list[Row]:
     return rows
 
 
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9)
+
+
+def _are_steps(value: Any, needed: bool) -> bool:
+    return (value is None and not needed) or (type(value) is int and 1 <= value <= MAX_STEPS)
+
+
+def _is_step(value: Any, several: bool) -> bool:
+    """A step of a trace; with `several` rows its positions may be [row, position] pairs."""
+    kinds = (str, int, int, list, list)
+    ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
+    places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
+    return places and len(value[3]) == len(value[4]) and _are_rows([value[4]])
+
+
+def _is_padding(value: Any, prompts: list[list[int]]) -> bool:
+    """A mask as long as each prompt, whose false entries stand at the left of true ones."""
+    return isinstance(value, list) and len(value) == len(prompts) and all(
+        isinstance(row, list) and len(row) == len(prompt) and all(type(item) is bool for item in row)
+        and any(row) and row == sorted(row) for row, prompt in zip(value, prompts, strict=True)
+    )  # fmt: skip
+
+
 def _check_case(case: Case) -> None:
     """Raise DllmError for a case whose fields are missing or of the wrong type."""
 
-    def rows(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
-
-    def number(value: Any) -> bool:
-        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9)
-
-    def step(value: Any) -> bool:
-        kinds = (str, int, int, list, list)
-        ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
-        several = len(case["prompt"]) > 1
-        places = ok and (rows([value[3]]) or (several and rows(value[3])))
-        return places and len(value[3]) == len(value[4]) and rows([value[4]])
-
-    def steps(value: Any) -> bool:
-        return (value is None and not scheduled) or (type(value) is int and 1 <= value <= MAX_STEPS)
-
-    def padding(value: Any) -> bool:
-        """A mask as long as each prompt, whose false entries stand at the left of true ones."""
-        prompts = case["prompt"]
-        return isinstance(value, list) and len(value) == len(prompts) and all(
-            isinstance(row, list) and len(row) == len(prompt) and all(type(item) is bool for item in row)
-            and any(row) and row == sorted(row) for row, prompt in zip(value, prompts, strict=True)
-        )  # fmt: skip
-
     scheduled, bounded = _alg(case) in SCHEDULES, _alg(case) == "threshold"
+    several = isinstance(case.get("prompt"), list) and len(case["prompt"]) > 1
     checks: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
         "mode": (True, lambda v: isinstance(v, str), "a cache mode"),
-        "prompt": (True, lambda v: rows(v) and len(v) > 0, "a list of rows of token ids"),
+        "prompt": (True, lambda v: _are_rows(v) and len(v) > 0, "a list of rows of token ids"),
         "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
         "block_length": (False, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "steps": (scheduled, steps, f"a whole number from 1 to {MAX_STEPS}"),
+        "steps": (scheduled, lambda v: _are_steps(v, scheduled), f"a whole number from 1 to {MAX_STEPS}"),
         "threshold": (
             bounded,
-            lambda v: number(v) and not (bounded and v is None),
+            lambda v: _is_number(v) and not (bounded and v is None),
             "a number" if bounded else "a number or null",
         ),
-        "factor": (_alg(case) == "factor", lambda v: number(v) and not (v is None and _alg(case) == "factor"), "a number"),
+        "factor": (_alg(case) == "factor", lambda v: _is_number(v) and not (v is None and _alg(case) == "factor"), "a number"),
         "matches": (False, lambda v: isinstance(v, dict), "an object"),
         "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
-        "top_p": (False, lambda v: number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
+        "top_p": (False, lambda v: _is_number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
         "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
-        "attention_mask": (False, padding, "a row of booleans for each prompt, false for the padding at its left"),
-        "output": (False, rows, "a list of rows of token ids"),
-        "full_output": (False, rows, "a list of rows of token ids"),
+        "attention_mask": (
+            False,
+            lambda v: _is_padding(v, case["prompt"]),
+            "a row of booleans for each prompt, false for the padding at its left",
+        ),
+        "output": (False, _are_rows, "a list of rows of token ids"),
+        "full_output": (False, _are_rows, "a list of rows of token ids"),
         "trace": (
             False,
-            lambda v: isinstance(v, list) and all(map(step, v)),
+            lambda v: isinstance(v, list) and all(_is_step(item, several) for item in v),
             "a list of [kind, start, length, positions, tokens]",
         ),
     }

@@ -297,10 +297,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    if args.length is not None and args.length < 1:
-        raise DllmError(f"--length is {args.length}, expected a whole number from 1.")
-    work = planning.Work(args.batch, args.length or 0, args.block_length)
-    print(planning.run(args.model, device=args.device, work=work, dtype=args.dtype, as_json=args.json))
+    print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
+                       dtype=args.dtype, as_json=args.json))  # fmt: skip
     return 0
 
 

@@ -12,10 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -149,10 +146,8 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
     if (directory / FILE_NAME).is_file():
         check(directory, description)
         return directory
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.partial-", dir=out) as temporary:
-        made, seconds = Path(temporary) / "engines", {}
-        made.mkdir()
+    with manifests.sealed(directory) as made:
+        seconds = {}
         for plan in plans(config):
             begin = time.perf_counter()
             (made / (plan.name + SUFFIX)).write_bytes(_serialised(artifact, manifest, plan, config, trt))
@@ -160,8 +155,6 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
         files = {file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file))) for file in sorted(made.iterdir())}
         facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds}
         (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(made, directory)
     return directory
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -194,6 +196,20 @@ def write(manifest: Manifest, artifact: Path) -> None:
     temporary = artifact / (FILE_NAME + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, artifact / FILE_NAME)
+
+
+@contextmanager
+def sealed(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
+        directory = Path(temporary) / "artifact"
+        directory.mkdir()
+        yield directory
+        if out.exists():
+            out.rename(Path(temporary) / "replaced")
+        directory.rename(out)
 
 
 def foreign_files(artifact: Path) -> list[str]:

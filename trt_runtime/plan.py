@@ -24,7 +24,7 @@ from trt_runtime.manifest import ModelFacts
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be run: rows at a time, the longest canvas in tokens (0: a usual one), and the block."""
+    """What is to be run: rows at a time, the longest canvas in tokens, and the block."""
 
     batch: int
     length: int
@@ -35,7 +35,8 @@ class Work:
 class Layout:
     """A backend and how it holds the weights: `copies` of them, and whether of a 16-bit head in float32 too.
 
-    scores: whether attention writes its scores [B, N, S, C] to memory. on_cpu: whether it runs on a CPU.
+    scores: whether attention writes its scores [B, N, S, C] to memory. on_cpu: whether it runs on a CPU. widens: whether it computes
+    fp16 in fp32 there, and no bf16.
     """
 
     name: str
@@ -44,10 +45,11 @@ class Layout:
     wide_head: bool
     scores: bool
     on_cpu: bool
+    widens: bool = False
 
 
 LAYOUTS = (
-    Layout("ort, one session", "ort", 1, wide_head=True, scores=True, on_cpu=True),
+    Layout("ort, one session", "ort", 1, wide_head=True, scores=True, on_cpu=True, widens=True),
     Layout("tensorrt, one engine (shared)", "trt shared", 1, wide_head=True, scores=False, on_cpu=False),
     Layout("tensorrt, two engines (split)", "trt split", 2, wide_head=True, scores=False, on_cpu=False),
     Layout("torch (the reference)", "torch", 1, wide_head=False, scores=False, on_cpu=True),
@@ -84,7 +86,7 @@ def cache_bytes(facts: ModelFacts, work: Work) -> int:
 
 def runs(facts: ModelFacts, layout: Layout, device: Device) -> bool:
     """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16."""
-    return not device.is_cpu or (layout.on_cpu and not (layout.label == "ort" and facts.dtype == "bf16"))
+    return not device.is_cpu or (layout.on_cpu and not (layout.widens and facts.dtype == "bf16"))
 
 
 def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = False) -> Memory:
@@ -98,7 +100,7 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
         activations += work.batch * facts.num_heads * work.length * work.length * 4
     statistics = 3 * work.batch * min(work.block_length, work.length) * facts.vocab_size * 4  # logits, shifted, exponentials
     weights = layout.copies * (weight_bytes(facts) + head)
-    if on_cpu and layout.label == "ort" and _item(facts) == 2:
+    if on_cpu and layout.widens and _item(facts) == 2:
         weights = int(_CPU_16BIT * facts.parameters) + weight_bytes(facts) - 2 * facts.parameters
     return Memory(weights, cache_bytes(facts, work), activations, statistics)
 
@@ -196,8 +198,9 @@ def report(facts: ModelFacts, work: Work, names: list[str]) -> dict[str, Any]:
     weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
     return {
         "model": asdict(facts), "work": asdict(work),
-        "memory": {layout.name: {**asdict(parts), "total": parts.total} for layout in LAYOUTS
-                   if (parts := memory(facts, work, layout, on_cpu=only_cpu)) and (not only_cpu or runs(facts, layout, devices[0]))},
+        "memory": {layout.name: {**asdict(parts), "total": parts.total}
+                   for layout in LAYOUTS if any(runs(facts, layout, device) for device in devices)
+                   for parts in [memory(facts, work, layout, on_cpu=only_cpu)]},
         "disk": {"artifact": weights, "artifact, weights linked": weights - facts.parameters * _item(facts),
                  "engines, shared": weights, "engines, split": 2 * weights},
         "build_memory": 3 * weights,
@@ -236,10 +239,13 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
     return "\n".join(lines)
 
 
-def run(path: str, *, device: str | None, work: Work, dtype: str | None, as_json: bool) -> str:
+def run(
+    path: str, *, device: str | None, batch: int, length: int | None, block_length: int, dtype: str | None, as_json: bool
+) -> str:
     """The forecast for a model, as text or JSON; without a device for all of the table. Raises DllmError."""
     facts = facts_of(path, dtype or ("fp32" if device == "cpu" and not _is_artifact(path) else None))
-    check(facts, work := replace(work, length=work.length or min(DEFAULT_LENGTH, facts.max_length)))
+    work = Work(batch, min(DEFAULT_LENGTH, facts.max_length) if length is None else length, block_length)
+    check(facts, work)
     made = report(facts, work, [device] if device is not None else ["cpu", *DEVICES])
     return json.dumps(made, indent=1) if as_json else describe(facts, made, verdicts=device is not None)
 
