@@ -23,6 +23,9 @@ EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
 ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
 OUTPUT = "output"  # of a layer: the residual stream after it
 
+Pair = tuple[ir.Value, ir.Value]  # keys and values of a layer
+Caches = Pair | tuple[None, None]  # a graph that neither reads nor writes caches has none (legacy, prefix)
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -105,21 +108,22 @@ class Decoder:
             op.initializer(ir.tensor(value, dtype=dtype), name) for name, value in (("valid", 0.0), ("masked", MASKED))
         ]
 
-    def build(self, window: Window, caches: list[tuple[ir.Value, ir.Value]]) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
-        """Logits [B*R, V] (float32) of the rows asked for, and the updated caches, a pair a layer."""
-        op, updated = self.op, []
+    def build(self, window: Window, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
+        """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a layer."""
+        op, returned = self.op, []
         x = op.Gather(self.weight(EMBEDDING), op.Reshape(window.input_ids, [-1]), axis=0)
         rows = self._rows(window, caches[0][0], window.position_ids)
-        # the prefix graph writes at 0; Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
-        write_index = window.write_index if window.write_index is not None else op.Min(window.kv_len, 0)
+        write_index = window.write_index
+        if write_index is None and caches[0][0] is not None:  # Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
+            write_index = op.Min(window.kv_len, 0)
         for i, cache in enumerate(caches):
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
-            x, written = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
+            x, pair = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
             x.name = layer_name(i, OUTPUT)  # verify exposes the residual stream under this name
-            updated.append(written)
+            returned.append(pair)
         x = self._norm(x, FINAL_NORM)
         head = self.weight(EMBEDDING if self.config.tied_head else HEAD)
-        return op.Gemm(self._float32(x), self._float32(head), transB=1), updated
+        return op.Gemm(self._float32(x), self._float32(head), transB=1), returned
 
     def _float32(self, x: ir.Value) -> ir.Value:
         """Cast up: logits rounded to 16 bit, say, would move confidences across the threshold."""
@@ -131,11 +135,11 @@ class Decoder:
         x: ir.Value,
         rows: _Rows,
         wanted: tuple[_Rows, ir.Value] | None,
-        cache: tuple[ir.Value, ir.Value],
-        write_index: ir.Value,
+        cache: Caches,
+        write_index: ir.Value | None,
         *,
         prefix: bool,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    ) -> tuple[ir.Value, Pair]:
         op, config = self.op, self.config
         h = self._norm(x, layer_name(i, "attention_norm"))
         key = self._rotate(self._heads(h, i, "k_proj", config.num_kv_heads, rows), rows)
@@ -144,10 +148,12 @@ class Decoder:
             rows, index = wanted
             h, x = op.Gather(h, index, axis=0), op.Gather(x, index, axis=0)
         query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows)
-        written = tuple(
-            self.lowering.write_cache(op, old, new, write_index) for old, new in zip(cache, (key, value), strict=True)
+        (keys, new_key), (values, new_value) = (
+            (new, new) if old is None or write_index is None else self.lowering.extend(op, old, new, write_index)
+            for old, new in zip(cache, (key, value), strict=True)
         )
-        keys, values = (key, value) if prefix else written
+        if prefix:
+            keys, values = key, value
         attended = self.lowering.attention(
             op, query, keys, values, rows.mask, head_dim=config.head_dim, group=config.num_heads // config.num_kv_heads
         )
@@ -156,7 +162,7 @@ class Decoder:
         h = self._norm(x, layer_name(i, "mlp_norm"))
         gate = self._linear(h, i, "gate_proj")
         h = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self._linear(h, i, "up_proj"))
-        return op.Add(x, self._linear(h, i, "down_proj")), (written[0], written[1])
+        return op.Add(x, self._linear(h, i, "down_proj")), (new_key, new_value)
 
     def _linear(self, x: ir.Value, layer: int, name: str, *, bias: bool = False) -> ir.Value:
         operands = [x, self.weight(layer_name(layer, name))]
@@ -184,7 +190,7 @@ class Decoder:
     def _narrow(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))
 
-    def _rows(self, window: Window, cache: ir.Value, positions: ir.Value) -> _Rows:
+    def _rows(self, window: Window, cache: ir.Value | None, positions: ir.Value) -> _Rows:
         """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len.
 
         The prefix graph tells its valid keys by position, not by Range: TensorRT-RTX 1.7 fails on a Range over a free size
@@ -192,16 +198,16 @@ class Decoder:
         """
         op = self.op
         length = op.Unsqueeze(window.kv_len, [1])
-        if window.write_index is None:
+        if cache is None or window.write_index is None:
             valid = op.Less(window.position_ids, length)
         else:
-            valid = op.Less(op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1), length)
+            valid = self.lowering.valid_keys(op, cache, window.input_ids, op.Unsqueeze(window.write_index, [1]), length)
         masked = op.Where(valid, self.constants[0], self.constants[1])  # [B, keys]
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return _Rows(positions, op.Shape(positions), mask)
 
-    def _wanted(self, window: Window, cache: ir.Value) -> tuple[_Rows, ir.Value]:
+    def _wanted(self, window: Window, cache: ir.Value | None) -> tuple[_Rows, ir.Value]:
         """The rows asked for, and their index [B*R] into the window's rows [B*S]."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)

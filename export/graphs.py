@@ -16,8 +16,9 @@ _SPEC_DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT,
                 "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}  # fmt: skip
 
 
-def dims_of(config: DecoderConfig, dtype: str) -> contract.Dims:
-    return contract.Dims(config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size, contract.DTYPES[dtype])
+def dims_of(config: DecoderConfig, dtype: str, lowering: str = contract.MODERN) -> contract.Dims:
+    sizes = (config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size)
+    return contract.Dims(*sizes, contract.DTYPES[dtype], lowering)
 
 
 def build(
@@ -28,7 +29,7 @@ def build(
     head: str,
     mask_token_id: int,
     weights: Mapping[str, ir.TensorProtocol],
-    lowering: str = "modern",
+    lowering: str = contract.MODERN,
 ) -> ir.Model:
     """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its initializers.
 
@@ -37,7 +38,7 @@ def build(
     spelled = lowerings.find(lowering)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": spelled.OPSET}, name=role)
     builder = GraphBuilder(graph)
-    dims = dims_of(config, dtype)
+    dims = dims_of(config, dtype, lowering)
     given = {
         spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes)) for spec in contract.inputs(role, dims)
     }
@@ -49,12 +50,11 @@ def build(
         return registered[name]
 
     names = contract.cache_names("cache", dims)
-    caches = [(given[key], given[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
+    caches = [(given.get(key), given.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)]
     window = Window(given["input_ids"], given["position_ids"], given.get("write_index"), given["kv_len"], given["logit_rows"])
-    logits, updated = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight).build(window, caches)
+    logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight).build(window, caches)
     made = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
-    flat = [tensor for pair in updated for tensor in pair]
-    made |= dict(zip(contract.cache_names("updated", dims), flat, strict=True))
+    made |= dict(zip(contract.returned_names(dims), [tensor for pair in returned for tensor in pair], strict=True))
     for spec in contract.outputs(role, dims, head):
         value = made[spec.name]
         value.name, value.shape, value.dtype = spec.name, ir.Shape(spec.axes), _SPEC_DTYPES[spec.dtype]

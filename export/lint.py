@@ -28,16 +28,16 @@ _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
 _ATTENTION_INPUTS = 4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
 
 
-def check(model: ir.Model, role: str, dims: contract.Dims, head: str, lowering: str = "modern") -> None:
+def check(model: ir.Model, role: str, dims: contract.Dims, head: str) -> None:
     """Raise DllmError naming every breach of the rules in a graph."""
-    if breaches := list(find(model, role, dims, head, lowering)):
+    if breaches := list(find(model, role, dims, head)):
         raise DllmError(f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches))
 
 
-def find(model: ir.Model, role: str, dims: contract.Dims, head: str, lowering: str = "modern") -> Iterator[str]:
+def find(model: ir.Model, role: str, dims: contract.Dims, head: str) -> Iterator[str]:
     """A sentence for each breach."""
     graph = model.graph
-    opset = lowerings.find(lowering).OPSET
+    opset = lowerings.find(dims.lowering).OPSET
     if dict(graph.opset_imports) != {"": opset}:
         yield f"opset imports are {dict(graph.opset_imports)}, expected the standard opset {opset} alone"
     yield from _check_signature("input", graph.inputs, contract.inputs(role, dims))
@@ -77,7 +77,7 @@ def _check_node(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
             yield f"{node.name}: {node.op_type}.{name} is {attribute.value!r}, allowed: {sorted(allowed) or 'not set'}"
     if node.op_type == "Attention":
         yield from _check_attention(node)
-    if node.op_type in ("TensorScatter", "ScatterElements"):
+    if node.op_type == "TensorScatter":
         if node.inputs[0] not in graph.inputs:
             yield f"{node.name}: the cache it writes is not a graph input"
         if node.outputs[0] not in graph.outputs:

@@ -40,7 +40,7 @@ class ExportConfig:
     out: Path
     dtype: str = "fp32"
     head: str = "statistics"
-    lowering: str = "modern"
+    lowering: str = contract.MODERN
     family: str | None = None
     ignored_keys: tuple[str, ...] = ()
     overwrite: bool = False
@@ -168,7 +168,7 @@ def graph_of(role: str, source: Source, dtype: str, head: str, lowering: str, pl
 
 def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path) -> None:
     model = graph_of(role, source, config.dtype, config.head, config.lowering, planned)
-    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype), config.head, config.lowering)
+    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype, config.lowering), config.head)
     ir.save(model, directory / f"{role}.onnx")
 
 
@@ -204,7 +204,7 @@ def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> 
 
 def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
-    dims = graphs.dims_of(decoder, config.dtype)
+    dims = graphs.dims_of(decoder, config.dtype, config.lowering)
     files = dict(written.files)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

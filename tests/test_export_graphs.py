@@ -166,7 +166,7 @@ def test_rows_asked_for_are_those_rows(tiny_artifact):
 
 def test_graphs_declare_the_contract(tiny_artifact):
     backend = OrtBackend(tiny_artifact, threads=1)
-    dims = backend.manifest.model.dims
+    dims = backend.manifest.dims
     for role in contract.ROLES:
         graph = onnx.load(tiny_artifact / f"{role}.onnx", load_external_data=False).graph
         for side, specs in ((graph.input, contract.inputs(role, dims)), (graph.output, contract.outputs(role, dims, "logits"))):
@@ -176,18 +176,19 @@ def test_graphs_declare_the_contract(tiny_artifact):
         assert [row[0] for row in listed.inputs] == [v.name for v in graph.input]
 
 
-def _graph(role="refine", dtype="fp32", head="statistics"):
+def _graph(role="refine", dtype="fp32", head="statistics", lowering="modern"):
     source = read(str(GOLDENS / "llada_tiny"))
     weights = {w.name: w.external() for w in plan(source.decoder, source.family, source.checkpoint, dtype)}
-    model = graphs.build(role, source.decoder, dtype=dtype, head=head, mask_token_id=1000, weights=weights)
-    return model, graphs.dims_of(source.decoder, dtype)
+    model = graphs.build(role, source.decoder, dtype=dtype, head=head, mask_token_id=1000, weights=weights, lowering=lowering)
+    return model, graphs.dims_of(source.decoder, dtype, lowering)
 
 
 @pytest.mark.parametrize("dtype", contract.DTYPES)
 @pytest.mark.parametrize("head", contract.HEADS)
 @pytest.mark.parametrize("role", contract.ROLES)
-def test_lint_passes_what_we_build(role, dtype, head):
-    model, dims = _graph(role, dtype, head)
+@pytest.mark.parametrize("lowering", contract.LOWERINGS)
+def test_lint_passes_what_we_build(role, dtype, head, lowering):
+    model, dims = _graph(role, dtype, head, lowering)
     assert list(lint.find(model, role, dims, head)) == []
 
 

@@ -105,7 +105,7 @@ def _wrong_scale_in_the_prefix_graph(monkeypatch):
 
 def _stale_cache(monkeypatch):
     """A refine step leaves the block's rows as the prefix pass made them."""
-    real = modern.write_cache
+    real = modern.extend
 
     def wrong(op, cache, update, write_index):
         is_prefix_pass = op.Unsqueeze(op.Equal(write_index, 0), [1, 2, 3])
@@ -114,12 +114,12 @@ def _stale_cache(monkeypatch):
         old = op.GatherElements(cache, op.Expand(index, op.Shape(update)), axis=2)
         return real(op, cache, op.Where(is_prefix_pass, update, old), write_index)
 
-    monkeypatch.setattr(modern, "write_cache", wrong)
+    monkeypatch.setattr(modern, "extend", wrong)
 
 
 def _cache_written_at_the_wrong_row(monkeypatch):
-    real = modern.write_cache
-    monkeypatch.setattr(modern, "write_cache", lambda op, cache, update, index: real(op, cache, update, op.Mul(index, 0)))
+    real = modern.extend
+    monkeypatch.setattr(modern, "extend", lambda op, cache, update, index: real(op, cache, update, op.Mul(index, 0)))
 
 
 def _one_tensor_not_loaded(monkeypatch):

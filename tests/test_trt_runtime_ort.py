@@ -41,7 +41,7 @@ backend = OrtBackend(Path(sys.argv[1]), threads=1)
 cache = backend.new_cache(2, 24)
 if sys.argv[2] == "copying":
     binding = backend._binding(cache, slice(0, 2), ("token", "confidence", "runner_up", "entropy"))
-    for name in backend._updated:
+    for name in backend._returned:
         binding.bind_output(name, "cpu")
 row = np.tile(np.arange(24), (2, 1))
 window = Window(row, row, np.zeros(2, np.int64), np.array([24, 20]), row)

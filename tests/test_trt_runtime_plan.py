@@ -89,7 +89,7 @@ def test_multiplications_are_those_of_the_graph(small):
     row = np.arange(rows)[None]
     feeds = {"input_ids": row, "position_ids": row, "write_index": np.zeros(1, np.int64), "kv_len": np.array([rows]),
              "logit_rows": row[:, :asked]}  # fmt: skip
-    dims = facts.dims
+    dims = manifests.load(small).dims
     feeds |= {spec.name: np.zeros((1, dims.num_kv_heads, rows, dims.head_dim), np.float32) for spec in
               plan.contract.inputs("refine", dims) if spec.name.startswith("cache")}  # fmt: skip
     got = dict(zip(sorted(set(inputs)), session.run(sorted(set(inputs)), feeds), strict=True))

@@ -9,7 +9,7 @@ Shape letters: B batch, S rows of the window, R rows asked for, C capacity of th
 | `write_index` | int64 [B] | cache row where the window's keys and values are written (refine only; prefix writes at 0) |
 | `kv_len` | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: keys at positions from kv_len on) |
 | `logit_rows` | int64 [B, R] | rows of the window whose statistics are wanted |
-| `cache_key.{i}`, `cache_value.{i}` | model dtype [B, H, C, D] | keys after RoPE, and values |
+| `cache_key.{i}`, `cache_value.{i}` | model dtype [B, H, C, D] | keys after RoPE, and values (legacy: not in the prefix graph) |
 
 | output | type, shape | meaning |
 |---|---|---|
@@ -18,6 +18,7 @@ Shape letters: B batch, S rows of the window, R rows asked for, C capacity of th
 | `entropy` | float32 [B, R] | entropy of the softmax in nats |
 | `logits` | float32 [B, R, V] | only with `--head logits` |
 | `updated_key.{i}`, `updated_value.{i}` | model dtype [B, H, C, D] | the input caches with the window's rows written: bind both to one buffer |
+| `new_key.{i}`, `new_value.{i}` | model dtype [B, H, S, D] | legacy lowering, in place of these: the window's rows, which the runtime writes at write_index |
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROLES = ("prefix", "refine")
+MODERN, LEGACY = LOWERINGS = ("modern", "legacy")
 HEADS = ("statistics", "logits")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_SIZE = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -43,22 +45,33 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes that fix a model's inputs and outputs; `dtype` is the element type of the caches."""
+    """What fixes a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the lowering."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     dtype: str
+    lowering: str = MODERN
+
+    @property
+    def writes_caches(self) -> bool:
+        """Whether a graph writes the caches itself, in place; else it returns the window's rows."""
+        return self.lowering == MODERN
 
 
 def cache_names(side: str, dims: Dims) -> list[str]:
-    """Names of the caches in layer order, key before value; `side` is 'cache' (inputs) or 'updated' (outputs)."""
+    """Names of the caches in layer order, key before value; `side` is 'cache' (inputs), 'updated' or 'new' (outputs)."""
     return [f"{side}_{what}.{i}" for i in range(dims.num_layers) for what in ("key", "value")]
 
 
+def returned_names(dims: Dims) -> list[str]:
+    """Names of the outputs that hold keys and values."""
+    return cache_names("updated" if dims.writes_caches else "new", dims)
+
+
 def _caches(side: str, dims: Dims) -> list[TensorSpec]:
-    axes = ("B", dims.num_kv_heads, "C", dims.head_dim)
+    axes = ("B", dims.num_kv_heads, "S" if side == "new" else "C", dims.head_dim)
     return [TensorSpec(name, dims.dtype, axes) for name in cache_names(side, dims)]
 
 
@@ -68,7 +81,7 @@ def inputs(role: str, dims: Dims) -> list[TensorSpec]:
     if role == "refine":
         specs.append(TensorSpec("write_index", "int64", ("B",)))
     specs += [TensorSpec("kv_len", "int64", ("B",)), TensorSpec("logit_rows", "int64", ("B", "R"))]
-    return specs + _caches("cache", dims)
+    return specs + (_caches("cache", dims) if role == "refine" or dims.writes_caches else [])
 
 
 def outputs(role: str, dims: Dims, head: str) -> list[TensorSpec]:
@@ -76,4 +89,4 @@ def outputs(role: str, dims: Dims, head: str) -> list[TensorSpec]:
     specs = [TensorSpec(name, "int64" if name == "token" else "float32", ("B", "R")) for name in STATISTICS]
     if head == "logits":
         specs.append(TensorSpec(LOGITS, "float32", ("B", "R", dims.vocab_size)))
-    return specs + _caches("updated", dims)
+    return specs + _caches("updated" if dims.writes_caches else "new", dims)

@@ -196,7 +196,7 @@ def _serialised(artifact: Path, manifest: Manifest, plan: EnginePlan, config: Bu
     if not parser.parse(_with_capacity(graph, config.max_length), str(graph)):
         said = "; ".join(str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors)))
         raise DllmError(f"{graph}: {config.backend} {trt.__version__} does not read it ({said}): export with --lowering legacy.")
-    specs = contract.inputs(plan.role, manifest.model.dims)
+    specs = contract.inputs(plan.role, manifest.dims)
     check_inputs(network, [spec.name for spec in specs], graph)
     if manifest.model.dtype == "fp32":
         _decompose_attention(network, trt)

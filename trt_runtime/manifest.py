@@ -48,10 +48,6 @@ class ModelFacts:
     parameters: int
     tied_head: bool = False
 
-    @property
-    def dims(self) -> contract.Dims:
-        return contract.Dims(self.num_layers, self.num_kv_heads, self.head_dim, self.vocab_size, contract.DTYPES[self.dtype])
-
 
 @dataclass(frozen=True)
 class DecodingFacts:
@@ -108,6 +104,12 @@ class Manifest:
     tokenizer: str | None = None
     verified: dict[str, Any] | None = None
     weight_maxima: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> contract.Dims:
+        """What fixes the inputs and outputs of its graphs."""
+        sizes = (self.model.num_layers, self.model.num_kv_heads, self.model.head_dim, self.model.vocab_size)
+        return contract.Dims(*sizes, contract.DTYPES[self.model.dtype], self.lowering)
 
 
 def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:

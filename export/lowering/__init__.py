@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from export.lowering import legacy, modern
+from trt_runtime import contract
 from trt_runtime.errors import unknown
 
 
@@ -26,8 +27,12 @@ class Lowering(Protocol):
     def rotate(self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value) -> ir.Value:
         """Half-split rotation of x [B, N, S, D] by the rows `position_ids` [B, S] of two tables [max_length, D/2]."""
 
-    def write_cache(self, op: OpBuilder, cache: ir.Value, update: ir.Value, write_index: ir.Value) -> ir.Value:
-        """`cache` [B, H, C, D] with `update` [B, H, S, D] written at row `write_index` [B]."""
+    def extend(self, op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to attend to, and the tensor
+        that the graph returns: the cache written at row `write_index` [B], or `new`."""
+
+    def valid_keys(self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
+        """Which rows [B, keys] of what `extend` gives a window [B, S] attends to. write_index and kv_len are [B, 1]."""
 
     def attention(
         self, op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int
@@ -35,7 +40,7 @@ class Lowering(Protocol):
         """softmax(query key^T / sqrt(D) + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N = group * H."""
 
 
-LOWERINGS: dict[str, Lowering] = {"modern": modern, "legacy": legacy}
+LOWERINGS: dict[str, Lowering] = {contract.MODERN: modern, contract.LEGACY: legacy}
 
 
 def find(name: str) -> Lowering:

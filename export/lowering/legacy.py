@@ -1,4 +1,8 @@
-"""Legacy lowering, opset 17: everything decomposed, for runtimes that know none of the modern ops. The cache write copies."""
+"""Legacy lowering, opset 17: everything decomposed, for runtimes that know none of the modern ops.
+
+No graph writes a cache: the window's keys and values are set behind the cache's rows, of which those of the window are masked, and
+returned. The runtime writes them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,16 @@ def rotate(op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_id
     return op.Concat(*turned, axis=-1)
 
 
-def write_cache(op: OpBuilder, cache: ir.Value, update: ir.Value, write_index: ir.Value) -> ir.Value:
-    rows = op.Range(0, op.Squeeze(op.Shape(update, start=2, end=3)), 1)
-    index = op.Add(op.Unsqueeze(write_index, [1]), rows)  # [B, S]
-    return op.ScatterElements(cache, op.Expand(op.Unsqueeze(index, [1, 3]), op.Shape(update)), update, axis=2)
+def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value) -> tuple[ir.Value, ir.Value]:
+    return op.Concat(cache, new, axis=2), new
+
+
+def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
+    size = op.Squeeze(op.Shape(window, start=1, end=2))
+    held = op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1)  # [C]
+    written = op.Add(write_index, op.Range(0, size, 1))  # [B, S]: the rows of the cache that the window will stand in
+    is_other = op.Or(op.Less(held, write_index), op.GreaterOrEqual(held, op.Add(write_index, size)))
+    return op.Concat(op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len), axis=1)
 
 
 def attention(

@@ -16,9 +16,14 @@ def rotate(op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_id
     return op.RotaryEmbedding(x, cos, sin, position_ids)
 
 
-def write_cache(op: OpBuilder, cache: ir.Value, update: ir.Value, write_index: ir.Value) -> ir.Value:
-    """In place where the buffers of input and output are one."""
-    return op.TensorScatter(cache, update, write_index, axis=-2, mode="linear")
+def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The cache, written in place where the buffers of input and output are one."""
+    written = op.TensorScatter(cache, new, write_index, axis=-2, mode="linear")
+    return written, written
+
+
+def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
+    return op.Less(op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1), kv_len)
 
 
 def attention(

@@ -1,11 +1,12 @@
-"""ONNX Runtime. One session on the refine graph runs both roles, so the weights are held once.
+"""ONNX Runtime, on its CPU or its CUDA provider. One session on the refine graph runs both roles, so the weights are held once.
 
 A prefix pass is the refine graph over the whole canvas at index 0. Caches are updated in place: each is bound as input and
-as output of the same memory, and no step copies one.
+as output of the same memory, and no step copies one. (Graphs of the legacy lowering return the window's rows; they are written here.)
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,42 +18,52 @@ import onnxruntime as ort
 from trt_runtime import contract
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, unknown
 
 # a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges messages that
 # stand one after the other, so a graph file with this behind it has one more output, and no onnx package is needed
 _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
-_CPU_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CPU_DTYPES = ("fp32", "fp16")
+# by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element type in ONNX
+_ELEMENTS = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
 
 
 @dataclass
 class _Buffers:
-    """Cache arrays [batch, H, C, D] by name, and the IOBinding of each range of slots and set of outputs that was used."""
+    """Caches [batch, H, C, D] by name: arrays on the CPU, values of ONNX Runtime on the GPU; and the IOBinding of each range of slots
+    and set of outputs that was used."""
 
     arrays: dict[str, np.ndarray[Any, Any]]
+    values: dict[str, Any] = field(default_factory=dict)
     bindings: dict[tuple[int, int, tuple[str, ...]], Any] = field(default_factory=dict)
+
+    def address(self, name: str) -> int:
+        return int(self.values[name].data_ptr() if name in self.values else self.arrays[name].ctypes.data)
 
 
 class OrtBackend(Backend):
-    """An artifact on ONNX Runtime's CPU provider, in fp32 or fp16.
+    """An artifact on ONNX Runtime: on a CPU in fp32 or fp16, with device='cuda' also in bf16.
 
-    threads: of a matrix product; None takes the physical cores. `role`: the graph to open (the prefix graph is for tests
-    that compare it with the refine graph). `model_bytes`: a variant of that graph over the same weights.
+    threads: of a matrix product on the CPU; None takes the physical cores. `role`: the graph to open (the prefix graph is for
+    tests that compare it with the refine graph). `model_bytes`: a variant of that graph over the same weights.
     """
 
     name = "ort"
 
     def __init__(
-        self, artifact: Path, *, threads: int | None = None, role: str = "refine", model_bytes: bytes | None = None
+        self,
+        artifact: Path,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        role: str = "refine",
+        model_bytes: bytes | None = None,
     ) -> None:
         self.manifest = manifests.load(artifact)
-        self.role = role
-        dtype = self.manifest.model.dtype
-        if dtype not in _CPU_DTYPES:
-            raise DllmError(
-                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with DTYPE=fp32 or fp16."
-            )
-        self._dtype = _CPU_DTYPES[dtype]
+        self.role, self.device = role, device
+        self._check_device(artifact)
+        self._zero, self._element_type = _ELEMENTS[self.manifest.model.dtype]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads if threads is not None else physical_cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning hurts on shared machines
@@ -62,16 +73,23 @@ class OrtBackend(Backend):
                 model_bytes = (artifact / self.manifest.graphs[role].file).read_bytes()
                 model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
-            self._session = ort.InferenceSession(model_bytes, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model_bytes, options, providers=[_PROVIDERS[device]])
         except Exception as error:  # onnxruntime raises several unrelated types
             raise DllmError(
                 f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {role} graph ({str(error).splitlines()[0]}): "
                 "use onnxruntime 1.24 or newer, or export with --lowering legacy."
             ) from error
+        if _PROVIDERS[device] not in self._session.get_providers():  # it falls back to the CPU without a word
+            raise DllmError(
+                f"ONNX Runtime {ort.__version__} opened the model on {', '.join(self._session.get_providers())} instead of CUDA: its "
+                "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
+            )
         self._check_graph(artifact)
-        self._names = contract.cache_names("cache", self.manifest.model.dims)
-        self._small_inputs = ["input_ids", "position_ids", *(["write_index"] if role == "refine" else []), "kv_len", "logit_rows"]
-        self._updated = contract.cache_names("updated", self.manifest.model.dims)
+        dims = self.manifest.dims
+        self._names, self._returned = contract.cache_names("cache", dims), contract.returned_names(dims)
+        specs = contract.inputs(role, dims)
+        self._small_inputs = [spec.name for spec in specs if spec.name not in self._names]
+        self._cache_inputs = [spec.name for spec in specs if spec.name in self._names]
 
     @property
     def gives_logits(self) -> bool:
@@ -80,7 +98,11 @@ class OrtBackend(Backend):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         model = self.manifest.model
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
-        return Cache(batch, capacity, _Buffers({name: np.zeros(shape, self._dtype) for name in self._names}))
+        if self.device == "cpu":
+            return Cache(batch, capacity, _Buffers({name: np.zeros(shape, self._zero) for name in self._names}))
+        zeros = np.zeros(shape, self._zero)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0) for name in self._names}
+        return Cache(batch, capacity, _Buffers({}, values))
 
     def close(self) -> None:
         del self._session
@@ -98,19 +120,52 @@ class OrtBackend(Backend):
         for name in self._small_inputs:
             array = np.ascontiguousarray(getattr(window, name))
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name in names:
-            binding.bind_output(name, "cpu")
+        for name in (*([] if self.manifest.dims.writes_caches else self._returned), *names):
+            binding.bind_output(name, "cpu")  # anew: their shapes change
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises several unrelated types
             raise DllmError(f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}") from error
-        outputs = binding.get_outputs()[len(self._names) :]
-        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+        outputs = binding.get_outputs()
+        if not self.manifest.dims.writes_caches:
+            self._write(cache, slots, window, outputs)
+        return {name: value.numpy() for name, value in zip(names, outputs[len(self._names) :], strict=True)}
+
+    def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
+        """The window's rows into the caches: what a graph of the legacy lowering leaves to its caller."""
+        rows = window.input_ids.shape[1]
+        for name, value in zip(self._names, outputs[: len(self._names)], strict=True):
+            array, new = cache.buffers.arrays[name][slots], value.numpy()
+            for i, start in enumerate(window.write_index):
+                array[i, :, start : start + rows] = new[i]
+
+    def _check_device(self, artifact: Path) -> None:
+        """Whether this ONNX Runtime, on this device, can run the artifact at all."""
+        if self.device not in _PROVIDERS:
+            raise unknown("device of ONNX Runtime", self.device, _PROVIDERS)
+        if _PROVIDERS[self.device] not in ort.get_available_providers():
+            raise DllmError(
+                f"ONNX Runtime {ort.__version__} has no CUDA provider: pip uninstall onnxruntime, then pip install 'dllm-trt[ort-gpu]'."
+            )
+        dtype = self.manifest.model.dtype
+        if self.device == "cpu" and dtype not in _CPU_DTYPES:
+            raise DllmError(
+                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with DTYPE=fp32 or fp16."
+            )
+        if self.device != "cpu" and not self.manifest.dims.writes_caches:
+            raise DllmError(
+                f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with --lowering modern."
+            )
 
     def _check_graph(self, artifact: Path) -> None:
         """The graph that was opened must be the one that the manifest describes."""
-        dims, head = self.manifest.model.dims, self.manifest.head
-        names = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+        dims, head = self.manifest.dims, self.manifest.head
+        names = {
+            "tensor(int64)": "int64",
+            "tensor(float)": "float32",
+            "tensor(float16)": "float16",
+            "tensor(bfloat16)": "bfloat16",
+        }
         sides = ((self._session.get_inputs(), contract.inputs(self.role, dims)),
                  (self._session.get_outputs(), contract.outputs(self.role, dims, head)))  # fmt: skip
         for held, described in sides:
@@ -126,14 +181,19 @@ class OrtBackend(Backend):
         """The binding of a range of slots: each cache is one memory, bound as input and as output."""
         buffers: _Buffers = cache.buffers
         key = (slots.start, slots.stop, names)
-        if key not in buffers.bindings:
-            binding = self._session.io_binding()
-            for name, updated in zip(self._names, self._updated, strict=True):
-                value = ort.OrtValue.ortvalue_from_numpy(buffers.arrays[name][slots])  # a view, no copy
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(updated, value)
-            buffers.bindings[key] = binding
-        return buffers.bindings[key]
+        if key in buffers.bindings:
+            return buffers.bindings[key]
+        model, binding = self.manifest.model, self._session.io_binding()
+        shape = [slots.stop - slots.start, model.num_kv_heads, cache.capacity, model.head_dim]
+        first = slots.start * math.prod(shape[1:]) * contract.ITEM_SIZE[self.manifest.dims.dtype]
+        for name, returned in zip(self._names, self._returned, strict=True):
+            place = (self.device, 0, self._element_type, shape, buffers.address(name) + first)
+            if name in self._cache_inputs:
+                binding.bind_input(name, *place)
+            if self.manifest.dims.writes_caches:
+                binding.bind_output(returned, *place)
+        buffers.bindings[key] = binding
+        return binding
 
 
 def physical_cores() -> int:
