@@ -10,7 +10,7 @@ import onnx
 import pytest
 from conftest import export_quietly
 
-from trt_runtime import cli, engine
+from trt_runtime import cli, contract, engine
 from trt_runtime import manifest as manifests
 from trt_runtime.engine import BuildConfig
 from trt_runtime.errors import DllmError
@@ -118,7 +118,7 @@ def test_profiles_hold_what_the_loop_asks_for():
     (shared,) = engine.plans(SMALL)
     whole, window = shared.profiles
     assert (whole.rows, window.rows, whole.batch, window.asked) == ((1, 64, 64), (1, 8, 8), (1, 1, 2), (1, 8, 8))
-    specs = {spec.name: spec for spec in engine.contract.inputs("refine", engine.contract.Dims(1, 2, 32, 100, "float16"))}
+    specs = {spec.name: spec for spec in contract.inputs("refine", contract.Dims(1, 2, 32, 100, "float16"))}
     assert window.shapes(specs["input_ids"], 64) == [(1, 1), (1, 8), (2, 8)]
     assert whole.shapes(specs["cache_key.0"], 64) == [(1, 2, 64, 32), (1, 2, 64, 32), (2, 2, 64, 32)]
 

@@ -53,7 +53,7 @@ class Generator:
         """One forward for every unfinished row. Returns what was done for each. `instead`: what to write in place of a slot's own
         choice (Sequence.commit)."""
         wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
-        for group in groups(wanted, self.capacity):
+        for group in groups(wanted, self.capacity, self.backend.max_batch):
             self._run(group, instead or {})
         return wanted
 
@@ -71,14 +71,16 @@ class Generator:
             wanted.sequence.commit(wanted.forward, propose(wanted, stats, index), instead.get(wanted.slot))
 
 
-def groups(wanted: list[Wanted], capacity: int) -> Iterator[list[Wanted]]:
-    """Runs of neighbouring slots that can share one call: the same role, and windows that can take one number of rows."""
+def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:
+    """Runs of at most `max_batch` neighbouring slots that can share one call: the same role, and windows that can take one number of
+    rows."""
     for is_prefix_pass in (True, False):
         group: list[Wanted] = []
         for row in (w for w in wanted if w.forward.is_prefix_pass == is_prefix_pass):
             together = [*group, row]
             rows = max(member.rows for member in together)
-            if group and (row.slot != group[-1].slot + 1 or not all(m.can_stretch(rows, capacity) for m in together)):
+            is_next = group and row.slot == group[-1].slot + 1 and len(group) != max_batch
+            if group and not (is_next and all(member.can_stretch(rows, capacity) for member in together)):
                 yield group
                 together = [row]
             group = together

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,8 +56,9 @@ class Cache:
 class Backend(ABC):
     """An artifact opened on a device. Not thread-safe: one call at a time."""
 
-    name: str
+    name: ClassVar[str]
     manifest: Manifest
+    max_batch: int | None = None  # rows that a call takes; None: any number
 
     @property
     def gives_logits(self) -> bool:

@@ -1,0 +1,318 @@
+"""TensorRT and TensorRT-RTX: engines run on a GPU through cuda-python, without torch.
+
+Caches lie on the device, one address for input and output. A call copies a few small arrays in, queues one execution, and copies the
+statistics out. Each profile has an execution context, and all contexts share one scratch memory, for they run one after the other. A
+refine step of a shape that comes again is recorded as a CUDA graph and launched as a whole.
+
+Shape letters as in contract.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trt_runtime import builder, contract, cuda, engine
+from trt_runtime import manifest as manifests
+from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.builder import Profile
+from trt_runtime.contract import TensorSpec
+from trt_runtime.errors import DllmError
+
+Arrays = dict[str, npt.NDArray[Any]]
+Shape = tuple[int, int, int]  # B, S, R of a call
+
+
+@dataclass
+class _Engine:
+    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed."""
+
+    name: str
+    role: str
+    profiles: list[Profile]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    engine: Any
+    contexts: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Arena:
+    """Small inputs or outputs: one piece of pinned memory and one of the device, with the same places in both."""
+
+    host: npt.NDArray[np.uint8]
+    device: cuda.Memory
+
+    def place(self, shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Arrays, dict[str, int], int]:
+        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes in use."""
+        arrays, addresses, offset = {}, {}, 0
+        for name, (dtype, shape) in shapes.items():
+            size = dtype.itemsize * math.prod(shape)
+            arrays[name] = self.host[offset : offset + size].view(dtype).reshape(shape)
+            addresses[name] = self.device.address + offset
+            offset = _aligned(offset + size)
+        return arrays, addresses, offset
+
+
+@dataclass
+class _Buffers:
+    """Caches of a model by name; recorded steps by what they depend on (None: a step was seen once)."""
+
+    caches: dict[str, cuda.Memory]
+    graphs: dict[tuple[Any, ...], cuda.Graph | None] = field(default_factory=dict)
+
+
+class TensorRTBackend(Backend):
+    """An artifact on TensorRT engines that `dllm-trt build` made.
+
+    engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+
+    def __init__(self, artifact: Path, *, engines: str | Path = "engines", device: int = 0, cuda_graphs: bool = True) -> None:
+        self.manifest = manifests.load(artifact)
+        self._artifact, self._trt = artifact, engine.load(self.name)
+        self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
+        wanted = engine.circumstances(self.manifest, self.name, self._trt, self._device.facts)
+        self.directory = engine.find(Path(engines), wanted)
+        built_for = engine.check(self.directory, {"files": wanted["files"], "version": wanted["version"]})  # hashes come first
+        self.capacity: int = built_for["capacity"]
+        self._logger = builder.Logger(self._trt)
+        self._runtime = self._trt.Runtime(self._logger.made)
+        self._engines = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
+        self.max_batch = max(profile.batch[2] for held in self._engines for profile in held.profiles)
+        self._scratch = self._device.allocate(
+            max(_scratch_bytes(held, i) for held in self._engines for i in range(len(held.profiles)))
+        )
+        largest = [profile for held in self._engines for profile in held.profiles]
+        self._inputs = self._arena(contract.inputs("refine", self.manifest.dims), largest)
+        self._outputs = self._arena(contract.outputs("refine", self.manifest.dims, self.manifest.head), largest)
+        self._fresh = self._fresh_rows()
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache of the engines' own capacity. Raises DllmError where that does not suffice."""
+        if capacity > self.capacity:
+            raise DllmError(
+                f"a canvas of {capacity} tokens: the engines hold {self.capacity}: build them with --max-length {capacity}."
+            )
+        names = contract.cache_names("cache", self.manifest.dims)
+        size = batch * self._row_bytes * self.capacity * self.manifest.model.num_kv_heads
+        return Cache(batch, self.capacity, _Buffers({name: self._device.allocate(size) for name in names}))
+
+    def close(self) -> None:
+        self._device.synchronize()
+        for held in self._engines:
+            held.contexts.clear()
+        del self._engines, self._runtime, self._scratch, self._inputs, self._outputs, self._fresh
+
+    def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._run("prefix", cache, slots, window, want_logits)
+
+    def _refine(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._run("refine", cache, slots, window, want_logits)
+
+    def _run(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        batch, rows = window.input_ids.shape
+        asked = window.logit_rows.shape[1]
+        held, index = self._choose(role, (batch, rows, asked))
+        # few shapes, so that recorded steps come again: what is asked for is filled up with row 0
+        shape = (batch, rows, min(1 << (asked - 1).bit_length(), held.profiles[index].asked[2]))
+        context = self._context(held, index)
+        given, into, used = self._inputs.place(self._small(held.inputs, held, shape))
+        given["logit_rows"][...] = 0
+        given["logit_rows"][:, :asked] = window.logit_rows
+        for name in given.keys() - {"logit_rows"}:
+            given[name][...] = getattr(window, name)
+        made, out, answer = self._outputs.place(self._small(held.outputs, held, shape))
+        wanted = [name for name in made if want_logits or name != contract.LOGITS]
+
+        def work() -> None:
+            self._bind(held, context, shape, into | out, cache, slots)
+            self._device.upload(self._inputs.device.address, self._inputs.host[:used])
+            if not context.execute_async_v3(self._device.stream):
+                raise DllmError(f"TensorRT failed in the engine '{held.name}': {self._logger.last or 'no message'}")
+            if not self.manifest.dims.writes_caches:
+                self._write_rows(cache, slots, window)
+            if len(wanted) == len(made):
+                self._device.download(self._outputs.host[:answer], self._outputs.device.address)
+            else:
+                for name in wanted:
+                    self._device.download(made[name], out[name])
+
+        key = (held.name, index, shape, slots.start, want_logits)
+        self._queue(work, cache.buffers.graphs, key if role == "refine" else None)
+        self._device.synchronize()
+        kinds = {"token": np.int64}
+        stats: dict[str, Any] = {name: made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
+        return Stats(**stats)
+
+    def _queue(
+        self, work: Callable[[], None], graphs: dict[tuple[Any, ...], cuda.Graph | None], key: tuple[Any, ...] | None
+    ) -> None:
+        """Queue work: the first two times as it stands, then as a CUDA graph. It is recorded right behind a run of its own, as
+        TensorRT asks. Rows that the host counts (legacy lowering) go elsewhere each time and are not recorded."""
+        recorded = graphs.get(key) if key is not None else None
+        if recorded is not None:
+            self._device.launch(recorded)
+            return
+        work()
+        if key is not None and self._cuda_graphs and self.manifest.dims.writes_caches:
+            graphs[key] = self._device.record(work) if key in graphs else None
+
+    def _choose(self, role: str, shape: Shape) -> tuple[_Engine, int]:
+        """The engine and the narrowest profile that take a call of B rows, S rows of the window and R rows asked for."""
+        fitting = []
+        for held in self._engines:
+            for index, profile in enumerate(held.profiles):
+                limits = (profile.batch[2], profile.rows[2], profile.asked[2])
+                if (held.role == role or held.name == engine.SHARED) and all(n <= m for n, m in zip(shape, limits, strict=True)):
+                    fitting.append((profile.rows[2], index, held))
+        if not fitting:
+            asked = "{} rows by {} positions, {} of them asked for".format(*shape)
+            raise DllmError(
+                f"a {role} call of {asked}: no profile of the engines in {self.directory.name} takes it: build them with a larger "
+                "--max-batch, --max-length, --block-length or --max-rows."
+            )
+        _, index, held = min(fitting, key=lambda item: item[0])
+        return held, index
+
+    def _context(self, held: _Engine, index: int) -> Any:
+        if index not in held.contexts:
+            context = _new_context(held.engine, self._trt)
+            _set_scratch(context, self._scratch)
+            if context is None or not context.set_optimization_profile_async(index, self._device.stream):
+                raise DllmError(
+                    f"TensorRT gave no context for '{held.profiles[index].name}': {self._logger.last or 'no message'}"
+                )
+            self._device.synchronize()
+            held.contexts[index] = context
+        return held.contexts[index]
+
+    def _bind(self, held: _Engine, context: Any, shape: Shape, small: dict[str, int], cache: Cache, slots: slice) -> None:
+        """Shapes of the inputs and the address of every tensor: the caches' are those of the first slot, the same in and out."""
+        sizes = dict(zip("BSR", shape, strict=True)) | {"C": self.capacity}
+        dims = self.manifest.dims
+        for spec in held.inputs:
+            if not context.set_input_shape(spec.name, tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes)):
+                raise DllmError(f"TensorRT refused the shape of {spec.name} ({self._logger.last or 'no message'})")
+        first = slots.start * self._row_bytes * self.capacity * dims.num_kv_heads
+        caches = {name: memory.address + first for name, memory in cache.buffers.caches.items()}
+        returned = dict(zip(contract.returned_names(dims), caches.values() if dims.writes_caches else
+                            (memory.address for memory in self._fresh), strict=True))  # fmt: skip
+        known = {held.engine.get_tensor_name(i) for i in range(held.engine.num_io_tensors)}
+        for name, address in (small | caches | returned).items():
+            if name in known and not context.set_tensor_address(name, address):
+                raise DllmError(f"TensorRT refused the address of {name} ({self._logger.last or 'no message'})")
+
+    def _write_rows(self, cache: Cache, slots: slice, window: Window) -> None:
+        """The window's keys and values into the caches, at each row's write_index: what the legacy lowering leaves to its caller."""
+        heads, rows = self.manifest.model.num_kv_heads, window.input_ids.shape[1]
+        piece, pitch = rows * self._row_bytes, self.capacity * self._row_bytes
+        for memory, fresh in zip(cache.buffers.caches.values(), self._fresh, strict=True):
+            for i, start in enumerate(window.write_index):
+                target = memory.address + ((slots.start + i) * heads * self.capacity + int(start)) * self._row_bytes
+                self._device.copy_rows(target, pitch, fresh.address + i * heads * piece, piece, piece, heads)
+
+    def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> _Engine:
+        file = self.directory / (name + engine.SUFFIX)
+        opened = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        if opened is None:
+            raise DllmError(
+                f"{file}: TensorRT {self._trt.__version__} does not open it ({self._logger.last or 'no message'}): build it again."
+            )
+        role = "prefix" if name == "prefix" else "refine"
+        if built_for.get("strip"):
+            self._refit(opened, role)
+        listed = [Profile(row["name"], tuple(row["batch"]), tuple(row["rows"]), tuple(row["asked"])) for row in profiles]
+        dims = self.manifest.dims
+        inputs, outputs = contract.inputs(role, dims), contract.outputs(role, dims, self.manifest.head)
+        expected = {spec.name for spec in (*inputs, *outputs)}
+        names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
+        if names != expected or opened.num_optimization_profiles != len(listed):
+            raise DllmError(f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again.")
+        return _Engine(name, role, listed, inputs, outputs, opened)
+
+    def _refit(self, opened: Any, role: str) -> None:
+        """Put the artifact's weights into an engine that was built without."""
+        graph = self._artifact / self.manifest.graphs[role].file
+        refitter = self._trt.Refitter(opened, self._logger.made)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger.made)
+        if (
+            not parser.refit_from_bytes(builder.with_capacity(graph, self.capacity), str(graph))
+            or not refitter.refit_cuda_engine()
+        ):
+            raise DllmError(
+                f"{graph}: its weights do not go into the engine ({self._logger.last or 'no message'}): build it without --strip."
+            )
+
+    def _small(self, specs: list[TensorSpec], held: _Engine, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Element type and shape of what is no cache. TensorRT 8 has int32 where the graph says int64."""
+        sizes = dict(zip("BSR", shape, strict=True))
+        return {spec.name: (np.dtype(self._trt.nptype(held.engine.get_tensor_dtype(spec.name))),
+                            tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes))
+                for spec in specs if not _is_cache(spec)}  # fmt: skip
+
+    def _arena(self, specs: list[TensorSpec], profiles: list[Profile]) -> _Arena:
+        """Room for what is no cache, in the largest shapes of the profiles."""
+        size = 0
+        for profile in profiles:
+            sizes = {"B": profile.batch[2], "S": profile.rows[2], "R": profile.asked[2]}
+            each = (contract.ITEM_SIZE[spec.dtype] * math.prod(sizes[a] if isinstance(a, str) else a for a in spec.axes)
+                    for spec in specs if not _is_cache(spec))  # fmt: skip
+            size = max(size, sum(_aligned(part) for part in each))
+        return _Arena(self._device.pinned(size), self._device.allocate(size))
+
+    def _fresh_rows(self) -> list[cuda.Memory]:
+        """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
+        if self.manifest.dims.writes_caches:
+            return []
+        rows = max(profile.batch[2] * profile.rows[2] for held in self._engines for profile in held.profiles)
+        size = rows * self.manifest.model.num_kv_heads * self._row_bytes
+        return [self._device.allocate(size) for _ in contract.returned_names(self.manifest.dims)]
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of a key or value of one head at one position."""
+        return self.manifest.model.head_dim * contract.ITEM_SIZE[self.manifest.dims.dtype]
+
+
+class TensorRTRTXBackend(TensorRTBackend):
+    """The same on TensorRT-RTX."""
+
+    name: ClassVar[str] = "tensorrt-rtx"
+
+
+def _is_cache(spec: TensorSpec) -> bool:
+    return "." in spec.name
+
+
+def _aligned(size: int) -> int:
+    return -(-size // cuda.ALIGNMENT) * cuda.ALIGNMENT
+
+
+def _scratch_bytes(held: _Engine, index: int) -> int:
+    """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
+    if hasattr(held.engine, "get_device_memory_size_for_profile_v2"):
+        return int(held.engine.get_device_memory_size_for_profile_v2(index))
+    return int(held.engine.device_memory_size)
+
+
+def _new_context(opened: Any, trt: Any) -> Any:
+    """A context without working memory of its own."""
+    if hasattr(trt, "ExecutionContextAllocationStrategy"):
+        return opened.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    return opened.create_execution_context_without_device_memory()
+
+
+def _set_scratch(context: Any, scratch: cuda.Memory) -> None:
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(scratch.address, scratch.size)
+    else:
+        context.device_memory = scratch.address
