@@ -71,7 +71,9 @@ class Cuda:
 
     def holds(self, space, address, size) -> bool:
         """Whether memory of a space covers these bytes."""
-        return any(start <= address and address + size <= start + len(raw) - ALIGNMENT for start, raw in self.spaces[space].items())
+        return any(
+            start <= address and address + size <= start + len(raw) - ALIGNMENT for start, raw in self.spaces[space].items()
+        )
 
     # work
     def _queued(self, work):
@@ -274,7 +276,12 @@ def tensorrt(cuda: Cuda, rtx):
         def build_serialized_network(self, network, settings):
             import json
 
-            facts = {"graph": Parser.graph, "profiles": settings.profiles, "flags": settings.flags, "verbosity": settings.verbosity}
+            facts = {
+                "graph": Parser.graph,
+                "profiles": settings.profiles,
+                "flags": settings.flags,
+                "verbosity": settings.verbosity,
+            }
             settings.timing += b"+"
             return json.dumps(facts).encode()
 
@@ -290,7 +297,11 @@ def tensorrt(cuda: Cuda, rtx):
             self.profiles, self.flags, self.timing, self.verbosity = [], [], b"", None
 
         def __setattr__(self, name, value):
-            object.__setattr__(self, "verbosity" if name == "profiling_verbosity" else name, str(value) if name == "profiling_verbosity" else value)
+            object.__setattr__(
+                self,
+                "verbosity" if name == "profiling_verbosity" else name,
+                str(value) if name == "profiling_verbosity" else value,
+            )
 
         def add_optimization_profile(self, shapes):
             self.profiles.append(shapes.held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +24,23 @@ _STUB = "\n".join(
                  "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
                  "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins")
 )  # fmt: skip
+FILES = ["builder.py", "engine.py", "backends/tensorrt.py"]
 # what our variables hold, where attributes of TensorRT's objects are used
 _OBJECTS = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "settings": "IBuilderConfig",
-            "shapes": "IOptimizationProfile", "layer": "ILayer", "tensor": "ITensor"}  # fmt: skip
+            "shapes": "IOptimizationProfile", "layer": "ILayer", "tensor": "ITensor", "context": "IExecutionContext",
+            "opened": "ICudaEngine", "inspector": "EngineInspector", "refitter": "Refitter", "filler": "OnnxParserRefitter", "known": "NetworkDefinitionCreationFlag"}  # fmt: skip
+_ATTRIBUTES = {
+    "_trt": "",
+    "_runtime": "Runtime",
+    "engine": "ICudaEngine",
+}  # the same for attributes of ours: held.engine.num_io_tensors
 # of TensorRT-RTX alone: used only with targets, which TensorRT refuses (BuildConfig.checked)
 _RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
+# of TensorRT 8 alone: used only where the newer name is missing, or by a workaround for versions before 10
+_OLD_ONLY = {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
+             "TacticSource.CUBLAS", "TacticSource.CUBLAS_LT", "TacticSource.CUDNN", "ILayer.precision", "ILayer.set_output_type",
+             "ICudaEngine.device_memory_size", "ICudaEngine.create_execution_context_without_device_memory",
+             "IExecutionContext.device_memory"}  # fmt: skip
 _LOOK = """
 import importlib, json, sys
 module = importlib.import_module(sys.argv[1])
@@ -43,27 +56,39 @@ print(json.dumps([module.__version__, [name for name in json.loads(sys.argv[2]) 
 
 
 def used_names() -> set[str]:
-    """`trt.X.Y` chains, and attributes of the variables above, in engine.py."""
-    tree = ast.parse((ROOT / "trt_runtime" / "engine.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        parts: list[str] = []
-        root: ast.AST = node
-        while isinstance(root, ast.Attribute):
-            parts.insert(0, root.attr)
-            root = root.value
-        if parts and isinstance(root, ast.Name) and root.id == "trt" and parts[0] != "__version__":
-            names.add(".".join(parts))
-        if parts and isinstance(root, ast.Name) and root.id in _OBJECTS and parts[0] not in ("__class__", "attention"):
-            names.add(f"{_OBJECTS[root.id]}.{parts[0]}")
-    return names | {"IAttentionInputLayer.attention", "IAttention.decomposable"}
+    """`trt.X.Y` chains, and attributes of what our variables and attributes hold, in FILES."""
+    names = {"IAttentionInputLayer.attention", "IAttention.decomposable"}
+    for file in FILES:
+        for node in ast.walk(ast.parse((ROOT / "trt_runtime" / file).read_text(encoding="utf-8"))):
+            parts: list[str] = []
+            root: ast.AST = node
+            while isinstance(root, ast.Attribute):
+                parts.insert(0, root.attr)
+                root = root.value
+            if not parts or not isinstance(root, ast.Name):
+                continue
+            held = next((i for i, part in enumerate(parts[:-1]) if part in _ATTRIBUTES and root.id in ("self", "held")), None)
+            if root.id == "trt":
+                names.add(".".join(parts))
+            elif held is not None:
+                names.add(f"{_ATTRIBUTES[parts[held]]}.{parts[held + 1]}".lstrip("."))
+            elif (
+                root.id in _OBJECTS
+                and (file, root.id) != ("engine.py", "builder")
+                and (file, root.id) != ("backends/tensorrt.py", "builder")
+            ):
+                names.add(f"{_OBJECTS[root.id]}.{parts[0]}")
+    return {name for name in names if name.split(".")[-1] not in ("__version__", "__class__", "attention") or name[0] == "I"} - {
+        "ILayer.__class__", "ILayer.attention"}  # fmt: skip
 
 
 def test_the_walk_finds_the_names():
     names = used_names()
     assert {"Builder.create_network", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "LayerType.ATTENTION_INPUT",
-            "IBuilderConfig.progress_monitor", "OnnxParser.parse", "ILayer.get_input"} <= names  # fmt: skip
-    assert names >= _RTX_ONLY and len(names) > 20
+            "IBuilderConfig.progress_monitor", "OnnxParser.parse", "ILayer.get_input", "IExecutionContext.execute_async_v3",
+            "ICudaEngine.get_tensor_dtype", "Runtime.deserialize_cuda_engine", "nptype", "OnnxParserRefitter",
+            "IBuilderConfig.create_timing_cache", "EngineInspector.get_engine_information"} <= names  # fmt: skip
+    assert names >= _RTX_ONLY | _OLD_ONLY and len(names) > 50
 
 
 def missing(module: str, names: set[str], **environment: str) -> tuple[str, list[str]]:
@@ -89,7 +114,7 @@ def test_names_exist_in_the_bindings_of(version, tmp_path):
         target = tmp_path / f"lib{library}.so.{version.split('.')[0]}"
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(tmp_path / "stub.c")], check=True)
     paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(tmp_path / "wheel")}
-    assert missing("tensorrt_bindings", used_names() - _RTX_ONLY, **paths) == (version, [])
+    assert missing("tensorrt_bindings", used_names() - _RTX_ONLY - _OLD_ONLY, **paths) == (version, [])
     assert missing("tensorrt_bindings", {"Builder.no_such_method", "ILayer.name"}, **paths) == (
         version,
         ["Builder.no_such_method"],
@@ -98,4 +123,32 @@ def test_names_exist_in_the_bindings_of(version, tmp_path):
 
 def test_names_exist_in_tensorrt_rtx():
     pytest.importorskip("tensorrt_rtx_bindings")
-    assert missing("tensorrt_rtx_bindings", used_names())[1] == []
+    assert missing("tensorrt_rtx_bindings", used_names() - _OLD_ONLY)[1] == []
+
+
+def test_functions_of_cuda_python_exist_with_our_numbers_of_arguments():
+    """Every `_do("name", ...)` of cuda.py, and its calls of the driver, against the real package's signatures."""
+    runtime, driver = (pytest.importorskip(f"cuda.bindings.{name}") for name in ("runtime", "driver"))
+    found = {}
+    for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "cuda.py").read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr == "_do" and isinstance(node.args[0], ast.Constant):
+            found[node.args[0].value] = (runtime, len(node.args) - 1)
+        elif node.func.attr.startswith("cu") and node.func.attr[2].isupper():
+            found[node.func.attr] = (driver, len(node.args))
+    assert {"cudaMalloc", "cudaMemcpy2DAsync", "cudaGraphInstantiate", "cuLaunchKernel"} <= set(found)
+    for name, (module, number) in found.items():
+        shown = re.match(r"\w+\((.*?)\)", getattr(module, name).__doc__.strip(), re.S)
+        assert shown and len([part for part in shown[1].split(",") if part.strip()]) == number, name
+    for name in (
+        "cudaFree",
+        "cudaFreeHost",
+        "cudaGraphExecDestroy",
+        "cudaStreamNonBlocking",
+        "cudaMemcpyKind",
+        "cudaStreamCaptureMode",
+    ):
+        assert hasattr(runtime, name)
+    answer = runtime.cudaGetDeviceCount()
+    assert int(answer[0]) >= 0 and len(answer) == 2

@@ -11,12 +11,14 @@ import stand_ins
 from conftest import export_quietly
 from test_export_graphs import window
 
-from trt_runtime import cases, cuda, engine, replay
+from trt_runtime import cuda, engine, replay
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.backends.tensorrt import TensorRTBackend
+from trt_runtime.config import GenerationConfig
 from trt_runtime.engine import BuildConfig
 from trt_runtime.errors import DllmError
+from trt_runtime.model import load
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings")
 SIZES = BuildConfig(max_batch=4, max_length=256, block_length=64, max_rows=256)
@@ -30,10 +32,148 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("layout", engine.LAYOUTS)
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
 def test_all_goldens_exactly(gpu, golden_checkpoint, golden_cases, tmp_path, layout, lowering):
-    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering)
+    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering, head="logits")
     engine.build(artifact, tmp_path / "engines", replace(SIZES, layout=layout))
     backend = TensorRTBackend(artifact, engines=tmp_path / "engines")
     chosen = golden_cases[:: 1 if (layout, lowering) == ("shared", "modern") else 6]
     assert [replay.compare(case, replay.replay(backend, case)) for case in chosen] == [None] * len(chosen)
     assert (gpu.launches > 0) == (lowering == "modern")
     backend.close()
+
+
+@pytest.fixture
+def tiny_engines(gpu, tiny_artifact, tmp_path):
+    engine.build(tiny_artifact, tmp_path / "engines", replace(SIZES, max_length=64, max_rows=None, block_length=8))
+    return tmp_path / "engines"
+
+
+@pytest.mark.parametrize("lowering", ["modern", "legacy"])
+def test_batches_larger_than_the_engines_take_are_split(gpu, golden_checkpoint, tmp_path, lowering):
+    """Five ragged rows by engines for two at a time, in slots beyond the first: the same tokens as on ONNX Runtime."""
+    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering)
+    engine.build(artifact, tmp_path, replace(SIZES, max_batch=2, max_length=64, max_rows=None, block_length=8))
+    models = [load(artifact, "ort", threads=1), load(artifact, "tensorrt", engines=tmp_path)]
+    assert models[1].backend.max_batch == 2
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 120, length).tolist() for length in (5, 12, 9, 3, 7)]
+    for cache in ("prefix", "dual"):
+        config = GenerationConfig(gen_length=24, block_length=8, cache=cache, threshold=0.02)
+        ours, theirs = ([(row.tokens, row.nfe) for row in model.generate(prompts, config)] for model in models)
+        assert ours == theirs
+
+
+def test_logits_come_only_when_they_are_wanted(gpu, tiny_artifact, tiny_engines):
+    """And a step that is recorded with them is another than the one without."""
+    backend, oracle = TensorRTBackend(tiny_artifact, engines=tiny_engines), OrtBackend(tiny_artifact, threads=1)
+    caches, rng = [item.new_cache(2, 64) for item in (backend, oracle)], np.random.default_rng(0)
+    full = window(rng.integers(0, 120, (2, 30)), kv_len=[30, 24], rows=np.tile(np.arange(8), (2, 1)))
+    for item, cache in zip((backend, oracle), caches, strict=True):
+        assert item.prefix(cache, slice(0, 2), full).logits is None
+    for repeat in range(6):
+        step = window(rng.integers(0, 120, (2, 5)), 9, [30, 24], rows=np.tile(np.arange(3 + repeat % 2), (2, 1)))
+        made = [item.refine(cache, slice(0, 2), step, want_logits=repeat % 2 == 0) for item, cache in
+                zip((backend, oracle), caches, strict=True)]  # fmt: skip
+        for name in ("confidence", "runner_up", "entropy", "logits"):
+            mine, theirs = (getattr(stats, name) for stats in made)
+            assert (mine is None and theirs is None) or np.abs(mine - theirs).max() < 1e-5
+        assert (made[0].token == made[1].token).all() and (made[0].logits is None) == (repeat % 2 == 1)
+
+
+def test_a_step_that_comes_again_is_one_launch(gpu, tiny_artifact, tiny_engines):
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    cache, step = backend.new_cache(1, 64), window(np.arange(5)[None], 9, [30])
+    for repeat, launches in enumerate((0, 0, 1, 2)):
+        step.input_ids[:] = repeat  # new tokens go through the recorded copy
+        backend.refine(cache, slice(0, 1), step)
+        assert gpu.launches == launches
+    plain = TensorRTBackend(tiny_artifact, engines=tiny_engines, cuda_graphs=False)
+    other = plain.new_cache(1, 64)
+    assert (plain.refine(other, slice(0, 1), step).confidence == plain.refine(other, slice(0, 1), step).confidence).all()
+    assert gpu.launches == 2
+
+
+def test_memory_goes_back(gpu, tiny_artifact, tiny_engines):
+    import gc
+
+    before = gpu.left
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    cache = backend.new_cache(2, 64)
+    backend.refine(cache, slice(0, 1), window(np.arange(5)[None], 9, [30]))
+    taken = before - gpu.left
+    assert taken > 4 * 2 * 2 * 64 * 4
+    backend.close()
+    del backend, cache
+    gc.collect()
+    assert gpu.left == before
+
+
+def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tmp_path):
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    with pytest.raises(DllmError, match="a canvas of 65 tokens: the engines hold 64: build them with --max-length 65"):
+        backend.new_cache(1, 65)
+    cache = backend.new_cache(8, 64)
+    with pytest.raises(DllmError, match=r"a refine call of 5 rows by 8 positions, 8 of them asked for: .* larger --max-batch"):
+        backend.refine(cache, slice(0, 5), window(np.zeros((5, 8), np.int64)))
+    with pytest.raises(DllmError, match=r"a prefix call of 1 rows by 30 positions, 30 of them"):
+        backend.prefix(cache, slice(0, 1), window(np.zeros((1, 30), np.int64)))
+    gpu.left = 1 << 12
+    with pytest.raises(DllmError, match=r"GiB could not be had on the GPU .*cudaErrorMemoryAllocation.*: use a smaller batch"):
+        backend.new_cache(8, 64)
+    with pytest.raises(DllmError, match=r"no engines of this artifact for this machine .there are none.: build them"):
+        TensorRTBackend(tiny_artifact, engines=tmp_path / "nowhere")
+
+
+def test_engines_of_something_else_are_not_opened(gpu, tiny_artifact, tiny_engines, monkeypatch):
+    (directory,) = (path.parent for path in tiny_engines.glob("*/engine.json"))
+    facts = json.loads((directory / "engine.json").read_text())
+    for name, value in (("version", "10.16.1"), ("gpu", {"name": "another"}), ("files", {})):
+        changed = facts | {"built_for": facts["built_for"] | {name: value}}
+        (directory / "engine.json").write_text(json.dumps(changed))
+        with pytest.raises(DllmError, match=f"{directory.name} is of another {name}"):
+            TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    (directory / "engine.json").write_text(json.dumps(facts))
+    engine_file = directory / "shared.engine"
+    engine_file.write_bytes(engine_file.read_bytes() + b" ")
+
+    def opened(*_):
+        raise AssertionError("an engine was deserialised before its hash was checked")
+
+    monkeypatch.setattr(TensorRTBackend, "_open", opened)
+    with pytest.raises(DllmError, match="was changed since it was built"):
+        TensorRTBackend(tiny_artifact, engines=tiny_engines)
+
+
+def test_stripped_engines_get_their_weights_back(gpu, tiny_artifact, tmp_path):
+    made = engine.build(tiny_artifact, tmp_path, replace(SIZES, strip=True, inspect=True, max_length=64))
+    facts = json.loads((made / "shared.engine").read_text())
+    assert {"STRIP_PLAN", "REFIT_IDENTICAL"} <= set(facts["flags"]) and "DETAILED" in facts["verbosity"]
+    assert json.loads((made / "shared.layers.json").read_text())["Layers"] == []
+    backend = TensorRTBackend(tiny_artifact, engines=tmp_path)
+    assert not backend._engines[0].engine.stripped
+
+
+def test_the_timing_cache_serves_the_next_build(gpu, tiny_artifact, tmp_path):
+    engine.build(tiny_artifact, tmp_path, replace(SIZES, layout="split", max_length=64))
+    assert (tmp_path / engine.TIMING).read_bytes() == b"++"
+    engine.build(tiny_artifact, tmp_path, replace(SIZES, max_length=64))
+    assert (tmp_path / engine.TIMING).read_bytes() == b"+++"
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path):
+    """The real cuda-python, which says why on a machine without a driver; the stand-in, with no device; no package at all."""
+    made, _ = stand_ins.install(monkeypatch, rtx)
+    made.devices = 0
+    with pytest.raises(DllmError, match="GPU 0 was asked for, this machine has 0: install NVIDIA's cuda-python"):
+        cuda.Device()
+    with pytest.raises(DllmError, match="engines are built on the GPU that runs them: GPU 0"):
+        engine.build(tiny_artifact, tmp_path, SIZES)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(DllmError, match=r"a package that is missing .cuda.bindings.runtime.: install NVIDIA's cuda-python"):
+        cuda.Device()
+
+
+def test_the_backend_is_found_by_its_name(gpu, tiny_artifact, tiny_engines):
+    assert open_backend("tensorrt", tiny_artifact, engines=tiny_engines).name == "tensorrt"
+    with pytest.raises(DllmError, match="unknown option of the backend 'tensorrt' 'threads'"):
+        open_backend("tensorrt", tiny_artifact, threads=2)

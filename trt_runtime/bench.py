@@ -52,6 +52,7 @@ class Timed:
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.manifest, self.name = backend, backend.manifest, backend.name
+        self.max_batch = backend.max_batch
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from trt_runtime import backends, devices, engine, manifest, render, replay, tolerances
+from trt_runtime import backends, cli_artifact, render, replay, tolerances
 from trt_runtime import cases as decode_cases
-from trt_runtime import plan as planning
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model, Prompt, Result, load
@@ -53,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dllm-trt", description="Decode diffusion LLMs from an exported artifact.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = _command(commands, "generate", _generate, "complete one or several prompts")
+    generate = cli_artifact.command(commands, "generate", _generate, "complete one or several prompts")
     generate.add_argument("prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input")
     generate.add_argument("--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)")
     generate.add_argument("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
@@ -61,19 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print the results as JSON")
     _decoding_options(generate)
 
-    chat = _command(commands, "chat", _chat, "talk to the model, a line at a time")
+    chat = cli_artifact.command(commands, "chat", _chat, "talk to the model, a line at a time")
     chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
     _decoding_options(chat)
 
-    _artifact_commands(commands)
-
-    verify = _command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
-    verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
-    verify.add_argument(
-        "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
-    )
-
-    again = _command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
+    cli_artifact.add(commands)
+    again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
     again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
     again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
     again.add_argument(
@@ -84,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
     _backend_options(again)
 
-    bench = _command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
+    bench = cli_artifact.command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
     bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
     bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
     bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
@@ -102,61 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _artifact_commands(commands) -> None:  # type: ignore[no-untyped-def]
-    info = _command(commands, "info", _info, "what an artifact is")
-    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
-
-    plan = _command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
-    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
-    plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
-    most = planning.DEFAULT_LENGTH
-    plan.add_argument(
-        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
-    )
-    plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
-    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
-    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
-
-    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.set_defaults(run=_doctor)
-
-    build = _command(commands, "build", _build, "build TensorRT engines")
-    base = engine.BuildConfig()
-    build.add_argument("--backend", default=base.backend, help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx")
-    build.add_argument(
-        "--target", default="", metavar="SM,...", help=f"of tensorrt-rtx: {','.join(engine.TARGETS)} (default: this GPU)"
-    )
-    build.add_argument("--layout", default=base.layout, help="shared (default: one engine, weights once) or split (two engines)")
-    build.add_argument("--max-batch", type=int, default=base.max_batch, help=f"rows at a time (default {base.max_batch})")
-    build.add_argument(
-        "--max-length", type=int, default=base.max_length, help=f"tokens of the longest canvas (default {base.max_length})"
-    )
-    build.add_argument(
-        "--block-length", type=int, default=base.block_length, help=f"tokens of a block (default {base.block_length})"
-    )
-    build.add_argument("--optimization-level", type=int, help="0 to 5: of the builder (default its own)")
-    build.add_argument("--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)")
-
-
-def _command(  # type: ignore[no-untyped-def]
-    commands, name: str, run: Callable[[argparse.Namespace], int], text: str, takes: str = ""
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    if takes:
-        parser.add_argument(
-            "model", metavar=takes, help="an artifact, a checkpoint's directory (config.json is enough), or a hub id"
-        )
-    else:
-        parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _backend_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="ort", help=f"what runs the model: {', '.join(backends.names())} (default ort)")
     parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
+    parser.add_argument("--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)")
+    parser.add_argument("--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)")
     parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
 
 
@@ -181,14 +123,27 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     _backend_options(parser)
 
 
+# options that only some backends take
+_BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "tensorrt-rtx"), "engines": ("tensorrt", "tensorrt-rtx"),
+                    "checkpoint": ("torch",)}  # fmt: skip
+
+
 def _open(args: argparse.Namespace) -> Model:
-    options = {"threads": args.threads}
+    options: dict[str, object] = {}
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
-    if args.checkpoint is not None and args.backend == "torch":
-        options["checkpoint"] = args.checkpoint
-    elif args.checkpoint is not None and not getattr(args, "reference", ""):
-        raise DllmError(f"--checkpoint goes with --backend torch, got --backend {args.backend}.")
+    for name, takers in _BACKEND_OPTIONS.items():
+        value = getattr(args, name)
+        is_of_bench = name == "checkpoint" and args.backend not in takers and getattr(args, "reference", False)
+        if value is None or is_of_bench:  # bench hands the checkpoint to its variants on PyTorch
+            continue
+        if args.backend not in takers and args.backend in backends.names():
+            raise DllmError(f"--{name} goes with --backend {' or '.join(takers)}, got --backend {args.backend}.")
+        options[name] = value
+    if "device" in options and args.backend != "ort":
+        if not args.device.isdecimal():
+            raise DllmError(f"--device is {args.device}, expected the number of a GPU with --backend {args.backend}.")
+        options["device"] = int(args.device)
     return load(args.artifact, args.backend, **options)
 
 
@@ -272,50 +227,6 @@ def _chat(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             continue
         messages = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": result or ""}]
-
-
-def _info(args: argparse.Namespace) -> int:
-    facts = manifest.load(args.artifact, check_hashes=args.check)
-    if args.json:
-        print((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"), end="")
-    else:
-        print(render.describe(args.artifact, facts))
-        if args.check:
-            print(f"hashes     {len(facts.files)} files as in the manifest")
-    return 0
-
-
-def _build(args: argparse.Namespace) -> int:
-    config = engine.BuildConfig(
-        args.backend, args.layout, tuple(name for name in args.target.split(",") if name), args.max_batch, args.max_length,
-        args.block_length, args.optimization_level,
-    )  # fmt: skip
-    directory = engine.build(args.artifact, args.out, config)
-    for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
-        print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
-    return 0
-
-
-def _plan(args: argparse.Namespace) -> int:
-    print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                       dtype=args.dtype, as_json=args.json))  # fmt: skip
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from trt_runtime import doctor
-
-    text, healthy = doctor.run(as_json=args.json)
-    print(text)
-    return 0 if healthy else 1
-
-
-def _verify(args: argparse.Namespace) -> int:
-    advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
-    tool = backends.import_tool("export.cli", "verify", advice)
-    backends.import_tool("export.verify", "verify", advice)
-    run = tool.verify_layers if args.layers else tool.verify
-    return 0 if run(args.artifact, args.checkpoint) else 1
 
 
 def _replay(args: argparse.Namespace) -> int:

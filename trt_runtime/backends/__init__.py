@@ -14,6 +14,8 @@ from trt_runtime.errors import DllmError, unknown
 # name -> module, class, and what to install when its import fails
 _TABLE = {
     "ort": ("trt_runtime.backends.ort", "OrtBackend", "pip install 'dllm-trt[ort]'"),
+    "tensorrt": ("trt_runtime.backends.tensorrt", "TensorRTBackend", "pip install 'dllm-trt[trt]'"),
+    "tensorrt-rtx": ("trt_runtime.backends.tensorrt", "TensorRTRTXBackend", "pip install 'dllm-trt[rtx]'"),
     "torch": ("export.reference", "TorchBackend", "run it from a checkout, with pip install -e '.[reference]'"),
 }
 
@@ -38,7 +40,8 @@ def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
 def import_tool(module: str, what: str, advice: str) -> Any:
     """Import a module that may not be there: an optional package's user, or a tool of the checkout (export/)."""
     checkout = Path(__file__).resolve().parents[2]
-    if module.startswith("export") and (checkout / "export" / "__init__.py").is_file() and str(checkout) not in sys.path:
+    tool = module.split(".", maxsplit=1)[0]  # export or plugins: tools of the checkout, beside this package
+    if tool != __package__.split(".")[0] and (checkout / tool / "__init__.py").is_file() and str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     try:
         return importlib.import_module(module)

@@ -49,10 +49,10 @@ class _Arena:
     host: npt.NDArray[np.uint8]
     device: cuda.Memory
 
-    def place(self, shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Arrays, dict[str, int], int]:
+    def place(self, tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Arrays, dict[str, int], int]:
         """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes in use."""
         arrays, addresses, offset = {}, {}, 0
-        for name, (dtype, shape) in shapes.items():
+        for name, (dtype, shape) in tensors.items():
             size = dtype.itemsize * math.prod(shape)
             arrays[name] = self.host[offset : offset + size].view(dtype).reshape(shape)
             addresses[name] = self.device.address + offset
@@ -243,9 +243,9 @@ class TensorRTBackend(Backend):
         """Put the artifact's weights into an engine that was built without."""
         graph = self._artifact / self.manifest.graphs[role].file
         refitter = self._trt.Refitter(opened, self._logger.made)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger.made)
+        filler = self._trt.OnnxParserRefitter(refitter, self._logger.made)
         if (
-            not parser.refit_from_bytes(builder.with_capacity(graph, self.capacity), str(graph))
+            not filler.refit_from_bytes(builder.with_capacity(graph, self.capacity), str(graph))
             or not refitter.refit_cuda_engine()
         ):
             raise DllmError(

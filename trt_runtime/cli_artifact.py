@@ -1,0 +1,120 @@
+"""The commands about artifacts, checkpoints and machines: info, plan, doctor, build, verify."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from trt_runtime import backends, devices, engine, manifest, render
+from trt_runtime import plan as planning
+
+
+def add(commands) -> None:  # type: ignore[no-untyped-def]
+    """Add the commands to the parser's subcommands."""
+    info = command(commands, "info", _info, "what an artifact is")
+    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
+
+    plan = command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
+    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
+    plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
+    most = planning.DEFAULT_LENGTH
+    plan.add_argument(
+        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
+    )
+    plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
+    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
+    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    build = command(commands, "build", _build, "build TensorRT engines")
+    base = engine.BuildConfig()
+    build.add_argument("--backend", default=base.backend, help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx")
+    build.add_argument(
+        "--target", default="", metavar="SM,...", help=f"of tensorrt-rtx: {','.join(engine.TARGETS)} (default: this GPU)"
+    )
+    build.add_argument("--layout", default=base.layout, help="shared (default: one engine, weights once) or split (two engines)")
+    build.add_argument("--max-batch", type=int, default=base.max_batch, help=f"rows at a time (default {base.max_batch})")
+    build.add_argument(
+        "--max-length", type=int, default=base.max_length, help=f"tokens of the longest canvas (default {base.max_length})"
+    )
+    build.add_argument(
+        "--block-length", type=int, default=base.block_length, help=f"tokens of a block (default {base.block_length})"
+    )
+    build.add_argument("--max-rows", type=int, help="positions asked for in one forward (default: a block)")
+    build.add_argument("--optimization-level", type=int, help="0 to 5: of the builder (default its own)")
+    build.add_argument(
+        "--strip", action="store_true", help="leave the weights out; they come from the artifact when the engine is opened"
+    )
+    build.add_argument("--plugins", action="store_true", help="put the kernels of plugins/ in the place of layers")
+    build.add_argument("--inspect", action="store_true", help="also write what the builder made of each layer, as JSON")
+    build.add_argument("--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)")
+
+    verify = command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
+    verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
+    verify.add_argument(
+        "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
+    )
+
+
+def command(  # type: ignore[no-untyped-def]
+    commands, name: str, run: Callable[[argparse.Namespace], int], text: str, takes: str = ""
+) -> argparse.ArgumentParser:
+    """A subcommand that takes an artifact, or what `takes` names."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    if takes:
+        parser.add_argument(
+            "model", metavar=takes, help="an artifact, a checkpoint's directory (config.json is enough), or a hub id"
+        )
+    else:
+        parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = manifest.load(args.artifact, check_hashes=args.check)
+    if args.json:
+        print((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"), end="")
+    else:
+        print(render.describe(args.artifact, facts))
+        if args.check:
+            print(f"hashes     {len(facts.files)} files as in the manifest")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    config = engine.BuildConfig(
+        args.backend, args.layout, tuple(name for name in args.target.split(",") if name), args.max_batch, args.max_length,
+        args.block_length, args.max_rows, args.optimization_level, args.strip, args.plugins, args.inspect,
+    )  # fmt: skip
+    directory = engine.build(args.artifact, args.out, config)
+    for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
+        print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
+                       dtype=args.dtype, as_json=args.json))  # fmt: skip
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from trt_runtime import doctor
+
+    text, healthy = doctor.run(as_json=args.json)
+    print(text)
+    return 0 if healthy else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
+    tool = backends.import_tool("export.cli", "verify", advice)
+    backends.import_tool("export.verify", "verify", advice)
+    run = tool.verify_layers if args.layers else tool.verify
+    return 0 if run(args.artifact, args.checkpoint) else 1
