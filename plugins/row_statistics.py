@@ -14,6 +14,8 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
+from plugins.compile import Kernel, ahead_of_time
+
 Array = npt.NDArray[Any]
 BLOCK = 4096
 LEAST = -1e30  # below any logit, and finite: no difference of two infinities arises
@@ -97,11 +99,14 @@ SIGNATURE = {
 }  # fmt: skip
 
 
-def compiled(vocab: int, compute_capability: int) -> str:
-    """PTX for a vocabulary and a compute capability (90 for 9.0), made without a GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(kernel, SIGNATURE, {"BLOCK": BLOCK, "BLOCKS": triton.cdiv(vocab, BLOCK)})
-    ptx: str = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32)).asm["ptx"]
-    return ptx
+def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> Kernel:
+    """For rows of `vocab` contiguous logits: its arguments are the five pointers alone, in the order that TensorRT passes them."""
+    constants = {
+        "vocab": vocab,
+        "mask_token_id": mask_token_id,
+        "stride": vocab,
+        "BLOCK": BLOCK,
+        "BLOCKS": triton.cdiv(vocab, BLOCK),
+    }
+    name = f"dllm_row_statistics_{vocab}_{mask_token_id}"  # TensorRT tells kernels apart by name
+    return ahead_of_time(kernel, SIGNATURE | dict.fromkeys(constants, "constexpr"), constants, name, compute_capability)

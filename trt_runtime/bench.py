@@ -52,7 +52,8 @@ class Timed:
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.manifest, self.name = backend, backend.manifest, backend.name
-        self.max_batch = backend.max_batch
+        self.max_batch, self.steps_per_look = backend.max_batch, backend.steps_per_look
+        self.refine_steps = backend.refine_steps
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

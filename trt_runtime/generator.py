@@ -9,12 +9,12 @@ cache, join and finish on their own, and never see one another: padding is maske
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
-from trt_runtime.policies import RowStats
+from trt_runtime.policies import CommitRule, RowStats
 from trt_runtime.sequence import Forward, Sequence, Written
 
 
@@ -64,11 +64,32 @@ class Generator:
 
     def _run(self, group: list[Wanted], instead: Mapping[int, Written]) -> None:
         slots = slice(group[0].slot, group[-1].slot + 1)
+        if self.backend.steps_per_look > 1 and not instead:
+            rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
+            if len(rules) == len(group):
+                self._run_steps(group, slots, rules)
+                return
         call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
         want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
         stats = call(self.cache, slots, assemble(group), want_logits=want_logits)
         for index, wanted in enumerate(group):
             wanted.sequence.commit(wanted.forward, propose(wanted, stats, index), instead.get(wanted.slot))
+
+    def _run_steps(self, group: list[Wanted], slots: slice, rules: list[CommitRule]) -> None:
+        """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended."""
+        window = assemble(group)
+        columns = np.arange(max(rule.limit for rule in rules))
+        shift = group[0].sequence.rules.logit_shift
+        logit_rows = np.minimum(np.maximum(columns - shift, 0), window.input_ids.shape[1] - 1)
+        made = self.backend.refine_steps(
+            self.cache, slots, replace(window, logit_rows=np.tile(logit_rows, (len(group), 1))), rules
+        )
+        for wanted, ids, step in zip(group, made.ids, made.step, strict=True):
+            for number in range(int(step.max()) + 1):
+                columns = np.flatnonzero(step == number)
+                wanted.sequence.follow(wanted.forward.start + columns, ids[columns])
+                if wanted.sequence.is_finished:
+                    break
 
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:

@@ -56,6 +56,22 @@ class BlockState:
     rng: np.random.Generator | None = None
 
 
+@dataclass(frozen=True)
+class CommitRule:
+    """A policy's choice in a block as data, which a device can follow without the host (steps.py).
+
+    kind: fixed, threshold or factor. limit: positions of the block. masks, steps, number: of a fixed schedule, the masks it began
+    with, its steps, and how many of them are done.
+    """
+
+    kind: str
+    limit: int
+    value: float = 0.0
+    masks: int = 0
+    steps: int = 1
+    number: int = 0
+
+
 class Policy(ABC):
     """Commits at least one masked position in each call, unless none is masked."""
 
@@ -64,6 +80,10 @@ class Policy(ABC):
     @abstractmethod
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         """The positions [R] to commit: a subset of `is_masked` [R]."""
+
+    def rule(self, state: BlockState, limit: int) -> CommitRule | None:
+        """The same choice as data, for a block of `limit` positions; None where it cannot be written so."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,10 @@ class Fixed(Policy):
         # never none: where gaps of the prompt took part of the quota, the block outlasts its schedule
         return _most_confident(stats.confidence, is_masked, max(1, planned))
 
+    def rule(self, state: BlockState, limit: int) -> CommitRule:
+        steps = max(1, _steps(self.steps_per_block, state) - state.forced)
+        return CommitRule(self.name, limit, masks=state.num_masked, steps=steps, number=state.step - state.forced)
+
 
 @dataclass(frozen=True)
 class Threshold(Policy):
@@ -99,6 +123,9 @@ class Threshold(Policy):
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         asked = _most_confident(stats.confidence, is_masked, self._budget(int(is_masked.sum()), state))
         return _most_confident(stats.confidence, is_masked, 1) | (asked & (stats.confidence >= self.threshold))
+
+    def rule(self, state: BlockState, limit: int) -> CommitRule | None:
+        return CommitRule(self.name, limit, self.threshold) if self.steps_per_block is None else None
 
     def _budget(self, left: int, state: BlockState) -> int:
         steps = left if self.steps_per_block is None else max(1, self.steps_per_block - state.forced)
@@ -123,6 +150,9 @@ class Factor(Policy):
         n = np.arange(1, len(ordered) + 1)
         accepted = np.flatnonzero((n + 1) * (1 - ordered) < self.factor)
         return _most_confident(stats.confidence, is_masked, int(accepted[-1]) + 1 if len(accepted) else 1)
+
+    def rule(self, state: BlockState, limit: int) -> CommitRule:
+        return CommitRule(self.name, limit, self.factor)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trt_runtime.errors import DllmError
-from trt_runtime.policies import BlockState, Bools, Ints, Policy, RowStats
+from trt_runtime.policies import BlockState, Bools, CommitRule, Ints, Policy, RowStats
 from trt_runtime.sampling import Sampler
 
 FULL = "full"
 Written = tuple[list[int], list[int]]  # positions and their tokens
+Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the block's state
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Step:
     length: int
     positions: list[int]
     tokens: list[int]
-    seen: tuple[Ints, RowStats, BlockState] | None = field(default=None, repr=False, compare=False)
+    seen: Seen | None = field(default=None, repr=False, compare=False)
 
     def as_list(self) -> list[object]:
         """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
@@ -137,22 +138,36 @@ class Sequence:
         `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
         """
         assert self.block is not None
-        forced, chosen = self._is_forced, np.ones(len(forward.candidates), np.bool_)
+        chosen = np.ones(len(forward.candidates), np.bool_)
         state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng)
-        if not forced:
+        if not self._is_forced:
             chosen = self.rules.policy.select(stats, chosen, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
             raise DllmError(
                 f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this manifest: export it again."
             )
-        if instead is None:
-            self.canvas[positions] = tokens
-        else:
-            self.canvas[instead[0]] = instead[1]
-        length = forward.end - forward.start
-        seen = (forward.candidates, stats, state)
-        self.trace.append(Step(forward.kind, forward.start, length, positions.tolist(), tokens.tolist(), seen))
+        written = (positions.tolist(), tokens.tolist())
+        self._write(forward, written, instead or written, (forward.candidates, stats, state))
+
+    def commit_rule(self, forward: Forward) -> CommitRule | None:
+        """The policy's choices in the running block as data, if a device can follow them from this forward on."""
+        assert self.block is not None
+        inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
+        if forward.is_prefix_pass or self.rules.sampler.needs_logits or not inside:
+            return None
+        return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
+
+    def follow(self, positions: Ints, tokens: Ints) -> None:
+        """Take over what a device committed in one step of the running block."""
+        self._write(self.next_forward(), (positions.tolist(), tokens.tolist()))
+
+    def _write(self, forward: Forward, chosen: Written, written: Written | None = None, seen: Seen | None = None) -> None:
+        """Write positions into the canvas, note the step with what was chosen, and move on."""
+        assert self.block is not None
+        forced, (positions, tokens) = self._is_forced, written or chosen
+        self.canvas[positions] = tokens
+        self.trace.append(Step(forward.kind, forward.start, forward.end - forward.start, *chosen, seen))
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
         self.state = BlockState(left, self.state.step + 1, self.state.forced + forced)
         if self.rules.stop_at_eos and self._has_ended():

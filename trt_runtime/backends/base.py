@@ -7,14 +7,17 @@ Shape letters: B rows of the call, S rows of the window, R rows asked for, C cap
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from trt_runtime import steps
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
-from trt_runtime.policies import Floats, Ints, RowStats
+from trt_runtime.policies import CommitRule, Floats, Ints, RowStats
+from trt_runtime.steps import Committed
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Backend(ABC):
     manifest: Manifest
     max_batch: int | None = None  # rows that a call takes; None: any number
 
+    steps_per_look: int = 1  # refine steps that are made before the host looks at what they committed
+
     @property
     def gives_logits(self) -> bool:
         """Whether a call can be asked for logits: always with --head logits, else where the backend has them anyway."""
@@ -93,6 +98,24 @@ class Backend(ABC):
         """A refine step: the windows' keys and values are written at write_index, then attend to the cache up to kv_len."""
         self._check(cache, slots, window, want_logits)
         return self._finite(self._refine(cache, slots, window, want_logits))
+
+    def refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+        """Up to `steps_per_look` refine steps of blocks that begin the windows, each with its commit; a rule a row.
+
+        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose block is full wait.
+        """
+        if len(rules) != len(window.input_ids) or any(not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules):
+            raise DllmError(f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R positions.")
+        self._check(cache, slots, window, want_logits=False)
+        return self._refine_steps(cache, slots, window, rules)
+
+    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+        """On the host, step by step: what a device does by itself."""
+        ids, held = window.input_ids.copy(), steps.plan_of(rules, window.logit_rows.shape[1])
+        for _ in range(self.steps_per_look):
+            stats = self._refine(cache, slots, replace(window, input_ids=ids), want_logits=False)
+            steps.commit(ids, stats.token, stats.confidence, held, self.manifest.decoding.mask_token_id)
+        return steps.finished(held, rules, ids)
 
     def _check(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> None:
         model = self.manifest.model
