@@ -72,11 +72,7 @@ def used_names() -> set[str]:
                 names.add(".".join(parts))
             elif held is not None:
                 names.add(f"{_ATTRIBUTES[parts[held]]}.{parts[held + 1]}".lstrip("."))
-            elif (
-                root.id in _OBJECTS
-                and (file, root.id) != ("engine.py", "builder")
-                and (file, root.id) != ("backends/tensorrt.py", "builder")
-            ):
+            elif root.id in _OBJECTS and (root.id != "builder" or file == "builder.py"):
                 names.add(f"{_OBJECTS[root.id]}.{parts[0]}")
     return {name for name in names if name.split(".")[-1] not in ("__version__", "__class__", "attention") or name[0] == "I"} - {
         "ILayer.__class__", "ILayer.attention"}  # fmt: skip
@@ -98,22 +94,27 @@ def missing(module: str, names: set[str], **environment: str) -> tuple[str, list
     return version, gone
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_names_exist_in_the_bindings_of(version, tmp_path):
+def bindings_of(version, folder) -> dict[str, str]:
+    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test where they cannot be had."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler for the stub libraries")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(tmp_path),
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder),
                f"tensorrt-cu13-bindings=={version}"]  # fmt: skip
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"the bindings of {version} cannot be downloaded for this Python")
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "wheel")
-    (tmp_path / "stub.c").write_text(_STUB)
+        archive.extractall(folder / "wheel")
+    (folder / "stub.c").write_text(_STUB)
     for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
-        target = tmp_path / f"lib{library}.so.{version.split('.')[0]}"
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(tmp_path / "stub.c")], check=True)
-    paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(tmp_path / "wheel")}
+        target = folder / f"lib{library}.so.{version.split('.')[0]}"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(folder / "stub.c")], check=True)
+    return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder / "wheel")}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_names_exist_in_the_bindings_of(version, tmp_path):
+    paths = bindings_of(version, tmp_path)
     assert missing("tensorrt_bindings", used_names() - _RTX_ONLY - _OLD_ONLY, **paths) == (version, [])
     assert missing("tensorrt_bindings", {"Builder.no_such_method", "ILayer.name"}, **paths) == (
         version,
