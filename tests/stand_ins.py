@@ -158,10 +158,11 @@ class Cuda:
         return (self.Code.cudaSuccess if known else self.Code.cudaErrorInvalidValue), name.decode()
 
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
-        addresses = arguments[0]
-        if not all(self.holds("device", address, 1) for address in addresses):
+        values, kinds = arguments
+        pointers = [value for value, kind in zip(values, kinds, strict=True) if kind is ctypes.c_void_p]
+        if not all(self.holds("device", address, 1) for address in pointers):
             return (self.Code.cudaErrorInvalidValue,)
-        return self._queued(lambda: self.kernels[function](gx, *addresses))
+        return self._queued(lambda: self.kernels[function](gx, *values))
 
 
 _KINDS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -250,6 +251,20 @@ class Engine:
         for name, made in zip(self.outputs, self.session.run(self.outputs, given), strict=True):
             assert self.cuda.holds("device", addresses[name], made.nbytes), name
             _view(addresses[name], made.shape, self.kinds[name])[...] = made
+
+
+def commit_kernel(mask_token_id):
+    """What plugins/commit.py computes, over addresses: its reference."""
+    from trt_runtime import steps
+
+    def run(batch, ids, token, confidence, plan, value, state, committed, rows, columns):
+        at = [_view(address, shape, np.dtype(kind)) for address, shape, kind in (
+            (ids, (batch, rows), np.int64), (token, (batch, columns), np.int64), (confidence, (batch, columns), np.float32),
+            (plan, (batch, 4), np.int32), (value, (batch,), np.float64), (state, (batch, 2), np.int32),
+            (committed, (batch, columns), np.int32))]  # fmt: skip
+        steps.commit(at[0], at[1], at[2], steps.Plan(*at[3:]), mask_token_id)
+
+    return run
 
 
 def _view(address, shape, kind):

@@ -12,6 +12,7 @@ from conftest import export_quietly
 from test_export_graphs import window
 
 from trt_runtime import cuda, engine, replay
+from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.backends.tensorrt import TensorRTBackend
@@ -177,3 +178,54 @@ def test_the_backend_is_found_by_its_name(gpu, tiny_artifact, tiny_engines):
     assert open_backend("tensorrt", tiny_artifact, engines=tiny_engines).name == "tensorrt"
     with pytest.raises(DllmError, match="unknown option of the backend 'tensorrt' 'threads'"):
         open_backend("tensorrt", tiny_artifact, threads=2)
+
+
+def _with_kernels(gpu, monkeypatch, artifact, out, **sizes):
+    """Engines with kernels: compiled for real, put into the parsed network as ordinary layers, and run by their references."""
+    from test_plugins_tensorrt import _ordinary_layers
+
+    from plugins import tensorrt_plugins
+
+    real = tensorrt_plugins.replace_statistics
+    monkeypatch.setattr(tensorrt_plugins, "plugin_layer", lambda network, trt, target: _ordinary_layers(network))
+    monkeypatch.setattr(tensorrt_plugins, "replace_statistics", lambda network, trt, mask, make: real(network, rtx, mask, make))
+    made = engine.build(artifact, out, replace(SIZES, plugins=True, **sizes))
+    facts = json.loads((made / "engine.json").read_text())["built_for"]["plugins"]
+    gpu.kernels[facts["commit"]["entry"]] = stand_ins.commit_kernel(manifests.load(artifact).decoding.mask_token_id)
+    return made, facts
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_all_goldens_exactly_when_the_gpu_commits(gpu, golden_checkpoint, golden_cases, tmp_path, monkeypatch, count):
+    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", head="logits")
+    made, facts = _with_kernels(gpu, monkeypatch, artifact, tmp_path / "engines")
+    assert set(facts) == {"commit", "row_statistics"} and (made / "commit.ptx").is_file()
+    backend = TensorRTBackend(artifact, engines=tmp_path / "engines", steps_per_look=count)
+    chosen = golden_cases[:: 1 if count == 2 else 5]
+    assert [replay.compare(case, replay.replay(backend, case)) for case in chosen] == [None] * len(chosen)
+
+
+def test_the_gpu_commits_for_a_ragged_batch(gpu, golden_checkpoint, tmp_path, monkeypatch):
+    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact")
+    _with_kernels(gpu, monkeypatch, artifact, tmp_path / "engines", block_length=8, max_rows=None)
+    models = [load(artifact, "ort", threads=1), load(artifact, "tensorrt", engines=tmp_path / "engines", steps_per_look=5)]
+    prompts = [np.random.default_rng(1).integers(0, 120, length).tolist() for length in (5, 12, 9)]
+    for policy in ({"threshold": 0.02}, {"policy": "factor", "factor": 1.5}, {"policy": "fixed", "steps": 12}):
+        config = GenerationConfig(gen_length=28, block_length=8, **policy)
+        ours, theirs = ([(row.tokens, row.nfe) for row in model.generate(prompts, config)] for model in models)
+        assert ours == theirs
+    with pytest.raises(DllmError, match=r"a block of 16 positions: the commit kernel takes 8|no profile of the engines"):
+        models[1].generate(prompts, GenerationConfig(gen_length=32, block_length=16, cache="prefix"))
+
+
+def test_the_gpu_commits_only_with_a_kernel(gpu, tiny_artifact, tiny_engines):
+    model = load(tiny_artifact, "tensorrt", engines=tiny_engines, steps_per_look=4)
+    with pytest.raises(DllmError, match="has no commit kernel for steps_per_look: build with --plugins"):
+        model.generate([[1, 2, 3]], GenerationConfig(gen_length=8, block_length=8))
+
+
+def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypatch):
+    made, _ = _with_kernels(gpu, monkeypatch, golden_artifact, tmp_path)
+    (made / "commit.ptx").write_text((made / "commit.ptx").read_text() + " ")
+    with pytest.raises(DllmError, match=r"commit.ptx: is missing or was changed"):
+        TensorRTBackend(golden_artifact, engines=tmp_path)

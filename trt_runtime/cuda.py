@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,37 @@ class Facts:
     name: str
     compute_capability: int
     driver: str
+
+
+Tensors = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name -> element type and shape
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Small tensors: one piece of pinned memory and one of the device, with the same places in both."""
+
+    host: npt.NDArray[np.uint8]
+    device: Memory
+
+    def place(self, tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int], int]:
+        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes in use."""
+        arrays, addresses, offset = {}, {}, 0
+        for name, (dtype, shape) in tensors.items():
+            size = dtype.itemsize * math.prod(shape)
+            arrays[name] = self.host[offset : offset + size].view(dtype).reshape(shape)
+            addresses[name] = self.device.address + offset
+            offset = aligned(offset + size)
+        return arrays, addresses, offset
+
+    @staticmethod
+    def size_of(tensors: Tensors) -> int:
+        """Bytes that `place` will need."""
+        return sum(aligned(dtype.itemsize * math.prod(shape)) for dtype, shape in tensors.values())
+
+
+def aligned(size: int) -> int:
+    """The next size at which something else may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _Owner:
@@ -109,6 +141,10 @@ class Device:
         weakref.finalize(held, self._runtime.cudaFreeHost, address)
         return np.ctypeslib.as_array(held)[:size]
 
+    def arena(self, size: int) -> Arena:
+        """Room for small tensors on both sides."""
+        return Arena(self.pinned(size), self.allocate(size))
+
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
         """Queue a copy to the device. `array` is contiguous; pinned, it may change only after `synchronize`."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -162,9 +198,10 @@ class Kernel:
     device: Device
     function: Any
 
-    def queue(self, grid: int, threads: int, shared: int, addresses: Sequence[int]) -> None:
-        """Queue a launch of `grid` blocks of `threads` threads; the arguments are device addresses."""
-        arguments = (tuple(addresses), (ctypes.c_void_p,) * len(addresses))
+    def queue(self, grid: int, threads: int, shared: int, addresses: Sequence[int], sizes: Sequence[int] = ()) -> None:
+        """Queue a launch of `grid` blocks of `threads` threads; the arguments are device addresses, then int32 sizes."""
+        kinds = (ctypes.c_void_p,) * len(addresses) + (ctypes.c_int32,) * len(sizes)
+        arguments = ((*addresses, *sizes), kinds)
         answer = self.device._driver.cuLaunchKernel(
             self.function, grid, 1, 1, threads, 1, 1, shared, self.device.stream, arguments, 0
         )

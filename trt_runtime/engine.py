@@ -84,11 +84,9 @@ class BuildConfig:
                 raise DllmError(f"--{name.replace('_', '-')} is {value}, expected a whole number from 1.")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise DllmError(f"--optimization-level is {self.optimization_level}, expected 0 to 5.")
-        for name in ("plugins", "strip", "inspect"):
+        for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
-                raise DllmError(
-                    f"--{name} goes with --backend tensorrt: TensorRT-RTX has no plugins, and strips and inspects on a GPU alone."
-                )
+                raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX is not asked to.")
         length = min(self.max_length, manifest.model.max_length)
         block = min(self.block_length, length)
         return replace(self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length))
@@ -131,9 +129,9 @@ def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | 
 
 
 def describe(
-    manifest: Manifest, config: BuildConfig, trt: Any, gpu: cuda.Facts | None = None, kernels: dict[str, str] | None = None
+    manifest: Manifest, config: BuildConfig, trt: Any, gpu: cuda.Facts | None = None, kernels: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """All that an engine depends on, in words: what its key is made of. `kernels`: hashes of the plugins."""
+    """All that an engine depends on, in words: what its key is made of. `kernels`: facts of the plugins."""
     return circumstances(manifest, config.backend, trt, gpu) | {
         "layout": config.layout, "targets": sorted(config.targets), "optimization_level": config.optimization_level,
         "capacity": config.capacity, "strip": config.strip, "inspect": config.inspect, "plugins": kernels or {},
@@ -153,7 +151,7 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
     config, trt = config.checked(manifest), load(config.backend)
     _check_lowering(manifest, config, trt)
     gpu = None if config.targets else _gpu(config)
-    edit, kernels = _plugins(manifest, gpu) if config.plugins and gpu else (None, {})
+    edit, kernels, ptx = _plugins(manifest, config, gpu) if config.plugins and gpu else (None, {}, {})
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
     if (directory / FILE_NAME).is_file():
@@ -174,6 +172,8 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
                 _replace(timing, held)
             if config.inspect:
                 (made / (plan.name + ".layers.json")).write_text(_inspected(made / (plan.name + SUFFIX), trt), encoding="utf-8")
+        for name, text in ptx.items():
+            (made / name).write_text(text, encoding="utf-8")
         files = {file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file))) for file in sorted(made.iterdir())}
         facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds}
         (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -244,15 +244,32 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
         raise DllmError(f"engines are built on the GPU that runs them: {str(error).rstrip('.')}{known}.") from error
 
 
-def _plugins(manifest: Manifest, gpu: cuda.Facts) -> tuple[Callable[[Any, Any], None], dict[str, str]]:
-    """What puts the kernels into a parsed network, and their hashes."""
-    tool = import_tool("plugins.tensorrt_plugins", "--plugins", "run it from a checkout, with pip install -e '.[kernels]'")
-    sizes = (manifest.model.vocab_size, manifest.decoding.mask_token_id, gpu.compute_capability)
+def _plugins(
+    manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
+) -> tuple[Callable[[Any, Any], None] | None, dict[str, Any], dict[str, str]]:
+    """What puts kernels into a parsed network, facts of all kernels with their hashes, and the files of those the runtime launches.
+
+    TensorRT-RTX takes no plugins: its engines come with the commit kernel alone.
+    """
+    advice = "run it from a checkout, with pip install -e '.[kernels]'"
+    mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
+    commit = import_tool("plugins.commit", "--plugins", advice).compiled(mask, config.block_length, target)
+    facts = {"commit": {"file": "commit.ptx", "entry": commit.name, "threads": commit.threads, "shared": commit.shared,
+                        "columns": config.block_length, "sha256": _hash(commit.ptx)}}  # fmt: skip
+    if config.backend != "tensorrt":
+        return None, facts, {"commit.ptx": commit.ptx}
+    tool = import_tool("plugins.tensorrt_plugins", "--plugins", advice)
+    statistics = tool.compiled(manifest.model.vocab_size, mask, target)
 
     def edit(network: Any, trt: Any) -> None:
-        tool.replace_statistics(network, trt, sizes[1], tool.plugin_layer(network, trt, sizes[2]))
+        tool.replace_statistics(network, trt, mask, tool.plugin_layer(network, trt, target))
 
-    return edit, {"row_statistics": hashlib.sha256(tool.compiled(*sizes).ptx.encode()).hexdigest()}
+    facts["row_statistics"] = {"entry": statistics.name, "sha256": _hash(statistics.ptx)}
+    return edit, facts, {"commit.ptx": commit.ptx}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _inspected(file: Path, trt: Any) -> str:

@@ -9,8 +9,7 @@ Shape letters as in contract.py.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +17,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from trt_runtime import builder, contract, cuda, engine
+from trt_runtime import builder, contract, cuda, engine, steps
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.builder import Profile
 from trt_runtime.contract import TensorSpec
 from trt_runtime.errors import DllmError
+from trt_runtime.policies import CommitRule
+from trt_runtime.steps import Committed
 
 Arrays = dict[str, npt.NDArray[Any]]
 Shape = tuple[int, int, int]  # B, S, R of a call
@@ -42,22 +44,23 @@ class _Engine:
     contexts: dict[int, Any] = field(default_factory=dict)
 
 
-@dataclass
-class _Arena:
-    """Small inputs or outputs: one piece of pinned memory and one of the device, with the same places in both."""
+@dataclass(frozen=True)
+class _Call:
+    """A call whose inputs stand ready in pinned memory: where its small tensors lie, and how much of each arena they take."""
 
-    host: npt.NDArray[np.uint8]
-    device: cuda.Memory
+    held: _Engine
+    index: int
+    shape: Shape
+    given: Arrays
+    into: dict[str, int]
+    used: int
+    made: Arrays
+    out: dict[str, int]
+    answer: int
 
-    def place(self, tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Arrays, dict[str, int], int]:
-        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes in use."""
-        arrays, addresses, offset = {}, {}, 0
-        for name, (dtype, shape) in tensors.items():
-            size = dtype.itemsize * math.prod(shape)
-            arrays[name] = self.host[offset : offset + size].view(dtype).reshape(shape)
-            addresses[name] = self.device.address + offset
-            offset = _aligned(offset + size)
-        return arrays, addresses, offset
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.held.name, self.index, self.shape
 
 
 @dataclass
@@ -71,13 +74,22 @@ class _Buffers:
 class TensorRTBackend(Backend):
     """An artifact on TensorRT engines that `dllm-trt build` made.
 
-    engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps.
+    engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps. steps_per_look: refine
+    steps that the GPU makes by itself before the host looks (above 1, with engines built with --plugins).
     """
 
     name: ClassVar[str] = "tensorrt"
 
-    def __init__(self, artifact: Path, *, engines: str | Path = "engines", device: int = 0, cuda_graphs: bool = True) -> None:
-        self.manifest = manifests.load(artifact)
+    def __init__(
+        self,
+        artifact: Path,
+        *,
+        engines: str | Path = "engines",
+        device: int = 0,
+        cuda_graphs: bool = True,
+        steps_per_look: int = 1,
+    ) -> None:
+        self.manifest, self.steps_per_look = manifests.load(artifact), steps_per_look
         self._artifact, self._trt = artifact, engine.load(self.name)
         self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
         wanted = engine.circumstances(self.manifest, self.name, self._trt, self._device.facts)
@@ -91,10 +103,12 @@ class TensorRTBackend(Backend):
         self._scratch = self._device.allocate(
             max(_scratch_bytes(held, i) for held in self._engines for i in range(len(held.profiles)))
         )
-        largest = [profile for held in self._engines for profile in held.profiles]
-        self._inputs = self._arena(contract.inputs("refine", self.manifest.dims), largest)
-        self._outputs = self._arena(contract.outputs("refine", self.manifest.dims, self.manifest.head), largest)
+        self._inputs, self._outputs = self._arena(outputs=False), self._arena(outputs=True)
         self._fresh = self._fresh_rows()
+        kernel = built_for["plugins"].get("commit")
+        self._commit = (
+            CommitKernel(self._device, kernel, (self.directory / kernel["file"]).read_bytes(), self.max_batch) if kernel else None
+        )
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """A cache of the engines' own capacity. Raises DllmError where that does not suffice."""
@@ -110,7 +124,7 @@ class TensorRTBackend(Backend):
         self._device.synchronize()
         for held in self._engines:
             held.contexts.clear()
-        del self._engines, self._runtime, self._scratch, self._inputs, self._outputs, self._fresh
+        del self._engines, self._runtime, self._scratch, self._inputs, self._outputs, self._fresh, self._commit
 
     def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
         return self._run("prefix", cache, slots, window, want_logits)
@@ -119,39 +133,67 @@ class TensorRTBackend(Backend):
         return self._run("refine", cache, slots, window, want_logits)
 
     def _run(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        call = self._call(role, window)
+        wanted = [name for name in call.made if want_logits or name != contract.LOGITS]
+
+        def work() -> None:
+            self._device.upload(self._inputs.device.address, self._inputs.host[: call.used])
+            self._execute(call, cache, slots, window)
+            if len(wanted) == len(call.made):
+                self._device.download(self._outputs.host[: call.answer], self._outputs.device.address)
+            else:
+                for name in wanted:
+                    self._device.download(call.made[name], call.out[name])
+
+        self._queue(work, cache.buffers.graphs, (*call.key, slots.start, want_logits) if role == "refine" else None)
+        self._device.synchronize()
+        asked, kinds = window.logit_rows.shape[1], {"token": np.int64}
+        stats: dict[str, Any] = {name: call.made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
+        return Stats(**stats)
+
+    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+        call, kernel = self._call("refine", window), self._commit
+        if kernel is None or call.given["input_ids"].dtype != np.int64:
+            raise DllmError(
+                f"{self.directory}: has no commit kernel for steps_per_look: build with --plugins, and TensorRT 10 or newer."
+            )
+        held = kernel.begin(rules, call.shape[2])
+        self._device.upload(self._inputs.device.address, self._inputs.host[: call.used])
+
+        def step() -> None:
+            self._execute(call, cache, slots, window)
+            kernel.queue(held, call.into["input_ids"], call.shape[1], call.out["token"], call.out["confidence"])
+
+        for _ in range(self.steps_per_look):
+            self._queue(step, cache.buffers.graphs, (*call.key, slots.start, "commit"))
+        self._device.download(call.given["input_ids"], call.into["input_ids"])
+        kernel.end(held)
+        self._device.synchronize()
+        return steps.finished(held.arrays, rules, call.given["input_ids"].copy())
+
+    def _call(self, role: str, window: Window) -> _Call:
+        """Choose an engine and put the inputs into pinned memory."""
         batch, rows = window.input_ids.shape
         asked = window.logit_rows.shape[1]
         held, index = self._choose(role, (batch, rows, asked))
         # few shapes, so that recorded steps come again: what is asked for is filled up with row 0
         shape = (batch, rows, min(1 << (asked - 1).bit_length(), held.profiles[index].asked[2]))
-        context = self._context(held, index)
-        given, into, used = self._inputs.place(self._small(held.inputs, held, shape))
-        given["logit_rows"][...] = 0
-        given["logit_rows"][:, :asked] = window.logit_rows
-        for name in given.keys() - {"logit_rows"}:
-            given[name][...] = getattr(window, name)
-        made, out, answer = self._outputs.place(self._small(held.outputs, held, shape))
-        wanted = [name for name in made if want_logits or name != contract.LOGITS]
+        call = _Call(held, index, shape, *self._inputs.place(self._small(held.inputs, held, shape)),
+                     *self._outputs.place(self._small(held.outputs, held, shape)))  # fmt: skip
+        call.given["logit_rows"][...] = 0
+        call.given["logit_rows"][:, :asked] = window.logit_rows
+        for name in call.given.keys() - {"logit_rows"}:
+            call.given[name][...] = getattr(window, name)
+        return call
 
-        def work() -> None:
-            self._bind(held, context, shape, into | out, cache, slots)
-            self._device.upload(self._inputs.device.address, self._inputs.host[:used])
-            if not context.execute_async_v3(self._device.stream):
-                raise DllmError(f"TensorRT failed in the engine '{held.name}': {self._logger.last or 'no message'}")
-            if not self.manifest.dims.writes_caches:
-                self._write_rows(cache, slots, window)
-            if len(wanted) == len(made):
-                self._device.download(self._outputs.host[:answer], self._outputs.device.address)
-            else:
-                for name in wanted:
-                    self._device.download(made[name], out[name])
-
-        key = (held.name, index, shape, slots.start, want_logits)
-        self._queue(work, cache.buffers.graphs, key if role == "refine" else None)
-        self._device.synchronize()
-        kinds = {"token": np.int64}
-        stats: dict[str, Any] = {name: made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
-        return Stats(**stats)
+    def _execute(self, call: _Call, cache: Cache, slots: slice, window: Window) -> None:
+        """Queue one execution, between the inputs and the statistics on the device."""
+        context = self._context(call.held, call.index)
+        self._bind(call.held, context, call.shape, call.into | call.out, cache, slots)
+        if not context.execute_async_v3(self._device.stream):
+            raise DllmError(f"TensorRT failed in the engine '{call.held.name}': {self._logger.last or 'no message'}")
+        if not self.manifest.dims.writes_caches:
+            self._write_rows(cache, slots, window)
 
     def _queue(
         self, work: Callable[[], None], graphs: dict[tuple[Any, ...], cuda.Graph | None], key: tuple[Any, ...] | None
@@ -259,15 +301,14 @@ class TensorRTBackend(Backend):
                             tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes))
                 for spec in specs if not _is_cache(spec)}  # fmt: skip
 
-    def _arena(self, specs: list[TensorSpec], profiles: list[Profile]) -> _Arena:
-        """Room for what is no cache, in the largest shapes of the profiles."""
+    def _arena(self, outputs: bool) -> cuda.Arena:
+        """Room for the small inputs or outputs in the largest shapes of the profiles."""
         size = 0
-        for profile in profiles:
-            sizes = {"B": profile.batch[2], "S": profile.rows[2], "R": profile.asked[2]}
-            each = (contract.ITEM_SIZE[spec.dtype] * math.prod(sizes[a] if isinstance(a, str) else a for a in spec.axes)
-                    for spec in specs if not _is_cache(spec))  # fmt: skip
-            size = max(size, sum(_aligned(part) for part in each))
-        return _Arena(self._device.pinned(size), self._device.allocate(size))
+        for held in self._engines:
+            for profile in held.profiles:
+                shape = (profile.batch[2], profile.rows[2], profile.asked[2])
+                size = max(size, cuda.Arena.size_of(self._small(held.outputs if outputs else held.inputs, held, shape)))
+        return self._device.arena(size)
 
     def _fresh_rows(self) -> list[cuda.Memory]:
         """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
@@ -291,10 +332,6 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 def _is_cache(spec: TensorSpec) -> bool:
     return "." in spec.name
-
-
-def _aligned(size: int) -> int:
-    return -(-size // cuda.ALIGNMENT) * cuda.ALIGNMENT
 
 
 def _scratch_bytes(held: _Engine, index: int) -> int:

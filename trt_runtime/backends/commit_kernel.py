@@ -1,0 +1,63 @@
+"""The commit kernel of plugins/commit.py on a GPU: loaded from PTX that was compiled ahead of time, and the arrays it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from trt_runtime import cuda, steps
+from trt_runtime.errors import DllmError
+from trt_runtime.policies import CommitRule
+from trt_runtime.steps import Plan
+
+_KINDS = {"plan": np.int32, "value": np.float64, "state": np.int32, "committed": np.int32}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A call's arrays in pinned memory, and where they lie on the device."""
+
+    arrays: Plan
+    addresses: dict[str, int]
+    used: int
+
+
+class CommitKernel:
+    """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as engine.json has them."""
+
+    def __init__(self, device: cuda.Device, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
+        self._device, self._facts = device, facts
+        self._kernel = device.kernel(ptx, facts["entry"])
+        self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * facts["columns"])))
+
+    def begin(self, rules: Sequence[CommitRule], columns: int) -> Running:
+        """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks that the kernel does not hold."""
+        most = max(rule.limit for rule in rules)
+        if most > self._facts["columns"]:
+            raise DllmError(
+                f"a block of {most} positions: the commit kernel takes {self._facts['columns']}: build the engines with --block-length {most}."
+            )
+        made = steps.plan_of(rules, columns)
+        arrays, addresses, used = self._arena.place(self._tensors(len(rules), columns))
+        for name, array in arrays.items():
+            array[...] = getattr(made, name)
+        self._device.upload(self._arena.device.address, self._arena.host[:used])
+        return Running(Plan(**arrays), addresses, used)
+
+    def queue(self, held: Running, ids: int, rows: int, token: int, confidence: int) -> None:
+        """Queue a commit over windows [B, rows] at `ids` by statistics at `token` and `confidence`."""
+        batch, columns = held.arrays.committed.shape
+        addresses = [ids, token, confidence, *(held.addresses[item.name] for item in fields(Plan))]
+        self._kernel.queue(batch, self._facts["threads"], self._facts["shared"], addresses, (rows, columns))
+
+    def end(self, held: Running) -> None:
+        """Queue the download of what was committed."""
+        self._device.download(self._arena.host[: held.used], self._arena.device.address)
+
+    @staticmethod
+    def _tensors(batch: int, columns: int) -> cuda.Tensors:
+        shapes = {"plan": (batch, 4), "value": (batch,), "state": (batch, 2), "committed": (batch, columns)}
+        return {name: (np.dtype(kind), shapes[name]) for name, kind in _KINDS.items()}
