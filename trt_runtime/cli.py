@@ -98,6 +98,7 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="ort", help=f"what runs the model: {', '.join(backends.names())} (default ort)")
     parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
     parser.add_argument("--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)")
+    parser.add_argument("--steps-per-look", type=int, help="refine steps that the device makes before the host looks (default 1)")
     parser.add_argument("--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)")
     parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
 
@@ -124,7 +125,7 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 # options that only some backends take
-_BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "tensorrt-rtx"), "engines": ("tensorrt", "tensorrt-rtx"),
+_BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "tensorrt-rtx"), "steps_per_look": ("ort", "tensorrt", "tensorrt-rtx"), "engines": ("tensorrt", "tensorrt-rtx"),
                     "checkpoint": ("torch",)}  # fmt: skip
 
 
@@ -132,13 +133,17 @@ def _open(args: argparse.Namespace) -> Model:
     options: dict[str, object] = {}
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
+    if args.steps_per_look is not None and args.steps_per_look < 1:
+        raise DllmError(f"--steps-per-look is {args.steps_per_look}, expected a whole number from 1.")
     for name, takers in _BACKEND_OPTIONS.items():
         value = getattr(args, name)
         is_of_bench = name == "checkpoint" and args.backend not in takers and getattr(args, "reference", False)
         if value is None or is_of_bench:  # bench hands the checkpoint to its variants on PyTorch
             continue
         if args.backend not in takers and args.backend in backends.names():
-            raise DllmError(f"--{name} goes with --backend {' or '.join(takers)}, got --backend {args.backend}.")
+            raise DllmError(
+                f"--{name.replace('_', '-')} goes with --backend {' or '.join(takers)}, got --backend {args.backend}."
+            )
         options[name] = value
     if "device" in options and args.backend != "ort":
         if not args.device.isdecimal():
@@ -150,7 +155,7 @@ def _open(args: argparse.Namespace) -> Model:
 def _config(args: argparse.Namespace) -> GenerationConfig:
     for name, policy in (("threshold", "threshold"), ("factor", "factor")):
         if getattr(args, name) is not None and args.policy != policy and args.policy in POLICIES:
-            raise DllmError(f"--{name} goes with --policy {policy}, got --policy {args.policy}.")
+            raise DllmError(f"--{name.replace('_', '-')} goes with --policy {policy}, got --policy {args.policy}.")
     if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
         raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
     given = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from trt_runtime import contract
+from trt_runtime import contract, cuda, steps
 from trt_runtime import manifest as manifests
+from trt_runtime.backends import import_tool
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.errors import DllmError, unknown
+from trt_runtime.policies import CommitRule
+from trt_runtime.steps import Committed
 
 # a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges messages that
 # stand one after the other, so a graph file with this behind it has one more output, and no onnx package is needed
 _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PLACES = {"cpu": "cpu", "cuda": "cuda"}  # what ONNX Runtime calls a device's memory
 _CPU_DTYPES = ("fp32", "fp16")
 # by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element type in ONNX
 _ELEMENTS = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
@@ -45,8 +51,9 @@ class _Buffers:
 class OrtBackend(Backend):
     """An artifact on ONNX Runtime: on a CPU in fp32 or fp16, with device='cuda' also in bf16.
 
-    threads: of a matrix product on the CPU; None takes the physical cores. `role`: the graph to open (the prefix graph is for
-    tests that compare it with the refine graph). `model_bytes`: a variant of that graph over the same weights.
+    threads: of a matrix product on the CPU; None takes the physical cores. steps_per_look: refine steps, each with its commit, before
+    the host looks; above 1 on CUDA the commits are a kernel, compiled here (from a checkout, with the kernels extra). `role`: the graph
+    to open (the prefix graph is for tests that compare it with the refine graph). `model_bytes`: a variant of it over the same weights.
     """
 
     name = "ort"
@@ -57,11 +64,12 @@ class OrtBackend(Backend):
         *,
         threads: int | None = None,
         device: str = "cpu",
+        steps_per_look: int = 1,
         role: str = "refine",
         model_bytes: bytes | None = None,
     ) -> None:
         self.manifest = manifests.load(artifact)
-        self.role, self.device = role, device
+        self.role, self.device, self.steps_per_look = role, device, steps_per_look
         self._check_device(artifact)
         self._zero, self._element_type = _ELEMENTS[self.manifest.model.dtype]
         options = ort.SessionOptions()
@@ -90,6 +98,7 @@ class OrtBackend(Backend):
         specs = contract.inputs(role, dims)
         self._small_inputs = [spec.name for spec in specs if spec.name not in self._names]
         self._cache_inputs = [spec.name for spec in specs if spec.name in self._names]
+        self._commit: tuple[int, int, cuda.Device, CommitKernel] | None = None
 
     @property
     def gives_logits(self) -> bool:
@@ -100,8 +109,8 @@ class OrtBackend(Backend):
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
         if self.device == "cpu":
             return Cache(batch, capacity, _Buffers({name: np.zeros(shape, self._zero) for name in self._names}))
-        zeros = np.zeros(shape, self._zero)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0) for name in self._names}
+        place = _PLACES[self.device]
+        values = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), place, 0) for name in self._names}
         return Cache(batch, capacity, _Buffers({}, values))
 
     def close(self) -> None:
@@ -122,14 +131,59 @@ class OrtBackend(Backend):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name in (*([] if self.manifest.dims.writes_caches else self._returned), *names):
             binding.bind_output(name, "cpu")  # anew: their shapes change
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises several unrelated types
-            raise DllmError(f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}") from error
+        self._execute(binding)
         outputs = binding.get_outputs()
         if not self.manifest.dims.writes_caches:
             self._write(cache, slots, window, outputs)
         return {name: value.numpy() for name, value in zip(names, outputs[len(self._names) :], strict=True)}
+
+    def _execute(self, binding: Any) -> None:
+        """Run, and wait for the end."""
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises several unrelated types
+            raise DllmError(f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}") from error
+
+    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+        """On CUDA: tokens and statistics stay on the GPU, and the kernel commits there."""
+        if self.device == "cpu":
+            return super()._refine_steps(cache, slots, window, rules)
+        batch, asked = window.logit_rows.shape
+        device, kernel = self._kernel(batch, asked)
+        arrays = {name: np.ascontiguousarray(getattr(window, name)) for name in self._small_inputs}
+        shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        shapes |= {name: (np.dtype(np.int64 if name == "token" else np.float32), (batch, asked)) for name in contract.STATISTICS}
+        arena = device.arena(cuda.Arena.size_of(shapes))
+        held, at, used = arena.place(shapes)
+        for name, array in arrays.items():
+            held[name][...] = array
+        device.upload(arena.device.address, arena.host[:used])
+        running = kernel.begin(rules, asked)
+        device.synchronize()  # ONNX Runtime has a stream of its own
+        binding = self._binding(cache, slots, ("on the device",))
+        for name, (dtype, shape) in shapes.items():
+            bind = binding.bind_output if name in contract.STATISTICS else binding.bind_input
+            bind(name, _PLACES[self.device], 0, dtype.type, list(shape), at[name])
+        for _ in range(self.steps_per_look):
+            self._execute(binding)
+            kernel.queue(running, at["input_ids"], window.input_ids.shape[1], at["token"], at["confidence"])
+            device.synchronize()
+        device.download(held["input_ids"], at["input_ids"])
+        kernel.end(running)
+        device.synchronize()
+        return steps.finished(running.arrays, rules, held["input_ids"].copy())
+
+    def _kernel(self, batch: int, columns: int) -> tuple[cuda.Device, CommitKernel]:
+        """The commit kernel for at least so many rows and positions, compiled for this GPU."""
+        if self._commit is None or self._commit[0] < batch or self._commit[1] < columns:
+            tool = import_tool(
+                "plugins.commit", "steps_per_look on CUDA", "run from a checkout, with pip install -e '.[kernels]'"
+            )
+            device = cuda.Device()
+            made = tool.compiled(self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability)
+            facts = {"entry": made.name, "threads": made.threads, "shared": made.shared, "columns": columns}
+            self._commit = (batch, columns, device, CommitKernel(device, facts, made.ptx.encode(), batch))
+        return self._commit[2], self._commit[3]
 
     def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
         """The window's rows into the caches: what a graph of the legacy lowering leaves to its caller."""
@@ -187,7 +241,7 @@ class OrtBackend(Backend):
         shape = [slots.stop - slots.start, model.num_kv_heads, cache.capacity, model.head_dim]
         first = slots.start * math.prod(shape[1:]) * contract.ITEM_SIZE[self.manifest.dims.dtype]
         for name, returned in zip(self._names, self._returned, strict=True):
-            place = (self.device, 0, self._element_type, shape, buffers.address(name) + first)
+            place = (_PLACES[self.device], 0, self._element_type, shape, buffers.address(name) + first)
             if name in self._cache_inputs:
                 binding.bind_input(name, *place)
             if self.manifest.dims.writes_caches:

@@ -1,0 +1,74 @@
+"""ONNX Runtime's CUDA path without a GPU: the CPU provider under CUDA's name, over the stand-in for CUDA. And that nothing falls back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import stand_ins
+from conftest import export_quietly
+
+from trt_runtime import cuda, replay
+from trt_runtime import manifest as manifests
+from trt_runtime.backends import ort as backend_ort
+from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.model import load
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    made = stand_ins.Cuda()
+    monkeypatch.setattr(cuda, "_bindings", lambda: (made, made))
+    monkeypatch.setitem(backend_ort._PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(backend_ort._PLACES, "cuda", "cpu")
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_goldens_exactly(gpu, golden_artifact, golden_cases, count):
+    from plugins import commit
+
+    mask = manifests.load(golden_artifact).decoding.mask_token_id
+    for columns in (8, 16, 32, 64):
+        name = f"dllm_commit_{mask}_{commit.constants(mask, columns)['BLOCK']}"
+        gpu.kernels[name] = stand_ins.commit_kernel(mask)
+    backend = OrtBackend(golden_artifact, threads=1, device="cuda", steps_per_look=count)
+    chosen = golden_cases[:: 3 if count == 1 else 2]
+    assert [replay.compare(case, replay.replay(backend, case)) for case in chosen] == [None] * len(chosen)
+    assert (backend._commit is not None) == (count > 1)
+
+
+def test_rows_in_later_slots(gpu, golden_artifact):
+    from plugins import commit
+
+    mask = manifests.load(golden_artifact).decoding.mask_token_id
+    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 8)['BLOCK']}"] = stand_ins.commit_kernel(mask)
+    prompts = [np.random.default_rng(2).integers(0, 120, length).tolist() for length in (5, 12, 9)]
+    made = []
+    for options in ({}, {"device": "cuda"}, {"device": "cuda", "steps_per_look": 3}):
+        results = load(golden_artifact, "ort", threads=1, **options).generate(
+            prompts, GenerationConfig(gen_length=24, block_length=8, threshold=0.02)
+        )
+        made.append([(row.tokens, row.nfe) for row in results])
+    assert made[0] == made[1] == made[2]
+
+
+def test_without_a_cuda_provider_it_is_an_error_and_not_the_cpu(golden_artifact, monkeypatch):
+    with pytest.raises(DllmError, match=r"has no CUDA provider: pip uninstall onnxruntime, then pip install 'dllm-trt.ort-gpu.'"):
+        OrtBackend(golden_artifact, device="cuda")
+    real = backend_ort.ort.InferenceSession  # onnxruntime-gpu without a driver: a warning, and a session on the CPU
+    monkeypatch.setattr(backend_ort.ort, "InferenceSession", lambda model, options, providers: real(model, options))
+    monkeypatch.setattr(backend_ort.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(
+        DllmError, match="opened the model on CPUExecutionProvider instead of CUDA: its CUDA provider did not load"
+    ):
+        OrtBackend(golden_artifact, device="cuda")
+
+
+def test_what_cuda_does_not_take(gpu, golden_checkpoint, golden_artifact, tmp_path):
+    legacy = export_quietly(golden_checkpoint, tmp_path / "legacy", lowering="legacy")
+    with pytest.raises(DllmError, match=r"is of the legacy lowering, .* --lowering modern"):
+        OrtBackend(legacy, device="cuda")
+    with pytest.raises(DllmError, match=r"unknown device of ONNX Runtime 'gpu'"):
+        OrtBackend(golden_artifact, device="gpu")
