@@ -8,12 +8,13 @@ MODEL ?= llada
 DTYPE ?= fp32
 HEAD ?= statistics
 WEIGHTS ?= copy
+ENGINES ?= engines
 DEMO := artifacts/llada-demo
 PROMPTS := checkpoints/llada-demo/prompts.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo export test lint bench clean
+.PHONY: help demo export engines test lint bench gpu-report clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,7 +29,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 # what the tests need: PyTorch and transformers for the reference, TensorRT-RTX (which builds without a GPU), and the linters
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -e '.[export,ort,reference,rtx,kernels,dev]'
+	$(PIP) -e '.[export,ort,reference,rtx,kernels,bench,dev]'
 	@touch $@
 
 demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring
@@ -43,6 +44,9 @@ export: $(VENV)/.runtime ## checkpoint -> artifact: MODEL=llada|dream [CHECKPOIN
 	$(BIN)/python -m export --model $(MODEL) --dtype $(DTYPE) --head $(HEAD) --overwrite \
 	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto)
 
+engines: $(VENV)/.runtime ## artifact -> TensorRT engines, on the GPU that runs them: MODEL=llada|dream [OUT=dir] [ENGINES=dir] [BUILD='--max-batch 4']
+	$(BIN)/dllm-trt build $(or $(OUT),artifacts/$(if $(filter dream,$(MODEL)),dream_tiny,llada-demo)) --out $(ENGINES) $(BUILD)
+
 test: $(VENV)/.dev ## the tests, on a CPU
 	$(BIN)/python -m pytest
 
@@ -54,6 +58,9 @@ lint: $(VENV)/.dev ## ruff, mypy, import rules
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA on ONNX Runtime against eager PyTorch, one thread (about 25 minutes)
 	$(BIN)/python benchmarks/llada_140m.py --output benchmarks/results
+
+gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_report.py $(REPORT)
 
 clean: ## remove artifacts, caches and the environment
 	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

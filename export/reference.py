@@ -33,13 +33,13 @@ class _Writer:
     """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends to."""
 
     buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] a layer
-    write_index: torch.Tensor  # [B]
+    write_index: list[int]  # [B], on the host: reading it back from a GPU in every layer would wait each time
     own_rows_only: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rows = key.shape[2]
         for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
-            for b, start in enumerate(self.write_index.tolist()):
+            for b, start in enumerate(self.write_index):
                 buffer[b, :, start : start + rows] = new[b]
         return (key, value) if self.own_rows_only else self.buffers[layer_idx]
 
@@ -108,7 +108,7 @@ class TorchBackend(Backend):
     def logits(self, cache: Cache, slots: slice, window: Window, *, own_rows_only: bool) -> torch.Tensor:
         """float32 logits [B, R, V] of the rows asked for; the caches of `slots` are updated."""
         tensors = {name: torch.from_numpy(getattr(window, name)).to(self.device) for name in
-                   ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows")}  # fmt: skip
+                   ("input_ids", "position_ids", "kv_len", "logit_rows")}  # fmt: skip
         keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
         valid = torch.arange(keys, device=self.device) < tensors["kv_len"][:, None]
         mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
@@ -118,7 +118,7 @@ class TorchBackend(Backend):
             input_ids=tensors["input_ids"],
             position_ids=tensors["position_ids"],
             attention_mask=mask,
-            past_key_values=_Writer(buffers, tensors["write_index"], own_rows_only),
+            past_key_values=_Writer(buffers, window.write_index.tolist(), own_rows_only),
             use_cache=False,
         ).last_hidden_state
         wanted = tensors["logit_rows"][..., None].expand(-1, -1, hidden.shape[-1])

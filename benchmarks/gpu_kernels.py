@@ -1,0 +1,160 @@
+"""Stages of gpu_report.py without a model: the machine's ceilings, and the kernels against NumPy and PyTorch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def milliseconds(work: Callable[[], Any], repeats: int, device: str) -> float:
+    """The median time of a call, after three that warm up; by the GPU's own events where there is one."""
+    for _ in range(3):
+        work()
+    taken = []
+    for _ in range(repeats):
+        if device == "cpu":
+            begin = time.perf_counter()
+            work()
+            taken.append(1000 * (time.perf_counter() - begin))
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def ceilings(settings: Any, note: Any) -> None:
+    """What the memory and the matrix units really give: a large copy (bytes read and written), large products of random numbers."""
+    device = settings.device
+    count, size = (1 << 22, 512) if settings.is_twin else (1 << 31, 8192)
+    ms = _copy_ms(count, settings)
+    note(copy={"bytes": 2 * count, "ms": ms, "gb_per_s": 2 * count / ms / 1e6})
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        ms = milliseconds(lambda a=a, b=b: a @ b, settings.repeats, device)
+        note(**{f"matmul_{name}": {"size": size, "ms": ms, "tflops": 2 * size**3 / ms / 1e9}})
+
+
+def _copy_ms(count: int, settings: Any) -> float:
+    source = torch.randint(0, 100, (count,), dtype=torch.uint8, device=settings.device)
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source), settings.repeats, settings.device)
+
+
+def measured_ceilings(settings: Any) -> tuple[float, float] | None:
+    """Copy GB/s and bf16 TFLOPS of the ceilings stage, if it ran."""
+    file = Path(settings.out) / "gpu-ceilings.json"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "copy" not in held or "matmul_bf16" not in held:
+        return None
+    matmul = held["matmul_fp32" if settings.dtype == "fp32" else "matmul_bf16"]
+    return held["copy"]["gb_per_s"], matmul["tflops"]
+
+
+def kernels(settings: Any, note: Any) -> None:
+    """Each kernel against its NumPy reference and against PyTorch on fresh random inputs, and its time."""
+    note(row_statistics=[_row_statistics(settings, vocab, rows) for vocab in settings.vocabularies for rows in (32, 256)])
+    note(commit=_commit(settings))
+    if not settings.is_twin:
+        note(ahead_of_time=_ahead_of_time(settings))
+
+
+def _torch_statistics(logits: torch.Tensor, mask: int) -> tuple[torch.Tensor, ...]:
+    allowed = logits.clone()
+    allowed[:, mask] = -torch.inf
+    best, token = allowed.topk(2, -1)
+    total = logits.logsumexp(-1, keepdim=True)
+    probability = (logits - total).exp()
+    confidence = (best - total).exp()
+    return token[:, 0], confidence[:, 0], confidence[:, 1], total[:, 0] - (probability * logits).sum(-1)
+
+
+def _logits(settings: Any, vocab: int, rows: int) -> torch.Tensor:
+    """Random logits with ties and a mask that is often best."""
+    made = torch.randn(rows, vocab, device=settings.device) * 4
+    made[::4] = made[::4].round()
+    made[::3, vocab - 2] = 40.0
+    return made
+
+
+def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
+    from plugins import row_statistics
+
+    rows, mask = (8, vocab - 2) if settings.is_twin else (rows, vocab - 2)
+    logits = _logits(settings, vocab, rows)
+    got = [value.cpu().numpy() for value in row_statistics.launch(logits, mask)]
+    expected = row_statistics.reference(logits.cpu().numpy(), mask)
+    by_torch = [value.cpu().numpy() for value in _torch_statistics(logits, mask)]
+    ms = milliseconds(lambda: row_statistics.launch(logits, mask), settings.repeats, settings.device)
+    other = milliseconds(lambda: _torch_statistics(logits, mask), settings.repeats, settings.device)
+    made = {"vocab": vocab, "rows": rows, "ms": ms, "torch_ms": other, "gb_per_s": logits.numel() * 4 / ms / 1e6,
+            "tokens_equal": bool((got[0] == expected[0]).all()),
+            "error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], expected[1:3], strict=True)),
+            "torch_error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], by_torch[1:3], strict=True))}  # fmt: skip
+    if limits := measured_ceilings(settings):
+        made["share_of_copy"] = made["gb_per_s"] / limits[0]
+    if not made["tokens_equal"] or made["error"] > 1e-5:
+        raise SystemExit(f"the kernel row_statistics is wrong: {made}")
+    return made
+
+
+def _commit(settings: Any) -> dict[str, Any]:
+    from plugins import commit
+    from trt_runtime import steps
+    from trt_runtime.policies import CommitRule
+
+    rng, mask, wrong, ms, cases = np.random.default_rng(0), 126_336, 0, 0.0, 5 if settings.is_twin else 200
+    for case in range(cases):
+        ids = np.where(rng.random((8, 32)) < 0.6, mask, rng.integers(0, 1000, (8, 32))).astype(np.int64)
+        token, confidence = rng.integers(0, 1000, (8, 32)), np.round(rng.random((8, 32)), 2).astype(np.float32)
+        kinds = ("fixed", "threshold", "factor")
+        rules = [
+            CommitRule(kinds[i % 3], int(rng.integers(1, 33)), 0.75, int(rng.integers(32)), int(rng.integers(1, 9)))
+            for i in range(8)
+        ]
+        held = steps.plan_of(rules, 32)
+        arrays = (ids, token, confidence, held.plan, held.value, held.state, held.committed)
+        tensors = [torch.from_numpy(array.copy()).to(settings.device) for array in arrays]
+        commit.launch(*tensors, mask)
+        steps.commit(ids, token, confidence, held, mask)
+        wrong += sum(
+            int((tensors[i].cpu().numpy() != array).sum()) for i, array in ((0, ids), (5, held.state), (6, held.committed))
+        )
+        if case == 0:
+            ms = milliseconds(lambda tensors=tensors: commit.launch(*tensors, mask), settings.repeats, settings.device)
+    if wrong:
+        raise SystemExit(f"the kernel commit differs from its reference in {wrong} places")
+    return {"cases": cases, "rows": 8, "columns": 32, "ms": ms}
+
+
+def _ahead_of_time(settings: Any) -> dict[str, Any]:
+    """The PTX that engines carry, loaded by the driver through cuda-python and launched without Triton."""
+    from plugins import row_statistics
+    from trt_runtime import cuda
+
+    device, vocab, rows = cuda.Device(), settings.vocabularies[0], 32
+    made = row_statistics.compiled(vocab, vocab - 2, device.facts.compute_capability)
+    kernel, logits = device.kernel(made.ptx.encode(), made.name), _logits(settings, vocab, rows)
+    kinds = {"token": np.int64, "confidence": np.float32, "runner_up": np.float32, "entropy": np.float32}
+    shapes = {name: (np.dtype(kind), (rows,)) for name, kind in kinds.items()}
+    arena = device.arena(cuda.Arena.size_of(shapes))
+    held, at, used = arena.place(shapes)
+    torch.cuda.synchronize()
+    kernel.queue(rows, made.threads, made.shared, [logits.data_ptr(), *at.values()])
+    device.download(arena.host[:used], arena.device.address)
+    device.synchronize()
+    expected = row_statistics.reference(logits.cpu().numpy(), vocab - 2)
+    if (held["token"] != expected[0]).any() or np.abs(held["confidence"] - expected[1]).max() > 1e-5:
+        raise SystemExit("the kernel row_statistics, compiled ahead of time, is wrong")
+    return {"rows": rows, "vocab": vocab, "equal": True, "gpu": device.facts.name}

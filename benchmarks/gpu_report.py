@@ -1,0 +1,196 @@
+"""What this GPU does with our graphs, stage by stage: parity, speed against eager PyTorch, and the share of the machine's own limits.
+
+    make gpu-report                                   # on a GPU machine; without network and without TensorRT too
+    python benchmarks/gpu_report.py --twin            # every stage's CPU twin: a tiny model, no GPU; checks the script, measures nothing
+
+Each stage is a process of its own and writes OUT/gpu-STAGE.json when it is done; one that fails or runs out of its time says so there, and
+the others go on. Needs torch, transformers and triton; ONNX Runtime with CUDA and TensorRT are used where they can be imported.
+`benchmarks/render.py` makes the table and the plot of docs/benchmarks.md of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+STAGES = ("environment", "ceilings", "kernels", "model", "torch", "torch_graph", "ort", "tensorrt", "tensorrt86")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. tokens_per_forward: of the fixed schedule. repeats: timed calls of each kind."""
+
+    work: str
+    out: str
+    device: str = "cuda"
+    preset: str = "llada-8b"
+    dtype: str = "bf16"
+    canvases: tuple[int, ...] = (512, 1280)
+    batches: tuple[int, ...] = (1, 8)
+    block_length: int = 32
+    gen_length: int = 256
+    tokens_per_forward: float = 2.77
+    repeats: int = 15
+    vocabularies: tuple[int, ...] = (126_464, 152_064)
+    tensorrt86: str = ""
+
+    @property
+    def is_twin(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.work) / "checkpoint"
+
+    @property
+    def artifact(self) -> Path:
+        return Path(self.work) / "artifact"
+
+    @property
+    def forwards_per_block(self) -> int:
+        """Whole forwards of a block in a run of the loop: the schedule's, rounded up."""
+        return -(-self.block_length * 100 // round(100 * self.tokens_per_forward))
+
+
+TWIN = {"device": "cpu", "preset": "tiny", "dtype": "fp32", "canvases": (48, 64), "batches": (1, 2), "block_length": 8,
+        "gen_length": 16, "repeats": 2, "vocabularies": (1000,)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON files go")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"stages to run (default all: {','.join(STAGES)})")
+    parser.add_argument("--twin", action="store_true", help="run the CPU twin of every stage")
+    parser.add_argument("--preset", default="llada-8b", help="the random checkpoint (tools/random_checkpoint.py)")
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoint, artifact and engines go, kept (default a temporary directory)"
+    )
+    parser.add_argument("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
+    parser.add_argument("--stage-seconds", type=int, default=240, help="the longest that a stage may take (default 240)")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the child: run one stage of the settings on standard input
+    args = parser.parse_args()
+    if args.stage:
+        child(args.stage, json.loads(sys.stdin.read()))
+        return
+    chosen = [name for name in args.stages.split(",") if name]
+    if unknown := [name for name in chosen if name not in STAGES]:
+        raise SystemExit(f"error: unknown stage '{unknown[0]}': expected some of {', '.join(STAGES)}.")
+    if not args.twin and not has_gpu():
+        raise SystemExit("error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of every stage.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        settings = Settings(str((args.work or Path(temporary)).resolve()), str(args.output.resolve()), preset=args.preset,
+                            tensorrt86=args.tensorrt86)  # fmt: skip
+        settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]
+        failed = [name for name in chosen if not run(name, settings, args.stage_seconds)]
+    if failed:
+        raise SystemExit(f"error: failed: {', '.join(failed)}; the other stages' results are in {args.output}.")
+
+
+def has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit("error: PyTorch is missing: run this with a Python that has it (make gpu-report PYTHON=...).") from None
+    return bool(torch.cuda.is_available())
+
+
+def run(name: str, settings: Settings, most: int) -> bool:
+    """One stage in a process of its own. Its result, or why there is none, goes into its file."""
+    file, begin = Path(settings.out) / f"gpu-{name}.json", time.perf_counter()
+    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if settings.is_twin else {})
+    command = [sys.executable, __file__, "--stage", name]
+    file.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(command, input=json.dumps(asdict(settings)), text=True, env=environment, timeout=most, check=False,
+                              capture_output=True)  # fmt: skip
+        trouble = "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")[-2000:]
+    except subprocess.TimeoutExpired:
+        trouble = f"took longer than {most} s"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | ({"failed": trouble} if trouble else {})
+    file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else held.get("skipped") or "done"
+    print(f"{name:12} {held['seconds']:7.1f} s  {state}", flush=True)
+    return not trouble
+
+
+def child(name: str, given: dict[str, Any]) -> None:
+    """Run a stage here. What it notes on the way is on disk at once (`note`)."""
+    import gpu_kernels
+    import gpu_speed
+
+    settings = Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    functions = {"environment": environment, "ceilings": gpu_kernels.ceilings, "kernels": gpu_kernels.kernels, "model": model,
+                 "torch": gpu_speed.torch_eager, "torch_graph": gpu_speed.torch_graph, "ort": gpu_speed.ort,
+                 "tensorrt": gpu_speed.tensorrt, "tensorrt86": gpu_speed.tensorrt86}  # fmt: skip
+    held: dict[str, Any] = {"settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}}
+    file = Path(settings.out) / f"gpu-{name}.json"
+
+    def note(**values: Any) -> None:
+        held.update(values)
+        file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        functions[name](settings, note)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def environment(settings: Settings, note: Any) -> None:
+    """The machine, the GPU, the versions, the commit."""
+    import importlib.metadata
+
+    import torch
+
+    from trt_runtime.bench import machine
+
+    found = machine()
+    for package in ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton", "onnx", "cuda-bindings"):
+        try:
+            found["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    note(machine=found, commit=done.stdout.strip() or None, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    if not settings.is_twin:
+        facts = torch.cuda.get_device_properties(0)
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
+                                check=False).stdout.strip()  # fmt: skip
+        note(gpu={"name": facts.name, "memory_gib": round(facts.total_memory / 2**30, 1), "capability": f"{facts.major}.{facts.minor}",
+                  "multiprocessors": facts.multi_processor_count, "driver": driver, "cuda": torch.version.cuda})  # fmt: skip
+
+
+def model(settings: Settings, note: Any) -> None:
+    """A random checkpoint of the published layout, and its export with linked weights."""
+    import random_checkpoint
+
+    from export import families
+
+    config, dtype = random_checkpoint.PRESETS.get(settings.preset, (families.find("llada").tiny_config(), settings.dtype))
+    begin = time.perf_counter()
+    random_checkpoint.write(config, settings.checkpoint, dtype)
+    size = sum(file.stat().st_size for file in settings.checkpoint.iterdir())
+    note(preset=settings.preset, checkpoint_bytes=size, checkpoint_seconds=round(time.perf_counter() - begin, 1))
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "export", "--checkpoint", str(settings.checkpoint), "--out", str(settings.artifact), "--dtype",
+               settings.dtype, "--weights", "link", "--verify", "no", "--overwrite", "--lowering", "modern"]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    note(export_seconds=round(time.perf_counter() - begin, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Run by gpu_report.py under the packed Python 3.11: a legacy fp16 artifact on TensorRT 8.6, beside ONNX Runtime's numbers.
+
+run python3 benchmarks/gpu_tensorrt86.py ARTIFACT CANVAS BLOCK        # prints one line of JSON; ARTIFACT/../legacy.npz holds the numbers
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trt_runtime import engine
+from trt_runtime.backends.base import Window
+from trt_runtime.backends.tensorrt import TensorRTBackend
+from trt_runtime.engine import BuildConfig
+
+
+def windows(backend: TensorRTBackend, canvas: int, block: int) -> tuple[Window, Window]:
+    """The inputs of gpu_speed.windows, which needs torch: the same generator, the same draws."""
+    manifest = backend.manifest
+    rng, mask = np.random.default_rng(0), manifest.decoding.mask_token_id
+    allowed = np.setdiff1d(np.arange(min(manifest.model.vocab_size, 50_000)), [mask])
+    start = canvas // 2
+    ids = rng.choice(allowed, (1, canvas)).astype(np.int64)
+    ids[:, start:] = mask
+    rows = np.arange(start, start + block)
+    full = Window(ids, np.arange(canvas)[None], np.zeros(1, np.int64), np.array([canvas]), rows[None])
+    some = ids[:, rows].copy()
+    some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)
+    return full, Window(some, rows[None], np.array([start]), np.array([canvas]), np.arange(block)[None])
+
+
+def main(artifact: Path, canvas: int, block: int) -> None:
+    engines, begin = artifact.parent / "engines86", time.perf_counter()
+    engine.build(artifact, engines, BuildConfig(max_length=canvas, block_length=block, max_rows=block))
+    made: dict[str, object] = {"build_seconds": round(time.perf_counter() - begin, 1)}
+    backend = TensorRTBackend(artifact, engines=engines)
+    full, step = windows(backend, canvas, block)
+    cache, held = backend.new_cache(1, canvas), np.load(artifact.parent / "legacy.npz")
+    for role, call, window in (("prefix", backend.prefix, full), ("refine", backend.refine, step)):
+        stats, taken = call(cache, slice(0, 1), window), []
+        for _ in range(20):
+            begin = time.perf_counter()
+            call(cache, slice(0, 1), window)
+            taken.append(1000 * (time.perf_counter() - begin))
+        made[role] = {"ms": statistics.median(taken), "tokens_as_onnxruntime": float((stats.token == held[f"{role} token"]).mean()),
+                      "confidence_apart": float(np.abs(stats.confidence - held[f"{role} confidence"]).max())}  # fmt: skip
+    print(json.dumps(made | {"versions": {"tensorrt": backend._trt.__version__}}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

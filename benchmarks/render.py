@@ -1,0 +1,145 @@
+"""The results of gpu_report.py as a table and a plot in the documents.
+
+    python benchmarks/render.py                                    # benchmarks/results/gpu-*.json -> docs/benchmarks.md, docs/gpu-report.svg
+    python benchmarks/render.py --results DIR --document FILE.md   # elsewhere; the plot goes beside the document
+
+The table takes the place of what stands between the two marks of the document. Needs matplotlib (the `bench` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- gpu-report: begin -->", "<!-- gpu-report: end -->"
+PLOT = "gpu-report.svg"
+# result file and key in it -> the name of a row
+ROWS = (("torch", "", "PyTorch, eager"), ("torch_graph", "graph", "PyTorch, CUDA graph"),
+        ("torch_graph", "compiled_graph", "PyTorch, compiled, CUDA graph"), ("ort", "", "ONNX Runtime"), ("tensorrt", "", "TensorRT"))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where gpu-*.json lie")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the document with the two marks")
+    args = parser.parse_args()
+    results = {
+        file.stem.removeprefix("gpu-"): json.loads(file.read_text(encoding="utf-8")) for file in args.results.glob("gpu-*.json")
+    }
+    if "environment" not in results:
+        raise SystemExit(f"error: {args.results}: no gpu-environment.json there: run 'make gpu-report' on a GPU machine first.")
+    text = args.document.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"error: {args.document}: has not the marks {BEGIN} and {END} once each: put them where the table goes.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    plot(results, args.document.parent / PLOT)
+    args.document.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    print(f"{args.document} and {args.document.parent / PLOT} written")
+
+
+def longest(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and figures of every variant that was measured, at batch 1 on the longest canvas."""
+    found = []
+    for stage, key, name in ROWS:
+        held = results.get(stage, {})
+        if key:
+            row = held.get(key, {})
+        else:
+            row = next(
+                (
+                    row
+                    for row in held.get("speeds", [])
+                    if row["batch"] == 1 and row["canvas"] == held["settings"]["canvases"][-1]
+                ),
+                {},
+            )
+            row = row | {
+                "tokens_per_second_at_schedule": held.get("tokens_per_second_at_schedule"),
+                "loop": held.get("tokens_per_second"),
+            }
+        if row.get("refine_ms") is not None:
+            found.append((name, row))
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Machine, speeds beside eager PyTorch of the same run, parity, and what failed or was left out."""
+    environment = results["environment"]
+    settings, machine = environment["settings"], environment["machine"]
+    where = environment.get("gpu", {}).get("name") or f"no GPU (the CPU twin), {machine['cpu']}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit {str(environment['commit'])[:10]}. "
+             f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block {settings['block_length']}, batch 1; "
+             f"tokens/s at {settings['tokens_per_forward']} tokens a forward, from the times of single calls, and of the loop itself.", ""]  # fmt: skip
+    lines += ["| variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | of eager | tokens/s, loop |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = longest(results)
+    base = next((row["tokens_per_second_at_schedule"] for name, row in rows if name == ROWS[0][2]), None)
+    for name, row in rows:
+        speed, loop = row.get("tokens_per_second_at_schedule"), row.get("loop") or {}
+        cells = [name, f"{row['refine_ms']:.2f}", _share(row, "refine"), f"{row['prefix_ms']:.2f}", _share(row, "prefix"), _number(speed),
+                 f"{speed / base:.2f}" if speed and base else "-", _number(loop.get("tokens_per_second"))]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for stage, held in sorted(results.items()):
+        parity = held.get("parity", {})
+        if "passed" in parity:
+            far = max(
+                parity[role][name]["from_fp32"]
+                for role in ("prefix", "refine")
+                for name in ("confidence", "runner_up", "entropy")
+            )
+            own = max(
+                parity[role][name]["torch_from_fp32"]
+                for role in ("prefix", "refine")
+                for name in ("confidence", "runner_up", "entropy")
+            )
+            verdict = "passed" if parity["passed"] else "FAILED"
+            lines.append(
+                f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own {settings['dtype']} is {own:.2g} away."
+            )
+        if reason := held.get("failed") or held.get("skipped"):
+            lines.append(f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: {reason.splitlines()[-1][:200]}.")
+    return "\n".join([*lines, "", f"![refine step and prefix pass of each variant, and the machine's own limit]({PLOT})"])
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Bars of both kinds of forward, with the roofline of the machine as a line."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "dllm-trt"  # the same file for the same figures
+    from matplotlib import pyplot
+
+    rows = longest(results)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.6 + 0.5 * max(1, len(rows))), sharey=True)
+    for axis, role, title in zip(axes, ("refine", "prefix"), ("refine step, ms", "prefix pass, ms"), strict=True):
+        bars = axis.barh([name for name, _ in rows], [row[f"{role}_ms"] for _, row in rows], color="#76b900")
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.margins(x=0.18)
+        floor = next((row[f"{role}_roofline_ms"] for _, row in rows if row.get(f"{role}_roofline_ms")), None)
+        if floor:
+            axis.axvline(floor, color="black", linestyle="--", linewidth=1)
+            axis.set_xlabel(f"dashed: the machine's limit, {floor:.2g} ms")
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _share(row: dict[str, Any], role: str) -> str:
+    value = row.get(f"{role}_share")
+    return f"{100 * value:.0f} %" if value else "-"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:,.0f}" if value else "-"
+
+
+if __name__ == "__main__":
+    main()
