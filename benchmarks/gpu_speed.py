@@ -290,25 +290,24 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
 
 
 def tensorrt(settings: Any, note: Callable[..., None]) -> None:
-    """TensorRT, if it is installed: build, parity, speeds."""
-    if settings.is_twin or importlib.util.find_spec("tensorrt") is None:
-        note(skipped="TensorRT is not installed here" if not settings.is_twin else "TensorRT has no CPU twin: tests/stand_ins.py")
+    """TensorRT, or else TensorRT-RTX: build, parity, speeds (the twin: TensorRT-RTX builds for SM89, and nothing is run)."""
+    from trt_runtime import backends, engine
+
+    modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+    package = next((name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)), None)
+    if package is None or (settings.is_twin and package != "tensorrt-rtx"):
+        note(skipped="TensorRT is not installed here")
         return
-    import tensorrt as trt
-
-    from trt_runtime import engine
-    from trt_runtime.backends.tensorrt import TensorRTBackend
-
-    config = engine.BuildConfig(
-        max_batch=max(settings.batches), max_length=settings.canvases[-1], block_length=settings.block_length
-    )
+    config = engine.BuildConfig(package, targets=("sm89",) if settings.is_twin else (), max_batch=max(settings.batches),
+                                max_length=settings.canvases[-1], block_length=settings.block_length)  # fmt: skip
     engines, begin = Path(settings.work) / "engines", time.perf_counter()
     made = engine.build(settings.artifact, engines, config)
-    note(build_seconds=round(time.perf_counter() - begin, 1), versions={"tensorrt": trt.__version__},
+    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: engine.load(package).__version__},
          engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")))  # fmt: skip
+    if settings.is_twin:
+        return
     before = memory(settings)
-    backend = TensorRTBackend(settings.artifact, engines=engines)
-    measure(backend, settings, note, "tensorrt")
+    measure(backends.open_backend(package, settings.artifact, engines=engines), settings, note, package)
     after = memory(settings)
     note(memory_bytes=after - before if after is not None and before is not None else None)
 

@@ -49,10 +49,10 @@ PACKAGES = (
     Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", "pip install tokenizers", needed=True),
     Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", "pip install 'jinja2>=3.1.6'", needed=True),
     Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", _pip("ort")),
-    Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU (a later version)", _pip("ort-gpu")),
-    Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines (a later version)", "pip install tensorrt (from NVIDIA's index)"),
+    Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU", _pip("ort-gpu")),
+    Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", "pip install tensorrt (from NVIDIA's index)"),
     Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _CHECKOUT.format("rtx")),
-    Package("cuda-python", "cuda", "12.6", "14", "TensorRT engines (a later version)", "pip install cuda-python"),
+    Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", "pip install cuda-bindings"),
     Package("onnx", "onnx", "1.21", "2", "export", _CHECKOUT.format("export")),
     Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", _CHECKOUT.format("export")),
     Package("onnxscript", "onnxscript", "0.6", "1", "export", _CHECKOUT.format("export")),
@@ -61,7 +61,7 @@ PACKAGES = (
     Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", _CHECKOUT.format("export")),
     Package("torch", "torch", "2.6", "3", "verify, the reference", _CHECKOUT.format("reference")),
     Package("transformers", "transformers", "5.8", "6", "verify, the reference", _CHECKOUT.format("reference")),
-    Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines (a later version)", "pip install polygraphy"),
+    Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines", "pip install polygraphy"),
 )  # fmt: skip
 
 
