@@ -385,6 +385,111 @@ def tensorrt(cuda: Cuda, rtx):
                                  OnnxParserRefitter=ParserRefitter, nptype=lambda kind: kind, __version__="11.4.0.106")  # fmt: skip
 
 
+def tensorrt86(cuda: Cuda, rtx):
+    """The same as TensorRT 8.6 has it: types by constraints, int32 for int64, no progress, contexts by their older names."""
+    package = tensorrt(cuda, rtx)
+    newer_runtime, newer_builder, newer_parser = package.Runtime, package.Builder, package.OnnxParser
+    sources = {"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2, "JIT_CONVOLUTIONS": 4}
+
+    class Layer:
+        def __init__(self, real):
+            self.real, self.precision, self.types = real, None, {}
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def set_output_type(self, index, kind):
+            self.types[index] = kind
+
+    class Network:
+        def __init__(self, real):
+            self.real, self.layers = real, {}
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def get_layer(self, index):
+            return self.layers.setdefault(index, Layer(self.real.get_layer(index)))
+
+    class Settings:
+        sources_set = None
+
+        def __init__(self, held):
+            self.held, self.cleared = held, []
+
+        def __getattr__(self, name):
+            return getattr(self.held, name)
+
+        def clear_flag(self, flag):
+            self.cleared.append(flag)
+
+        def get_tactic_sources(self):
+            return sum(1 << bit for bit in sources.values())
+
+        def set_tactic_sources(self, kept):
+            Settings.sources_set = kept
+
+    class Builder:
+        def __init__(self, logger):
+            self.newer = newer_builder(logger)
+
+        def __getattr__(self, name):
+            return getattr(self.newer, name)
+
+        def create_network(self, flags):
+            assert flags == 1
+            package.last_network = Network(self.newer.create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)))
+            return package.last_network
+
+        def create_builder_config(self):
+            return Settings(self.newer.create_builder_config())
+
+    def parser(network, logger):
+        return newer_parser(network.real, logger)
+
+    class Old(Engine):
+        def __init__(self, newer):
+            self.__dict__.update(newer.__dict__)
+            self.kinds = {name: np.dtype(np.int32) if kind == np.int64 else kind for name, kind in newer.kinds.items()}
+            self.device_memory_size = 1000
+
+        def __getattribute__(self, name):
+            if name in ("create_execution_context", "get_device_memory_size_for_profile_v2"):
+                raise AttributeError(name)
+            return object.__getattribute__(self, name)
+
+        def create_execution_context_without_device_memory(self):
+            return OldContext(self)
+
+        def run(self, shapes, addresses):
+            given = {name: _view(addresses[name], shapes[name], self.kinds[name]).copy() for name in self.inputs}
+            wide = {name: array.astype(np.int64) if array.dtype == np.int32 else array for name, array in given.items()}
+            for name, made in zip(self.outputs, self.session.run(self.outputs, wide), strict=True):
+                _view(addresses[name], made.shape, self.kinds[name])[...] = made
+
+    class OldContext(Context):
+        def __getattribute__(self, name):
+            if name == "set_device_memory":
+                raise AttributeError(name)
+            return object.__getattribute__(self, name)
+
+        def __setattr__(self, name, value):
+            object.__setattr__(self, "scratch" if name == "device_memory" else name, value)
+
+    class Runtime(newer_runtime):
+        def deserialize_cuda_engine(self, data):
+            return Old(super().deserialize_cuda_engine(data))
+
+    flags = ("FP16", "OBEY_PRECISION_CONSTRAINTS", "TF32")
+    for name in ("IProgressMonitor", "ExecutionContextAllocationStrategy", "OnnxParserRefitter"):
+        delattr(package, name)
+    vars(package).update(Builder=Builder, OnnxParser=parser, Runtime=Runtime, Settings=Settings, __version__="8.6.1", float32=rtx.float32,
+                         float16=rtx.float16, NetworkDefinitionCreationFlag=types.SimpleNamespace(EXPLICIT_BATCH=0),
+                         BuilderFlag=types.SimpleNamespace(**{name: types.SimpleNamespace(name=name) for name in flags}),
+                         TacticSource=types.SimpleNamespace(**sources))  # fmt: skip
+    return package
+
+
 def install(monkeypatch, rtx) -> tuple[Cuda, types.SimpleNamespace]:
     """Both stand-ins in the place of the real packages."""
     from trt_runtime import cuda, engine

@@ -11,7 +11,7 @@ import stand_ins
 from conftest import export_quietly
 from test_export_graphs import window
 
-from trt_runtime import cuda, engine, replay
+from trt_runtime import builder, cuda, engine, replay
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.ort import OrtBackend
@@ -229,3 +229,45 @@ def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypa
     (made / "commit.ptx").write_text((made / "commit.ptx").read_text() + " ")
     with pytest.raises(DllmError, match=r"commit.ptx: is missing or was changed"):
         TensorRTBackend(golden_artifact, engines=tmp_path)
+
+
+def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, golden_cases, tmp_path):
+    """fp16 goldens through the older names and int32 tensors; what the graph computes in float32 is pinned; cuBLAS and cuDNN are off."""
+    gpu = stand_ins.Cuda()
+    package = stand_ins.tensorrt86(gpu, rtx)
+    monkeypatch.setattr(cuda, "_bindings", lambda: (gpu, gpu))
+    monkeypatch.setattr(engine, "load", lambda backend: package)
+    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering="legacy", dtype="fp16", head="logits")
+    made = engine.build(artifact, tmp_path / "engines", SIZES)
+    assert set(json.loads((made / "shared.engine").read_text())["flags"]) == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
+    layers = package.last_network.layers.values()
+    pinned = [layer.precision for layer in layers if layer.precision is not None]
+    assert pinned.count(rtx.float32) > 20 and pinned.count(rtx.float16) > 20
+    assert all(layer.types[0] == layer.precision for layer in layers if layer.precision is not None)
+    assert package.Settings.sources_set == 1 << 4
+    assert len(json.loads((made / "engine.json").read_text())["built_for"]["workarounds"]) == 2
+    backend, oracle = TensorRTBackend(artifact, engines=tmp_path / "engines"), OrtBackend(artifact, threads=1)
+    chosen = golden_cases[::5]
+    for case in replay.record(oracle, chosen)["cases"]:
+        assert replay.compare(case, replay.replay(backend, case)) is None
+    with pytest.raises(DllmError, match=r"has no bf16 networks: export with DTYPE=fp16"):
+        engine.build(
+            export_quietly(golden_checkpoint, tmp_path / "bf16", lowering="legacy", dtype="bf16"), tmp_path / "no", SIZES
+        )
+    modern = export_quietly(golden_checkpoint, tmp_path / "modern", dtype="fp16")
+    with pytest.raises(DllmError, match=r"which tensorrt reads from 10.16 on; installed is 8.6.1"):
+        engine.build(modern, tmp_path / "no", SIZES)
+    package.__version__ = "8.5.2"
+    with pytest.raises(DllmError, match=r"tensorrt 8.5.2 is too old, 8.6 is the oldest"):
+        engine.build(artifact, tmp_path / "no", SIZES)
+
+
+@pytest.mark.parametrize(("package", "version", "expected"), [
+    ("tensorrt", "8.6.1", {"types are constraints", "may be missing"}), ("tensorrt", "10.13.3.9", set()),
+    ("tensorrt", "10.16.1.11", {"take it apart"}), ("tensorrt", "11.4.0.106", {"take it apart"}), ("tensorrt-rtx", "1.7.1.116", {"take it apart"}),
+])  # fmt: skip
+def test_workarounds_are_of_their_versions(package, version, expected):
+    from types import SimpleNamespace
+
+    found = builder.workarounds(package, SimpleNamespace(__version__=version))
+    assert len(found) == len(expected) and all(any(item.why.endswith(end) for end in expected) for item in found)
