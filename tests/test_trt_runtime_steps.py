@@ -98,3 +98,11 @@ def test_policies_that_draw_or_count_otherwise_are_left_to_the_host(golden_artif
     model.generate([[5, 6, 7]], GenerationConfig(gen_length=8, block_length=8, temperature=0.5))
     with pytest.raises(AssertionError, match="not for a device"):
         model.generate([[5, 6, 7]], GenerationConfig(gen_length=8, block_length=8))
+
+
+def test_a_stream_tells_of_every_position_once(demo_artifact):
+    model = load(demo_artifact, "ort", threads=1)
+    for model.backend.steps_per_look in (1, 4):
+        updates = list(model.stream(["clean hall with mop"], GenerationConfig(threshold=0.9, stop_at_eos=False)))
+        told = [position for update in updates for position in update.changed]
+        assert sorted(told) == list(range(96)) and updates[-1].is_finished

@@ -50,7 +50,7 @@ class Generator:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
-        """One forward for every unfinished row. Returns what was done for each. `instead`: what to write in place of a slot's own
+        """One forward for every unfinished row, or the several steps that its backend makes in one call. Returns what was done for each. `instead`: what to write in place of a slot's own
         choice (Sequence.commit)."""
         wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
         for group in groups(wanted, self.capacity, self.backend.max_batch):

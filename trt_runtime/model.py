@@ -58,7 +58,7 @@ class Result:
 class Update:
     """A row after one forward: `committed` is the text of finished blocks; `provisional` what is unmasked beyond them.
 
-    tokens: the generated part as it stands, mask tokens included. changed: positions that this forward wrote, and block: the
+    tokens: the generated part as it stands, mask tokens included. changed: positions that were written since the last update, and block: the
     running block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
     """
 
@@ -98,15 +98,16 @@ class Model:
         return [self._result(row, finished.get(i, 0.0)) for i, row in enumerate(rows)]
 
     def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
-        """Like `generate`, yielding an update for each row after each forward. Nothing runs before the first is taken."""
+        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_look` of the backend. Nothing
+        runs before the first is taken."""
         rows = self._sequences(prompts, config or GenerationConfig(), raw)
         generator = Generator(self.backend, rows)
         while not generator.is_finished:
-            blocks = [row.block for row in rows]
+            before = [(row.block, row.nfe) for row in rows]
             for wanted in generator.step():
-                block = blocks[wanted.slot]
+                block, nfe = before[wanted.slot]
                 assert block is not None
-                yield self._update(wanted.slot, wanted.sequence, block)
+                yield self._update(wanted.slot, wanted.sequence, block, nfe)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it."""
@@ -164,16 +165,16 @@ class Model:
         return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
                       seconds, row.canvas.tolist(), row.trace)  # fmt: skip
 
-    def _update(self, slot: int, row: Sequence, block: tuple[int, int]) -> Update:
-        step, first = row.trace[-1], row.prompt_length
+    def _update(self, slot: int, row: Sequence, block: tuple[int, int], since: int) -> Update:
+        made, first = row.trace[since:], row.prompt_length
         in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
         committed = self._text(row.canvas[first : min(settled, useful)])
         rest = row.canvas[min(settled, useful) : useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
-        return Update(slot, row.nfe, step.kind, committed, provisional, row.output.tolist(),
-                      [p - first for p in step.positions], (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
+        return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
+                      [p - first for step in made for p in step.positions], (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
 
     def _text(self, ids: np.ndarray[Any, Any]) -> str | None:
         return self.tokenizer.decode(ids.tolist()) if self.tokenizer else None
