@@ -105,4 +105,4 @@ def test_a_stream_tells_of_every_position_once(demo_artifact):
     for model.backend.steps_per_look in (1, 4):
         updates = list(model.stream(["clean hall with mop"], GenerationConfig(threshold=0.9, stop_at_eos=False)))
         told = [position for update in updates for position in update.changed]
-        assert sorted(told) == list(range(96)) and updates[-1].is_finished
+        assert sorted(told) == list(range(96)) and updates[-1].finished
