@@ -52,7 +52,12 @@ def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
     if any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows) and not backend.gives_logits:
         raise DllmError(f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits.")
     Generator(backend, [row.sequence for rows in groups for row in rows]).run()
-    return [Replayed([row.sequence for row in rows], _result(case, rows)) for case, rows in zip(cases, groups, strict=True)]
+    return [replayed(case, rows) for case, rows in zip(cases, groups, strict=True)]
+
+
+def replayed(case: Case, rows: list[Row]) -> Replayed:
+    """What came of a case whose rows are finished, however they were run."""
+    return Replayed([row.sequence for row in rows], _result(case, rows))
 
 
 def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:

@@ -1,0 +1,120 @@
+"""Continuous batching: what comes of a request is what comes of it alone, however requests arrive, share forwards and leave."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trt_runtime import cases as decode_cases
+from trt_runtime import replay
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.generator import Generator
+from trt_runtime.model import rules_of
+from trt_runtime.scheduler import Scheduler
+from trt_runtime.sequence import Sequence
+
+
+def _sequence(manifest, rng, **fixed):
+    """A random request over a random prompt."""
+    options = {"gen_length": int(rng.choice([4, 8, 16, 24])), "block_length": int(rng.choice([4, 8])), "cache": str(rng.choice(["dual", "dual", "prefix", "none"])),
+               "threshold": float(rng.choice([0.02, 0.1, 0.9])), "stop_at_eos": bool(rng.random() < 0.5)}  # fmt: skip
+    config = GenerationConfig(**options | fixed).resolved(manifest)
+    prompt = rng.integers(0, 900, int(rng.integers(1, 20)))
+    return lambda: Sequence(prompt, rules_of(config, manifest))
+
+
+def _alone(backend, sequence):
+    Generator(backend, [sequence]).run()
+    return sequence.canvas.tolist(), [step.as_list() for step in sequence.trace]
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
+    """Random arrivals, caches, lengths, blocks and ends. Rows of every kind share forwards, some with idle rows between them."""
+    rng, count = np.random.default_rng(slots), 1000 if slots > 1 else 60
+    makers = [_sequence(golden_backend.manifest, rng) for _ in range(count)]
+    expected = [_alone(golden_backend, make()) for make in makers]
+    scheduler = Scheduler(golden_backend, slots, 48, spare=48)
+    tickets, shared, idle = [], 0, 0
+    while len(tickets) < count or not scheduler.is_idle:
+        for _ in range(rng.integers(0, 3)):
+            if len(tickets) < count:
+                tickets.append(scheduler.submit(makers[len(tickets)]()))
+        moved = scheduler.tick()
+        used = [ticket.slot for ticket in moved]
+        shared += len(moved) > 1
+        idle += bool(moved) and max(used) - min(used) + 1 > len(moved)
+    assert [(t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets] == expected
+    assert max(ticket.waited for ticket in tickets) <= slots + 1
+    assert slots == 1 or (shared > 300 and idle > 20)
+
+
+def test_all_goldens_in_company(golden_backend, golden_cases):
+    """Recorded cases in shuffled order through four slots."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(golden_cases))
+    longest = max(len(prompt) + case["gen_length"] for case in golden_cases for prompt in case["prompt"])
+    scheduler = Scheduler(golden_backend, 4, longest)
+    held = []
+    for index in order:
+        rows = decode_cases.rows_of(golden_backend.manifest, golden_cases[index])
+        held.append((golden_cases[index], rows))
+        for row in rows:
+            scheduler.submit(row.sequence)
+    while not scheduler.is_idle:
+        scheduler.tick()
+    for case, rows in held:
+        assert replay.compare(case, replay.replayed(case, rows)) is None
+
+
+def test_requests_leave_and_join_between_forwards(golden_backend):
+    rng = np.random.default_rng(3)
+    scheduler = Scheduler(golden_backend, 2, 48)
+    makers = [
+        _sequence(golden_backend.manifest, rng, gen_length=24, block_length=8, cache="dual", threshold=0.9, stop_at_eos=False)
+        for _ in range(5)
+    ]
+    tickets = [scheduler.submit(make()) for make in makers]
+    for _ in range(3):
+        scheduler.tick()
+    assert [ticket.slot for ticket in tickets] == [0, 1, None, None, None]
+    scheduler.cancel(tickets[0])
+    scheduler.cancel(tickets[3])
+    assert scheduler.rows[0] is None and len(scheduler.queue) == 2
+    scheduler.tick()
+    assert tickets[2].slot == 0
+    while not scheduler.is_idle:
+        scheduler.tick()
+    assert [ticket.is_cancelled for ticket in tickets] == [True, False, False, True, False]
+    for ticket, make in zip(tickets, makers, strict=True):
+        if not ticket.is_cancelled:
+            assert ticket.sequence.canvas.tolist() == _alone(golden_backend, make())[0]
+    scheduler.cancel(tickets[1])
+    assert not tickets[1].is_cancelled
+
+
+def test_a_short_request_is_not_held_up_by_long_ones(golden_backend):
+    """Placed beside three long ones it is served at least every fourth tick."""
+    rng, manifest = np.random.default_rng(4), golden_backend.manifest
+    scheduler = Scheduler(golden_backend, 4, 64)
+    long = {"gen_length": 40, "block_length": 4, "cache": "dual", "threshold": 0.99, "stop_at_eos": False}
+    tickets = [scheduler.submit(_sequence(manifest, rng, **long)()) for _ in range(3)]
+    for _ in range(20):
+        scheduler.tick()
+    short = scheduler.submit(
+        _sequence(manifest, rng, gen_length=8, block_length=8, cache="prefix", threshold=0.02, stop_at_eos=False)()
+    )
+    ticks = 0
+    while not short.is_done:
+        scheduler.tick()
+        ticks += 1
+    assert ticks <= 5 * short.sequence.nfe and not any(ticket.is_done for ticket in tickets)
+
+
+def test_a_canvas_that_no_slot_holds_is_refused(golden_backend):
+    scheduler = Scheduler(golden_backend, 1, 20)
+    sequence = _sequence(golden_backend.manifest, np.random.default_rng(0), gen_length=24)()
+    with pytest.raises(DllmError, match="the slots hold 20"):
+        scheduler.submit(sequence)
+    assert scheduler.tick() == []

@@ -1,0 +1,152 @@
+"""Continuous batching: requests join and leave the slots of one cache between forwards.
+
+Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer.
+
+1. Slots go to requests in the order in which they came.
+2. A tick serves the row that has waited for its forward the longest, and every row that can share that forward.
+3. Slots between two rows of a refine step take part as idle rows, which write beyond every canvas and are never read.
+4. A cancelled request leaves before the next tick; its slot is free at once.
+
+So a row waits at most as many ticks as there are slots, and what comes of it is what would have come of it alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trt_runtime.backends.base import Backend, Window
+from trt_runtime.errors import DllmError
+from trt_runtime.generator import Wanted, assemble, groups, propose
+from trt_runtime.sequence import Sequence
+
+_MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are cheaper
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request: queued (no slot), placed, or done. `served` is the tick of its last forward; `waited` the most ticks between two."""
+
+    sequence: Sequence
+    number: int
+    slot: int | None = None
+    served: int = 0
+    waited: int = 0
+    is_cancelled: bool = False
+    on_step: Callable[[Ticket], None] | None = field(default=None, repr=False)
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_cancelled or self.sequence.is_finished
+
+
+class Scheduler:
+    """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one thread ticks.
+
+    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be shared.
+    """
+
+    def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = 64) -> None:
+        self.backend, self.max_length, self.spare = backend, max_length, spare
+        self.cache = backend.new_cache(slots, max_length + spare)
+        self.rows: list[Ticket | None] = [None] * slots
+        self.queue: deque[Ticket] = deque()
+        self.tick_number = 0
+        self._submitted = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.queue and not any(self.rows)
+
+    def submit(self, sequence: Sequence, on_step: Callable[[Ticket], None] | None = None) -> Ticket:
+        """Queue a request. `on_step` is called after each of its forwards. Raises DllmError for a canvas that no slot holds."""
+        if sequence.length > self.max_length:
+            raise DllmError(
+                f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the prompt or the answer."
+            )
+        self._submitted += 1
+        ticket = Ticket(sequence, self._submitted, on_step=on_step)
+        if not sequence.is_finished:
+            self.queue.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take a request out; nothing if it is done."""
+        ticket.is_cancelled = not ticket.is_done or ticket.is_cancelled
+        if ticket in self.queue:
+            self.queue.remove(ticket)
+        self._release(ticket)
+
+    def tick(self) -> list[Ticket]:
+        """Place what waits, make one forward, and return the requests that it moved (none if there is nothing to do)."""
+        for slot in (slot for slot, held in enumerate(self.rows) if held is None):
+            if self.queue:
+                ticket = self.queue.popleft()
+                ticket.slot, ticket.served, self.rows[slot] = slot, self.tick_number, ticket
+        wanted = [Wanted(slot, held.sequence, held.sequence.next_forward()) for slot, held in enumerate(self.rows) if held]
+        if not wanted:
+            return []
+        self.tick_number += 1
+        group = self._group(wanted)
+        self._run(group)
+        moved = [held for row in group if (held := self.rows[row.slot])]
+        for held in moved:
+            held.waited = max(held.waited, self.tick_number - held.served)
+            held.served = self.tick_number
+            if held.sequence.is_finished:
+                self._release(held)
+            if held.on_step:
+                held.on_step(held)
+        return moved
+
+    def _release(self, ticket: Ticket) -> None:
+        if ticket.slot is not None and self.rows[ticket.slot] is ticket:
+            self.rows[ticket.slot] = None
+
+    def _group(self, wanted: list[Wanted]) -> list[Wanted]:
+        """The rows of this tick: the one that waited longest, and those that can share its forward."""
+
+        def waiting_since(row: Wanted) -> tuple[int, int]:
+            ticket = self.rows[row.slot]
+            assert ticket is not None
+            return ticket.served, ticket.number
+
+        first = min(wanted, key=waiting_since)
+        same = [row for row in wanted if row.forward.is_prefix_pass == first.forward.is_prefix_pass]
+        if not first.forward.is_prefix_pass:
+            size = max(row.rows for row in same if self._can_share(row, first))
+            apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
+            span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0
+            most = self.backend.max_batch
+            if size <= self.spare and 0 < span <= (most or span) and len(apart) >= (1 - _MOST_IDLE) * span:
+                return apart
+        runs = groups(same, self.cache.capacity, self.backend.max_batch)
+        return next(run for run in runs if any(row.slot == first.slot for row in run))
+
+    def _can_share(self, row: Wanted, first: Wanted) -> bool:
+        rows = max(row.rows, first.rows)
+        return row.can_stretch(rows, self.cache.capacity) and first.can_stretch(rows, self.cache.capacity)
+
+    def _run(self, group: list[Wanted]) -> None:
+        slots = slice(group[0].slot, group[-1].slot + 1)
+        want_logits = any(row.sequence.rules.sampler.needs_logits for row in group)
+        call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
+        stats = call(self.cache, slots, self._window(group, slots), want_logits=want_logits)
+        for row in group:
+            row.sequence.commit(row.forward, propose(row, stats, row.slot - slots.start))
+
+    def _window(self, group: list[Wanted], slots: slice) -> Window:
+        """The inputs of the group's rows, with idle rows in the slots between them."""
+        made, count = assemble(group), slots.stop - slots.start
+        if len(group) == count:
+            return made
+        at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]
+        idle = np.full(count, self.cache.capacity - size)
+        full = Window(np.zeros((count, size), np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
+                      np.zeros((count, made.logit_rows.shape[1]), np.int64))  # fmt: skip
+        for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
+            getattr(full, name)[at] = getattr(made, name)
+        return full
