@@ -1,9 +1,10 @@
-"""The command line `dllm-trt`: generate, chat, info, plan, doctor, build, verify, replay, bench."""
+"""The command line `dllm-trt`: generate, chat, serve, replay, bench; the others are in cli_artifact.py."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -63,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     chat = cli_artifact.command(commands, "chat", _chat, "talk to the model, a line at a time")
     chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
     _decoding_options(chat)
+
+    serve = cli_artifact.command(commands, "serve", _serve, "serve OpenAI's API over HTTP")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0 takes a free one)")
+    serve.add_argument("--name", help="the model's name in requests (default: the artifact's directory)")
+    serve.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
+    serve.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
+    serve.add_argument("--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)")
+    serve.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request (default 1 MiB)")
+    serve.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)")
+    serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
+    _backend_options(serve)
 
     cli_artifact.add(commands)
     again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
@@ -286,6 +299,23 @@ def _write_json(path: Path, value: object) -> None:
         path.write_text(json.dumps(value) + "\n", encoding="utf-8")
     except OSError as error:
         raise DllmError(f"{path}: cannot be written ({error.strerror}): give another path.") from error
+
+
+def _serve(args: argparse.Namespace) -> int:
+    serving = backends.import_tool("trt_runtime.server.serve", "serve", "pip install 'dllm-trt[serve]'")
+    for name in ("slots", "max_body"):
+        if getattr(args, name) < 1:
+            raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
+    if args.queue < 0 or not 0 <= args.port <= 65535 or not args.timeout > 0:
+        raise DllmError(
+            f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0."
+        )
+    key = args.api_key or os.environ.get("DLLM_API_KEY") or None
+    options = serving.Options(
+        args.name or args.artifact.resolve().name, args.slots, args.max_length, args.queue, key, args.max_body, args.timeout
+    )
+    serving.run(_open(args), options, args.host, args.port)
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -107,7 +107,7 @@ class Model:
             for wanted in generator.step():
                 block, nfe = before[wanted.slot]
                 assert block is not None
-                yield self._update(wanted.slot, wanted.sequence, block, nfe)
+                yield self.update_of(wanted.sequence, block, nfe, wanted.slot)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it."""
@@ -165,7 +165,12 @@ class Model:
         return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
                       seconds, row.canvas.tolist(), row.trace)  # fmt: skip
 
-    def _update(self, slot: int, row: Sequence, block: tuple[int, int], since: int) -> Update:
+    def sequence(self, prompt: Prompt, config: GenerationConfig, *, raw: bool = False) -> Sequence:
+        """One row, checked, for a scheduler. Raises DllmError."""
+        return self._sequences([prompt], config, raw)[0]
+
+    def update_of(self, row: Sequence, block: tuple[int, int], since: int, slot: int = 0) -> Update:
+        """What a row's forwards after the first `since` brought; `block` is the block that was running."""
         made, first = row.trace[since:], row.prompt_length
         in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
@@ -175,6 +180,10 @@ class Model:
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
                       [p - first for step in made for p in step.positions], (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
+
+    def text(self, ids: np.ndarray[Any, Any]) -> str:
+        """The text of token ids, special tokens left out. Raises DllmError without a tokenizer."""
+        return self._need_tokenizer().decode(ids.tolist())
 
     def _text(self, ids: np.ndarray[Any, Any]) -> str | None:
         return self.tokenizer.decode(ids.tolist()) if self.tokenizer else None

@@ -1,0 +1,340 @@
+"""The server: OpenAI's client against it, what it refuses, limits, streams, cancellation, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+import uvicorn  # noqa: E402
+
+from trt_runtime.config import GenerationConfig  # noqa: E402
+from trt_runtime.model import load  # noqa: E402
+from trt_runtime.server.answers import Options  # noqa: E402
+from trt_runtime.server.app import create_app  # noqa: E402
+
+PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
+OTHERS = [
+    "clean hall with mop",
+    "find red keys in attic, and tidy porch with broom",
+    "hand blue pens to Mia, then clean hall with mop",
+    PROMPT,
+]
+
+
+@contextmanager
+def serving(model, **options):
+    """A server in a thread, on a free port."""
+    app = create_app(model, Options(**{"name": "demo", "max_length": 192} | options))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.worker
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def model(demo_artifact):
+    return load(demo_artifact, "ort", threads=1)
+
+
+@pytest.fixture(scope="module")
+def demo(model):
+    with serving(model, slots=4) as (url, worker):
+        yield url, worker
+
+
+@pytest.fixture
+def client(demo):
+    return openai.OpenAI(base_url=f"{demo[0]}/v1", api_key="none", max_retries=0)
+
+
+def _until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
+def _chat(client, prompt=PROMPT, **options):
+    extra = {key: options.pop(key) for key in ("threshold", "policy", "cache", "block_length", "template") if key in options}
+    return client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": prompt}], extra_body=extra, **options
+    )
+
+
+def test_openai_s_client_gets_what_the_model_says(client, model):
+    expected = model.generate([PROMPT], GenerationConfig())[0]
+    whole = _chat(client)
+    assert whole.choices[0].message.content == expected.text and whole.choices[0].finish_reason == "stop"
+    assert whole.usage.completion_tokens == expected.num_useful and whole.usage.model_extra["nfe"] == expected.nfe
+    assert whole.usage.prompt_tokens == len(model.encode(PROMPT))
+    chunks = list(_chat(client, stream=True, stream_options={"include_usage": True}))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == expected.text and sum(bool(text) for text in texts) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage == whole.usage
+    assert _chat(client, max_tokens=16).choices[0].finish_reason == "length"
+    assert client.models.list().data[0].id == "demo"
+
+
+def test_decoding_options_are_honoured(client, model):
+    for options in ({"threshold": 0.5}, {"policy": "fixed"}, {"cache": "none"}, {"block_length": 32}):
+        expected = model.generate([PROMPT], GenerationConfig(**options))[0]
+        got = _chat(client, **options)
+        assert (got.choices[0].message.content, got.usage.model_extra["nfe"]) == (expected.text, expected.nfe)
+    drawn = _chat(client, temperature=0.8, n=3, seed=5)
+    alone = [model.generate([PROMPT], GenerationConfig(temperature=0.8, seed=5 + i))[0].text for i in range(3)]
+    assert [choice.message.content for choice in drawn.choices] == alone and len(set(alone)) > 1
+
+
+def test_many_at_once_get_what_each_gets_alone(client, model):
+    expected = {prompt: model.generate([prompt], GenerationConfig())[0].text for prompt in OTHERS}
+    wrong = []
+
+    def ask(i):
+        prompt = OTHERS[i % len(OTHERS)]
+        if i % 2:
+            text = _chat(client, prompt).choices[0].message.content
+        else:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in _chat(client, prompt, stream=True) if chunk.choices)
+        if text != expected[prompt]:
+            wrong.append((prompt, text))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_text_is_cut_at_stop_strings(client, model):
+    full = model.generate([PROMPT], GenerationConfig())[0].text
+    for stop in ('"to"', ["nowhere", '"item"'], '", "color'):
+        first = min(at for one in ([stop] if isinstance(stop, str) else stop) if (at := full.find(one)) >= 0)
+        whole = _chat(client, stop=stop).choices[0]
+        streamed = "".join(
+            chunk.choices[0].delta.content or "" for chunk in _chat(client, stop=stop, stream=True) if chunk.choices
+        )
+        assert whole.message.content == streamed == full[:first] and whole.finish_reason == "stop"
+
+
+def test_provisional_text_comes_when_it_is_asked_for(demo, model):
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "stream": True,
+        "stream_options": {"provisional": True},
+    }
+    with httpx.stream("POST", f"{demo[0]}/v1/chat/completions", json=body, timeout=60) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    seen = [event["provisional"] for event in events if "provisional" in event]
+    assert len(seen) == model.generate([PROMPT], GenerationConfig())[0].nfe
+    assert all(event["choices"] == [] for event in events if "provisional" in event)
+    assert seen[-1]["text"] == "" and seen[0]["nfe"] == 1 and len(seen[0]["tokens"]) == 96
+
+
+def test_templates_are_filled(client, model):
+    """Fixed text stays, gaps are filled, as by infill."""
+    fixed = ["clean hall with mop", "take red cups"]
+    made = client.completions.create(
+        model="demo", prompt=None, extra_body={"template": [fixed[0], {"mask": 6}, fixed[1], {"mask": 2}]}
+    )
+    mask = model.manifest.decoding.mask_token_id
+    ids = [*model.tokenizer.encode(fixed[0]), *[mask] * 6, *model.tokenizer.encode(fixed[1]), mask, mask]
+    (expected,) = model.generate([ids], GenerationConfig(gen_length=0, infill=True))
+    assert made.choices[0].text == model.text(__import__("numpy").array(expected.canvas)) and mask not in expected.canvas
+
+
+BAD = [
+    ({"tools": []}, 400, "tools", "does not honour"), ({"logit_bias": {}}, 400, "logit_bias", "does not honour"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty", ""), ({"max_tokens": 0}, 400, "max_tokens", ""), ({"max_tokens": "9"}, 400, "max_tokens", ""),
+    ({"model": "gpt"}, 404, "model", "this server has 'demo'"), ({"messages": []}, 400, "messages", ""), ({"messages": "x"}, 400, "messages", ""),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", ""), ({"threshold": 2.0}, 400, None, "threshold is 2.0"),
+    ({"threshold": 0.5, "policy": "fixed"}, 400, None, "goes with policy"), ({"policy": "best"}, 400, None, "unknown policy 'best'"),
+    ({"max_tokens": 10_000}, 400, None, "more than the model"), ({"n": 2}, 400, None, "all choices would be the same"),
+    ({"stop": ["a"] * 5}, 400, None, "stop has 5"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
+    ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 0.5}, 400, None, "top_p"),
+    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"steps": 1}, 400, None, "steps is 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "status", "param", "said"), BAD, ids=lambda item: str(item)[:40])
+def test_what_is_not_honoured_is_refused_by_name(demo, change, status, param, said):
+    body = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]} | change
+    answer = httpx.post(f"{demo[0]}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param) and said in error["message"] and "\n" not in error["message"]
+
+
+def test_other_bad_requests(demo):
+    url = f"{demo[0]}/v1/completions"
+    for content, status in ((b"{", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"", 400), (b"{" + b" " * (1 << 20) + b"}", 413), (b'{"model": "demo"}', 400),
+                            (b'{"model": "demo", "prompt": [999999]}', 400), (b'{"model": "demo", "prompt": ""}', 400),
+                            (b'{"model": "demo", "template": ["x"]}', 400), (b'{"model": "demo", "prompt": "x", "template": ["x", {"mask": 2}]}', 400)):  # fmt: skip
+        answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == status and answer.json()["error"]["message"], content[:50]
+
+    def pieces():
+        for _ in range(40):
+            yield b" " * 40_000
+
+    assert httpx.post(url, content=pieces(), headers={"content-type": "application/json"}).status_code == 413
+    assert httpx.get(f"{demo[0]}/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx.get(url).status_code == 405
+
+
+def test_a_client_that_leaves_frees_its_slot(demo):
+    url, worker = demo
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "stream": True}
+    for _ in range(6):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.02)
+    _until(lambda: worker.num_open == 0)
+    assert worker._scheduler.is_idle
+    assert float(re.search(r"^dllm_cancelled_total (\S+)", httpx.get(f"{url}/metrics").text, re.M)[1]) >= 5
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back(model):
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0.5, "n": 4}
+    with serving(model, slots=1, most_queued=1) as (url, worker):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert (
+            answer.status_code == 429
+            and int(answer.headers["retry-after"]) >= 1
+            and answer.json()["error"]["code"] == "queue_full"
+        )
+        assert httpx.post(f"{url}/v1/chat/completions", json=body | {"n": 1}, timeout=60).status_code == 200
+        assert worker.num_open == 0
+
+
+def test_an_answer_that_takes_too_long_is_given_up(model):
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed"}
+    with serving(model, timeout=0.01) as (url, worker):
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 504
+        streamed = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}).text
+        assert "no answer within 0.01 s" in streamed and "[DONE]" not in streamed
+        _until(lambda: worker.num_open == 0)
+
+
+def test_a_forward_that_fails_ends_its_answers_and_not_the_server(model, monkeypatch):
+    body = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]}
+    with serving(model) as (url, worker):
+        real = model.backend.refine
+
+        def failing(*args, **options):
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(model.backend, "refine", failing)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 500
+        assert "broken" in httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}).text
+        monkeypatch.setattr(model.backend, "refine", real)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200 and worker.num_open == 0
+
+
+def test_keys(model):
+    with serving(model, api_key="secret") as (url, _):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secretly"}):
+            answer = httpx.get(f"{url}/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"} and httpx.get(f"{url}/ready").status_code == 200
+        assert httpx.get(f"{url}/metrics").status_code == 401
+
+
+def test_metrics_count_forwards_and_tokens(demo, client):
+    def metric(name):
+        return float(re.search(rf"^{re.escape(name)} (\S+)", httpx.get(f"{demo[0]}/metrics").text, re.M)[1])
+
+    before = [metric(f'dllm_forwards_total{{kind="{kind}"}}') for kind in ("full", "dual")] + [
+        metric("dllm_committed_tokens_total")
+    ]
+    nfe = _chat(client).usage.model_extra["nfe"]
+    after = [metric(f'dllm_forwards_total{{kind="{kind}"}}') for kind in ("full", "dual")] + [
+        metric("dllm_committed_tokens_total")
+    ]
+    assert sum(after[:2]) - sum(before[:2]) == nfe and after[2] > before[2]
+    assert metric("dllm_slots") == 4 and metric("dllm_time_to_first_block_seconds_count") > 0
+
+
+def _process(demo_artifact, *options):
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.cli",
+        "serve",
+        str(demo_artifact),
+        "--port",
+        "0",
+        "--name",
+        "demo",
+        "--max-length",
+        "192",
+        *options,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""})
+    line = process.stderr.readline()
+    return process, re.search(r"http://\S+?/v1", line)[0].removesuffix("/v1")
+
+
+def test_sigterm_lets_streams_end(demo_artifact, model):
+    """Signalled in mid-stream, every stream comes to its end, and the process ends with 0."""
+    process, url = _process(demo_artifact, "--threads", "1")
+    try:
+        body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "stream": True}
+        texts, started = [], threading.Barrier(4)
+
+        def ask():
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                held = [next(lines)]
+                started.wait()
+                texts.append(held + list(lines))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert len(texts) == 3 and all("data: [DONE]" in lines for lines in texts)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_an_address_that_is_taken_is_one_line(demo_artifact, capsys):
+    from trt_runtime import cli
+
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        assert cli.main(["serve", str(demo_artifact), "--port", str(held.getsockname()[1])]) == 1
+    for wrong in (["--slots", "0"], ["--port", "70000"], ["--timeout", "0"]):
+        assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "cannot listen on 127.0.0.1" in lines[0]

@@ -1,0 +1,194 @@
+"""One request under way: its rows as jobs, and how their updates become an answer or server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from trt_runtime.model import Update
+from trt_runtime.sequence import Sequence
+from trt_runtime.server.requests import Common, CompletionRequest
+from trt_runtime.server.worker import Busy, Job, Worker
+
+CHAT, TEXT = "chat.completion", "text_completion"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a server. max_length: tokens of the longest canvas (None: the model's). Times in seconds, sizes in bytes."""
+
+    name: str
+    slots: int = 8
+    max_length: int | None = None
+    most_queued: int = 64
+    api_key: str | None = None
+    most_body: int = 1 << 20
+    timeout: float = 300.0
+
+
+class Failure(Exception):
+    """An answer of the HTTP status `status`."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+@dataclass
+class Answer:
+    """A request under way: its rows as jobs, and how their text becomes an answer."""
+
+    kind: str
+    body: Common
+    rows: list[Sequence]
+    worker: Worker
+    options: Options
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.kind == CHAT else 'cmpl'}-{uuid.uuid4().hex[:24]}"
+        self.created, self.stops = int(time.time()), self.body.stops()
+        self.jobs: list[Job] = []
+
+    def submit(self) -> None:
+        """Queue all choices. Raises Failure where the server is full."""
+        loop = asyncio.get_running_loop()
+        self.jobs = [Job(row, loop, self.body.stream or bool(self.stops)) for row in self.rows]
+        try:
+            self.worker.submit(self.jobs)
+        except Busy:
+            raise Failure(429, "the queue is full: try again later.", code="queue_full") from None
+
+    def cancel(self) -> None:
+        for job in self.jobs:
+            if job.is_open:
+                self.worker.cancel(job)
+
+    def usage(self) -> dict[str, int]:
+        prompt = sum(row.prompt_length for row in self.rows[:1])
+        done = sum(row.num_useful for row in self.rows)
+        nfe = sum(row.nfe for row in self.rows)
+        return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done, "nfe": nfe}
+
+    def text_of(self, job: Job, update: Update, *, is_last: bool) -> tuple[str, bool]:
+        """The text that may be shown: finished blocks, cut at the first stop string; and whether one was met. Before the end, what
+        may still become a stop string or a character is held back."""
+        row, template = job.sequence, isinstance(self.body, CompletionRequest) and self.body.template is not None
+        text = self.worker.model.text(row.canvas) if template and is_last else "" if template else update.committed or ""
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)], True
+        if not is_last:
+            held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text = text[: len(text) - held].rstrip("\ufffd")
+        return text, False
+
+    def reason(self, job: Job, stopped: bool) -> str:
+        row = job.sequence
+        return "stop" if stopped or row.num_useful < row.rules.gen_length else "length"
+
+    def choice(self, index: int, text: str, reason: str | None, *, chunk: bool) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": index, "finish_reason": reason}
+        if self.kind == TEXT:
+            return made | {"text": text, "logprobs": None}
+        return made | (
+            {"delta": {"content": text} if text else {}} if chunk else {"message": {"role": "assistant", "content": text}}
+        )
+
+    def envelope(self, kind: str, **more: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.options.name, **more}
+
+
+async def whole(answer: Answer) -> dict[str, Any]:
+    """The answer in one piece. Raises what ended it."""
+    choices = []
+    for index, job in enumerate(answer.jobs):
+        text, stopped = "", False
+        async for update in _updates(job):
+            text, stopped = answer.text_of(job, update, is_last=update.finished)
+            if stopped:
+                answer.worker.cancel(job)
+                break
+        choices.append(answer.choice(index, text, answer.reason(job, stopped), chunk=False))
+    return answer.envelope(answer.kind, choices=choices, usage=answer.usage())
+
+
+async def _updates(job: Job) -> AsyncIterator[Update]:
+    """A job's updates until it ends. Raises what ended it."""
+    while (event := await job.events.get()) is not None:
+        if isinstance(event, Exception):
+            raise event
+        yield event
+
+
+async def _merged(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
+    """The updates of all choices as they come. Raises what ended one of them, or TimeoutError."""
+    pending: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+
+    async def forward(index: int, job: Job) -> None:
+        try:
+            async for update in _updates(job):
+                pending.put_nowait((index, update))
+            pending.put_nowait((index, None))
+        except Exception as error:
+            pending.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(forward(index, job)) for index, job in enumerate(answer.jobs)]
+    left, deadline = len(tasks), time.monotonic() + answer.options.timeout
+    try:
+        while left:
+            index, update = await asyncio.wait_for(pending.get(), max(0.0, deadline - time.monotonic()))
+            if isinstance(update, Exception):
+                raise update
+            if update is None:
+                left -= 1
+            else:
+                yield index, update
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def events(answer: Answer) -> AsyncIterator[str]:
+    """Server-sent events: text as blocks are finished, choice by choice as it comes. An error is an event: the status is sent."""
+    kind, options = "chat.completion.chunk" if answer.kind == CHAT else TEXT, answer.body.stream_options
+
+    def event(**more: Any) -> str:
+        return f"data: {json.dumps(answer.envelope(kind, **more), ensure_ascii=False)}\n\n"
+
+    sent, stopped = [""] * len(answer.jobs), [False] * len(answer.jobs)
+    try:
+        for index in range(len(sent) if answer.kind == CHAT else 0):
+            yield event(choices=[{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        async for index, update in _merged(answer):
+            if stopped[index]:
+                continue
+            job = answer.jobs[index]
+            text, stopped[index] = answer.text_of(job, update, is_last=update.finished)
+            if options is not None and options.provisional:
+                yield event(choices=[], provisional=_provisional(index, update))
+            if len(text) > len(sent[index]) and text.startswith(sent[index]):
+                yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
+                sent[index] = text
+            if stopped[index] or update.finished:
+                yield event(choices=[answer.choice(index, "", answer.reason(job, stopped[index]), chunk=True)])
+                answer.worker.cancel(job)
+        if options is not None and options.include_usage:
+            yield event(choices=[], usage=answer.usage())
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        is_late = isinstance(error, (TimeoutError, asyncio.TimeoutError))
+        message = f"no answer within {answer.options.timeout:g} s" if is_late else str(error)
+        yield f"data: {json.dumps({'error': {'message': message, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
+    finally:  # also when the client leaves
+        answer.cancel()
+
+
+def _provisional(index: int, update: Update) -> dict[str, Any]:
+    """The canvas as it stands: what is unmasked beyond finished blocks."""
+    return {"index": index, "committed": update.committed, "text": update.provisional, "nfe": update.nfe, "kind": update.kind,
+            "block": list(update.block), "changed": update.changed, "tokens": update.tokens}  # fmt: skip

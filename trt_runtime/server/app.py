@@ -1,0 +1,207 @@
+"""The routes of an OpenAI-compatible server: check, submit, and turn updates into answers or server-sent events.
+
+    request -> Sequence -> worker's scheduler -> updates -> text, cut at stop strings -> JSON, or chunks as blocks are finished
+
+Every error is OpenAI's: {"error": {"message", "type", "param", "code"}}; 400 names the field that is not honoured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from trt_runtime import __version__
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Model
+from trt_runtime.sequence import Sequence
+from trt_runtime.server.answers import CHAT, TEXT, Answer, Failure, Options, events, whole
+from trt_runtime.server.limits import Limits
+from trt_runtime.server.metrics import Metrics
+from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, Mask
+from trt_runtime.server.worker import Worker
+
+RETRY_SECONDS = 1
+_PUBLIC = ("/health", "/ready")
+
+
+def create_app(model: Model, options: Options) -> FastAPI:
+    """The application over an opened model. The worker lives from startup to shutdown."""
+    metrics = Metrics()
+    longest = min(options.max_length or model.manifest.model.max_length, model.manifest.model.max_length)
+    worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="dllm-trt", version=__version__, description=(__doc__ or "").split("\n")[0], lifespan=lifespan)
+    app.state.worker, app.state.options = worker, options
+    app.add_middleware(Limits, most_body=options.most_body)
+    _errors(app, metrics)
+    _status(app, worker, options, metrics)
+    _completions(app, model, worker, options)
+
+    @app.middleware("http")
+    async def authorise(request: Request, call_next: Any) -> Any:
+        if options.api_key is not None and request.url.path not in _PUBLIC:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), options.api_key.encode()):
+                metrics.errors.labels("401").inc()
+                return _problem(
+                    Failure(401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
+                )
+        return await call_next(request)
+
+    return app
+
+
+def _problem(failure: Failure) -> JSONResponse:
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
+    body = {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
+    headers = {"Retry-After": str(RETRY_SECONDS)} if failure.status in (429, 503) else None
+    return JSONResponse(body, failure.status, headers)
+
+
+def _errors(app: FastAPI, metrics: Metrics) -> None:
+    def answer(failure: Failure) -> JSONResponse:
+        metrics.errors.labels(str(failure.status)).inc()
+        return _problem(failure)
+
+    @app.exception_handler(Failure)
+    async def failure(request: Request, error: Failure) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(DllmError)
+    async def refused(request: Request, error: DllmError) -> JSONResponse:
+        return answer(Failure(400, str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        said = (
+            f"{name}: this server does not honour it: leave it out."
+            if first["type"] == "extra_forbidden"
+            else f"{name or 'the body'}: {first['msg']}."
+        )
+        return answer(Failure(400, said, name))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(Failure(error.status_code, str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> JSONResponse:
+        return answer(Failure(500, f"the server failed ({type(error).__name__}): its log says more."))
+
+
+def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        """Whether it takes requests."""
+        if not worker.is_alive:
+            raise Failure(503, "the worker is not running.")
+        return {"status": "ready", "open": worker.num_open, "slots": options.slots}
+
+    @app.get("/metrics")
+    async def prometheus() -> PlainTextResponse:
+        return PlainTextResponse(generate_latest(metrics.registry).decode(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}]}
+
+
+def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
+        """A conversation, continued."""
+        _check_model(body, options)
+        if model.tokenizer is None or not model.tokenizer.has_chat_template:
+            raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
+        messages = [{"role": item.role, "content": item.content} for item in body.messages]
+        rows = _rows(model, messages, body, body.config())
+        return await _answer(Answer(CHAT, body, rows, worker, options), request)
+
+    @app.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> JSONResponse | StreamingResponse:
+        """A text, continued; or a template, filled."""
+        _check_model(body, options)
+        if (body.prompt is None) == (body.template is None):
+            raise Failure(400, "give prompt or template, one of them.", "prompt")
+        if body.template is not None:
+            ids, config = _template(model, body.template), body.config(infill=True)
+            rows = _rows(model, ids, body, config)
+        else:
+            rows = _rows(model, body.prompt, body, body.config())
+        return await _answer(Answer(TEXT, body, rows, worker, options), request)
+
+
+def _check_model(body: Common, options: Options) -> None:
+    if body.model != options.name:
+        raise Failure(404, f"model is '{body.model[:80]}', this server has '{options.name}'.", "model", "model_not_found")
+
+
+def _rows(model: Model, prompt: Any, body: Common, config: GenerationConfig) -> list[Sequence]:
+    body.stops()
+    return [
+        model.sequence(prompt, replace(config, seed=config.seed + i), raw=body.__class__ is CompletionRequest)
+        for i in range(body.n)
+    ]
+
+
+def _template(model: Model, parts: list[str | Mask]) -> list[int]:
+    """Token ids of a template: fixed text, and as many mask tokens as each gap wants. Raises DllmError."""
+    if not any(isinstance(part, Mask) for part in parts):
+        raise DllmError('template has no gap: give at least one {"mask": N}.')
+    if model.tokenizer is None:
+        raise DllmError("this model has no tokenizer: templates need one.")
+    mask, ids = model.manifest.decoding.mask_token_id, []
+    for part in parts:
+        ids += [mask] * part.mask if isinstance(part, Mask) else model.tokenizer.encode(part) if part else []
+    return ids
+
+
+async def _answer(answer: Answer, request: Request) -> JSONResponse | StreamingResponse:
+    answer.submit()
+    if answer.body.stream:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(answer), media_type="text/event-stream", headers=headers)
+    gone = asyncio.create_task(_until_gone(request))
+    work = asyncio.create_task(whole(answer))
+    try:
+        await asyncio.wait({gone, work}, timeout=answer.options.timeout, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return JSONResponse(work.result())
+        raise Failure(
+            499 if gone.done() else 504, f"no answer within {answer.options.timeout:g} s: lower max_tokens, or try again."
+        )
+    finally:
+        answer.cancel()
+        for task in (gone, work):
+            task.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    """Until the client has left."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
