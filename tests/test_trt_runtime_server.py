@@ -153,6 +153,9 @@ def test_provisional_text_comes_when_it_is_asked_for(demo, model):
     seen = [event["provisional"] for event in events if "provisional" in event]
     assert len(seen) == model.generate([PROMPT], GenerationConfig())[0].nfe
     assert all(event["choices"] == [] for event in events if "provisional" in event)
+    cells = {position: text for event in seen for position, text, _ in event["cells"]}
+    confidence = [c for event in seen for _, _, c in event["cells"]]
+    assert len(cells) > 40 and all(0 < c <= 1 for c in confidence) and cells[1].strip() == "do"
     assert seen[-1]["text"] == "" and seen[0]["nfe"] == 1 and len(seen[0]["tokens"]) == 96
 
 

@@ -74,6 +74,14 @@ class Step:
     tokens: list[int]
     seen: Seen | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def confidence(self) -> list[float | None]:
+        """Of the positions that were committed; None where it is not known here."""
+        if self.seen is None:
+            return [None] * len(self.positions)
+        held = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
+        return [held.get(position) for position in self.positions]
+
     def as_list(self) -> list[object]:
         """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
         return [self.kind, self.start, self.length, self.positions, self.tokens]

@@ -53,6 +53,10 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def piece(self, token: int) -> str:
+        """The text of one token, special tokens as they are written."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
     def unknown_words(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary has no token for."""
         unknown = self._special.get("unk_token")

@@ -99,6 +99,13 @@ class Answer:
             {"delta": {"content": text} if text else {}} if chunk else {"message": {"role": "assistant", "content": text}}
         )
 
+    def provisional(self, index: int, update: Update) -> dict[str, Any]:
+        """The canvas after a forward: cells are (position, text, confidence) of what it committed."""
+        pieces = [self.worker.model.piece(update.tokens[i]) if i >= 0 else "" for i in update.changed]
+        return {"index": index, "committed": update.committed, "text": update.provisional, "nfe": update.nfe, "kind": update.kind,
+                "block": list(update.block), "length": len(update.tokens), "tokens": update.tokens,
+                "cells": list(zip(update.changed, pieces, update.confidence, strict=True))}  # fmt: skip
+
     def envelope(self, kind: str, **more: Any) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.options.name, **more}
 
@@ -170,7 +177,7 @@ async def events(answer: Answer) -> AsyncIterator[str]:
             job = answer.jobs[index]
             text, stopped[index] = answer.text_of(job, update, is_last=update.finished)
             if options is not None and options.provisional:
-                yield event(choices=[], provisional=_provisional(index, update))
+                yield event(choices=[], provisional=answer.provisional(index, update))
             if len(text) > len(sent[index]) and text.startswith(sent[index]):
                 yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
                 sent[index] = text
@@ -186,9 +193,3 @@ async def events(answer: Answer) -> AsyncIterator[str]:
         yield f"data: {json.dumps({'error': {'message': message, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
     finally:  # also when the client leaves
         answer.cancel()
-
-
-def _provisional(index: int, update: Update) -> dict[str, Any]:
-    """The canvas as it stands: what is unmasked beyond finished blocks."""
-    return {"index": index, "committed": update.committed, "text": update.provisional, "nfe": update.nfe, "kind": update.kind,
-            "block": list(update.block), "changed": update.changed, "tokens": update.tokens}  # fmt: skip

@@ -12,11 +12,12 @@ import contextlib
 import hmac
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -32,7 +33,10 @@ from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, 
 from trt_runtime.server.worker import Worker
 
 RETRY_SECONDS = 1
-_PUBLIC = ("/health", "/ready")
+_PUBLIC = ("/", "/health", "/ready")
+_PAGE = Path(__file__).with_name("page.html")
+# the page is one file: its own style and script, and requests to this server
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def create_app(model: Model, options: Options) -> FastAPI:
@@ -121,6 +125,10 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
         if not worker.is_alive:
             raise Failure(503, "the worker is not running.")
         return {"status": "ready", "open": worker.num_open, "slots": options.slots}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
