@@ -199,10 +199,11 @@ class Decoder:
         op = self.op
         length = op.Unsqueeze(window.kv_len, [1])
         if cache is None or window.write_index is None:
-            valid = op.Less(window.position_ids, length)
+            valid = [op.Less(window.position_ids, length)]
         else:
             valid = self.lowering.valid_keys(op, cache, window.input_ids, op.Unsqueeze(window.write_index, [1]), length)
-        masked = op.Where(valid, self.constants[0], self.constants[1])  # [B, keys]
+        pieces = [op.Where(piece, self.constants[0], self.constants[1]) for piece in valid]
+        masked = op.Concat(*pieces, axis=1) if len(pieces) > 1 else pieces[0]  # [B, keys]; booleans do not concatenate everywhere
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return _Rows(positions, op.Shape(positions), mask)
@@ -211,6 +212,6 @@ class Decoder:
         """The rows asked for, and their index [B*R] into the window's rows [B*S]."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)
-        batch, size = (op.Squeeze(op.Shape(window.input_ids, start=i, end=i + 1)) for i in (0, 1))
+        batch, size = (self.lowering.size(op, window.input_ids, i) for i in (0, 1))
         first = op.Unsqueeze(op.Mul(op.Range(0, batch, 1), size), [1])
         return self._rows(window, cache, positions), op.Reshape(op.Add(window.logit_rows, first), [-1])

@@ -77,6 +77,8 @@ def _check_node(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
             yield f"{node.name}: {node.op_type}.{name} is {attribute.value!r}, allowed: {sorted(allowed) or 'not set'}"
     if node.op_type == "Attention":
         yield from _check_attention(node)
+    if node.op_type == "Shape" and node.attributes and graph.opset_imports[""] == lowerings.find(contract.LEGACY).OPSET:
+        yield f"{node.name}: Shape has {sorted(node.attributes)}, which TensorRT 8.6 takes and ignores"
     if node.op_type == "TensorScatter":
         if node.inputs[0] not in graph.inputs:
             yield f"{node.name}: the cache it writes is not a graph input"

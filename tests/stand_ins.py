@@ -209,6 +209,13 @@ class Context:
             if name.startswith("cache_") and name.replace("cache_", "updated_") in engine.kinds:
                 assert self.addresses[name.replace("cache_", "updated_")] == self.addresses[name], "not in place"
         self.is_settled = True
+        if self.cuda.captured is not None:
+            held = (dict(self.shapes), dict(self.addresses))
+
+            def unchanged():
+                assert (self.shapes, self.addresses) == held, "a graph is replayed after its context was changed"
+
+            self.cuda._queued(unchanged)
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         self.cuda._queued(lambda: engine.run(shapes, addresses))
         return True
@@ -329,7 +336,10 @@ def tensorrt(cuda: Cuda, rtx):
 
         def set_timing_cache(self, cache, ignore_mismatch):
             assert ignore_mismatch is False
+            if cache.data.strip(b"+"):
+                return False
             self.timing = cache.data
+            return True
 
         def get_timing_cache(self):
             return types.SimpleNamespace(serialize=lambda: self.timing)

@@ -146,4 +146,4 @@ def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):
         __version__ = "10.9.0.34"
 
     with pytest.raises(DllmError, match=r"reads from 10\.16 on; installed is 10\.9\.0\.34: .* --lowering legacy"):
-        engine._check_lowering(manifests.load(artifact), BuildConfig("tensorrt"), Old)
+        engine._check_version(manifests.load(artifact), BuildConfig("tensorrt"), Old)

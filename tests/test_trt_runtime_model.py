@@ -245,7 +245,7 @@ def test_a_character_that_is_split_between_blocks_is_printed_whole():
     data = "né日本語é".encode()
     letters = _Letters("")
     cuts = [2, 5, 9, len(data)]
-    updates = [Update(0, i, "dual", letters.decode(data[:n]), "", [], [], (0, 1), n == len(data)) for i, n in enumerate(cuts)]
+    updates = [Update(0, i, "dual", letters.decode(data[:n]), "", [], [], [], (0, 1), n == len(data)) for i, n in enumerate(cuts)]
 
     class Streamed:
         def stream(self, prompts, config, raw):

@@ -43,7 +43,7 @@ def test_rows_in_later_slots(gpu, golden_artifact):
     from plugins import commit
 
     mask = manifests.load(golden_artifact).decoding.mask_token_id
-    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 8)['BLOCK']}"] = stand_ins.commit_kernel(mask)
+    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 32)['BLOCK']}"] = stand_ins.commit_kernel(mask)
     prompts = [np.random.default_rng(2).integers(0, 120, length).tolist() for length in (5, 12, 9)]
     made = []
     for options in ({}, {"device": "cuda"}, {"device": "cuda", "steps_per_look": 3}):
@@ -72,3 +72,23 @@ def test_what_cuda_does_not_take(gpu, golden_checkpoint, golden_artifact, tmp_pa
         OrtBackend(legacy, device="cuda")
     with pytest.raises(DllmError, match=r"unknown device of ONNX Runtime 'gpu'"):
         OrtBackend(golden_artifact, device="gpu")
+
+
+def test_work_that_is_left_to_the_cpu_is_an_error(gpu, golden_artifact, monkeypatch):
+    """A session that has the provider, and nodes for which the provider has no kernels."""
+    backend = OrtBackend(golden_artifact, device="cuda")
+    monkeypatch.setitem(backend_ort._PROVIDERS, "cuda", "CUDAExecutionProvider")
+    with pytest.raises(
+        DllmError, match=r"would run \d+ Attention, .*\d+ TensorScatter.* of the model on the CPU: .* a newer onnxruntime-gpu"
+    ):
+        backend._check_placement()
+
+
+def test_the_memory_of_a_cache_is_used_again(gpu, golden_artifact):
+    backend = OrtBackend(golden_artifact, device="cuda")
+    cache = backend.new_cache(2, 30)
+    held = cache.buffers
+    assert cache.capacity == 64
+    del cache
+    assert backend.new_cache(2, 50).buffers is held
+    assert backend.new_cache(3, 50).buffers is not held

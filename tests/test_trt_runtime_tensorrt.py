@@ -155,9 +155,13 @@ def test_stripped_engines_get_their_weights_back(gpu, tiny_artifact, tmp_path):
 
 def test_the_timing_cache_serves_the_next_build(gpu, tiny_artifact, tmp_path):
     engine.build(tiny_artifact, tmp_path, replace(SIZES, layout="split", max_length=64))
-    assert (tmp_path / engine.TIMING).read_bytes() == b"++"
+    (held,) = tmp_path.glob("timing.cache-11.4.0.106-sm90")
+    assert held.read_bytes() == b"++"
     engine.build(tiny_artifact, tmp_path, replace(SIZES, max_length=64))
-    assert (tmp_path / engine.TIMING).read_bytes() == b"+++"
+    assert held.read_bytes() == b"+++"
+    held.write_bytes(b"of another GPU")  # is refused, and a new one begun
+    engine.build(tiny_artifact, tmp_path, replace(SIZES, max_length=128))
+    assert held.read_bytes() == b"+"
 
 
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path):
@@ -218,12 +222,6 @@ def test_the_gpu_commits_for_a_ragged_batch(gpu, golden_checkpoint, tmp_path, mo
         models[1].generate(prompts, GenerationConfig(gen_length=32, block_length=16, cache="prefix"))
 
 
-def test_the_gpu_commits_only_with_a_kernel(gpu, tiny_artifact, tiny_engines):
-    model = load(tiny_artifact, "tensorrt", engines=tiny_engines, steps_per_look=4)
-    with pytest.raises(DllmError, match="has no commit kernel for steps_per_look: build with --plugins"):
-        model.generate([[1, 2, 3]], GenerationConfig(gen_length=8, block_length=8))
-
-
 def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypatch):
     made, _ = _with_kernels(gpu, monkeypatch, golden_artifact, tmp_path)
     (made / "commit.ptx").write_text((made / "commit.ptx").read_text() + " ")
@@ -271,3 +269,87 @@ def test_workarounds_are_of_their_versions(package, version, expected):
 
     found = builder.workarounds(package, SimpleNamespace(__version__=version))
     assert len(found) == len(expected) and all(any(item.why.endswith(end) for end in expected) for item in found)
+
+
+def test_the_memory_of_a_cache_and_its_recorded_steps_are_used_again(gpu, tiny_artifact, tiny_engines):
+    backend, step = TensorRTBackend(tiny_artifact, engines=tiny_engines), window(np.arange(5)[None], 9, [30])
+    for _ in range(3):
+        backend.refine(backend.new_cache(1, 64), slice(0, 1), step)
+    assert gpu.launches == 1
+    fresh = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    alone = fresh.refine(fresh.new_cache(1, 64), slice(0, 1), step)
+    used = backend.new_cache(1, 64)
+    backend.prefix(used, slice(0, 1), window(np.arange(40)[None], rows=np.arange(8)[None]))
+    del used
+    again = backend.new_cache(1, 64)
+    full = window(np.arange(20)[None], rows=np.arange(8)[None])
+    clean = fresh.new_cache(1, 64)
+    assert (backend.prefix(again, slice(0, 1), full).confidence == fresh.prefix(clean, slice(0, 1), full).confidence).all()
+    later = window(np.arange(5)[None], 9, [20])
+    assert (backend.refine(again, slice(0, 1), later).confidence == fresh.refine(clean, slice(0, 1), later).confidence).all()
+    assert np.isfinite(alone.confidence).all()
+
+
+def test_a_recorded_step_has_a_context_that_nothing_else_changes(gpu, tiny_artifact, tiny_engines):
+    """Two windows of different sizes in turn: each is recorded and replayed from a context of its own (the stand-in checks it)."""
+    backend, oracle = TensorRTBackend(tiny_artifact, engines=tiny_engines), OrtBackend(tiny_artifact, threads=1)
+    caches = [item.new_cache(1, 64) for item in (backend, oracle)]
+    for repeat in range(5):
+        for size in (5, 3):
+            step = window((np.arange(size) + repeat)[None], 9, [30])
+            mine, theirs = (item.refine(cache, slice(0, 1), step) for item, cache in zip((backend, oracle), caches, strict=True))
+            assert np.abs(mine.confidence - theirs.confidence).max() < 1e-5
+    assert gpu.launches == 6
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_stands(gpu, tiny_artifact, tiny_engines, monkeypatch):
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    monkeypatch.setattr(gpu, "cudaGraphInstantiate", lambda graph, flags: (gpu.Code.cudaErrorInvalidValue, None))
+    cache, step = backend.new_cache(1, 64), window(np.arange(5)[None], 9, [30])
+    made = [backend.refine(cache, slice(0, 1), step).confidence for _ in range(5)]
+    assert gpu.launches == 0 and all((one == made[0]).all() for one in made)
+
+
+def test_the_engines_that_fit_best_are_taken(gpu, tiny_artifact, tmp_path, monkeypatch):
+    built = {}
+    for name, sizes in (
+        ("long", {"max_batch": 1, "max_length": 192}),
+        ("wide", {"max_batch": 4, "max_length": 64}),
+        ("short", {"max_batch": 1, "max_length": 64}),
+    ):
+        built[name] = engine.build(tiny_artifact, tmp_path, replace(SIZES, max_rows=None, block_length=8, **sizes))
+    assert TensorRTBackend(tiny_artifact, engines=tmp_path).directory == built["wide"]
+    assert TensorRTBackend(tiny_artifact, engines=tmp_path, length=100).directory == built["long"]
+    with pytest.raises(DllmError, match=r"is of another max_batch \(1, asked for is 2\)"):
+        TensorRTBackend(tiny_artifact, engines=tmp_path, batch=2, length=100)
+    with pytest.raises(DllmError, match=r"plugins \(it has none\)"):
+        TensorRTBackend(tiny_artifact, engines=tmp_path, steps_per_look=2)
+
+
+def test_options_of_newer_versions_are_refused(gpu, tiny_artifact, tmp_path, monkeypatch):
+    package = engine.load("tensorrt")
+    for version, option, least in (("10.9.0", "plugins", "10.16"), ("8.6.1", "strip", "10.0")):
+        monkeypatch.setattr(package, "__version__", version)
+        with pytest.raises(DllmError, match=f"--{option} needs TensorRT {least}, installed is {version}"):
+            engine.build(tiny_artifact, tmp_path, replace(SIZES, **{option: True}))
+
+
+def test_a_driver_that_is_too_old_for_a_kernel_is_told_so(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "cuModuleLoadData", lambda image: (gpu.Code.cudaErrorInvalidValue, None))
+    with pytest.raises(DllmError, match=r"its PTX is of version 8.7 .8.7 needs CUDA 12.8., the driver runs CUDA 13.0"):
+        cuda.Device().kernel(b"//\n.version 8.7\n.target sm_90\n", "k")
+
+
+def test_another_thread_uses_the_same_gpu(gpu, monkeypatch):
+    import threading
+
+    set_to = []
+    monkeypatch.setattr(
+        gpu, "cudaSetDevice", lambda index: set_to.append((threading.get_ident(), index)) or (gpu.Code.cudaSuccess,)
+    )
+    device = cuda.Device()
+    other = threading.Thread(target=lambda: device.allocate(16))
+    other.start()
+    other.join()
+    device.allocate(16)
+    assert [index for _, index in set_to] == [0, 0, 0] and set_to[1][0] != set_to[0][0] == set_to[2][0]

@@ -96,8 +96,8 @@ def serialised(job: Job, manifest: Manifest, package: str, trt: Any, timing: byt
     for item in workarounds(package, trt):
         item.apply(trt, network, settings, manifest.model.dtype)
     _configure(job, specs, builder, settings, trt)
-    if timing is not None:
-        settings.set_timing_cache(settings.create_timing_cache(timing), False)
+    if timing is not None and not settings.set_timing_cache(settings.create_timing_cache(timing), False):
+        settings.set_timing_cache(settings.create_timing_cache(b""), False)  # that one was of another GPU or version
     monitor = _monitor(trt, job.name)
     if monitor is not None:
         settings.progress_monitor = monitor
@@ -106,7 +106,8 @@ def serialised(job: Job, manifest: Manifest, package: str, trt: Any, timing: byt
         monitor.end()
     if engine is None:
         raise DllmError(f"{job.graph}: {package} {trt.__version__} did not build it ({logger.last or 'no message'}).")
-    return engine, None if timing is None else bytes(settings.get_timing_cache().serialize())
+    learnt = settings.get_timing_cache() if timing is not None else None
+    return engine, None if learnt is None else bytes(learnt.serialize())
 
 
 def network_flags(trt: Any) -> int:

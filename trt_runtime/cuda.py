@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import importlib
 import math
+import re
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,7 +104,8 @@ class Device:
             raise DllmError(f"no GPU can be used ({error}): {_ADVICE}.") from error
         if not 0 <= index < count:
             raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_ADVICE}.")
-        self._do("cudaSetDevice", index)
+        self.index, self._thread = index, -1
+        self.enter()
         self.facts = self._facts(index)
         self.stream = int(self._do("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
@@ -110,6 +113,12 @@ class Device:
         found, version = self._do("cudaGetDeviceProperties", index), int(self._do("cudaDriverGetVersion"))
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         return Facts(name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}")
+
+    def enter(self) -> None:
+        """Make this the device of the calling thread: CUDA keeps one for each."""
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self._do("cudaSetDevice", self.index)
 
     def _do(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; its result. Raises DllmError for an error code."""
@@ -123,6 +132,7 @@ class Device:
 
     def allocate(self, size: int) -> Memory:
         """Zeroed memory of `size` bytes."""
+        self.enter()
         try:
             address = int(self._do("cudaMalloc", max(size, 1)))
         except DllmError as error:
@@ -136,6 +146,7 @@ class Device:
 
     def pinned(self, size: int) -> npt.NDArray[np.uint8]:
         """`size` bytes of host memory that the GPU can reach, freed with the array."""
+        self.enter()
         address = int(self._do("cudaHostAlloc", max(size, 1), 0))
         held = (ctypes.c_uint8 * max(size, 1)).from_address(address)
         weakref.finalize(held, self._runtime.cudaFreeHost, address)
@@ -186,7 +197,16 @@ class Device:
 
     def kernel(self, ptx: bytes, entry: str) -> Kernel:
         """A kernel of a PTX text, compiled by the driver for this GPU. Raises DllmError."""
-        module = self._checked("cuModuleLoadData", self._driver.cuModuleLoadData(ptx.rstrip(b"\0") + b"\0"))
+        self.enter()
+        try:
+            module = self._checked("cuModuleLoadData", self._driver.cuModuleLoadData(ptx.rstrip(b"\0") + b"\0"))
+        except DllmError as error:
+            found = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
+            version = found[1].decode() if found else "unknown"
+            raise DllmError(
+                f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} (8.7 needs CUDA 12.8), the driver "
+                f"runs CUDA {self.facts.driver}: update the driver, or go without --plugins."
+            ) from error
         function = self._checked("cuModuleGetFunction", self._driver.cuModuleGetFunction(module, entry.encode()))
         return Kernel(self, function)
 

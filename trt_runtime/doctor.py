@@ -49,7 +49,7 @@ PACKAGES = (
     Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", "pip install tokenizers", needed=True),
     Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", "pip install 'jinja2>=3.1.6'", needed=True),
     Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", _pip("ort")),
-    Package("onnxruntime-gpu", "onnxruntime", "1.24", "2", "backend ort on a GPU", _pip("ort-gpu")),
+    Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", _pip("ort-gpu")),
     Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", "pip install tensorrt (from NVIDIA's index)"),
     Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _CHECKOUT.format("rtx")),
     Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", "pip install cuda-bindings"),

@@ -37,6 +37,7 @@ _MODULES = {
 }
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
+_SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 
@@ -149,7 +150,7 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
     """The engines of an artifact, built, or found if they are there already. Returns their directory. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     config, trt = config.checked(manifest), load(config.backend)
-    _check_lowering(manifest, config, trt)
+    _check_version(manifest, config, trt)
     gpu = None if config.targets else _gpu(config)
     edit, kernels, ptx = _plugins(manifest, config, gpu) if config.plugins and gpu else (None, {}, {})
     description = describe(manifest, config, trt, gpu, kernels)
@@ -157,7 +158,7 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
     if (directory / FILE_NAME).is_file():
         check(directory, description)
         return directory
-    timing = out / TIMING
+    timing = out / f"{TIMING}-{trt.__version__}-sm{gpu.compute_capability if gpu else 0}"
     with manifests.sealed(directory) as made:
         seconds = {}
         for plan in plans(config):
@@ -195,9 +196,21 @@ def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
     return built_for
 
 
-def find(root: Path, wanted: dict[str, Any]) -> Path:
-    """The engines below `root` that fit `circumstances`, the largest capacity first. Raises DllmError, saying what is there instead."""
-    fitting, others = [], []
+@dataclass(frozen=True)
+class Needs:
+    """What a caller wants of engines: rows at a time, tokens of the longest canvas, and the commit kernel."""
+
+    batch: int = 1
+    length: int = 1
+    commit: bool = False
+
+
+def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path:
+    """The engines below `root` that fit `circumstances` and `needs`. Raises DllmError, saying what is there instead.
+
+    Of several, those with kernels come first, then those for more rows at a time, then the shorter canvas.
+    """
+    needs, fitting, others = needs or Needs(), [], []
     for file in sorted(root.glob(f"*/{FILE_NAME}")):
         built_for, _ = _read(file.parent)
         targets, gpu = built_for.get("targets"), wanted.get("gpu")
@@ -205,14 +218,18 @@ def find(root: Path, wanted: dict[str, Any]) -> Path:
         if targets and gpu and f"sm{gpu['compute_capability']}" in targets:
             del asked["gpu"]  # built for a kind of GPU, and this is one
         differing = [name for name, value in asked.items() if built_for.get(name) != value]
+        batch = max((profile["batch"][2] for listed in built_for["profiles"].values() for profile in listed), default=0)
+        sizes = (("max_batch", batch, needs.batch), ("capacity", built_for["capacity"], needs.length))
+        differing += [f"{name} ({held}, asked for is {least})" for name, held, least in sizes if held < least]
+        differing += ["plugins (it has none)"] if needs.commit and "commit" not in built_for["plugins"] else []
         if differing:
             others.append(f"{file.parent.name} is of another {', '.join(differing)}")
         else:
-            fitting.append((built_for.get("capacity", 0), file.parent))
+            fitting.append((bool(built_for["plugins"]), batch, -built_for["capacity"], file.parent))
     if not fitting:
         said = "; ".join(others[:3]) or "there are none"
         raise DllmError(f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt build'.")
-    return max(fitting)[1]
+    return max(fitting)[-1]
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
@@ -224,11 +241,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
         raise DllmError(f"{path}: not readable ({error}): build the engines again.") from error
 
 
-def _check_lowering(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
+def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
     version, least = version_of(trt), _MODERN_FROM[config.backend]
     if version < _LEAST[config.backend]:
         oldest = ".".join(map(str, _LEAST[config.backend]))
         raise DllmError(f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: update it.")
+    for name, since in _SINCE.items():
+        if getattr(config, name) and config.backend == "tensorrt" and version < since:
+            raise DllmError(
+                f"--{name} needs TensorRT {'.'.join(map(str, since))}, installed is {trt.__version__}: leave it out, or update."
+            )
     if manifest.lowering == MODERN and version < least:
         raise DllmError(
             f"the artifact is of the modern lowering, which {config.backend} reads from {'.'.join(map(str, least))} on; installed is "

@@ -51,6 +51,22 @@ def plan_of(rules: Sequence[CommitRule], columns: int) -> Plan:
     return Plan(np.array(plan, np.int32), value, np.array(state, np.int32), committed)
 
 
+def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
+    """Steps to make before a look: no more than `most`, and no more than the row with the most to do can need."""
+    left = []
+    for rule, row in zip(rules, ids, strict=True):
+        masks = int((row[: rule.limit] == mask_token_id).sum())
+        left.append(
+            min(masks, max(1, rule.steps - rule.number)) if rule.kind == "fixed" and rule.masks == masks + _done(rule) else masks
+        )
+    return max(1, min(most, max(left)))
+
+
+def _done(rule: CommitRule) -> int:
+    """Positions that a fixed schedule has committed after its first steps."""
+    return sum(quota(rule.masks, rule.steps)[: rule.number])
+
+
 def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
     """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
     if (held.state[:, 1] == NOT_FINITE).any():

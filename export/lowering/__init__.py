@@ -21,6 +21,9 @@ class Lowering(Protocol):
 
     OPSET: int
 
+    def size(self, op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+        """The length of an axis, a scalar."""
+
     def rms_norm(self, op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
         """`weight * cast(x / rms(x))` over the last axis, the mean taken in float32."""
 
@@ -31,8 +34,11 @@ class Lowering(Protocol):
         """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to attend to, and the tensor
         that the graph returns: the cache written at row `write_index` [B], or `new`."""
 
-    def valid_keys(self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
-        """Which rows [B, keys] of what `extend` gives a window [B, S] attends to. write_index and kv_len are [B, 1]."""
+    def valid_keys(
+        self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
+    ) -> list[ir.Value]:
+        """Which rows of what `extend` gives a window [B, S] attends to, in pieces [B, keys] that follow one another. write_index and
+        kv_len are [B, 1]."""
 
     def attention(
         self, op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int

@@ -13,6 +13,11 @@ OPSET = 17
 _FLOAT = ir.DataType.FLOAT
 
 
+def size(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+    """Not by Shape's start and end, which the parser of TensorRT 8.6 takes and ignores."""
+    return op.Gather(op.Shape(x), axis, axis=0)
+
+
 def rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
     wide = x if dtype == _FLOAT else op.Cast(x, to=int(_FLOAT))
     mean = op.ReduceMean(op.Mul(wide, wide), axes=[-1], keepdims=1)
@@ -31,12 +36,12 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return op.Concat(cache, new, axis=2), new
 
 
-def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
-    size = op.Squeeze(op.Shape(window, start=1, end=2))
-    held = op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1)  # [C]
-    written = op.Add(write_index, op.Range(0, size, 1))  # [B, S]: the rows of the cache that the window will stand in
-    is_other = op.Or(op.Less(held, write_index), op.GreaterOrEqual(held, op.Add(write_index, size)))
-    return op.Concat(op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len), axis=1)
+def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
+    size_of_window = size(op, window, 1)
+    held = op.Range(0, size(op, cache, 2), 1)  # [C]
+    written = op.Add(write_index, op.Range(0, size_of_window, 1))  # [B, S]: the rows of the cache that the window will stand in
+    is_other = op.Or(op.Less(held, write_index), op.GreaterOrEqual(held, op.Add(write_index, size_of_window)))
+    return [op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len)]
 
 
 def attention(
@@ -50,6 +55,6 @@ def attention(
 
 def _repeat(op: OpBuilder, x: ir.Value, head_dim: int, group: int) -> ir.Value:
     """x [B, H, C, D] with each head repeated `group` times: [B, H * group, C, D]."""
-    batch, heads, rows = (op.Shape(x, start=i, end=i + 1) for i in range(3))
+    batch, heads, rows = (op.Gather(op.Shape(x), [i], axis=0) for i in range(3))
     wide = op.Expand(op.Unsqueeze(x, [2]), op.Concat(batch, heads, [group], rows, [head_dim], axis=0))
     return op.Reshape(wide, op.Concat(batch, op.Mul(heads, group), rows, [head_dim], axis=0))

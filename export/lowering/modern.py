@@ -8,6 +8,10 @@ from onnxscript import OpBuilder
 OPSET = 24
 
 
+def size(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+    return op.Squeeze(op.Shape(x, start=axis, end=axis + 1))
+
+
 def rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
 
@@ -22,8 +26,8 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return written, written
 
 
-def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> ir.Value:
-    return op.Less(op.Range(0, op.Squeeze(op.Shape(cache, start=2, end=3)), 1), kv_len)
+def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
+    return [op.Less(op.Range(0, size(op, cache, 2), 1), kv_len)]
 
 
 def attention(

@@ -6,6 +6,7 @@ Shape letters: B rows of the call, S rows of the window, R rows asked for, C cap
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,13 +48,29 @@ class Stats:
         return RowStats(*(array[index, :count] for array in arrays))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cache:
     """Keys and values of `batch` slots of `capacity` rows each. `buffers` belong to the backend that made it."""
 
     batch: int
     capacity: int
     buffers: Any
+
+
+def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
+    """`cache`, whose buffers go into `pool` when it is given up, by batch and capacity: memory of a GPU takes long to get. The pool holds
+    those of one cache.
+
+    Rows that were written before are masked until they are written again, so buffers need no zeros the second time.
+    """
+    key, buffers = (cache.batch, cache.capacity), cache.buffers
+
+    def keep() -> None:
+        pool.clear()
+        pool[key] = buffers
+
+    weakref.finalize(cache, keep).atexit = False
+    return cache
 
 
 class Backend(ABC):
@@ -102,7 +119,7 @@ class Backend(ABC):
     def refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
         """Up to `steps_per_look` refine steps of blocks that begin the windows, each with its commit; a rule a row.
 
-        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose block is full wait.
+        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose block is full wait. No more steps are made than some row can need; those in which a row waits are not its forwards.
         """
         if len(rules) != len(window.input_ids) or any(not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules):
             raise DllmError(f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R positions.")
@@ -112,9 +129,10 @@ class Backend(ABC):
     def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
         """On the host, step by step: what a device does by itself."""
         ids, held = window.input_ids.copy(), steps.plan_of(rules, window.logit_rows.shape[1])
-        for _ in range(self.steps_per_look):
+        mask = self.manifest.decoding.mask_token_id
+        for _ in range(steps.needed(rules, ids, mask, self.steps_per_look)):
             stats = self._refine(cache, slots, replace(window, input_ids=ids), want_logits=False)
-            steps.commit(ids, stats.token, stats.confidence, held, self.manifest.decoding.mask_token_id)
+            steps.commit(ids, stats.token, stats.confidence, held, mask)
         return steps.finished(held, rules, ids)
 
     def _check(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> None:

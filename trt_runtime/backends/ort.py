@@ -19,7 +19,7 @@ import onnxruntime as ort
 from trt_runtime import contract, cuda, steps
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
-from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.policies import CommitRule
@@ -31,6 +31,9 @@ _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PLACES = {"cpu": "cpu", "cuda": "cuda"}  # what ONNX Runtime calls a device's memory
 _CPU_DTYPES = ("fp32", "fp16")
+# what must not fall to the CPU one node at a time, as kernels that a provider lacks do without a word
+_HEAVY = {"Attention", "Cast", "Gemm", "Reshape", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "TopK", "Transpose"}
+_ROW_STEP = {"cpu": 1, "cuda": 64}  # rows of a cache come in steps: CUDA's attention kernels want aligned masks
 # by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element type in ONNX
 _ELEMENTS = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
 
@@ -81,6 +84,9 @@ class OrtBackend(Backend):
                 model_bytes = (artifact / self.manifest.graphs[role].file).read_bytes()
                 model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
+            if device == "cuda":
+                getattr(ort, "preload_dlls", lambda: None)()  # CUDA's libraries, where they are Python packages
+                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             self._session = ort.InferenceSession(model_bytes, options, providers=[_PROVIDERS[device]])
         except Exception as error:  # onnxruntime raises several unrelated types
             raise DllmError(
@@ -92,6 +98,8 @@ class OrtBackend(Backend):
                 f"ONNX Runtime {ort.__version__} opened the model on {', '.join(self._session.get_providers())} instead of CUDA: its "
                 "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
             )
+        if device == "cuda":
+            self._check_placement()
         self._check_graph(artifact)
         dims = self.manifest.dims
         self._names, self._returned = contract.cache_names("cache", dims), contract.returned_names(dims)
@@ -99,21 +107,29 @@ class OrtBackend(Backend):
         self._small_inputs = [spec.name for spec in specs if spec.name not in self._names]
         self._cache_inputs = [spec.name for spec in specs if spec.name in self._names]
         self._commit: tuple[int, int, cuda.Device, CommitKernel] | None = None
+        self._arena: cuda.Arena | None = None
+        self._pool: dict[tuple[int, int], _Buffers] = {}
 
     @property
     def gives_logits(self) -> bool:
         return True
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        model = self.manifest.model
+        """On CUDA of a rounded capacity; the memory of one that was given up is used again."""
+        model, step = self.manifest.model, _ROW_STEP[self.device]
+        capacity = -(-capacity // step) * step
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
         if self.device == "cpu":
             return Cache(batch, capacity, _Buffers({name: np.zeros(shape, self._zero) for name in self._names}))
-        place = _PLACES[self.device]
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), place, 0) for name in self._names}
-        return Cache(batch, capacity, _Buffers({}, values))
+        buffers = self._pool.pop((batch, capacity), None)
+        if buffers is None:
+            place = _PLACES[self.device]
+            values = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), place, 0) for name in self._names}
+            buffers = _Buffers({}, values)
+        return pooled(Cache(batch, capacity, buffers), self._pool)
 
     def close(self) -> None:
+        self._pool.clear()
         del self._session
 
     def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
@@ -153,7 +169,10 @@ class OrtBackend(Backend):
         arrays = {name: np.ascontiguousarray(getattr(window, name)) for name in self._small_inputs}
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         shapes |= {name: (np.dtype(np.int64 if name == "token" else np.float32), (batch, asked)) for name in contract.STATISTICS}
-        arena = device.arena(cuda.Arena.size_of(shapes))
+        size = cuda.Arena.size_of(shapes)
+        if self._arena is None or self._arena.device.size < size:
+            self._arena = device.arena(2 * size)
+        arena = self._arena
         held, at, used = arena.place(shapes)
         for name, array in arrays.items():
             held[name][...] = array
@@ -164,7 +183,7 @@ class OrtBackend(Backend):
         for name, (dtype, shape) in shapes.items():
             bind = binding.bind_output if name in contract.STATISTICS else binding.bind_input
             bind(name, _PLACES[self.device], 0, dtype.type, list(shape), at[name])
-        for _ in range(self.steps_per_look):
+        for _ in range(steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_look)):
             self._execute(binding)
             kernel.queue(running, at["input_ids"], window.input_ids.shape[1], at["token"], at["confidence"])
             device.synchronize()
@@ -179,7 +198,8 @@ class OrtBackend(Backend):
             tool = import_tool(
                 "plugins.commit", "steps_per_look on CUDA", "run from a checkout, with pip install -e '.[kernels]'"
             )
-            device = cuda.Device()
+            batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
+            device = self._commit[2] if self._commit is not None else cuda.Device()
             made = tool.compiled(self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability)
             facts = {"entry": made.name, "threads": made.threads, "shared": made.shared, "columns": columns}
             self._commit = (batch, columns, device, CommitKernel(device, facts, made.ptx.encode(), batch))
@@ -209,6 +229,23 @@ class OrtBackend(Backend):
         if self.device != "cpu" and not self.manifest.dims.writes_caches:
             raise DllmError(
                 f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with --lowering modern."
+            )
+
+    def _check_placement(self) -> None:
+        """Raise DllmError if a provider took CUDA's name and left work to the CPU."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return  # ONNX Runtime before 1.24 does not say
+        left: dict[str, int] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            for node in part.get_nodes():
+                if part.ep_name != _PROVIDERS["cuda"] and node.op_type in _HEAVY:
+                    left[node.op_type] = left.get(node.op_type, 0) + 1
+        heavy = {name: count for name, count in left.items() if count >= self.manifest.model.num_layers or name == "TopK"}
+        if heavy:
+            said = ", ".join(f"{count} {name}" for name, count in sorted(heavy.items()))
+            raise DllmError(
+                f"ONNX Runtime {ort.__version__} would run {said} of the model on the CPU: its CUDA provider has no kernels for them: "
+                "install a newer onnxruntime-gpu."
             )
 
     def _check_graph(self, artifact: Path) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from trt_runtime import builder, contract, cuda, engine, steps
 from trt_runtime import manifest as manifests
-from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.builder import Profile
 from trt_runtime.contract import TensorSpec
@@ -65,17 +65,19 @@ class _Call:
 
 @dataclass
 class _Buffers:
-    """Caches of a model by name; recorded steps by what they depend on (None: a step was seen once)."""
+    """Caches of a model by name; recorded steps by what they depend on (None: seen once, or not to be recorded), each with the context
+    that it was recorded from, which nothing else uses."""
 
     caches: dict[str, cuda.Memory]
-    graphs: dict[tuple[Any, ...], cuda.Graph | None] = field(default_factory=dict)
+    graphs: dict[tuple[Any, ...], tuple[cuda.Graph, Any] | None] = field(default_factory=dict)
 
 
 class TensorRTBackend(Backend):
     """An artifact on TensorRT engines that `dllm-trt build` made.
 
     engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps. steps_per_look: refine
-    steps that the GPU makes by itself before the host looks (above 1, with engines built with --plugins).
+    steps that the GPU makes by itself before the host looks (above 1, with engines built with --plugins). batch, length: rows at a time
+    and tokens that the engines must at least take.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -88,13 +90,17 @@ class TensorRTBackend(Backend):
         device: int = 0,
         cuda_graphs: bool = True,
         steps_per_look: int = 1,
+        batch: int = 1,
+        length: int = 1,
     ) -> None:
         self.manifest, self.steps_per_look = manifests.load(artifact), steps_per_look
         self._artifact, self._trt = artifact, engine.load(self.name)
         self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
         wanted = engine.circumstances(self.manifest, self.name, self._trt, self._device.facts)
-        self.directory = engine.find(Path(engines), wanted)
+        self.directory = engine.find(Path(engines), wanted, engine.Needs(batch, length, steps_per_look > 1))
         built_for = engine.check(self.directory, {"files": wanted["files"], "version": wanted["version"]})  # hashes come first
+        if built_for.get("strip"):
+            manifests.load(artifact, check_hashes=True)  # its weights go into the engine
         self.capacity: int = built_for["capacity"]
         self._logger = builder.Logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger.made)
@@ -105,6 +111,8 @@ class TensorRTBackend(Backend):
         )
         self._inputs, self._outputs = self._arena(outputs=False), self._arena(outputs=True)
         self._fresh = self._fresh_rows()
+        self._pool: dict[tuple[int, int], _Buffers] = {}
+        self._unrecorded: set[tuple[Any, ...]] = set()
         kernel = built_for["plugins"].get("commit")
         self._commit = (
             CommitKernel(self._device, kernel, (self.directory / kernel["file"]).read_bytes(), self.max_batch) if kernel else None
@@ -118,10 +126,14 @@ class TensorRTBackend(Backend):
             )
         names = contract.cache_names("cache", self.manifest.dims)
         size = batch * self._row_bytes * self.capacity * self.manifest.model.num_kv_heads
-        return Cache(batch, self.capacity, _Buffers({name: self._device.allocate(size) for name in names}))
+        buffers = self._pool.pop((batch, self.capacity), None)
+        return pooled(
+            Cache(batch, self.capacity, buffers or _Buffers({name: self._device.allocate(size) for name in names})), self._pool
+        )
 
     def close(self) -> None:
         self._device.synchronize()
+        self._pool.clear()
         for held in self._engines:
             held.contexts.clear()
         del self._engines, self._runtime, self._scratch, self._inputs, self._outputs, self._fresh, self._commit
@@ -136,16 +148,16 @@ class TensorRTBackend(Backend):
         call = self._call(role, window)
         wanted = [name for name in call.made if want_logits or name != contract.LOGITS]
 
-        def work() -> None:
+        def work(context: Any) -> None:
             self._device.upload(self._inputs.device.address, self._inputs.host[: call.used])
-            self._execute(call, cache, slots, window)
+            self._execute(call, context, cache, slots, window)
             if len(wanted) == len(call.made):
                 self._device.download(self._outputs.host[: call.answer], self._outputs.device.address)
             else:
                 for name in wanted:
                     self._device.download(call.made[name], call.out[name])
 
-        self._queue(work, cache.buffers.graphs, (*call.key, slots.start, want_logits) if role == "refine" else None)
+        self._queue(work, call, cache.buffers, (*call.key, slots.start, want_logits) if role == "refine" else None)
         self._device.synchronize()
         asked, kinds = window.logit_rows.shape[1], {"token": np.int64}
         stats: dict[str, Any] = {name: call.made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
@@ -160,12 +172,12 @@ class TensorRTBackend(Backend):
         held = kernel.begin(rules, call.shape[2])
         self._device.upload(self._inputs.device.address, self._inputs.host[: call.used])
 
-        def step() -> None:
-            self._execute(call, cache, slots, window)
+        def step(context: Any) -> None:
+            self._execute(call, context, cache, slots, window)
             kernel.queue(held, call.into["input_ids"], call.shape[1], call.out["token"], call.out["confidence"])
 
-        for _ in range(self.steps_per_look):
-            self._queue(step, cache.buffers.graphs, (*call.key, slots.start, "commit"))
+        for _ in range(steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_look)):
+            self._queue(step, call, cache.buffers, (*call.key, slots.start, "commit"))
         self._device.download(call.given["input_ids"], call.into["input_ids"])
         kernel.end(held)
         self._device.synchronize()
@@ -173,11 +185,13 @@ class TensorRTBackend(Backend):
 
     def _call(self, role: str, window: Window) -> _Call:
         """Choose an engine and put the inputs into pinned memory."""
+        self._device.enter()
         batch, rows = window.input_ids.shape
         asked = window.logit_rows.shape[1]
         held, index = self._choose(role, (batch, rows, asked))
         # few shapes, so that recorded steps come again: what is asked for is filled up with row 0
-        shape = (batch, rows, min(1 << (asked - 1).bit_length(), held.profiles[index].asked[2]))
+        most = held.profiles[index].asked[2]
+        shape = (batch, rows, most if role == "refine" and most <= rows else min(1 << (asked - 1).bit_length(), most))
         call = _Call(held, index, shape, *self._inputs.place(self._small(held.inputs, held, shape)),
                      *self._outputs.place(self._small(held.outputs, held, shape)))  # fmt: skip
         call.given["logit_rows"][...] = 0
@@ -186,27 +200,33 @@ class TensorRTBackend(Backend):
             call.given[name][...] = getattr(window, name)
         return call
 
-    def _execute(self, call: _Call, cache: Cache, slots: slice, window: Window) -> None:
+    def _execute(self, call: _Call, context: Any, cache: Cache, slots: slice, window: Window) -> None:
         """Queue one execution, between the inputs and the statistics on the device."""
-        context = self._context(call.held, call.index)
         self._bind(call.held, context, call.shape, call.into | call.out, cache, slots)
         if not context.execute_async_v3(self._device.stream):
             raise DllmError(f"TensorRT failed in the engine '{call.held.name}': {self._logger.last or 'no message'}")
         if not self.manifest.dims.writes_caches:
             self._write_rows(cache, slots, window)
 
-    def _queue(
-        self, work: Callable[[], None], graphs: dict[tuple[Any, ...], cuda.Graph | None], key: tuple[Any, ...] | None
-    ) -> None:
-        """Queue work: the first two times as it stands, then as a CUDA graph. It is recorded right behind a run of its own, as
-        TensorRT asks. Rows that the host counts (legacy lowering) go elsewhere each time and are not recorded."""
-        recorded = graphs.get(key) if key is not None else None
+    def _queue(self, work: Callable[[Any], None], call: _Call, buffers: _Buffers, key: tuple[Any, ...] | None) -> None:
+        """Queue work: the first time as it stands, the second time with a context of its own, behind which it is recorded (TensorRT asks
+        for a run in the same shapes before), then as a CUDA graph. Rows that the host counts (legacy lowering) go elsewhere each time and
+        are not recorded; nor is what refuses to be."""
+        recorded = buffers.graphs.get(key) if key is not None else None
         if recorded is not None:
-            self._device.launch(recorded)
+            self._device.launch(recorded[0])
             return
-        work()
-        if key is not None and self._cuda_graphs and self.manifest.dims.writes_caches:
-            graphs[key] = self._device.record(work) if key in graphs else None
+        is_second = key in buffers.graphs and key not in self._unrecorded
+        context = self._new_context(call.held, call.index) if is_second else self._context(call.held, call.index)
+        work(context)
+        if key is None or not self._cuda_graphs or not self.manifest.dims.writes_caches:
+            return
+        buffers.graphs.setdefault(key, None)
+        if is_second:
+            try:
+                buffers.graphs[key] = (self._device.record(lambda: work(context)), context)
+            except DllmError:  # some layers cannot be captured; the run before it was good
+                self._unrecorded.add(key)
 
     def _choose(self, role: str, shape: Shape) -> tuple[_Engine, int]:
         """The engine and the narrowest profile that take a call of B rows, S rows of the window and R rows asked for."""
@@ -227,15 +247,18 @@ class TensorRTBackend(Backend):
 
     def _context(self, held: _Engine, index: int) -> Any:
         if index not in held.contexts:
-            context = _new_context(held.engine, self._trt)
-            _set_scratch(context, self._scratch)
-            if context is None or not context.set_optimization_profile_async(index, self._device.stream):
-                raise DllmError(
-                    f"TensorRT gave no context for '{held.profiles[index].name}': {self._logger.last or 'no message'}"
-                )
-            self._device.synchronize()
-            held.contexts[index] = context
+            held.contexts[index] = self._new_context(held, index)
         return held.contexts[index]
+
+    def _new_context(self, held: _Engine, index: int) -> Any:
+        """A context for a profile. All share one working memory, for they run one after the other."""
+        context = _bare_context(held.engine, self._trt)
+        if context is not None:
+            _set_scratch(context, self._scratch)
+        if context is None or not context.set_optimization_profile_async(index, self._device.stream):
+            raise DllmError(f"TensorRT gave no context for '{held.profiles[index].name}': {self._logger.last or 'no message'}")
+        self._device.synchronize()
+        return context
 
     def _bind(self, held: _Engine, context: Any, shape: Shape, small: dict[str, int], cache: Cache, slots: slice) -> None:
         """Shapes of the inputs and the address of every tensor: the caches' are those of the first slot, the same in and out."""
@@ -341,7 +364,7 @@ def _scratch_bytes(held: _Engine, index: int) -> int:
     return int(held.engine.device_memory_size)
 
 
-def _new_context(opened: Any, trt: Any) -> Any:
+def _bare_context(opened: Any, trt: Any) -> Any:
     """A context without working memory of its own."""
     if hasattr(trt, "ExecutionContextAllocationStrategy"):
         return opened.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
