@@ -60,7 +60,7 @@ bench: $(VENV)/.dev ## a random 140 M LLaDA on ONNX Runtime against eager PyTorc
 	$(BIN)/python benchmarks/llada_140m.py --output benchmarks/results
 
 gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_report.py $(REPORT)
+	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu_report.py $(REPORT)
 
 clean: ## remove artifacts, caches and the environment
 	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

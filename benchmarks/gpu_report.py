@@ -3,16 +3,18 @@
     make gpu-report                                   # on a GPU machine; without network and without TensorRT too
     python benchmarks/gpu_report.py --twin            # every stage's CPU twin: a tiny model, no GPU; checks the script, measures nothing
 
-Each stage is a process of its own and writes OUT/gpu-STAGE.json when it is done; one that fails or runs out of its time says so there, and
-the others go on. Needs torch, transformers and triton; ONNX Runtime with CUDA and TensorRT are used where they can be imported.
+Each stage is a process of its own and writes OUT/gpu-STAGE.json as it goes; one that fails or runs out of its time says so there, and the
+others go on. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-python and TensorRT are used where they can be imported.
 `benchmarks/render.py` makes the table and the plot of docs/benchmarks.md of the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-STAGES = ("environment", "ceilings", "kernels", "model", "torch", "torch_graph", "ort", "tensorrt", "tensorrt86")
+# the most telling first: when time runs out, the last are left
+STAGES = ("environment", "ceilings", "kernels", "model", "torch", "ort", "tensorrt", "tensorrt86", "torch_graph")
+NEEDED = (
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+    "tokenizers",
+    "jinja2",
+    "safetensors",
+    "tqdm",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
     parser.add_argument("--stage-seconds", type=int, default=240, help="the longest that a stage may take (default 240)")
+    parser.add_argument("--total-seconds", type=int, default=480, help="the longest that all of them may take (default 480)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # the child: run one stage of the settings on standard input
     args = parser.parse_args()
     if args.stage:
@@ -87,6 +105,10 @@ def main() -> None:
     chosen = [name for name in args.stages.split(",") if name]
     if unknown := [name for name in chosen if name not in STAGES]:
         raise SystemExit(f"error: unknown stage '{unknown[0]}': expected some of {', '.join(STAGES)}.")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(
+            f"error: {sys.executable} lacks {', '.join(missing)}: run this with a Python that has them (PYTHON=...)."
+        )
     if not args.twin and not has_gpu():
         raise SystemExit("error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of every stage.")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -94,34 +116,40 @@ def main() -> None:
         settings = Settings(str((args.work or Path(temporary)).resolve()), str(args.output.resolve()), preset=args.preset,
                             tensorrt86=args.tensorrt86)  # fmt: skip
         settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]
-        failed = [name for name in chosen if not run(name, settings, args.stage_seconds)]
+        deadline = time.perf_counter() + args.total_seconds
+        failed = [name for name in chosen if not run(name, settings, min(args.stage_seconds, deadline - time.perf_counter()))]
     if failed:
         raise SystemExit(f"error: failed: {', '.join(failed)}; the other stages' results are in {args.output}.")
 
 
 def has_gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        raise SystemExit("error: PyTorch is missing: run this with a Python that has it (make gpu-report PYTHON=...).") from None
+    import torch
+
     return bool(torch.cuda.is_available())
 
 
-def run(name: str, settings: Settings, most: int) -> bool:
-    """One stage in a process of its own. Its result, or why there is none, goes into its file."""
+def run(name: str, settings: Settings, most: float) -> bool:
+    """One stage in a process of its own, with at most so many seconds. Its result, or why there is none, goes into its file."""
     file, begin = Path(settings.out) / f"gpu-{name}.json", time.perf_counter()
+    if most < 5:
+        write(file, {"stage": name, "skipped": "no time was left"})
+        print(f"{name:12} {0:7.1f} s  no time was left", flush=True)
+        return True
     environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if settings.is_twin else {})
     command = [sys.executable, __file__, "--stage", name]
     file.unlink(missing_ok=True)
+    process = subprocess.Popen(command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)  # fmt: skip
     try:
-        done = subprocess.run(command, input=json.dumps(asdict(settings)), text=True, env=environment, timeout=most, check=False,
-                              capture_output=True)  # fmt: skip
-        trouble = "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")[-2000:]
+        _, said = process.communicate(json.dumps(asdict(settings)), timeout=most)
+        trouble = f"{said.strip()[-2000:]} (exit status {process.returncode})" if process.returncode else ""
     except subprocess.TimeoutExpired:
-        trouble = f"took longer than {most} s"
+        os.killpg(process.pid, signal.SIGKILL)  # what it started too
+        process.communicate()
+        trouble = f"took longer than {most:.0f} s"
     held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | ({"failed": trouble} if trouble else {})
-    file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    write(file, held)
     state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else held.get("skipped") or "done"
     print(f"{name:12} {held['seconds']:7.1f} s  {state}", flush=True)
     return not trouble
@@ -141,13 +169,20 @@ def child(name: str, given: dict[str, Any]) -> None:
 
     def note(**values: Any) -> None:
         held.update(values)
-        file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        write(file, held)
 
     try:
         functions[name](settings, note)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def write(file: Path, held: dict[str, Any]) -> None:
+    """As a whole or not at all: a stage may be killed at any time."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def environment(settings: Settings, note: Any) -> None:

@@ -272,6 +272,9 @@ def _captured_ms(forward: Callable[[], torch.Tensor], settings: Any) -> float:
 
 def ort(settings: Any, note: Callable[..., None]) -> None:
     """ONNX Runtime on CUDA (the twin: its CPU provider)."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        note(skipped="ONNX Runtime is not installed here")
+        return
     import onnxruntime
 
     from trt_runtime.backends.ort import OrtBackend
@@ -285,6 +288,8 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
     measure(backend, settings, note, "ort")
     after = memory(settings)
     note(memory_bytes=after - before if after is not None and before is not None else None)
+    if not settings.is_twin and importlib.util.find_spec("cuda") is None:
+        return
     backend.steps_per_look = 4  # the commits on the GPU
     note(tokens_per_second_looking_every_4=tokens_per_second(backend, settings))
 
@@ -295,6 +300,9 @@ def tensorrt(settings: Any, note: Callable[..., None]) -> None:
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
     package = next((name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)), None)
+    if package == "tensorrt-rtx" and not settings.is_twin:
+        major, minor = torch.cuda.get_device_capability()
+        package = package if f"sm{major}{minor}" in engine.TARGETS else None
     if package is None or (settings.is_twin and package != "tensorrt-rtx"):
         note(skipped="TensorRT is not installed here")
         return
@@ -315,6 +323,13 @@ def tensorrt(settings: Any, note: Callable[..., None]) -> None:
 def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
     """TensorRT 8.6 as tools/pack_tensorrt86.sh packed it: legacy lowering, fp16, against ONNX Runtime's CPU, on a model of 140 M (the
     twin: the tiny one, and no engine)."""
+    if importlib.util.find_spec("onnxruntime") is None or (
+        not settings.is_twin and not (Path(settings.tensorrt86) / "run").is_file()
+    ):
+        note(
+            skipped="no TensorRT 8.6 was given (--tensorrt86): tools/pack_tensorrt86.sh packs one; or no ONNX Runtime to compare with"
+        )
+        return
     import random_checkpoint
 
     from trt_runtime.backends.ort import OrtBackend

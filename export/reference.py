@@ -38,7 +38,11 @@ class _Writer:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rows = key.shape[2]
+        first = self.write_index[0]
         for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
+            if self.write_index == [first] * len(self.write_index):
+                buffer[:, :, first : first + rows] = new
+                continue
             for b, start in enumerate(self.write_index):
                 buffer[b, :, start : start + rows] = new[b]
         return (key, value) if self.own_rows_only else self.buffers[layer_idx]

@@ -75,7 +75,7 @@ def test_the_results_become_a_table_and_a_plot(results, tmp_path):
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     rows = [line for line in text.splitlines() if line.startswith(("| PyTorch", "| ONNX"))]
-    assert [row.split("|")[1].strip() for row in rows] == ["PyTorch, eager", "PyTorch, CUDA graph", "ONNX Runtime"]
+    assert [row.split("|")[1].strip() for row in rows] == ["PyTorch, eager", "PyTorch, CUDA graph (*)", "ONNX Runtime"]
     assert "| 1.00 |" in rows[0] and "`ort`: parity passed" in text and "`tensorrt86`: not run" in text
     drawn = (tmp_path / "gpu-report.svg").read_text()
     assert ElementTree.fromstring(drawn).tag.endswith("svg")

@@ -106,3 +106,20 @@ def test_a_stream_tells_of_every_position_once(demo_artifact):
         updates = list(model.stream(["clean hall with mop"], GenerationConfig(threshold=0.9, stop_at_eos=False)))
         told = [position for update in updates for position in update.changed]
         assert sorted(told) == list(range(96)) and updates[-1].finished
+
+
+def test_no_more_steps_are_made_than_can_be_needed(golden_artifact):
+    """A fixed schedule knows its number; a threshold at most the masks that are left. What is made for nothing is not counted."""
+    for config, most in (
+        (GenerationConfig(gen_length=16, block_length=8, policy="fixed", steps=6), 2),
+        (GenerationConfig(gen_length=16, block_length=8, threshold=0.999), 7),
+    ):
+        model = load(golden_artifact, "ort", threads=1)
+        (expected,) = model.generate([[5, 6, 7]], config)
+        made, real = [], model.backend._refine
+        model.backend._refine = lambda *args, made=made, real=real, **options: made.append(1) or real(*args, **options)
+        model.backend.steps_per_look = 100
+        (got,) = model.generate([[5, 6, 7]], config)
+        assert (got.tokens, got.nfe) == (expected.tokens, expected.nfe)
+        made = len(made) - got.prefix_passes  # prefix passes are the same graph here
+        assert got.refine_steps <= made <= most * 2 and (config.policy != "fixed" or made == got.refine_steps)
