@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from trt_runtime.model import Update
 from trt_runtime.sequence import Sequence
 from trt_runtime.server.requests import Common, CompletionRequest
-from trt_runtime.server.worker import Busy, Job, Worker
+from trt_runtime.server.worker import Busy, Event, Job, Worker
 
 CHAT, TEXT = "chat.completion", "text_completion"
 
@@ -53,11 +54,21 @@ class Answer:
         self.id = f"{'chatcmpl' if self.kind == CHAT else 'cmpl'}-{uuid.uuid4().hex[:24]}"
         self.created, self.stops = int(time.time()), self.body.stops()
         self.jobs: list[Job] = []
+        self.queues: list[asyncio.Queue[Event]] = []
 
     def submit(self) -> None:
         """Queue all choices. Raises Failure where the server is full."""
-        loop = asyncio.get_running_loop()
-        self.jobs = [Job(row, loop, self.body.stream or bool(self.stops)) for row in self.rows]
+        loop, wants_updates = asyncio.get_running_loop(), self.body.stream or bool(self.stops)
+        self.queues = [asyncio.Queue() for _ in self.rows]
+
+        def to(waiting: asyncio.Queue[Event]) -> Callable[[Event], None]:
+            def deliver(event: Event) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
+                    loop.call_soon_threadsafe(waiting.put_nowait, event)
+
+            return deliver
+
+        self.jobs = [Job(row, to(waiting), wants_updates) for row, waiting in zip(self.rows, self.queues, strict=True)]
         try:
             self.worker.submit(self.jobs)
         except Busy:
@@ -115,7 +126,7 @@ async def whole(answer: Answer) -> dict[str, Any]:
     choices = []
     for index, job in enumerate(answer.jobs):
         text, stopped = "", False
-        async for update in _updates(job):
+        async for update in _updates(answer.queues[index]):
             text, stopped = answer.text_of(job, update, is_last=update.finished)
             if stopped:
                 answer.worker.cancel(job)
@@ -124,9 +135,9 @@ async def whole(answer: Answer) -> dict[str, Any]:
     return answer.envelope(answer.kind, choices=choices, usage=answer.usage())
 
 
-async def _updates(job: Job) -> AsyncIterator[Update]:
+async def _updates(waiting: asyncio.Queue[Event]) -> AsyncIterator[Update]:
     """A job's updates until it ends. Raises what ended it."""
-    while (event := await job.events.get()) is not None:
+    while (event := await waiting.get()) is not None:
         if isinstance(event, Exception):
             raise event
         yield event
@@ -134,17 +145,17 @@ async def _updates(job: Job) -> AsyncIterator[Update]:
 
 async def _merged(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
     """The updates of all choices as they come. Raises what ended one of them, or TimeoutError."""
-    pending: asyncio.Queue[tuple[int, Update | Exception | None]] = asyncio.Queue()
+    pending: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    async def forward(index: int, job: Job) -> None:
+    async def forward(index: int, waiting: asyncio.Queue[Event]) -> None:
         try:
-            async for update in _updates(job):
+            async for update in _updates(waiting):
                 pending.put_nowait((index, update))
             pending.put_nowait((index, None))
         except Exception as error:
             pending.put_nowait((index, error))
 
-    tasks = [asyncio.create_task(forward(index, job)) for index, job in enumerate(answer.jobs)]
+    tasks = [asyncio.create_task(forward(index, waiting)) for index, waiting in enumerate(answer.queues)]
     left, deadline = len(tasks), time.monotonic() + answer.options.timeout
     try:
         while left:

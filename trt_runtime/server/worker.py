@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import threading
 import time
@@ -15,6 +14,8 @@ from trt_runtime.scheduler import Scheduler, Ticket
 from trt_runtime.sequence import Sequence
 from trt_runtime.server.metrics import Metrics
 
+Event = Update | Exception | None
+
 
 class Busy(Exception):
     """The queue is full."""
@@ -22,12 +23,12 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One answer under way. `events` gets its updates, then None, or an exception; `wants_updates`: each of them, else the last alone."""
+    """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or with an exception;
+    `wants_updates`: each update, else the last alone."""
 
     sequence: Sequence
-    loop: asyncio.AbstractEventLoop
+    deliver: Callable[[Event], None]
     wants_updates: bool
-    events: asyncio.Queue[Update | Exception | None] = field(default_factory=asyncio.Queue)
     ticket: Ticket | None = None
     block: tuple[int, int] | None = None
     told: int = 0
@@ -35,13 +36,6 @@ class Job:
     begin: float = field(default_factory=time.perf_counter)
     last: float = 0.0
     is_open: bool = True
-
-    def put(self, event: Update | Exception | None) -> None:
-        """From the worker's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop has ended: nobody listens any more
-            self.is_open = False
 
 
 class Worker:
@@ -118,7 +112,7 @@ class Worker:
             job.last, job.blocks = now, job.blocks + 1
         if job.wants_updates or row.is_finished:
             assert job.block is not None
-            job.put(self.model.update_of(row, job.block, job.told))
+            job.deliver(self.model.update_of(row, job.block, job.told))
             job.told = row.nfe
         job.block = row.block
         if row.is_finished:
@@ -131,7 +125,7 @@ class Worker:
             job.is_open = False
             with self._lock:
                 self._open.discard(job)
-            job.put(end)
+            job.deliver(end)
 
     def _run(self) -> None:
         while True:
