@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from trt_runtime import backends, cli_artifact, render, replay, tolerances
 from trt_runtime import cases as decode_cases
@@ -77,7 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
     _backend_options(serve)
 
+    triton = cli_artifact.command(commands, "triton-repo", _triton_repo, "write a model repository for Triton Inference Server")
+    triton.add_argument("out", type=Path, help="the repository's directory")
+    triton.add_argument("--name", help="the model's name (default: the artifact's directory)")
+    triton.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
+    triton.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
+    _backend_options(triton)
+
     cli_artifact.add(commands)
+    _measuring(commands)
+    return parser
+
+
+def _measuring(commands) -> None:  # type: ignore[no-untyped-def]
     again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
     again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
     again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
@@ -104,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     _backend_options(bench)
-    return parser
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +155,12 @@ _BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "
 
 
 def _open(args: argparse.Namespace) -> Model:
-    options: dict[str, object] = {}
+    return load(args.artifact, args.backend, **_options(args))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The backend's options, checked."""
+    options: dict[str, Any] = {}
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
     if args.steps_per_look is not None and args.steps_per_look < 1:
@@ -162,7 +179,7 @@ def _open(args: argparse.Namespace) -> Model:
         if not args.device.isdecimal():
             raise DllmError(f"--device is {args.device}, expected the number of a GPU with --backend {args.backend}.")
         options["device"] = int(args.device)
-    return load(args.artifact, args.backend, **options)
+    return options
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
@@ -315,6 +332,18 @@ def _serve(args: argparse.Namespace) -> int:
         args.name or args.artifact.resolve().name, args.slots, args.max_length, args.queue, key, args.max_body, args.timeout
     )
     serving.run(_open(args), options, args.host, args.port)
+    return 0
+
+
+def _triton_repo(args: argparse.Namespace) -> int:
+    from trt_runtime.server import triton_repo
+
+    if args.slots < 1:
+        raise DllmError(f"--slots is {args.slots}, expected a whole number from 1.")
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in _options(args).items()}
+    made = triton_repo.write(args.artifact, args.out, name=args.name, backend=args.backend, options=options, slots=args.slots,
+                             max_length=args.max_length)  # fmt: skip
+    print(f"{made} written: tritonserver --model-repository {args.out}")
     return 0
 
 
