@@ -341,3 +341,35 @@ def test_an_address_that_is_taken_is_one_line(demo_artifact, capsys):
         assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and "cannot listen on 127.0.0.1" in lines[0]
+
+
+def test_the_example_of_the_document_runs(model, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S)
+    with serving(model, name="llada-demo") as (url, _):
+        exec(compile(example.replace("http://127.0.0.1:8000", url), "docs/serving.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "blue" in printed and "nfe=" in printed
+
+
+def test_hostile_requests_break_nothing(demo_artifact):
+    """A few hundred of what benchmarks/load.py sends by the thousand."""
+    prompts = ROOT / "checkpoints" / "llada-demo" / "prompts.txt"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "load.py"),
+        str(demo_artifact),
+        "--prompts",
+        str(prompts),
+        "--faults",
+        "300",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert sum(report["kinds"].values()) == 300 and report["open_at_the_end"] == 0 and len(report["kinds"]) >= 5
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_others(demo):
+    answer = httpx.get(demo[0])
+    assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"""(?:src|href)\s*=|@import|https?://""", answer.text) and "innerHTML" not in answer.text
