@@ -194,3 +194,11 @@ def test_a_forced_first_position_leaves_the_other_steps_to_the_rest():
     counts = [int(Fixed(4).select(_stats(np.random.default_rng(0).random(7)), np.ones(7, bool), BlockState(7, s, 1)).sum())
               for s in (1, 2, 3)]  # fmt: skip
     assert counts == [3, 2, 2]
+
+
+def test_a_bound_of_more_steps_than_masks_commits_one_at_a_time():
+    """An even share of less than one position: never more than the most confident."""
+    stats = RowStats(*(np.full(6, value) for value in (3, 0.95, 0.01, 0.1)))
+    for step in range(5):
+        chosen = Threshold(0.9, 20).select(stats, np.ones(6, np.bool_), BlockState(6 + step, step))
+        assert chosen.sum() == 1

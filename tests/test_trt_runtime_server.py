@@ -180,7 +180,7 @@ BAD = [
     ({"max_tokens": 10_000}, 400, None, "more than the model"), ({"n": 2}, 400, None, "all choices would be the same"),
     ({"stop": ["a"] * 5}, 400, None, "stop has 5"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
     ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 0.5}, 400, None, "top_p"),
-    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"steps": 1}, 400, None, "steps is 1"),
+    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"stop": 5}, 400, "stop", ""), ({"steps": 1}, 400, None, "steps is 1"),
 ]  # fmt: skip
 
 
@@ -244,27 +244,137 @@ def test_an_answer_that_takes_too_long_is_given_up(model):
         _until(lambda: worker.num_open == 0)
 
 
-def test_a_forward_that_fails_ends_its_answers_and_not_the_server(model, monkeypatch):
-    body = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]}
-    with serving(model) as (url, worker):
-        real = model.backend.refine
+def test_a_forward_that_fails_ends_its_answers_and_no_others(model, monkeypatch, caplog):
+    """One refine step raises: the answer in the slot is lost, those that wait are not; nothing of the inside is told, the log has it."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
+    with serving(model, slots=1) as (url, worker):
+        real, failed, got = model.backend.refine, [], []
 
         def failing(*args, **options):
-            raise RuntimeError("broken")
+            if not failed:
+                failed.append(1)
+                raise RuntimeError("/secret/path")
+            return real(*args, **options)
 
         monkeypatch.setattr(model.backend, "refine", failing)
-        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 500
-        assert "broken" in httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}).text
-        monkeypatch.setattr(model.backend, "refine", real)
-        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200 and worker.num_open == 0
+        threads = [
+            threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status_code for answer in got) == [200, 200, 200, 500] and worker.num_open == 0
+        failed.clear()
+        streamed = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60).text
+        assert (
+            "the model failed in a forward" in streamed
+            and not [answer for answer in got if "secret" in answer.text]
+            and "secret" not in streamed
+        )
+        assert "/secret/path" in caplog.text and 'dllm_answers_total{end="failed"} 2.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_canvases_up_to_the_model_s_last_position(model):
+    """A last short block, padded to another row's block, reaches beyond the model's positions: with the default length."""
+    long = {"model": "demo", "prompt": [9, 17, 33, 44] * 63, "max_tokens": 4}
+    with serving(model, max_length=None, slots=4) as (url, _):
+        for _ in range(4):
+            answers = []
+            jobs = [
+                ("completions", long),
+                *[("chat/completions", {"model": "demo", "messages": [{"role": "user", "content": text}]}) for text in OTHERS],
+            ]
+            threads = [
+                threading.Thread(
+                    target=lambda job=job, answers=answers: answers.append(
+                        httpx.post(f"{url}/v1/{job[0]}", json=job[1], timeout=60)
+                    )
+                )
+                for job in jobs
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert [answer.status_code for answer in answers] == [200] * 5
+
+
+def test_a_client_that_leaves_without_a_stream_frees_its_slots(model):
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "temperature": 0.5, "n": 8}
+    with serving(model, slots=2) as (url, worker):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
+        begin = time.perf_counter()
+        _until(lambda: worker.num_open == 0)
+        assert time.perf_counter() - begin < 1
+        text = httpx.get(f"{url}/metrics").text
+        assert "dllm_queue_requests 0.0" in text and "dllm_slots_busy 0.0" in text
+        assert float(re.search(r"^dllm_cancelled_total (\S+)", text, re.M)[1]) >= 6
+
+
+def test_what_a_stop_string_ends_is_counted_as_it_was_shown(client, model):
+    stop = '"to"'
+    whole = _chat(client, stop=stop)
+    shown = whole.choices[0].message.content
+    assert whole.usage.completion_tokens == len(model.tokenizer.encode(shown)) and 0 < whole.usage.model_extra["nfe"] < 16
+    *_, last = _chat(client, stop=stop, stream=True, stream_options={"include_usage": True})
+    assert last.usage == whole.usage
+
+
+def test_small_bodies_that_ask_for_much(demo):
+    """Templates and stop strings that would take long to work out are refused before."""
+    begin = time.perf_counter()
+    for body in (
+        {"template": [{"mask": 4096}] * 1024},
+        {"template": [{"mask": 4}] * 1025},
+        {"prompt": "x", "stop": ["a" * 50_000] * 4},
+    ):
+        answer = httpx.post(f"{demo[0]}/v1/completions", json={"model": "demo"} | body)
+        assert answer.status_code == 400, body
+    assert time.perf_counter() - begin < 2
+    answer = httpx.post(f"{demo[0]}/v1/completions", json={"model": "demo", "template": ["clean ", {"mask": 4}], "max_tokens": 8})
+    assert answer.status_code == 400 and "leave out max_tokens" in answer.json()["error"]["message"]
+    half = httpx.post(
+        f"{demo[0]}/v1/completions", content=b'{"model": "\\ud800", "prompt": "x"}', headers={"content-type": "application/json"}
+    )
+    assert half.status_code == 404 and "\\ud800" in half.json()["error"]["message"]
+    assert httpx.get(f"{demo[0]}/docs").status_code == 404
+
+
+def test_a_server_on_this_machine_answers_to_its_own_name_alone(model):
+    """A page in a browser may have another name point to 127.0.0.1."""
+    with serving(model, only_local=True) as (url, _):
+        for host, status in (
+            ("evil.example:80", 403),
+            ("127.0.0.1.evil.example", 403),
+            ("localhost:1", 200),
+            ("[::1]:8000", 200),
+            ("localhost", 200),
+        ):
+            assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == status, host
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_worker_that_has_ended_is_said(model):
+    with serving(model) as (url, worker):
+        worker._commands.put(lambda: (_ for _ in ()).throw(RuntimeError("a command")))
+        body = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        worker.stop()
+        assert httpx.get(f"{url}/ready").status_code == 503
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert answer.status_code == 503 and answer.headers["retry-after"]
 
 
 def test_keys(model):
     with serving(model, api_key="secret") as (url, _):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secretly"}):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"host": "x/health?"}):
             answer = httpx.get(f"{url}/v1/models", headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "bearer secret"}).status_code == 200
         assert httpx.get(f"{url}/health").json() == {"status": "ok"} and httpx.get(f"{url}/ready").status_code == 200
         assert httpx.get(f"{url}/metrics").status_code == 401
 
@@ -337,10 +447,17 @@ def test_an_address_that_is_taken_is_one_line(demo_artifact, capsys):
 
     with socket.create_server(("127.0.0.1", 0)) as held:
         assert cli.main(["serve", str(demo_artifact), "--port", str(held.getsockname()[1])]) == 1
-    for wrong in (["--slots", "0"], ["--port", "70000"], ["--timeout", "0"]):
+    for wrong in (
+        ["--slots", "0"],
+        ["--port", "70000"],
+        ["--timeout", "0"],
+        ["--timeout", "inf"],
+        ["--max-length", "0"],
+        ["--api-key", ""],
+    ):
         assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and "cannot listen on 127.0.0.1" in lines[0]
+    assert len(lines) == 7 and "cannot listen on 127.0.0.1" in lines[0]
 
 
 def test_the_example_of_the_document_runs(model, capsys):

@@ -323,11 +323,15 @@ def _serve(args: argparse.Namespace) -> int:
     for name in ("slots", "max_body"):
         if getattr(args, name) < 1:
             raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
-    if args.queue < 0 or not 0 <= args.port <= 65535 or not args.timeout > 0:
+    if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
         raise DllmError(
-            f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0."
+            f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
         )
-    key = args.api_key or os.environ.get("DLLM_API_KEY") or None
+    if args.max_length is not None and args.max_length < 1:
+        raise DllmError(f"--max-length is {args.max_length}, expected a whole number from 1.")
+    key = args.api_key if args.api_key is not None else os.environ.get("DLLM_API_KEY") or None
+    if key is not None and (not key or not key.isascii() or key != key.strip()):
+        raise DllmError("the API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
     options = serving.Options(
         args.name or args.artifact.resolve().name, args.slots, args.max_length, args.queue, key, args.max_body, args.timeout
     )

@@ -132,7 +132,7 @@ class Threshold(Policy):
         done = state.step - state.forced + 1
         if self.steps_per_block is None or done >= steps:
             return left
-        return (state.num_masked // steps) * done - (state.num_masked - left)
+        return max(0, (state.num_masked // steps) * done - (state.num_masked - left))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -141,6 +141,8 @@ class Scheduler:
     def _window(self, group: list[Wanted], slots: slice) -> Window:
         """The inputs of the group's rows, with idle rows in the slots between them."""
         made, count = assemble(group), slots.stop - slots.start
+        last = self.backend.manifest.model.max_length - 1  # padding may reach beyond the model's last position, and is never read
+        made = replace(made, position_ids=np.minimum(made.position_ids, last))
         if len(group) == count:
             return made
         at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]

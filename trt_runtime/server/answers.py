@@ -13,8 +13,8 @@ from typing import Any
 
 from trt_runtime.model import Update
 from trt_runtime.sequence import Sequence
-from trt_runtime.server.requests import Common, CompletionRequest
-from trt_runtime.server.worker import Busy, Event, Job, Worker
+from trt_runtime.server.requests import Common, CompletionRequest, Mask
+from trt_runtime.server.worker import Broken, Busy, Event, Job, Worker
 
 CHAT, TEXT = "chat.completion", "text_completion"
 
@@ -30,6 +30,7 @@ class Options:
     api_key: str | None = None
     most_body: int = 1 << 20
     timeout: float = 300.0
+    only_local: bool = False
 
 
 class Failure(Exception):
@@ -55,6 +56,7 @@ class Answer:
         self.created, self.stops = int(time.time()), self.body.stops()
         self.jobs: list[Job] = []
         self.queues: list[asyncio.Queue[Event]] = []
+        self.done = [(0, 0)] * len(self.rows)  # tokens and forwards of each choice
 
     def submit(self) -> None:
         """Queue all choices. Raises Failure where the server is full."""
@@ -74,33 +76,53 @@ class Answer:
         except Busy:
             raise Failure(429, "the queue is full: try again later.", code="queue_full") from None
 
-    def cancel(self) -> None:
+    def cancel(self, why: str = "left") -> None:
         for job in self.jobs:
             if job.is_open:
-                self.worker.cancel(job)
+                self.worker.cancel(job, why)
+
+    @property
+    def is_template(self) -> bool:
+        return isinstance(self.body, CompletionRequest) and self.body.template is not None
+
+    def note(self, index: int, update: Update, text: str, stopped: bool) -> None:
+        """Count what a choice took. The row itself still changes in another thread, unless it is finished."""
+        row, tokenizer = self.rows[index], self.worker.model.tokenizer
+        if stopped and tokenizer is not None:
+            self.done[index] = (len(tokenizer.encode(text)) if text else 0, update.nfe)
+        elif update.finished:
+            self.done[index] = (self.gaps if self.is_template else row.num_useful, row.nfe)
+
+    @property
+    def gaps(self) -> int:
+        """Tokens that a template leaves to fill."""
+        template = self.body.template if isinstance(self.body, CompletionRequest) else None
+        return sum(part.mask for part in template or [] if isinstance(part, Mask))
 
     def usage(self) -> dict[str, int]:
-        prompt = sum(row.prompt_length for row in self.rows[:1])
-        done = sum(row.num_useful for row in self.rows)
-        nfe = sum(row.nfe for row in self.rows)
-        return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done, "nfe": nfe}
+        prompt = self.rows[0].prompt_length - self.gaps
+        tokens, nfe = sum(tokens for tokens, _ in self.done), sum(nfe for _, nfe in self.done)
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens, "nfe": nfe}
 
     def text_of(self, job: Job, update: Update, *, is_last: bool) -> tuple[str, bool]:
         """The text that may be shown: finished blocks, cut at the first stop string; and whether one was met. Before the end, what
         may still become a stop string or a character is held back."""
-        row, template = job.sequence, isinstance(self.body, CompletionRequest) and self.body.template is not None
-        text = self.worker.model.text(row.canvas) if template and is_last else "" if template else update.committed or ""
+        text = update.committed or ""
+        if self.is_template:
+            text = self.worker.model.text(job.sequence.canvas) if is_last else ""
+        if not is_last:
+            text = text.rstrip("\ufffd")
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             return text[: min(found)], True
         if not is_last:
-            held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-            text = text[: len(text) - held].rstrip("\ufffd")
+            sizes = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+            text = text[: len(text) - max(sizes, default=0)]
         return text, False
 
     def reason(self, job: Job, stopped: bool) -> str:
         row = job.sequence
-        return "stop" if stopped or row.num_useful < row.rules.gen_length else "length"
+        return "stop" if stopped or self.is_template or row.num_useful < row.rules.gen_length else "length"
 
     def choice(self, index: int, text: str, reason: str | None, *, chunk: bool) -> dict[str, Any]:
         made: dict[str, Any] = {"index": index, "finish_reason": reason}
@@ -128,8 +150,9 @@ async def whole(answer: Answer) -> dict[str, Any]:
         text, stopped = "", False
         async for update in _updates(answer.queues[index]):
             text, stopped = answer.text_of(job, update, is_last=update.finished)
+            answer.note(index, update, text, stopped)
             if stopped:
-                answer.worker.cancel(job)
+                answer.worker.cancel(job, "stop")
                 break
         choices.append(answer.choice(index, text, answer.reason(job, stopped), chunk=False))
     return answer.envelope(answer.kind, choices=choices, usage=answer.usage())
@@ -176,7 +199,7 @@ async def events(answer: Answer) -> AsyncIterator[str]:
     kind, options = "chat.completion.chunk" if answer.kind == CHAT else TEXT, answer.body.stream_options
 
     def event(**more: Any) -> str:
-        return f"data: {json.dumps(answer.envelope(kind, **more), ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(answer.envelope(kind, **more))}\n\n"
 
     sent, stopped = [""] * len(answer.jobs), [False] * len(answer.jobs)
     try:
@@ -187,20 +210,25 @@ async def events(answer: Answer) -> AsyncIterator[str]:
                 continue
             job = answer.jobs[index]
             text, stopped[index] = answer.text_of(job, update, is_last=update.finished)
+            answer.note(index, update, text, stopped[index])
             if options is not None and options.provisional:
                 yield event(choices=[], provisional=answer.provisional(index, update))
-            if len(text) > len(sent[index]) and text.startswith(sent[index]):
+            if not text.startswith(sent[index]):
+                raise Broken("a token changed text that was sent already: ask without stream.")
+            if len(text) > len(sent[index]):
                 yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
                 sent[index] = text
             if stopped[index] or update.finished:
                 yield event(choices=[answer.choice(index, "", answer.reason(job, stopped[index]), chunk=True)])
-                answer.worker.cancel(job)
+                answer.worker.cancel(job, "stop")
         if options is not None and options.include_usage:
             yield event(choices=[], usage=answer.usage())
         yield "data: [DONE]\n\n"
     except Exception as error:
         is_late = isinstance(error, (TimeoutError, asyncio.TimeoutError))
         message = f"no answer within {answer.options.timeout:g} s" if is_late else str(error)
+        answer.worker.metrics.errors.labels("stream").inc()
+        answer.cancel("timeout" if is_late else "failed")
         yield f"data: {json.dumps({'error': {'message': message, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
     finally:  # also when the client leaves
         answer.cancel()

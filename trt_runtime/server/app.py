@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from trt_runtime.server.answers import CHAT, TEXT, Answer, Failure, Options, eve
 from trt_runtime.server.limits import Limits
 from trt_runtime.server.metrics import Metrics
 from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, Mask
-from trt_runtime.server.worker import Worker
+from trt_runtime.server.worker import Broken, Worker
 
 RETRY_SECONDS = 1
-_PUBLIC = ("/", "/health", "/ready")
+_KINDS = ("str", "int", "float", "bool", "Mask")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -51,39 +50,41 @@ def create_app(model: Model, options: Options) -> FastAPI:
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="dllm-trt", version=__version__, description=(__doc__ or "").split("\n")[0], lifespan=lifespan)
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        title="dllm-trt",
+        version=__version__,
+        description=(__doc__ or "").split("\n")[0],
+        lifespan=lifespan,
+    )
     app.state.worker, app.state.options = worker, options
-    app.add_middleware(Limits, most_body=options.most_body)
+    app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local,
+                       count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
     _errors(app, metrics)
     _status(app, worker, options, metrics)
     _completions(app, model, worker, options)
 
-    @app.middleware("http")
-    async def authorise(request: Request, call_next: Any) -> Any:
-        if options.api_key is not None and request.url.path not in _PUBLIC:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), options.api_key.encode()):
-                metrics.errors.labels("401").inc()
-                return _problem(
-                    Failure(401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
-                )
-        return await call_next(request)
-
     return app
 
 
-def _problem(failure: Failure) -> JSONResponse:
+def _problem(failure: Failure, more: Mapping[str, str] | None = None) -> JSONResponse:
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    body = {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
-    headers = {"Retry-After": str(RETRY_SECONDS)} if failure.status in (429, 503) else None
-    return JSONResponse(body, failure.status, headers)
+    message = failure.message.encode("utf-8", "backslashreplace").decode()  # JSON may bring half of a character
+    body = {"error": {"message": message, "type": kind, "param": failure.param, "code": failure.code}}
+    headers = {"Retry-After": str(RETRY_SECONDS)} if failure.status in (429, 503) else {}
+    return JSONResponse(body, failure.status, headers | dict(more or {}))
 
 
 def _errors(app: FastAPI, metrics: Metrics) -> None:
-    def answer(failure: Failure) -> JSONResponse:
+    def answer(failure: Failure, more: Mapping[str, str] | None = None) -> JSONResponse:
         metrics.errors.labels(str(failure.status)).inc()
-        return _problem(failure)
+        return _problem(failure, more)
+
+    @app.exception_handler(Broken)
+    async def broken(request: Request, error: Broken) -> JSONResponse:
+        return answer(Failure(error.status, str(error)))
 
     @app.exception_handler(Failure)
     async def failure(request: Request, error: Failure) -> JSONResponse:
@@ -96,17 +97,19 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        said = (
-            f"{name}: this server does not honour it: leave it out."
-            if first["type"] == "extra_forbidden"
-            else f"{name or 'the body'}: {first['msg']}."
+        if first["type"] == "json_invalid":
+            return answer(Failure(400, "the body is not JSON."))
+        # what stands behind a field's name and places in lists are the kinds that a value may have
+        name = (
+            ".".join(str(part) for part in first["loc"] if part != "body" and part not in _KINDS and "[" not in str(part)) or None
         )
+        kind = "this server does not honour it: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        said = f"{name or 'the body'}: {kind}."
         return answer(Failure(400, said, name))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(Failure(error.status_code, str(error.detail)))
+        return answer(Failure(error.status_code, str(error.detail)), error.headers)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
@@ -114,6 +117,8 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
 
 
 def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) -> None:
+    facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -136,7 +141,13 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}]}
+        return {"object": "list", "data": [facts]}
+
+    @app.get("/v1/models/{name}")
+    async def one(name: str) -> dict[str, Any]:
+        if name != options.name:
+            raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
+        return facts
 
 
 def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -> None:
@@ -147,7 +158,7 @@ def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -
         if model.tokenizer is None or not model.tokenizer.has_chat_template:
             raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
         messages = [{"role": item.role, "content": item.content} for item in body.messages]
-        rows = _rows(model, messages, body, body.config())
+        rows = await asyncio.to_thread(_rows, model, messages, body, body.config())
         return await _answer(Answer(CHAT, body, rows, worker, options), request)
 
     @app.post("/v1/completions", response_model=None)
@@ -157,10 +168,16 @@ def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -
         if (body.prompt is None) == (body.template is None):
             raise Failure(400, "give prompt or template, one of them.", "prompt")
         if body.template is not None:
-            ids, config = _template(model, body.template), body.config(infill=True)
-            rows = _rows(model, ids, body, config)
+            if body.length() is not None or (body.stream_options is not None and body.stream_options.provisional):
+                raise Failure(
+                    400,
+                    "a template says itself how much is filled, and has no provisional text: leave out max_tokens and provisional.",
+                    "template",
+                )
+            ids = await asyncio.to_thread(_template, model, body.template, worker.max_length)
+            rows = _rows(model, ids, body, body.config(infill=True))
         else:
-            rows = _rows(model, body.prompt, body, body.config())
+            rows = await asyncio.to_thread(_rows, model, body.prompt, body, body.config())
         return await _answer(Answer(TEXT, body, rows, worker, options), request)
 
 
@@ -177,14 +194,17 @@ def _rows(model: Model, prompt: Any, body: Common, config: GenerationConfig) -> 
     ]
 
 
-def _template(model: Model, parts: list[str | Mask]) -> list[int]:
+def _template(model: Model, parts: list[str | Mask], longest: int) -> list[int]:
     """Token ids of a template: fixed text, and as many mask tokens as each gap wants. Raises DllmError."""
     if not any(isinstance(part, Mask) for part in parts):
         raise DllmError('template has no gap: give at least one {"mask": N}.')
     if model.tokenizer is None:
         raise DllmError("this model has no tokenizer: templates need one.")
-    mask, ids = model.manifest.decoding.mask_token_id, []
+    mask = model.manifest.decoding.mask_token_id
+    ids: list[int] = []
     for part in parts:
+        if len(ids) + (part.mask if isinstance(part, Mask) else 0) > longest:
+            raise DllmError(f"template has more than {longest} tokens, which is what this server takes: shorten it.")
         ids += [mask] * part.mask if isinstance(part, Mask) else model.tokenizer.encode(part) if part else []
     return ids
 
@@ -200,6 +220,8 @@ async def _answer(answer: Answer, request: Request) -> JSONResponse | StreamingR
         await asyncio.wait({gone, work}, timeout=answer.options.timeout, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return JSONResponse(work.result())
+        if not gone.done():
+            answer.cancel("timeout")
         raise Failure(
             499 if gone.done() else 504, f"no answer within {answer.options.timeout:g} s: lower max_tokens, or try again."
         )
@@ -211,5 +233,5 @@ async def _answer(answer: Answer, request: Request) -> JSONResponse | StreamingR
 
 async def _until_gone(request: Request) -> None:
     """Until the client has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
 
-MOST_CHOICES, MOST_STOPS = 16, 4
+MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 4, 256
 
 
 class _Model(BaseModel):
@@ -67,6 +67,8 @@ class Common(_Model):
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(found) > MOST_STOPS or not all(found):
             raise DllmError(f"stop has {len(found)} strings, expected up to {MOST_STOPS}, none of them empty.")
+        if max(map(len, found), default=0) > LONGEST_STOP:
+            raise DllmError(f"stop has a string of {max(map(len, found))} characters, expected up to {LONGEST_STOP}.")
         return found
 
     def length(self) -> int | None:
@@ -104,6 +106,6 @@ class CompletionRequest(Common):
     """A prompt as text or token ids, or a template of fixed text and gaps, which are filled."""
 
     prompt: str | list[int] | None = None
-    template: list[str | Mask] | None = Field(default=None, min_length=1)
+    template: list[str | Mask] | None = Field(default=None, min_length=1, max_length=1024)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from dataclasses import replace
 
 import uvicorn
 
@@ -18,7 +19,13 @@ __all__ = ["Options", "run"]
 
 def run(model: Model, options: Options, host: str, port: int) -> None:
     """Serve until a signal. Raises DllmError where the address cannot be had."""
-    app = create_app(model, options)
+    only_local = host in ("127.0.0.1", "localhost", "::1")
+    try:
+        app = create_app(model, replace(options, only_local=only_local))
+    except MemoryError as error:
+        raise DllmError(
+            f"{options.slots} slots do not fit into memory: serve with fewer --slots or a smaller --max-length."
+        ) from error
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
     except OSError as error:
@@ -30,5 +37,6 @@ def run(model: Model, options: Options, host: str, port: int) -> None:
         flush=True,
     )
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then raises the signal again: the end is a good one
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(options.timeout) + 1, timeout_keep_alive=10)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(options.timeout) + 1, timeout_keep_alive=10,
+                            limit_concurrency=256 + 4 * (options.slots + options.most_queued))  # fmt: skip
     uvicorn.Server(config).run(sockets=[listening])

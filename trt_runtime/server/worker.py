@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,10 +16,23 @@ from trt_runtime.sequence import Sequence
 from trt_runtime.server.metrics import Metrics
 
 Event = Update | Exception | None
+_LOG = logging.getLogger(__name__)
 
 
 class Busy(Exception):
     """The queue is full."""
+
+
+class Broken(Exception):
+    """What a client is told when a forward failed; the log says more."""
+
+    status = 500
+
+
+class Stopping(Broken):
+    """The server is at its end."""
+
+    status = 503
 
 
 @dataclass(eq=False)
@@ -68,7 +82,9 @@ class Worker:
         return len(self._open)
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds."""
+        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds, Stopping at the end."""
+        if not self.is_alive:
+            raise Stopping("the server is stopping: try again.")
         for job in jobs:
             if job.sequence.length > self.max_length:
                 raise DllmError(
@@ -82,24 +98,39 @@ class Worker:
         for job in jobs:
             self._commands.put(lambda job=job: self._place(job))  # type: ignore[misc]
 
-    def cancel(self, job: Job) -> None:
-        """Give an answer up; its slot is free at the next tick. Nothing if it is done."""
-        self._commands.put(lambda: self._cancel(job))
+    def cancel(self, job: Job, why: str = "left") -> None:
+        """Give an answer up; its slot is free at the next tick. Nothing if it is done. why: left, stop (a stop string) or timeout."""
+        self._commands.put(lambda: self._cancel(job, why))
 
     def _place(self, job: Job) -> None:
         if not job.is_open:
             return
         job.block = job.sequence.block
-        job.ticket = self._scheduler.submit(job.sequence, lambda ticket: self._step(job))
+        job.ticket = self._scheduler.submit(job.sequence, lambda ticket: self._stepped(job))
         if job.sequence.is_finished:
             self._close(job, None)
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job, why: str) -> None:
         if job.is_open:
-            self.metrics.cancelled.inc()
+            self.metrics.requests.labels(why).inc()
+            self.metrics.cancelled.inc(why == "left")
         if job.ticket is not None:
             self._scheduler.cancel(job.ticket)
         self._close(job, None)
+
+    def _stepped(self, job: Job) -> None:
+        try:
+            self._step(job)
+        except Exception:  # of one answer: the others go on
+            self._fail(job)
+
+    def _fail(self, job: Job) -> None:
+        """End an answer for the exception that is being handled."""
+        _LOG.exception("an answer failed")
+        self.metrics.requests.labels("failed").inc()
+        if job.ticket is not None:
+            self._scheduler.cancel(job.ticket)
+        self._close(job, Broken("the model failed in a forward: the server's log says more."))
 
     def _step(self, job: Job) -> None:
         row, metrics = job.sequence, self.metrics
@@ -128,21 +159,17 @@ class Worker:
             job.deliver(end)
 
     def _run(self) -> None:
-        while True:
-            if not self._drain():
-                break
-            try:
-                self._scheduler.tick()
-            except Exception as error:  # a forward failed: its rows are lost, the server is not
-                self.metrics.requests.labels("failed").inc()
-                for job in self._jobs():
-                    if job.ticket is not None:
-                        self._scheduler.cancel(job.ticket)
-                        self._close(job, error)
-            self.metrics.queued.set(len(self._scheduler.queue))
-            self.metrics.busy.set(sum(row is not None for row in self._scheduler.rows))
-        for job in self._jobs():
-            self._close(job, DllmError("the server is stopping: try again."))
+        try:
+            while self._drain():
+                try:
+                    self._scheduler.tick()
+                except Exception:  # a forward failed: the rows in slots are lost, those that wait and the server are not
+                    for job in self._jobs():
+                        if job.ticket is not None and job.ticket.slot is not None:
+                            self._fail(job)
+        finally:
+            for job in self._jobs():
+                self._close(job, Stopping("the server is stopping: try again."))
 
     def _jobs(self) -> list[Job]:
         with self._lock:
@@ -151,10 +178,15 @@ class Worker:
     def _drain(self) -> bool:
         """Follow the commands that wait; with nothing to do, wait for one. False to end."""
         while True:
+            self.metrics.queued.set(len(self._scheduler.queue))
+            self.metrics.busy.set(sum(row is not None for row in self._scheduler.rows))
             try:
                 command = self._commands.get(block=self._scheduler.is_idle)
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            command()
+            try:
+                command()
+            except Exception:
+                _LOG.exception("a command failed")
