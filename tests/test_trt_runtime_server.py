@@ -490,3 +490,16 @@ def test_the_page_is_one_file_that_asks_nothing_of_others(demo):
     answer = httpx.get(demo[0])
     assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
     assert not re.findall(r"""(?:src|href)\s*=|@import|https?://""", answer.text) and "innerHTML" not in answer.text
+
+
+def test_the_openapi_document_says_what_is_answered(demo):
+    document = httpx.get(f"{demo[0]}/openapi.json").json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(chat["responses"]) and "422" not in chat[
+        "responses"
+    ]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    fields = document["components"]["schemas"]["ChatRequest"]
+    assert fields["additionalProperties"] is False and {"threshold", "policy", "block_length", "cache", "stop"} <= set(
+        fields["properties"]
+    )

@@ -32,6 +32,16 @@ from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, 
 from trt_runtime.server.worker import Broken, Worker
 
 RETRY_SECONDS = 1
+_REFUSALS = {400: "a field that is missing, wrong or not honoured", 401: "no key, or a wrong one", 403: "another host's name", 404: "no such model or path",
+             408: "the body did not come", 413: "the body is too large", 429: "the queue is full", 500: "a forward failed", 503: "the server is stopping",
+             504: "no answer in time"}  # fmt: skip
+_ERROR: dict[str, Any] = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message", "type"], "properties": {
+    "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}  # fmt: skip
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": said, "content": {"application/json": {"schema": _ERROR}}} for status, said in _REFUSALS.items()
+}
+_STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
+                                                   "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
 _KINDS = ("str", "int", "float", "bool", "Mask")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
@@ -59,6 +69,7 @@ def create_app(model: Model, options: Options) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.worker, app.state.options = worker, options
+    _document(app)
     app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local,
                        count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
     _errors(app, metrics)
@@ -66,6 +77,19 @@ def create_app(model: Model, options: Options) -> FastAPI:
     _completions(app, model, worker, options)
 
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document says what is answered: refusals in OpenAI's form, and not FastAPI's 422."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _problem(failure: Failure, more: Mapping[str, str] | None = None) -> JSONResponse:
@@ -119,12 +143,12 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
 def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) -> None:
     facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
 
-    @app.get("/health")
+    @app.get("/health", responses=_RESPONSES)
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses=_RESPONSES)
     async def ready() -> dict[str, Any]:
         """Whether it takes requests."""
         if not worker.is_alive:
@@ -135,15 +159,15 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_RESPONSES)
     async def prometheus() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry).decode(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=_RESPONSES)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [facts]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=_RESPONSES)
     async def one(name: str) -> dict[str, Any]:
         if name != options.name:
             raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
@@ -151,7 +175,7 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
 
 
 def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=_RESPONSES | _STREAMS)
     async def chat(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
         """A conversation, continued."""
         _check_model(body, options)
@@ -161,7 +185,7 @@ def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -
         rows = await asyncio.to_thread(_rows, model, messages, body, body.config())
         return await _answer(Answer(CHAT, body, rows, worker, options), request)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=_RESPONSES | _STREAMS)
     async def complete(body: CompletionRequest, request: Request) -> JSONResponse | StreamingResponse:
         """A text, continued; or a template, filled."""
         _check_model(body, options)
