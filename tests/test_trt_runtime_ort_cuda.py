@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import stand_ins
+import stand_in_cuda
 from conftest import export_quietly
 
 from trt_runtime import cuda, replay
@@ -18,7 +18,7 @@ from trt_runtime.model import load
 
 @pytest.fixture
 def gpu(monkeypatch):
-    made = stand_ins.Cuda()
+    made = stand_in_cuda.Cuda()
     monkeypatch.setattr(cuda, "_bindings", lambda: (made, made))
     monkeypatch.setitem(backend_ort._PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setitem(backend_ort._PLACES, "cuda", "cpu")
@@ -32,7 +32,7 @@ def test_all_goldens_exactly(gpu, golden_artifact, golden_cases, count):
     mask = manifests.load(golden_artifact).decoding.mask_token_id
     for columns in (8, 16, 32, 64):
         name = f"dllm_commit_{mask}_{commit.constants(mask, columns)['BLOCK']}"
-        gpu.kernels[name] = stand_ins.commit_kernel(mask)
+        gpu.kernels[name] = stand_in_cuda.commit_kernel(mask)
     backend = OrtBackend(golden_artifact, threads=1, device="cuda", steps_per_look=count)
     chosen = golden_cases[:: 3 if count == 1 else 2]
     assert [replay.compare(case, replay.replay(backend, case)) for case in chosen] == [None] * len(chosen)
@@ -43,7 +43,7 @@ def test_rows_in_later_slots(gpu, golden_artifact):
     from plugins import commit
 
     mask = manifests.load(golden_artifact).decoding.mask_token_id
-    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 32)['BLOCK']}"] = stand_ins.commit_kernel(mask)
+    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 32)['BLOCK']}"] = stand_in_cuda.commit_kernel(mask)
     prompts = [np.random.default_rng(2).integers(0, 120, length).tolist() for length in (5, 12, 9)]
     made = []
     for options in ({}, {"device": "cuda"}, {"device": "cuda", "steps_per_look": 3}):

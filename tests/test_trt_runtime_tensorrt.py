@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import stand_in_cuda
 import stand_ins
 from conftest import export_quietly
 from test_export_graphs import window
@@ -195,7 +196,7 @@ def _with_kernels(gpu, monkeypatch, artifact, out, **sizes):
     monkeypatch.setattr(tensorrt_plugins, "replace_statistics", lambda network, trt, mask, make: real(network, rtx, mask, make))
     made = engine.build(artifact, out, replace(SIZES, plugins=True, **sizes))
     facts = json.loads((made / "engine.json").read_text())["built_for"]["plugins"]
-    gpu.kernels[facts["commit"]["entry"]] = stand_ins.commit_kernel(manifests.load(artifact).decoding.mask_token_id)
+    gpu.kernels[facts["commit"]["entry"]] = stand_in_cuda.commit_kernel(manifests.load(artifact).decoding.mask_token_id)
     return made, facts
 
 
@@ -231,7 +232,7 @@ def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypa
 
 def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, golden_cases, tmp_path):
     """fp16 goldens through the older names and int32 tensors; what the graph computes in float32 is pinned; cuBLAS and cuDNN are off."""
-    gpu = stand_ins.Cuda()
+    gpu = stand_in_cuda.Cuda()
     package = stand_ins.tensorrt86(gpu, rtx)
     monkeypatch.setattr(cuda, "_bindings", lambda: (gpu, gpu))
     monkeypatch.setattr(engine, "load", lambda backend: package)
