@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_kernels import measured_ceilings, milliseconds
+from gpu_windows import windows
 
 from trt_runtime import devices
 from trt_runtime import manifest as manifests
@@ -27,24 +28,6 @@ from trt_runtime.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 STATISTICS = ("confidence", "runner_up", "entropy")
-
-
-def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int = 0) -> tuple[Window, Window]:
-    """A prefix pass and a refine step over random tokens, the second half of the canvas masks; the block begins it."""
-    rng, mask = np.random.default_rng(seed), manifest.decoding.mask_token_id
-    allowed = np.setdiff1d(np.arange(min(manifest.model.vocab_size, 50_000)), [mask])
-    start = canvas // 2
-    ids = rng.choice(allowed, (batch, canvas)).astype(np.int64)
-    ids[:, start:] = mask
-    rows = np.arange(start, start + block)
-    lengths, shift = np.full(batch, canvas), manifest.decoding.logit_shift
-    full = Window(
-        ids, np.tile(np.arange(canvas), (batch, 1)), np.zeros(batch, np.int64), lengths, np.tile(rows - shift, (batch, 1))
-    )
-    some = ids[:, rows].copy()
-    some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)  # as if a third were committed
-    at = np.tile(np.maximum(np.arange(block) - shift, 0), (batch, 1))
-    return full, Window(some, np.tile(rows, (batch, 1)), np.full(batch, start), lengths, at)
 
 
 def outputs(backend: Backend, settings: Any) -> dict[str, Stats]:
@@ -89,13 +72,11 @@ def _nats(name: str, values: np.ndarray) -> np.ndarray:
     return values if name == "entropy" else np.log(np.maximum(values, 1e-30))
 
 
-def speeds(
-    backend: Backend, settings: Any, note: Callable[..., None], *, batches: tuple[int, ...] | None = None
-) -> list[dict[str, Any]]:
+def speeds(backend: Backend, settings: Any, note: Callable[..., None]) -> list[dict[str, Any]]:
     """Milliseconds of a refine step and a prefix pass at each canvas and batch, as a caller sees them, and shares of the roofline."""
     rows: list[dict[str, Any]] = []
     for canvas in settings.canvases:
-        for batch in batches or settings.batches:
+        for batch in settings.batches:
             full, step = windows(backend.manifest, batch, canvas, settings.block_length, seed=1)
             cache, row = backend.new_cache(batch, canvas), {"canvas": canvas, "batch": batch}
             row["prefix_ms"] = _call_ms(backend.prefix, cache, full, max(3, settings.repeats // 3))

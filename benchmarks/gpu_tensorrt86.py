@@ -13,27 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from gpu_windows import windows
 
 from trt_runtime import engine
-from trt_runtime.backends.base import Window
 from trt_runtime.backends.tensorrt import TensorRTBackend
 from trt_runtime.engine import BuildConfig
-
-
-def windows(backend: TensorRTBackend, canvas: int, block: int) -> tuple[Window, Window]:
-    """The inputs of gpu_speed.windows, which needs torch: the same generator, the same draws."""
-    manifest = backend.manifest
-    rng, mask = np.random.default_rng(0), manifest.decoding.mask_token_id
-    allowed = np.setdiff1d(np.arange(min(manifest.model.vocab_size, 50_000)), [mask])
-    start = canvas // 2
-    ids = rng.choice(allowed, (1, canvas)).astype(np.int64)
-    ids[:, start:] = mask
-    rows = np.arange(start, start + block)
-    full = Window(ids, np.arange(canvas)[None], np.zeros(1, np.int64), np.array([canvas]), rows[None])
-    some = ids[:, rows].copy()
-    some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)
-    return full, Window(some, rows[None], np.array([start]), np.array([canvas]), np.arange(block)[None])
 
 
 def main(artifact: Path, canvas: int, block: int) -> None:
@@ -41,7 +27,7 @@ def main(artifact: Path, canvas: int, block: int) -> None:
     engine.build(artifact, engines, BuildConfig(max_length=canvas, block_length=block, max_rows=block))
     made: dict[str, object] = {"build_seconds": round(time.perf_counter() - begin, 1)}
     backend = TensorRTBackend(artifact, engines=engines)
-    full, step = windows(backend, canvas, block)
+    full, step = windows(backend.manifest, 1, canvas, block)
     cache, held = backend.new_cache(1, canvas), np.load(artifact.parent / "legacy.npz")
     for role, call, window in (("prefix", backend.prefix, full), ("refine", backend.refine, step)):
         stats, taken = call(cache, slice(0, 1), window), []

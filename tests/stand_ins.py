@@ -74,7 +74,7 @@ class Context:
 class Engine:
     """A deserialised engine: `text` is what the stand-in builder wrote, the graph's path and the shapes of each profile."""
 
-    def __init__(self, cuda: Cuda, graph: str, capacity: int, profiles: list[dict]) -> None:
+    def __init__(self, cuda: Cuda, graph: str, profiles: list[dict]) -> None:
         self.cuda, self.profiles, self.num_optimization_profiles = cuda, profiles, len(profiles)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4  # the CPU copies caches, and says so
@@ -288,7 +288,7 @@ def tensorrt(cuda: Cuda, rtx):
         def deserialize_cuda_engine(self, data):
             assert not self.engine_host_code_allowed
             facts = json.loads(data)
-            opened = Engine(cuda, facts["graph"], 0, facts["profiles"])
+            opened = Engine(cuda, facts["graph"], facts["profiles"])
             opened.stripped = "STRIP_PLAN" in facts["flags"]
             opened.create_engine_inspector = lambda: types.SimpleNamespace(
                 get_engine_information=lambda kind: json.dumps({"Layers": [], "verbosity": facts["verbosity"]})

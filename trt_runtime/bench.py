@@ -25,7 +25,7 @@ import numpy as np
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.config import CACHES, GenerationConfig
-from trt_runtime.errors import DllmError, unknown
+from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.model import Model, Prompt
 
 
@@ -74,11 +74,7 @@ class Timed:
 
 def options_of(args: argparse.Namespace) -> Options:
     """Options from the command line, checked. Raises DllmError."""
-    for name in ("prompt_length", "count", "repeats"):
-        if getattr(args, name) < 1:
-            raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
-    if args.tokens_per_step is not None and args.tokens_per_step < 1:
-        raise DllmError(f"--tokens-per-step is {args.tokens_per_step}, expected a whole number from 1.")
+    check_counts(args, "prompt_length", "count", "repeats", "tokens_per_step")
     variants, reference = (tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference))
     return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
                    args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint)  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 from trt_runtime import backends, cli_artifact, render, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.model import Model, Prompt, Result, load
 
 MAX_THREADS = 1024
@@ -163,8 +163,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
-    if args.steps_per_look is not None and args.steps_per_look < 1:
-        raise DllmError(f"--steps-per-look is {args.steps_per_look}, expected a whole number from 1.")
+    check_counts(args, "steps_per_look")
     for name, takers in _BACKEND_OPTIONS.items():
         value = getattr(args, name)
         is_of_bench = name == "checkpoint" and args.backend not in takers and getattr(args, "reference", False)
@@ -185,7 +184,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _config(args: argparse.Namespace) -> GenerationConfig:
     for name, policy in (("threshold", "threshold"), ("factor", "factor")):
         if getattr(args, name) is not None and args.policy != policy and args.policy in POLICIES:
-            raise DllmError(f"--{name.replace('_', '-')} goes with --policy {policy}, got --policy {args.policy}.")
+            raise DllmError(f"--{name} goes with --policy {policy}, got --policy {args.policy}.")
     if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
         raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
     given = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
@@ -320,15 +319,11 @@ def _write_json(path: Path, value: object) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     serving = backends.import_tool("trt_runtime.server.serve", "serve", "pip install 'dllm-trt[serve]'")
-    for name in ("slots", "max_body"):
-        if getattr(args, name) < 1:
-            raise DllmError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a whole number from 1.")
+    check_counts(args, "slots", "max_body", "max_length")
     if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
         raise DllmError(
             f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
         )
-    if args.max_length is not None and args.max_length < 1:
-        raise DllmError(f"--max-length is {args.max_length}, expected a whole number from 1.")
     key = args.api_key if args.api_key is not None else os.environ.get("DLLM_API_KEY") or None
     if key is not None and (not key or not key.isascii() or key != key.strip()):
         raise DllmError("the API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
@@ -342,8 +337,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _triton_repo(args: argparse.Namespace) -> int:
     from trt_runtime.server import triton_repo
 
-    if args.slots < 1:
-        raise DllmError(f"--slots is {args.slots}, expected a whole number from 1.")
+    check_counts(args, "slots", "max_length")
     options = {name: str(value) if isinstance(value, Path) else value for name, value in _options(args).items()}
     made = triton_repo.write(args.artifact, args.out, name=args.name, backend=args.backend, options=options, slots=args.slots,
                              max_length=args.max_length)  # fmt: skip

@@ -23,7 +23,7 @@ from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.builder import Job, Profile, version_of
 from trt_runtime.contract import MODERN
-from trt_runtime.errors import DllmError, unknown
+from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.manifest import FileFacts, Manifest
 
 FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
@@ -79,10 +79,7 @@ class BuildConfig:
             raise DllmError(
                 f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for its own GPU."
             )
-        for name in ("max_batch", "max_length", "block_length", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DllmError(f"--{name.replace('_', '-')} is {value}, expected a whole number from 1.")
+        check_counts(self, "max_batch", "max_length", "block_length", "max_rows")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise DllmError(f"--optimization-level is {self.optimization_level}, expected 0 to 5.")
         for name in ("strip", "inspect"):

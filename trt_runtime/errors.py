@@ -1,4 +1,4 @@
-"""The one exception that users see, and the sentence for a name that is not known."""
+"""The one exception that users see, and the sentences for a name that is not known and a number that is too small."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class DllmError(Exception):
     """Something the user can mend. The message says what is wrong, what was got, what was expected and what to do."""
+
+
+def check_counts(held: object, *names: str) -> None:
+    """Raise DllmError for an option of `held` that is given and below 1."""
+    for name in names:
+        value = getattr(held, name)
+        if value is not None and value < 1:
+            raise DllmError(f"--{name.replace('_', '-')} is {value}, expected a whole number from 1.")
 
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> DllmError:

@@ -50,8 +50,8 @@ class Generator:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
-        """One forward for every unfinished row, or the several steps that its backend makes in one call. Returns what was done for each. `instead`: what to write in place of a slot's own
-        choice (Sequence.commit)."""
+        """One forward for every unfinished row, or the several steps that its backend makes in one call. Returns what was done for
+        each. `instead`: what to write in place of a slot's own choice (Sequence.commit)."""
         wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
         for group in groups(wanted, self.capacity, self.backend.max_batch):
             self._run(group, instead or {})
@@ -63,26 +63,21 @@ class Generator:
             self.step()
 
     def _run(self, group: list[Wanted], instead: Mapping[int, Written]) -> None:
-        slots = slice(group[0].slot, group[-1].slot + 1)
         if self.backend.steps_per_look > 1 and not instead:
             rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
             if len(rules) == len(group):
-                self._run_steps(group, slots, rules)
+                self._run_steps(group, rules)
                 return
-        call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
-        want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
-        stats = call(self.cache, slots, assemble(group), want_logits=want_logits)
-        for index, wanted in enumerate(group):
-            wanted.sequence.commit(wanted.forward, propose(wanted, stats, index), instead.get(wanted.slot))
+        run_group(self.backend, self.cache, group, assemble(group), instead)
 
-    def _run_steps(self, group: list[Wanted], slots: slice, rules: list[CommitRule]) -> None:
+    def _run_steps(self, group: list[Wanted], rules: list[CommitRule]) -> None:
         """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended."""
         window = assemble(group)
         columns = np.arange(max(rule.limit for rule in rules))
         shift = group[0].sequence.rules.logit_shift
         logit_rows = np.minimum(np.maximum(columns - shift, 0), window.input_ids.shape[1] - 1)
         made = self.backend.refine_steps(
-            self.cache, slots, replace(window, logit_rows=np.tile(logit_rows, (len(group), 1))), rules
+            self.cache, slots_of(group), replace(window, logit_rows=np.tile(logit_rows, (len(group), 1))), rules
         )
         for wanted, ids, step in zip(group, made.ids, made.step, strict=True):
             for number in range(int(step.max()) + 1):
@@ -90,6 +85,24 @@ class Generator:
                 wanted.sequence.follow(wanted.forward.start + columns, ids[columns])
                 if wanted.sequence.is_finished:
                     break
+
+
+def slots_of(group: list[Wanted]) -> slice:
+    """The slots from a group's first row to its last."""
+    return slice(group[0].slot, group[-1].slot + 1)
+
+
+def run_group(
+    backend: Backend, cache: Cache, group: list[Wanted], window: Window, instead: Mapping[int, Written] | None = None
+) -> None:
+    """One forward over the group's slots, after which each of its rows commits. `window` has a row for every slot, the group's or not."""
+    slots, forced = slots_of(group), instead or {}
+    call = backend.prefix if group[0].forward.is_prefix_pass else backend.refine
+    want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
+    stats = call(cache, slots, window, want_logits=want_logits)
+    for wanted in group:
+        row = propose(wanted, stats, wanted.slot - slots.start)
+        wanted.sequence.commit(wanted.forward, row, forced.get(wanted.slot))
 
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:

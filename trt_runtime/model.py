@@ -59,7 +59,8 @@ class Update:
     """A row after one forward: `committed` is the text of finished blocks; `provisional` what is unmasked beyond them.
 
     tokens: the generated part as it stands, mask tokens included. changed: positions that were written since the last update, with the
-    confidence of each (None where a device chose by itself), and block: the running block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
+    confidence of each (None where a device chose by itself), and block: the running block, both counted from the generated part's
+    first token (with `infill`, gaps of the prompt lie below 0).
     """
 
     row: int
@@ -180,14 +181,15 @@ class Model:
         rest = row.canvas[min(settled, useful) : useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
-                      [p - first for step in made for p in step.positions], [c for step in made for c in step.confidence], (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
+                      [p - first for step in made for p in step.positions], [c for step in made for c in step.confidence],
+                      (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
 
     def text(self, ids: np.ndarray[Any, Any]) -> str:
         """The text of token ids, special tokens left out. Raises DllmError without a tokenizer."""
         return self._need_tokenizer().decode(ids.tolist())
 
     def piece(self, token: int) -> str:
-        """The text of one token; of a special token its name in angle brackets or as it is written, of none the empty text."""
+        """The text of one token, special tokens as they are written. Raises DllmError without a tokenizer."""
         return self._need_tokenizer().piece(token)
 
     def _text(self, ids: np.ndarray[Any, Any]) -> str | None:

@@ -18,7 +18,7 @@ from trt_runtime import contract
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.devices import DEVICES, GIB, Device, find
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.manifest import ModelFacts
 
 
@@ -181,9 +181,7 @@ def _smaller(facts: ModelFacts, work: Work, device: Device) -> Iterator[tuple[st
 
 def check(facts: ModelFacts, work: Work) -> None:
     """Raise DllmError for work that the model cannot do."""
-    for name in ("batch", "length", "block_length"):
-        if getattr(work, name) < 1:
-            raise DllmError(f"--{name.replace('_', '-')} is {getattr(work, name)}, expected a whole number from 1.")
+    check_counts(work, "batch", "length", "block_length")
     if work.batch > _MOST_ROWS:
         raise DllmError(f"--batch is {str(work.batch)[:20]}, expected up to {_MOST_ROWS}.")
     if work.length > facts.max_length:

@@ -20,7 +20,7 @@ import numpy as np
 
 from trt_runtime.backends.base import Backend, Window
 from trt_runtime.errors import DllmError
-from trt_runtime.generator import Wanted, assemble, groups, propose
+from trt_runtime.generator import Wanted, assemble, groups, run_group, slots_of
 from trt_runtime.sequence import Sequence
 
 _MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are cheaper
@@ -91,7 +91,7 @@ class Scheduler:
             return []
         self.tick_number += 1
         group = self._group(wanted)
-        self._run(group)
+        run_group(self.backend, self.cache, group, self._window(group))
         moved = [held for row in group if (held := self.rows[row.slot])]
         for held in moved:
             held.waited = max(held.waited, self.tick_number - held.served)
@@ -130,17 +130,10 @@ class Scheduler:
         rows = max(row.rows, first.rows)
         return row.can_stretch(rows, self.cache.capacity) and first.can_stretch(rows, self.cache.capacity)
 
-    def _run(self, group: list[Wanted]) -> None:
-        slots = slice(group[0].slot, group[-1].slot + 1)
-        want_logits = any(row.sequence.rules.sampler.needs_logits for row in group)
-        call = self.backend.prefix if group[0].forward.is_prefix_pass else self.backend.refine
-        stats = call(self.cache, slots, self._window(group, slots), want_logits=want_logits)
-        for row in group:
-            row.sequence.commit(row.forward, propose(row, stats, row.slot - slots.start))
-
-    def _window(self, group: list[Wanted], slots: slice) -> Window:
+    def _window(self, group: list[Wanted]) -> Window:
         """The inputs of the group's rows, with idle rows in the slots between them."""
-        made, count = assemble(group), slots.stop - slots.start
+        made, slots = assemble(group), slots_of(group)
+        count = slots.stop - slots.start
         last = self.backend.manifest.model.max_length - 1  # padding may reach beyond the model's last position, and is never read
         made = replace(made, position_ids=np.minimum(made.position_ids, last))
         if len(group) == count:

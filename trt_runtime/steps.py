@@ -18,7 +18,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.policies import CommitRule, Floats, Ints, quota
 
 Int32s = npt.NDArray[np.int32]
-KINDS = FIXED, THRESHOLD, FACTOR = 0, 1, 2
+FIXED, THRESHOLD, FACTOR = 0, 1, 2
 NOT_FINITE, PROPOSED_MASK = -1, -2  # in the place of masks left: why a row stopped
 _NAMES = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
 

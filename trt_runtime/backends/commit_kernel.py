@@ -29,22 +29,22 @@ class CommitKernel:
     """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as engine.json has them."""
 
     def __init__(self, device: cuda.Device, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
-        self._device, self._facts = device, facts
+        self.device, self.max_batch, self.columns, self._facts = device, max_batch, int(facts["columns"]), facts
         self._kernel = device.kernel(ptx, facts["entry"])
-        self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * facts["columns"])))
+        self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * self.columns)))
 
     def begin(self, rules: Sequence[CommitRule], columns: int) -> Running:
         """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks that the kernel does not hold."""
         most = max(rule.limit for rule in rules)
-        if most > self._facts["columns"]:
+        if most > self.columns:
             raise DllmError(
-                f"a block of {most} positions: the commit kernel takes {self._facts['columns']}: build the engines with --block-length {most}."
+                f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines with --block-length {most}."
             )
         made = steps.plan_of(rules, columns)
         arrays, addresses, used = self._arena.place(self._tensors(len(rules), columns))
         for name, array in arrays.items():
             array[...] = getattr(made, name)
-        self._device.upload(self._arena.device.address, self._arena.host[:used])
+        self.device.upload(self._arena.device.address, self._arena.host[:used])
         return Running(Plan(**arrays), addresses, used)
 
     def queue(self, held: Running, ids: int, rows: int, token: int, confidence: int) -> None:
@@ -55,7 +55,7 @@ class CommitKernel:
 
     def end(self, held: Running) -> None:
         """Queue the download of what was committed."""
-        self._device.download(self._arena.host[: held.used], self._arena.device.address)
+        self.device.download(self._arena.host[: held.used], self._arena.device.address)
 
     @staticmethod
     def _tensors(batch: int, columns: int) -> cuda.Tensors:

@@ -106,7 +106,7 @@ class OrtBackend(Backend):
         specs = contract.inputs(role, dims)
         self._small_inputs = [spec.name for spec in specs if spec.name not in self._names]
         self._cache_inputs = [spec.name for spec in specs if spec.name in self._names]
-        self._commit: tuple[int, int, cuda.Device, CommitKernel] | None = None
+        self._commit: CommitKernel | None = None
         self._arena: cuda.Arena | None = None
         self._pool: dict[tuple[int, int], _Buffers] = {}
 
@@ -165,7 +165,8 @@ class OrtBackend(Backend):
         if self.device == "cpu":
             return super()._refine_steps(cache, slots, window, rules)
         batch, asked = window.logit_rows.shape
-        device, kernel = self._kernel(batch, asked)
+        kernel = self._kernel(batch, asked)
+        device = kernel.device
         arrays = {name: np.ascontiguousarray(getattr(window, name)) for name in self._small_inputs}
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         shapes |= {name: (np.dtype(np.int64 if name == "token" else np.float32), (batch, asked)) for name in contract.STATISTICS}
@@ -192,18 +193,18 @@ class OrtBackend(Backend):
         device.synchronize()
         return steps.finished(running.arrays, rules, held["input_ids"].copy())
 
-    def _kernel(self, batch: int, columns: int) -> tuple[cuda.Device, CommitKernel]:
+    def _kernel(self, batch: int, columns: int) -> CommitKernel:
         """The commit kernel for at least so many rows and positions, compiled for this GPU."""
-        if self._commit is None or self._commit[0] < batch or self._commit[1] < columns:
-            tool = import_tool(
-                "plugins.commit", "steps_per_look on CUDA", "run from a checkout, with pip install -e '.[kernels]'"
-            )
+        held = self._commit
+        if held is None or held.max_batch < batch or held.columns < columns:
+            advice = "run from a checkout, with pip install -e '.[kernels]'"
+            tool = import_tool("plugins.commit", "steps_per_look on CUDA", advice)
             batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
-            device = self._commit[2] if self._commit is not None else cuda.Device()
+            device = held.device if held is not None else cuda.Device()
             made = tool.compiled(self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability)
             facts = {"entry": made.name, "threads": made.threads, "shared": made.shared, "columns": columns}
-            self._commit = (batch, columns, device, CommitKernel(device, facts, made.ptx.encode(), batch))
-        return self._commit[2], self._commit[3]
+            held = self._commit = CommitKernel(device, facts, made.ptx.encode(), batch)
+        return held
 
     def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
         """The window's rows into the caches: what a graph of the legacy lowering leaves to its caller."""

@@ -33,13 +33,15 @@ Shape = tuple[int, int, int]  # B, S, R of a call
 
 @dataclass
 class _Engine:
-    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed."""
+    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed. `tensors` are
+    the names that it knows: a prefix engine of the legacy lowering has no caches."""
 
     name: str
     role: str
     profiles: list[Profile]
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    tensors: set[str]
     engine: Any
     contexts: dict[int, Any] = field(default_factory=dict)
 
@@ -271,9 +273,8 @@ class TensorRTBackend(Backend):
         caches = {name: memory.address + first for name, memory in cache.buffers.caches.items()}
         returned = dict(zip(contract.returned_names(dims), caches.values() if dims.writes_caches else
                             (memory.address for memory in self._fresh), strict=True))  # fmt: skip
-        known = {held.engine.get_tensor_name(i) for i in range(held.engine.num_io_tensors)}
         for name, address in (small | caches | returned).items():
-            if name in known and not context.set_tensor_address(name, address):
+            if name in held.tensors and not context.set_tensor_address(name, address):
                 raise DllmError(f"TensorRT refused the address of {name} ({self._logger.last or 'no message'})")
 
     def _write_rows(self, cache: Cache, slots: slice, window: Window) -> None:
@@ -302,7 +303,7 @@ class TensorRTBackend(Backend):
         names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
         if names != expected or opened.num_optimization_profiles != len(listed):
             raise DllmError(f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again.")
-        return _Engine(name, role, listed, inputs, outputs, opened)
+        return _Engine(name, role, listed, inputs, outputs, names, opened)
 
     def _refit(self, opened: Any, role: str) -> None:
         """Put the artifact's weights into an engine that was built without."""

@@ -85,7 +85,7 @@ class Answer:
     def is_template(self) -> bool:
         return isinstance(self.body, CompletionRequest) and self.body.template is not None
 
-    def note(self, index: int, update: Update, text: str, stopped: bool) -> None:
+    def _count(self, index: int, update: Update, text: str, stopped: bool) -> None:
         """Count what a choice took. The row itself still changes in another thread, unless it is finished."""
         row, tokenizer = self.rows[index], self.worker.model.tokenizer
         if stopped and tokenizer is not None:
@@ -104,12 +104,18 @@ class Answer:
         tokens, nfe = sum(tokens for tokens, _ in self.done), sum(nfe for _, nfe in self.done)
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens, "nfe": nfe}
 
-    def text_of(self, job: Job, update: Update, *, is_last: bool) -> tuple[str, bool]:
-        """The text that may be shown: finished blocks, cut at the first stop string; and whether one was met. Before the end, what
-        may still become a stop string or a character is held back."""
-        text = update.committed or ""
+    def show(self, index: int, update: Update) -> tuple[str, bool]:
+        """The text of a choice that may be shown, which is counted; and whether a stop string ended it."""
+        text, stopped = self._text_of(index, update)
+        self._count(index, update, text, stopped)
+        return text, stopped
+
+    def _text_of(self, index: int, update: Update) -> tuple[str, bool]:
+        """Finished blocks, cut at the first stop string; and whether one was met. Before the end, what may still become a stop string
+        or a character is held back."""
+        text, is_last = update.committed or "", update.finished
         if self.is_template:
-            text = self.worker.model.text(job.sequence.canvas) if is_last else ""
+            text = self.worker.model.text(self.rows[index].canvas) if is_last else ""
         if not is_last:
             text = text.rstrip("\ufffd")
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
@@ -149,8 +155,7 @@ async def whole(answer: Answer) -> dict[str, Any]:
     for index, job in enumerate(answer.jobs):
         text, stopped = "", False
         async for update in _updates(answer.queues[index]):
-            text, stopped = answer.text_of(job, update, is_last=update.finished)
-            answer.note(index, update, text, stopped)
+            text, stopped = answer.show(index, update)
             if stopped:
                 answer.worker.cancel(job, "stop")
                 break
@@ -209,8 +214,7 @@ async def events(answer: Answer) -> AsyncIterator[str]:
             if stopped[index]:
                 continue
             job = answer.jobs[index]
-            text, stopped[index] = answer.text_of(job, update, is_last=update.finished)
-            answer.note(index, update, text, stopped[index])
+            text, stopped[index] = answer.show(index, update)
             if options is not None and options.provisional:
                 yield event(choices=[], provisional=answer.provisional(index, update))
             if not text.startswith(sent[index]):

@@ -68,14 +68,13 @@ def create_app(model: Model, options: Options) -> FastAPI:
         description=(__doc__ or "").split("\n")[0],
         lifespan=lifespan,
     )
-    app.state.worker, app.state.options = worker, options
+    app.state.worker = worker
     _document(app)
     app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local,
                        count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
     _errors(app, metrics)
     _status(app, worker, options, metrics)
     _completions(app, model, worker, options)
-
     return app
 
 

@@ -1,0 +1,26 @@
+"""Inputs that every backend of gpu_report.py is given, by NumPy alone: the packed Python of TensorRT 8.6 has no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trt_runtime.backends.base import Window
+from trt_runtime.manifest import Manifest
+
+
+def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int = 0) -> tuple[Window, Window]:
+    """A prefix pass and a refine step over random tokens, the second half of the canvas masks; the block begins it."""
+    rng, mask = np.random.default_rng(seed), manifest.decoding.mask_token_id
+    allowed = np.setdiff1d(np.arange(min(manifest.model.vocab_size, 50_000)), [mask])
+    start = canvas // 2
+    ids = rng.choice(allowed, (batch, canvas)).astype(np.int64)
+    ids[:, start:] = mask
+    rows = np.arange(start, start + block)
+    lengths, shift = np.full(batch, canvas), manifest.decoding.logit_shift
+    full = Window(
+        ids, np.tile(np.arange(canvas), (batch, 1)), np.zeros(batch, np.int64), lengths, np.tile(rows - shift, (batch, 1))
+    )
+    some = ids[:, rows].copy()
+    some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)  # as if a third were committed
+    at = np.tile(np.maximum(np.arange(block) - shift, 0), (batch, 1))
+    return full, Window(some, np.tile(rows, (batch, 1)), np.full(batch, start), lengths, at)
