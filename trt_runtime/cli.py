@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)")
     serve.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request (default 1 MiB)")
     serve.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)")
+    serve.add_argument("--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)")
     serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
     _backend_options(serve)
 
@@ -319,7 +320,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     serving = backends.import_tool("trt_runtime.server.serve", "serve", "pip install 'dllm-trt[serve]'")
-    check_counts(args, "slots", "max_body", "max_length")
+    check_counts(args, "slots", "max_body", "max_length", "ray")
     if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
         raise DllmError(
             f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
@@ -330,7 +331,14 @@ def _serve(args: argparse.Namespace) -> int:
     options = serving.Options(
         args.name or args.artifact.resolve().name, args.slots, args.max_length, args.queue, key, args.max_body, args.timeout
     )
-    serving.run(_open(args), options, args.host, args.port)
+    if args.ray is None:
+        serving.run(_open(args), options, args.host, args.port)
+        return 0
+    replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", "pip install 'dllm-trt[serve,ray]'")
+    on_cpu = args.backend == "torch" or (args.backend == "ort" and args.device in (None, "cpu"))
+    given = {"threads": max(1, (os.cpu_count() or 1) // args.ray)} if on_cpu else {}
+    setup = replicas.Setup(str(args.artifact.resolve()), args.backend, given | _options(args))
+    replicas.run(setup, options, args.host, args.port, args.ray)
     return 0
 
 

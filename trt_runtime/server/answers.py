@@ -206,11 +206,12 @@ async def events(answer: Answer) -> AsyncIterator[str]:
     def event(**more: Any) -> str:
         return f"data: {json.dumps(answer.envelope(kind, **more))}\n\n"
 
-    sent, stopped = [""] * len(answer.jobs), [False] * len(answer.jobs)
+    sent, stopped, begun = [""] * len(answer.jobs), [False] * len(answer.jobs), [False] * len(answer.jobs)
     try:
-        for index in range(len(sent) if answer.kind == CHAT else 0):
-            yield event(choices=[{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
         async for index, update in _merged(answer):
+            if answer.kind == CHAT and not begun[index]:  # not before: until now, a lost replica loses nothing
+                yield event(choices=[{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            begun[index] = True
             if stopped[index]:
                 continue
             job = answer.jobs[index]

@@ -12,9 +12,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.queued = Gauge("dllm_queue_requests", "answers that wait for a slot", registry=registry)
-        self.slots = Gauge("dllm_slots", "slots of the cache", registry=registry)
-        self.busy = Gauge("dllm_slots_busy", "slots that hold an answer", registry=registry)
+        self.queued = Gauge("dllm_queue_requests", "answers that wait for a slot", registry=registry, multiprocess_mode="livesum")
+        self.slots = Gauge("dllm_slots", "slots of the cache", registry=registry, multiprocess_mode="livesum")
+        self.busy = Gauge("dllm_slots_busy", "slots that hold an answer", registry=registry, multiprocess_mode="livesum")
         self.forwards = Counter("dllm_forwards", "forwards (NFE) of answers, by kind", ["kind"], registry=registry)
         self.committed = Counter("dllm_committed_tokens", "tokens unmasked", registry=registry)
         self.tokens_per_forward = Histogram("dllm_tokens_per_forward", "useful tokens over forwards (TPF) of an answer", registry=registry,
