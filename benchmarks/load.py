@@ -3,8 +3,8 @@
     python benchmarks/load.py artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt                # throughput, latency
     python benchmarks/load.py artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt --faults 10000 # what must not break it
 
-Throughput: two servers over the same artifact, one with --slots, one that serves one answer at a time (1 slot, the same threads), measured in turn,
---repeats times, at 1, 4 and 16 clients; each client asks again as soon as it has its answer. Medians.
+Throughput: three servers over the same artifact, one with --slots and --lanes, and two that serve one answer at a time (1 slot), on all cores and on
+one thread, measured in turn, --repeats times, at 1, 4 and 16 clients; each client asks again as soon as it has its answer. Medians.
 
 Faults: requests that are good, streamed, left at a random moment, malformed, too large, too long, or with fields out of range, by 16 clients. Every good
 answer must be the one that the model gives alone; the server must live, with its slots free and its memory where it was.
@@ -37,6 +37,7 @@ from trt_runtime.model import load
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = (1, 4, 16)
+ONE_THREAD = "one at a time, one thread"
 
 
 class Server:
@@ -93,7 +94,11 @@ async def throughput(url: str, prompts: list[str], clients: int, count: int) -> 
 
 
 def measure(artifact: Path, prompts: list[str], slots: int, repeats: int, count: int, options: list[str]) -> list[dict[str, Any]]:
-    servers = {"batched": Server(artifact, slots, *options), "one at a time": Server(artifact, 1, *options)}
+    servers = {
+        "batched": Server(artifact, slots, *options),
+        "one at a time": Server(artifact, 1),
+        ONE_THREAD: Server(artifact, 1, "--threads", "1"),
+    }
     samples: dict[tuple[str, int], list[dict[str, float]]] = {}
     try:
         for repeat in range(repeats + 1):  # the first round warms up
@@ -110,8 +115,9 @@ def measure(artifact: Path, prompts: list[str], slots: int, repeats: int, count:
         row = {key: statistics.median(sample[key] for sample in taken) for key in taken[0]}
         rows.append({"server": name, "clients": clients, **row, "all_tokens_per_second": [s["tokens_per_second"] for s in taken]})
     for row in rows:
-        base = next(r for r in rows if r["server"] == "one at a time" and r["clients"] == row["clients"])
-        row["over_one_at_a_time"] = row["tokens_per_second"] / base["tokens_per_second"]
+        for name in ("one at a time", ONE_THREAD):
+            base = next(r for r in rows if r["server"] == name and r["clients"] == row["clients"])
+            row[f"over {name}"] = row["tokens_per_second"] / base["tokens_per_second"]
     return rows
 
 
@@ -201,12 +207,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="answers of a round (default 64)")
     parser.add_argument("--faults", type=int, default=0, help="instead, this many hostile requests")
     parser.add_argument("--seed", type=int, default=0, help="of the hostile requests")
-    parser.add_argument("--threads", default="", help="of the server (default its own choice)")
+    parser.add_argument("--lanes", type=int, default=2, help="of the batched server (default 2)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    options = ["--threads", args.threads] if args.threads else []
-    report: dict[str, Any] = {"machine": machine(), "slots": args.slots}
+    options = ["--lanes", str(args.lanes)]
+    report: dict[str, Any] = {"machine": machine(), "slots": args.slots, "lanes": args.lanes}
     if args.faults:
         model = load(args.artifact)
         expected = {prompt: model.generate([prompt], GenerationConfig())[0].text or "" for prompt in prompts[:16]}

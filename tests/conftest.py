@@ -14,6 +14,7 @@ from export.pipeline import ExportConfig, export
 from trt_runtime import cases
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.errors import DllmError
+from trt_runtime.model import load
 
 if sys.version_info < (3, 11):  # its newest ONNX Runtime knows no opset 24, which most tests export
     pytest.exit("the tests need Python 3.11 or newer; 'make demo' and exports run on 3.10", returncode=1)
@@ -100,3 +101,25 @@ def tiny_checkpoint(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_checkpoint, tmp_path_factory) -> Path:
     return export_quietly(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "fp32", head="logits")
+
+
+@pytest.fixture(scope="session")
+def model(demo_artifact):
+    """The demo model, opened."""
+    return load(demo_artifact, "ort", threads=1)
+
+
+@pytest.fixture(scope="session")
+def demo(model):
+    """A server of it: its address and its worker."""
+    from serving import serving
+
+    with serving(model, slots=4) as (url, worker):
+        yield url, worker
+
+
+@pytest.fixture
+def client(demo):
+    import openai
+
+    return openai.OpenAI(base_url=f"{demo[0]}/v1", api_key="none", max_retries=0)

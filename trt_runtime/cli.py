@@ -71,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0 takes a free one)")
     serve.add_argument("--name", help="the model's name in requests (default: the artifact's directory)")
     serve.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
+    serve.add_argument(
+        "--lanes", type=int, default=1, help="threads that make forwards, on a CPU, each for its share of the slots (default 1)"
+    )
     serve.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
     serve.add_argument("--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)")
     serve.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request (default 1 MiB)")
     serve.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)")
-    serve.add_argument("--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)")
+    serve.add_argument(
+        "--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)"
+    )
     serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
     _backend_options(serve)
 
@@ -320,7 +325,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     serving = backends.import_tool("trt_runtime.server.serve", "serve", "pip install 'dllm-trt[serve]'")
-    check_counts(args, "slots", "max_body", "max_length", "ray")
+    check_counts(args, "slots", "max_body", "max_length", "lanes", "ray")
     if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
         raise DllmError(
             f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
@@ -329,15 +334,23 @@ def _serve(args: argparse.Namespace) -> int:
     if key is not None and (not key or not key.isascii() or key != key.strip()):
         raise DllmError("the API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
     options = serving.Options(
-        args.name or args.artifact.resolve().name, args.slots, args.max_length, args.queue, key, args.max_body, args.timeout
+        args.name or args.artifact.resolve().name,
+        args.slots,
+        args.lanes,
+        args.max_length,
+        args.queue,
+        key,
+        args.max_body,
+        args.timeout,
     )
+    on_cpu = args.backend == "torch" or (args.backend == "ort" and args.device in (None, "cpu"))
+    if args.threads is None and on_cpu and (parts := args.lanes * (args.ray or 1)) > 1:
+        args.threads = max(1, (os.cpu_count() or 1) // parts)
     if args.ray is None:
         serving.run(_open(args), options, args.host, args.port)
         return 0
     replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", "pip install 'dllm-trt[serve,ray]'")
-    on_cpu = args.backend == "torch" or (args.backend == "ort" and args.device in (None, "cpu"))
-    given = {"threads": max(1, (os.cpu_count() or 1) // args.ray)} if on_cpu else {}
-    setup = replicas.Setup(str(args.artifact.resolve()), args.backend, given | _options(args))
+    setup = replicas.Setup(str(args.artifact.resolve()), args.backend, _options(args))
     replicas.run(setup, options, args.host, args.port, args.ray)
     return 0
 

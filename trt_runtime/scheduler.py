@@ -3,11 +3,11 @@
 Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer.
 
 1. Slots go to requests in the order in which they came.
-2. A tick serves the row that has waited for its forward the longest, and every row that can share that forward.
+2. A tick makes the forward that more rows want, or, once a row has waited a few ticks, that row's; every row that can share it does.
 3. Slots between two rows of a refine step take part as idle rows, which write beyond every canvas and are never read.
 4. A cancelled request leaves before the next tick; its slot is free at once.
 
-So a row waits at most as many ticks as there are slots, and what comes of it is what would have come of it alone.
+So a row waits at most a few ticks more than there are slots, and what comes of it is what would have come of it alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from trt_runtime.errors import DllmError
 from trt_runtime.generator import Wanted, assemble, groups, run_group, slots_of
 from trt_runtime.sequence import Sequence
 
+_STEP = 16  # rows by which a cache grows and shrinks
+_PATIENCE = 16  # requests placed while a smaller cache would do, before it shrinks
+_HELD_BACK = 4  # ticks that a row may wait so that more rows share its forward
 _MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are cheaper
 
 
@@ -46,7 +49,8 @@ class Ticket:
 class Scheduler:
     """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one thread ticks.
 
-    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be shared.
+    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be shared. Where masked rows cost
+    time (Backend.resized), the cache is as long as the requests in its slots need, and `max_length` and `spare` are the most.
     """
 
     def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = 64) -> None:
@@ -55,7 +59,7 @@ class Scheduler:
         self.rows: list[Ticket | None] = [None] * slots
         self.queue: deque[Ticket] = deque()
         self.tick_number = 0
-        self._submitted = 0
+        self._submitted = self._placed_small = 0
 
     @property
     def is_idle(self) -> bool:
@@ -86,6 +90,7 @@ class Scheduler:
             if self.queue:
                 ticket = self.queue.popleft()
                 ticket.slot, ticket.served, self.rows[slot] = slot, self.tick_number, ticket
+                self._fit()
         wanted = [Wanted(slot, held.sequence, held.sequence.next_forward()) for slot, held in enumerate(self.rows) if held]
         if not wanted:
             return []
@@ -102,12 +107,25 @@ class Scheduler:
                 held.on_step(held)
         return moved
 
+    @property
+    def _longest(self) -> int:
+        return max(held.sequence.length for held in self.rows if held)
+
+    def _fit(self) -> None:
+        """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks when that is worth a copy."""
+        blocks = max(held.sequence.rules.block_length or 0 for held in self.rows if held)
+        needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
+        self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
+        if needed > self.cache.capacity or self._placed_small == _PATIENCE or self.tick_number == 0:
+            self.cache = self.backend.resized(self.cache, needed) or self.cache
+            self._placed_small = 0
+
     def _release(self, ticket: Ticket) -> None:
         if ticket.slot is not None and self.rows[ticket.slot] is ticket:
             self.rows[ticket.slot] = None
 
     def _group(self, wanted: list[Wanted]) -> list[Wanted]:
-        """The rows of this tick: the one that waited longest, and those that can share its forward."""
+        """The rows of this tick: the one that waited longest, of all or of those that want what most want, and those that share its forward."""
 
         def waiting_since(row: Wanted) -> tuple[int, int]:
             ticket = self.rows[row.slot]
@@ -115,13 +133,21 @@ class Scheduler:
             return ticket.served, ticket.number
 
         first = min(wanted, key=waiting_since)
+        if self.tick_number - waiting_since(first)[0] <= _HELD_BACK:
+            passes = [row for row in wanted if row.forward.is_prefix_pass]
+            steps = [row for row in wanted if not row.forward.is_prefix_pass]
+            first = min(max(passes, steps, key=len), key=waiting_since)
         same = [row for row in wanted if row.forward.is_prefix_pass == first.forward.is_prefix_pass]
         if not first.forward.is_prefix_pass:
             size = max(row.rows for row in same if self._can_share(row, first))
             apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
             span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0
             most = self.backend.max_batch
-            if size <= self.spare and 0 < span <= (most or span) and len(apart) >= (1 - _MOST_IDLE) * span:
+            if (
+                size <= self.cache.capacity - self._longest
+                and 0 < span <= (most or span)
+                and len(apart) >= (1 - _MOST_IDLE) * span
+            ):
                 return apart
         runs = groups(same, self.cache.capacity, self.backend.max_batch)
         return next(run for run in runs if any(row.slot == first.slot for row in run))

@@ -74,12 +74,13 @@ def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
 
 
 class Backend(ABC):
-    """An artifact opened on a device. Not thread-safe: one call at a time."""
+    """An artifact opened on a device. One call at a time, unless `is_concurrent`."""
 
     name: ClassVar[str]
     manifest: Manifest
     max_batch: int | None = None  # rows that a call takes; None: any number
 
+    is_concurrent: bool = False  # whether threads may call it at a time, each with caches of its own
     steps_per_look: int = 1  # refine steps that are made before the host looks at what they committed
 
     @property
@@ -90,6 +91,11 @@ class Backend(ABC):
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """A cache for `batch` rows of up to `capacity` positions. It lives as long as the object."""
+
+    def resized(self, cache: Cache, capacity: int) -> Cache | None:
+        """A cache with the same slots, their first rows and another capacity, where rows that are masked cost time; None where they do not,
+        or where engines fix the capacity. The old cache must not be used afterwards."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -109,6 +109,7 @@ class OrtBackend(Backend):
         self._commit: CommitKernel | None = None
         self._arena: cuda.Arena | None = None
         self._pool: dict[tuple[int, int], _Buffers] = {}
+        self.is_concurrent = device == "cpu"  # the session may run in several threads, and all else belongs to a cache
 
     @property
     def gives_logits(self) -> bool:
@@ -127,6 +128,15 @@ class OrtBackend(Backend):
             values = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), place, 0) for name in self._names}
             buffers = _Buffers({}, values)
         return pooled(Cache(batch, capacity, buffers), self._pool)
+
+    def resized(self, cache: Cache, capacity: int) -> Cache | None:
+        """On the CPU, whose attention computes masked rows too."""
+        if self.device != "cpu":
+            return None
+        made, kept = self.new_cache(cache.batch, capacity), min(capacity, cache.capacity)
+        for name, array in cache.buffers.arrays.items():
+            made.buffers.arrays[name][:, :, :kept] = array[:, :, :kept]
+        return made
 
     def close(self) -> None:
         self._pool.clear()

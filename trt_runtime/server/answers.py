@@ -25,6 +25,7 @@ class Options:
 
     name: str
     slots: int = 8
+    lanes: int = 1
     max_length: int | None = None
     most_queued: int = 64
     api_key: str | None = None

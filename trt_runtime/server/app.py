@@ -52,7 +52,7 @@ def create_app(model: Model, options: Options) -> FastAPI:
     """The application over an opened model. The worker lives from startup to shutdown."""
     metrics = Metrics()
     longest = min(options.max_length or model.manifest.model.max_length, model.manifest.model.max_length)
-    worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued)
+    worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued, lanes=options.lanes)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

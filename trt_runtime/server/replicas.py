@@ -183,7 +183,9 @@ class Front:
                 await _send_error(send, 429, "the queue is full: try again later.", "rate_limit_error", "queue_full")
                 return
             except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
-                _LOG.warning("a replica was lost in an answer that had %s: %s", "begun" if begun else "not begun", type(error).__name__)
+                _LOG.warning(
+                    "a replica was lost in an answer that had %s: %s", "begun" if begun else "not begun", type(error).__name__
+                )
                 if begun or time.monotonic() > deadline:
                     await self._lost(send, begun)
                     return
@@ -206,7 +208,11 @@ class Front:
     async def ready(self) -> tuple[int, str, bytes]:
         """Whether a replica takes requests."""
         found = (await asyncio.to_thread(serve.status)).applications.get(self.name)
-        states = {str(state): count for one in (found.deployments if found else {}).values() for state, count in one.replica_states.items()}
+        states = {
+            str(state): count
+            for one in (found.deployments if found else {}).values()
+            for state, count in one.replica_states.items()
+        }
         if not states.get("RUNNING"):
             return 503, "application/json", _error("no replica is running: try again.", "server_error")
         return 200, "application/json", json.dumps({"status": "ready", "open": self.num_open, "replicas": states}).encode()
@@ -254,11 +260,13 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> None:
         ray.init(address=where, include_dashboard=False if where == "local" else None, logging_level="WARNING",
                  object_store_memory=_OBJECT_STORE if where == "local" else None)  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise DllmError(f"Ray cannot be had at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or leave it out.") from error
+        raise DllmError(
+            f"Ray cannot be had at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or leave it out."
+        ) from error
     with tempfile.TemporaryDirectory(prefix="dllm-metrics-") as folder, contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         os.environ[METRICS_PATH] = folder  # before prometheus_client is imported
-        needs = _resources(setup, count)
+        needs = _resources(setup, count, options.lanes)
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         name = f"dllm-trt-{os.getpid()}"
@@ -266,13 +274,13 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> None:
         _serve(setup, options, host, port, count, name, needs)
 
 
-def _resources(setup: Setup, count: int) -> dict[str, float]:
+def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
     """What a replica takes of Ray's resources. Raises DllmError where so many do not fit: Ray would wait for ever."""
     on_gpu = setup.backend.startswith("tensorrt") or setup.options.get("device") == "cuda"
-    kind, each = ("GPU", 1.0) if on_gpu else ("CPU", float(setup.options["threads"]))
+    kind, each = ("GPU", 1.0) if on_gpu else ("CPU", float(setup.options.get("threads", 1) * lanes))
     have = ray.cluster_resources().get(kind, 0.0)
     if count * each > have:
-        change = "fewer replicas" if on_gpu else "fewer replicas or --threads"
+        change = "fewer replicas" if on_gpu else "fewer replicas, --lanes or --threads"
         raise DllmError(f"{count} replicas take {count * each:g} {kind}s, Ray has {have:g}: ask for {change}.")
     return {"num_gpus": 1.0, "num_cpus": 1.0} if on_gpu else {"num_cpus": each}
 
@@ -297,6 +305,16 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
     try:
         front = Front(deploy, name, options.timeout)
     except (RayError, RayServeException, RuntimeError) as error:
-        raise DllmError(f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see why.") from error
-    app = Limits(front, options.most_body, options.api_key, is_local(host), lambda status: metrics.errors.labels(str(status)).inc())
-    run_app(app, listening, f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)", options.timeout, count * most)
+        raise DllmError(
+            f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see why."
+        ) from error
+    app = Limits(
+        front, options.most_body, options.api_key, is_local(host), lambda status: metrics.errors.labels(str(status)).inc()
+    )
+    run_app(
+        app,
+        listening,
+        f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)",
+        options.timeout,
+        count * most,
+    )

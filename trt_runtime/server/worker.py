@@ -1,4 +1,8 @@
-"""The thread that owns the model: requests go in, updates come out. Everything else in the server runs on the event loop."""
+"""The threads that own the model: requests go in, updates come out. Everything else in the server runs on the event loop.
+
+Each lane is a thread with a scheduler of its own; on a CPU several lanes of one thread each do more than one lane whose matrix products are cut
+into pieces. A request stays in its lane.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,6 +40,15 @@ class Stopping(Broken):
     status = 503
 
 
+class Lane:
+    """A scheduler in a thread of its own, which follows commands from others; None ends it."""
+
+    def __init__(self, scheduler: Scheduler, run: Callable[[Lane], None], name: str) -> None:
+        self.scheduler = scheduler
+        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=run, args=(self,), name=name, daemon=True)
+
+
 @dataclass(eq=False)
 class Job:
     """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or with an exception;
@@ -43,6 +57,7 @@ class Job:
     sequence: Sequence
     deliver: Callable[[Event], None]
     wants_updates: bool
+    lane: Lane | None = None
     ticket: Ticket | None = None
     block: tuple[int, int] | None = None
     told: int = 0
@@ -53,29 +68,42 @@ class Job:
 
 
 class Worker:
-    """A model behind a scheduler in a thread. `submit` and `cancel` may be called from the event loop."""
+    """A model behind schedulers in threads. `submit` and `cancel` may be called from the event loop. Raises DllmError where the backend
+    takes one call at a time and several lanes are asked for."""
 
-    def __init__(self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int) -> None:
+    def __init__(self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int, lanes: int = 1) -> None:
+        if lanes > 1 and not model.backend.is_concurrent:
+            raise DllmError(f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it out.")
+        if lanes > slots:
+            raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one a slot.")
         self.model, self.metrics = model, metrics
         self.slots, self.max_length, self.most_queued = slots, max_length, most_queued
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Job] = set()
         self._lock = threading.Lock()
-        self._scheduler = Scheduler(model.backend, slots, max_length)
-        self._thread = threading.Thread(target=self._run, name="dllm-trt worker", daemon=True)
+        self._lanes = [
+            Lane(
+                Scheduler(model.backend, slots * (i + 1) // lanes - slots * i // lanes, max_length),
+                self._run,
+                f"dllm-trt lane {i}",
+            )
+            for i in range(lanes)
+        ]
         metrics.slots.set(slots)
 
     def start(self) -> None:
-        self._thread.start()
+        for lane in self._lanes:
+            lane.thread.start()
 
     def stop(self) -> None:
-        """End the thread; jobs that are open get an error."""
-        self._commands.put(None)
-        self._thread.join()
+        """End the threads; jobs that are open get an error."""
+        for lane in self._lanes:
+            lane.commands.put(None)
+        for lane in self._lanes:
+            lane.thread.join()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(lane.thread.is_alive() for lane in self._lanes)
 
     @property
     def num_open(self) -> int:
@@ -94,19 +122,25 @@ class Worker:
         with self._lock:
             if len(self._open) + len(jobs) > self.slots + self.most_queued:
                 raise Busy
-            self._open.update(jobs)
+            for job in jobs:
+                held = Counter(other.lane for other in self._open)
+                job.lane = min(self._lanes, key=lambda lane: held[lane] / len(lane.scheduler.rows))
+                self._open.add(job)
         for job in jobs:
-            self._commands.put(lambda job=job: self._place(job))  # type: ignore[misc]
+            assert job.lane is not None
+            job.lane.commands.put(lambda job=job: self._place(job))  # type: ignore[misc]
 
     def cancel(self, job: Job, why: str = "left") -> None:
         """Give an answer up; its slot is free at the next tick. Nothing if it is done. why: left, stop (a stop string) or timeout."""
-        self._commands.put(lambda: self._cancel(job, why))
+        if job.lane is not None:
+            job.lane.commands.put(lambda: self._cancel(job, why))
 
     def _place(self, job: Job) -> None:
         if not job.is_open:
             return
         job.block = job.sequence.block
-        job.ticket = self._scheduler.submit(job.sequence, lambda ticket: self._stepped(job))
+        assert job.lane is not None
+        job.ticket = job.lane.scheduler.submit(job.sequence, lambda ticket: self._stepped(job))
         if job.sequence.is_finished:
             self._close(job, None)
 
@@ -114,9 +148,12 @@ class Worker:
         if job.is_open:
             self.metrics.requests.labels(why).inc()
             self.metrics.cancelled.inc(why == "left")
-        if job.ticket is not None:
-            self._scheduler.cancel(job.ticket)
+        self._leave(job)
         self._close(job, None)
+
+    def _leave(self, job: Job) -> None:
+        if job.ticket is not None and job.lane is not None:
+            job.lane.scheduler.cancel(job.ticket)
 
     def _stepped(self, job: Job) -> None:
         try:
@@ -128,8 +165,7 @@ class Worker:
         """End an answer for the exception that is being handled."""
         _LOG.exception("an answer failed")
         self.metrics.requests.labels("failed").inc()
-        if job.ticket is not None:
-            self._scheduler.cancel(job.ticket)
+        self._leave(job)
         self._close(job, Broken("the model failed in a forward: the server's log says more."))
 
     def _step(self, job: Job) -> None:
@@ -158,30 +194,30 @@ class Worker:
                 self._open.discard(job)
             job.deliver(end)
 
-    def _run(self) -> None:
+    def _run(self, lane: Lane) -> None:
         try:
-            while self._drain():
+            while self._drain(lane):
                 try:
-                    self._scheduler.tick()
+                    lane.scheduler.tick()
                 except Exception:  # a forward failed: the rows in slots are lost, those that wait and the server are not
-                    for job in self._jobs():
+                    for job in self._jobs(lane):
                         if job.ticket is not None and job.ticket.slot is not None:
                             self._fail(job)
         finally:
-            for job in self._jobs():
+            for job in self._jobs(lane):
                 self._close(job, Stopping("the server is stopping: try again."))
 
-    def _jobs(self) -> list[Job]:
+    def _jobs(self, lane: Lane) -> list[Job]:
         with self._lock:
-            return list(self._open)
+            return [job for job in self._open if job.lane is lane]
 
-    def _drain(self) -> bool:
+    def _drain(self, lane: Lane) -> bool:
         """Follow the commands that wait; with nothing to do, wait for one. False to end."""
         while True:
-            self.metrics.queued.set(len(self._scheduler.queue))
-            self.metrics.busy.set(sum(row is not None for row in self._scheduler.rows))
+            self.metrics.queued.set(sum(len(each.scheduler.queue) for each in self._lanes))
+            self.metrics.busy.set(sum(row is not None for each in self._lanes for row in each.scheduler.rows))
             try:
-                command = self._commands.get(block=self._scheduler.is_idle)
+                command = lane.commands.get(block=lane.scheduler.is_idle)
             except queue.Empty:
                 return True
             if command is None:

@@ -1,0 +1,79 @@
+"""A server for the tests: in a thread, or as a process; and what asks it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+from conftest import ROOT
+
+from trt_runtime.server.answers import Options
+from trt_runtime.server.app import create_app
+
+PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
+OTHERS = [
+    "clean hall with mop",
+    "find red keys in attic, and tidy porch with broom",
+    "hand blue pens to Mia, then clean hall with mop",
+    PROMPT,
+]
+
+
+@contextmanager
+def serving(model, **options):
+    """A server in a thread, on a free port."""
+    app = create_app(model, Options(**{"name": "demo", "max_length": 192} | options))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.worker
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
+def chat(client, prompt=PROMPT, **options):
+    extra = {key: options.pop(key) for key in ("threshold", "policy", "cache", "block_length", "template") if key in options}
+    return client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": prompt}], extra_body=extra, **options
+    )
+
+
+def process_of(demo_artifact, *options):
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.cli",
+        "serve",
+        str(demo_artifact),
+        "--port",
+        "0",
+        "--name",
+        "demo",
+        "--max-length",
+        "192",
+        *options,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""})
+    line = process.stderr.readline()
+    return process, re.search(r"http://\S+?/v1", line)[0].removesuffix("/v1")
