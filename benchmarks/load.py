@@ -6,7 +6,8 @@
 Throughput: three servers over the same artifact, one with --slots and --lanes, and two that serve one answer at a time (1 slot), on all cores and on
 one thread, measured in turn, --repeats times, at 1, 4 and 16 clients; each client asks again as soon as it has its answer. Medians.
 
-Faults: requests that are good, streamed, left at a random moment, malformed, too large, too long, or with fields out of range, by 16 clients. Every good
+Faults: requests that are good, streamed, left at a random moment, malformed, too large, too long, with fields out of range, or
+good ones with values and bytes changed at random, by 16 clients. Every good
 answer must be the one that the model gives alone; the server must live, with its slots free and its memory where it was.
 """
 
@@ -128,9 +129,53 @@ BAD: list[tuple[bytes | dict[str, Any], int]] = [
 ]  # fmt: skip
 
 
+VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    1e308,
+    "",
+    "a",
+    "\u0000",
+    "\ud800",
+    "x" * 3000,
+    [],
+    [[]],
+    ["a"],
+    {},
+    {"mask": 2},
+    {"a": {"b": [1]}},
+    2**70,
+    0.5,
+]
+FIELDS = ("model", "messages", "prompt", "template", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream", "stream_options", "threshold",
+          "policy", "factor", "steps", "block_length", "cache", "echo", "logprobs", "user", "tools", "role", "content")  # fmt: skip
+
+
+def fuzzed(body: dict[str, Any], rng: random.Random) -> bytes:
+    """A good body, with some values replaced, added or left out, or some bytes changed."""
+    made = json.loads(json.dumps(body))
+    for _ in range(rng.randrange(1, 4)):
+        at = (
+            rng.choice([made, made, *(m for m in made.get("messages") or [] if isinstance(m, dict))])
+            if isinstance(made.get("messages"), list)
+            else made
+        )
+        if rng.random() < 0.25 and at:
+            del at[rng.choice(list(at))]
+        else:
+            at[rng.choice(FIELDS)] = rng.choice(VALUES)
+    raw = bytearray(json.dumps(made).encode())
+    for _ in range(rng.choice([0, 0, 0, 1, 8])):
+        raw[rng.randrange(len(raw))] = rng.randrange(256)
+    return bytes(raw)
+
+
 async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expected: dict[str, str]) -> str:
     """One request of a random kind; what came of it. Raises AssertionError for an answer that is wrong."""
-    kind = rng.choice(["good", "good", "stream", "leave", "leave stream", "bad"])
+    kind = rng.choice(["good", "good", "stream", "leave", "leave stream", "bad", "fuzz"])
     prompt = rng.choice(list(expected))
     where = f"{url}/chat/completions"
     if kind == "bad":
@@ -142,6 +187,13 @@ async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expec
             answer.status_code,
             answer.text[:200],
         )
+    elif kind == "fuzz":
+        raw = fuzzed(body_of(prompt, max_tokens=8), rng)
+        answer = await http.post(
+            where.replace("/chat", rng.choice(["", "/chat"])), content=raw, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code in (200, 400, 404, 429), (raw[:500], answer.status_code, answer.text[:200])
+        assert answer.status_code == 200 or answer.json()["error"]["message"], raw[:500]
     elif kind == "good":
         answer = await http.post(where, json=body_of(prompt))
         if answer.status_code == 429:

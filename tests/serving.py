@@ -44,8 +44,8 @@ def serving(model, **options):
         thread.join()
 
 
-def until(condition):
-    for _ in range(500):
+def until(condition, seconds=5):
+    for _ in range(100 * seconds):
         if condition():
             return
         time.sleep(0.01)
@@ -74,6 +74,10 @@ def process_of(demo_artifact, *options):
         "192",
         *options,
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""})
-    line = process.stderr.readline()
-    return process, re.search(r"http://\S+?/v1", line)[0].removesuffix("/v1")
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""}
+    )
+    for line in process.stderr:  # what Ray says comes before
+        if found := re.match(r"http://\S+?/v1", line):
+            return process, found[0].removesuffix("/v1")
+    raise AssertionError("the server did not start")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -110,6 +112,23 @@ def test_a_short_request_is_not_held_up_by_long_ones(golden_backend):
         scheduler.tick()
         ticks += 1
     assert ticks <= 5 * short.sequence.nfe and not any(ticket.is_done for ticket in tickets)
+
+
+def test_the_cache_is_as_long_as_its_requests_need(golden_backend):
+    """It grows under rows in mid-block and shrinks after a while, and nobody's tokens change."""
+    rng, manifest = np.random.default_rng(5), golden_backend.manifest
+    long = {"gen_length": 120, "block_length": 8, "cache": "dual", "threshold": 0.9, "stop_at_eos": False}
+    short = long | {"gen_length": 16}
+    makers = [_sequence(manifest, rng, **(long if i in {3, 90} else short)) for i in range(120)]
+    scheduler, tickets, seen = Scheduler(golden_backend, 3, 200), [], []
+    while len(tickets) < 120 or not scheduler.is_idle:
+        if len(tickets) < 120:
+            tickets.append(scheduler.submit(makers[len(tickets)]()))
+        scheduler.tick()
+        seen.append(scheduler.cache.capacity)
+    assert [ticket.sequence.canvas.tolist() for ticket in tickets] == [_alone(golden_backend, make())[0] for make in makers]
+    changes = [b - a for a, b in pairwise(seen) if a != b]
+    assert max(seen) < 200 and sum(change > 64 for change in changes) == 2 and sum(change < -64 for change in changes) >= 1
 
 
 def test_a_canvas_that_no_slot_holds_is_refused(golden_backend):

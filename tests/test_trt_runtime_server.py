@@ -6,16 +6,20 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from conftest import ROOT
 
 pytest.importorskip("fastapi")
-pytest.importorskip("openai")
-from serving import OTHERS, PROMPT, chat, serving, until
+openai = pytest.importorskip("openai")
+from serving import OTHERS, PROMPT, chat, serving, until  # noqa: E402
 
-from trt_runtime.config import GenerationConfig
+from trt_runtime.config import GenerationConfig  # noqa: E402
+from trt_runtime.errors import DllmError  # noqa: E402
+from trt_runtime.server.answers import Options  # noqa: E402
+from trt_runtime.server.app import create_app  # noqa: E402
 
 
 def test_openai_s_client_gets_what_the_model_says(client, model):
@@ -62,6 +66,26 @@ def test_many_at_once_get_what_each_gets_alone(client, model):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_lanes_answer_as_one_does(model):
+    """Two threads over one session: each answer is what the model says alone; both lanes work."""
+    expected = {prompt: model.generate([prompt], GenerationConfig())[0].text for prompt in OTHERS}
+    with serving(model, slots=5, lanes=2) as (url, worker):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda i: chat(client, OTHERS[i % 4]).choices[0].message.content, range(32)))
+        assert texts == [expected[OTHERS[i % 4]] for i in range(32)]
+        assert [len(lane.scheduler.rows) for lane in worker._lanes] == [2, 3]
+        assert all(lane.scheduler.tick_number > 20 for lane in worker._lanes) and worker.num_open == 0
+
+
+def test_lanes_that_cannot_be_had(model, monkeypatch):
+    with pytest.raises(DllmError, match="at most one a slot"):
+        create_app(model, Options(name="demo", slots=1, lanes=2))
+    monkeypatch.setattr(model.backend, "is_concurrent", False)
+    with pytest.raises(DllmError, match="takes one call at a time"):
+        create_app(model, Options(name="demo", lanes=2))
 
 
 def test_text_is_cut_at_stop_strings(client, model):

@@ -136,7 +136,7 @@ class Scheduler:
         if self.tick_number - waiting_since(first)[0] <= _HELD_BACK:
             passes = [row for row in wanted if row.forward.is_prefix_pass]
             steps = [row for row in wanted if not row.forward.is_prefix_pass]
-            first = min(max(passes, steps, key=len), key=waiting_since)
+            first = min(passes if len(passes) >= len(steps) else steps, key=waiting_since)
         same = [row for row in wanted if row.forward.is_prefix_pass == first.forward.is_prefix_pass]
         if not first.forward.is_prefix_pass:
             size = max(row.rows for row in same if self._can_share(row, first))

@@ -69,7 +69,7 @@ def create_app(model: Model, options: Options) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.worker = worker
-    _document(app)
+    _document(app, options.name)
     app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local,
                        count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
     _errors(app, metrics)
@@ -78,14 +78,17 @@ def create_app(model: Model, options: Options) -> FastAPI:
     return app
 
 
-def _document(app: FastAPI) -> None:
-    """The OpenAPI document says what is answered: refusals in OpenAI's form, and not FastAPI's 422."""
+def _document(app: FastAPI, name: str) -> None:
+    """The OpenAPI document says what is answered: this model, refusals in OpenAI's form, and not FastAPI's 422."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = made()
         for operation in (operation for path in document["paths"].values() for operation in path.values()):
             operation["responses"].pop("422", None)
+        for schema in document["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"]["enum"] = [name]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

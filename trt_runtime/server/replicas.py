@@ -257,7 +257,7 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = os.environ.get("RAY_ADDRESS", "local")
     try:
-        ray.init(address=where, include_dashboard=False if where == "local" else None, logging_level="WARNING",
+        ray.init(address=where, include_dashboard=False if where == "local" else None, logging_level=logging.WARNING,
                  object_store_memory=_OBJECT_STORE if where == "local" else None)  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DllmError(
@@ -278,7 +278,7 @@ def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
     """What a replica takes of Ray's resources. Raises DllmError where so many do not fit: Ray would wait for ever."""
     on_gpu = setup.backend.startswith("tensorrt") or setup.options.get("device") == "cuda"
     kind, each = ("GPU", 1.0) if on_gpu else ("CPU", float(setup.options.get("threads", 1) * lanes))
-    have = ray.cluster_resources().get(kind, 0.0)
+    have = ray.cluster_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
     if count * each > have:
         change = "fewer replicas" if on_gpu else "fewer replicas, --lanes or --threads"
         raise DllmError(f"{count} replicas take {count * each:g} {kind}s, Ray has {have:g}: ask for {change}.")
@@ -292,7 +292,8 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
 
     metrics, most = Metrics(), options.slots + options.most_queued
     environment = {METRICS_PATH: os.environ[METRICS_PATH]}
-    deployment = serve.deployment(Replica).options(
+    deployment: Any = serve.deployment(
+        Replica,
         num_replicas=count, max_ongoing_requests=most, max_queued_requests=most, health_check_period_s=1, logging_config=_QUIET,
         graceful_shutdown_timeout_s=options.timeout, ray_actor_options={**needs, "runtime_env": {"env_vars": environment}},
     )  # fmt: skip
