@@ -198,9 +198,9 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--threshold", "0.8", "--policy", "fixed"], "--threshold goes with --policy threshold"),
-        (["--factor", "2"], "--factor goes with --policy factor"),
-        (["--steps", "20", "--policy", "factor"], "another policy than 'factor'"),
+        (["--threshold", "0.8", "--policy", "fixed"], "threshold goes with policy threshold or margin"),
+        (["--factor", "2"], "factor goes with policy factor"),
+        (["--steps", "20", "--policy", "factor"], "'threshold' or a schedule"),
         (["--steps", "8"], "at least one step a block"),
         (["--alg-temp", "0.5"], "alg_temp is 0.5 with policy 'threshold'"),
         (["--top-p", "0.5"], "top_p and top_k: this model samples by Gumbel noise"),

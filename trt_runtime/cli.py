@@ -13,7 +13,7 @@ from typing import Any
 
 from trt_runtime import backends, cli_artifact, render, replay, tolerances
 from trt_runtime import cases as decode_cases
-from trt_runtime.config import CACHES, POLICIES, GenerationConfig
+from trt_runtime.config import CACHES, POLICIES, GenerationConfig, check_options
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.model import Model, Prompt, Result, load
 
@@ -140,8 +140,22 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     parser.add_argument("--cache", default=default.cache, help=f"{', '.join(CACHES)} (default {default.cache})")
     parser.add_argument("--policy", default=default.policy, help=f"{', '.join(POLICIES)} (default {default.policy})")
-    parser.add_argument("--threshold", type=float, help="of the policy 'threshold': above 0, at most 1 (default 0.9)")
+    parser.add_argument(
+        "--threshold", type=float, help="of 'threshold' and most adaptive policies: above 0, at most 1 (default 0.9)"
+    )
     parser.add_argument("--factor", type=float, help="of the policy 'factor' (default 1.0)")
+    parser.add_argument("--gamma", type=float, help="of the policy 'eb': sum of entropies in nats (default 0.1)")
+    parser.add_argument("--alpha", type=float, help="of the policy 'dynamic': how far the threshold falls (default 0.3)")
+    parser.add_argument("--low-threshold", type=float, help="of 'localleap', 'hierarchy', 'slowfast' (default 0.6)")
+    parser.add_argument("--speculate", type=int, help="steps that one call may verify, without changing the answer (default 1)")
+    parser.add_argument(
+        "--refresh-every", type=int, help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)"
+    )
+    parser.add_argument(
+        "--refresh-window", type=int, help="positions around a block that begins without a rebuilt cache (default 0)"
+    )
+    parser.add_argument("--suffix", type=int, help="masks behind the block that a forward sees (default all)")
+    parser.add_argument("--suffix-decay", action="store_true", help="take those of --suffix at growing distances")
     parser.add_argument(
         "--steps", type=int, help="of a schedule: forwards in all (default one token a forward); bounds 'threshold'"
     )
@@ -188,13 +202,12 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
-    for name, policy in (("threshold", "threshold"), ("factor", "factor")):
-        if getattr(args, name) is not None and args.policy != policy and args.policy in POLICIES:
-            raise DllmError(f"--{name} goes with --policy {policy}, got --policy {args.policy}.")
     if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
         raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
-    given = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
-    return GenerationConfig(**{name: value for name, value in given.items() if value is not None})
+    values = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
+    given = {name: value for name, value in values.items() if value is not None}
+    check_options(given, args.policy)
+    return GenerationConfig(**given)
 
 
 def _generate(args: argparse.Namespace) -> int:

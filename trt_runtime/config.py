@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
+from trt_runtime.adaptive import ADAPTIVE
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.manifest import CATEGORICAL, Manifest
 from trt_runtime.policies import DECAYING, SCHEDULES, Factor, Policy, Threshold
 from trt_runtime.sampling import Sampler
+from trt_runtime.sequence import Refresh, Suffix
 
 CACHES = ("none", "prefix", "dual")
-POLICIES = ("factor", "threshold", *SCHEDULES)
+# policy -> the options that are its own
+POLICIES: dict[str, tuple[str, ...]] = {
+    "threshold": ("threshold",), "factor": ("factor",), **{name: () for name in SCHEDULES},
+    **{name: tuple(field.name for field in fields(policy)) for name, policy in ADAPTIVE.items()},  # type: ignore[arg-type]
+}  # fmt: skip
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 MAX_STEPS = 100_000
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
 }  # fmt: skip
+
+
+def check_options(given: Collection[str], policy: str) -> None:
+    """Raise DllmError for an option of another policy than this one. `given`: names of options that the user gave."""
+    for name in sorted({name for own in POLICIES.values() for name in own} & set(given)):
+        takers = [other for other, own in POLICIES.items() if name in own]
+        if policy in POLICIES and policy not in takers:
+            raise DllmError(f"{name} goes with policy {' or '.join(takers)}, got policy '{policy}'.")
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,13 @@ class GenerationConfig:
     block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no blocks by default.
     cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after it).
     policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy', 'maskgit_plus',
-        'topk_margin', 'origin' (Dream's). `threshold` in (0, 1] is inclusive; `factor` > 0.
+        'topk_margin', 'origin' (Dream's); 'eb', 'margin', 'dynamic', 'localleap', 'hierarchy', 'prophet', 'slowfast' (adaptive.py).
+        `threshold` in (0, 1] is inclusive; `factor` > 0; `gamma` >= 0 is of 'eb', `alpha` in [0, 1] of 'dynamic', `low_threshold` in (0, 1] of
+        'localleap', 'hierarchy' and 'slowfast'.
+    speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for what draws nothing.
+    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first alone); other blocks begin with a refine
+        step over the block before, the block and so many positions on either side.
+    suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or at growing distances.
     steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is left unused);
         None is one token a forward. With 'threshold' a bound: no more than an even share and what earlier steps left over.
     alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score / alg_temp).
@@ -46,6 +67,9 @@ class GenerationConfig:
     policy: str = "threshold"
     threshold: float = 0.9
     factor: float = 1.0
+    gamma: float = 0.1
+    alpha: float = 0.3
+    low_threshold: float = 0.6
     steps: int | None = None
     alg_temp: float = 0.0
     temperature: float = 0.0
@@ -54,6 +78,11 @@ class GenerationConfig:
     seed: int = 0
     stop_at_eos: bool = True
     infill: bool = False
+    speculate: int = 1
+    refresh_every: int = 1
+    refresh_window: int = 0
+    suffix: int | None = None
+    suffix_decay: bool = False
 
     def resolved(self, manifest: Manifest) -> GenerationConfig:
         """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out of range."""
@@ -76,13 +105,44 @@ class GenerationConfig:
             raise DllmError(
                 f"threshold is {self.threshold}, expected above 0 and at most 1 (0.9 is usual; 1 commits one token a forward)."
             )
-        if not 0 < self.factor < math.inf:
-            raise DllmError(f"factor is {self.factor}, expected above 0 (1.0 is usual; larger commits more at once).")
+        self._check_policy()
+        self._check_refresh()
         full._check_steps()
         full._check_sampling(manifest.decoding.sampling)
         return full
 
+    def _check_policy(self) -> None:
+        if not 0 < self.factor < math.inf:
+            raise DllmError(f"factor is {self.factor}, expected above 0 (1.0 is usual; larger commits more at once).")
+        if not 0 <= self.gamma < math.inf:
+            raise DllmError(f"gamma is {self.gamma}, expected from 0 (0.1 is usual; larger commits more at once).")
+        if not 0 <= self.alpha <= 1:
+            raise DllmError(f"alpha is {self.alpha}, expected 0 (the threshold stays) to 1.")
+        if not 0 < self.low_threshold <= 1:
+            raise DllmError(f"low_threshold is {self.low_threshold}, expected above 0 and at most 1.")
+
+    def _check_refresh(self) -> None:
+        for name in ("refresh_every", "refresh_window", "suffix"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise DllmError(f"{name} is {value}, expected a whole number from 0.")
+        if self.cache == "none" and (self.refresh_every != 1 or self.refresh_window):
+            raise DllmError("refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave them out.")
+        if self.refresh_window and self.refresh_every == 1:
+            raise DllmError(
+                "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the whole canvas."
+            )
+        if self.suffix_decay and self.suffix is None:
+            raise DllmError("suffix_decay goes with suffix: say how many masks behind the block are seen.")
+
     def _check_sampling(self, sampling: str) -> None:
+        if self.speculate < 1:
+            raise DllmError(f"speculate is {self.speculate}, expected a whole number from 1 (1 verifies nothing).")
+        draws = self.temperature > 0 or self.alg_temp > 0 or self.policy == "origin" or self.top_p < 1 or self.top_k is not None
+        if self.speculate > 1 and draws:
+            raise DllmError(
+                "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy 'origin': leave one of them out."
+            )
         for name in ("temperature", "alg_temp"):
             value = getattr(self, name)
             if value and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
@@ -111,10 +171,10 @@ class GenerationConfig:
             return
         if self.steps > MAX_STEPS:
             raise DllmError(f"steps is {self.steps}, expected up to {MAX_STEPS}.")
-        if self.policy == "factor" or self.steps < self._num_blocks:
+        if self.policy not in ("threshold", *SCHEDULES) or self.steps < self._num_blocks:
             raise DllmError(
                 f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected at least one step a "
-                "block, and another policy than 'factor'."
+                f"block, and 'threshold' or a schedule ({', '.join(SCHEDULES)})."
             )
 
     @property
@@ -129,7 +189,19 @@ class GenerationConfig:
             return Factor(self.factor)
         if self.policy == "threshold":
             return Threshold(self.threshold, steps)
+        if self.policy in ADAPTIVE:
+            return ADAPTIVE[self.policy](**{name: getattr(self, name) for name in POLICIES[self.policy]})
         return DECAYING[self.policy](steps, self.alg_temp) if self.policy in DECAYING else SCHEDULES[self.policy](steps)
+
+    @property
+    def refresh(self) -> Refresh:
+        """When the cache is rebuilt."""
+        return Refresh(self.refresh_every, self.refresh_window)
+
+    @property
+    def seen_suffix(self) -> Suffix:
+        """What a forward sees behind the block."""
+        return Suffix(self.suffix, self.suffix_decay)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:
         """How proposals are made, for the model of `manifest`."""

@@ -28,11 +28,11 @@ class Wanted:
 
     @property
     def rows(self) -> int:
-        return self.forward.end - self.forward.start
+        return self.forward.rows
 
     def can_stretch(self, rows: int, capacity: int) -> bool:
-        """Whether the window may be padded to `rows`: only past the end of the canvas, and within the cache."""
-        is_last = self.forward.end == self.sequence.length
+        """Whether the window may be padded to `rows`: only past the last valid row, and within the cache."""
+        is_last = self.forward.start + self.rows == self.forward.kv_len
         return rows == self.rows or (is_last and self.forward.start + rows <= capacity)
 
 
@@ -43,7 +43,10 @@ class Generator:
         self.backend = backend
         self.sequences = list(sequences)
         self.capacity = max(sequence.length for sequence in self.sequences)
-        self.cache: Cache = backend.new_cache(len(self.sequences), self.capacity)
+        self.cache: Cache = self.new_cache()
+
+    def new_cache(self) -> Cache:
+        return self.backend.new_cache(len(self.sequences), self.capacity)
 
     @property
     def is_finished(self) -> bool:
@@ -127,13 +130,15 @@ def assemble(group: list[Wanted]) -> Window:
     size = max(row.rows for row in group)
     wanted_rows = max(len(row.forward.candidates) for row in group)
     ids = np.zeros((len(group), size), np.int64)
+    position_ids = np.zeros((len(group), size), np.int64)
     logit_rows = np.zeros((len(group), wanted_rows), np.int64)
     start = np.array([row.forward.start for row in group], np.int64)
     for i, row in enumerate(group):
-        ids[i, : row.rows] = row.sequence.canvas[row.forward.start : row.forward.end]
+        position_ids[i, : row.rows] = row.forward.positions
+        ids[i, : row.rows] = row.sequence.canvas[row.forward.positions]
         logit_rows[i, : len(row.forward.candidates)] = row.forward.logit_rows(row.sequence.rules.logit_shift)
-    kv_len = np.array([row.sequence.length for row in group], np.int64)
-    return Window(ids, start[:, None] + np.arange(size), start, kv_len, logit_rows)
+    kv_len = np.array([row.forward.kv_len for row in group], np.int64)
+    return Window(ids, position_ids, start, kv_len, logit_rows)
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:

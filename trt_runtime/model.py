@@ -24,6 +24,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.generator import Generator
 from trt_runtime.manifest import Manifest
 from trt_runtime.sequence import FULL, Rules, Sequence, Step
+from trt_runtime.speculation import Speculating
 from trt_runtime.tokenizer import Tokenizer
 
 Prompt = str | Rows[int] | Rows[Mapping[str, str]]
@@ -92,7 +93,7 @@ class Model:
         rows = self._sequences(prompts, config or GenerationConfig(), raw)
         begin = time.perf_counter()
         finished: dict[int, float] = {}
-        generator = Generator(self.backend, rows)
+        generator = self._generator(rows, config)
         while not generator.is_finished:
             for wanted in generator.step():
                 if wanted.sequence.is_finished:
@@ -103,13 +104,13 @@ class Model:
         """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_look` of the backend. Nothing
         runs before the first is taken."""
         rows = self._sequences(prompts, config or GenerationConfig(), raw)
-        generator = Generator(self.backend, rows)
+        generator = self._generator(rows, config)
         while not generator.is_finished:
-            before = [(row.block, row.nfe) for row in rows]
+            before = [(row.block, len(row.trace)) for row in rows]
             for wanted in generator.step():
-                block, nfe = before[wanted.slot]
+                block, since = before[wanted.slot]
                 assert block is not None
-                yield self.update_of(wanted.sequence, block, nfe, wanted.slot)
+                yield self.update_of(wanted.sequence, block, since, wanted.slot)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it."""
@@ -161,8 +162,15 @@ class Model:
             rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i))
         return rows
 
+    def _generator(self, rows: list[Sequence], config: GenerationConfig | None) -> Generator:
+        if config is None or config.speculate == 1:
+            return Generator(self.backend, rows)
+        if self.backend.steps_per_look > 1:
+            raise DllmError("speculate and steps_per_look are two ways to save calls: leave one of them at 1.")
+        return Speculating(self.backend, rows, config.speculate)
+
     def _result(self, row: Sequence, seconds: float) -> Result:
-        prefix_passes = sum(step.kind == FULL for step in row.trace)
+        prefix_passes = row.nfe if row.rules.cache == "none" else sum(step.kind == FULL for step in row.trace)
         text = self._text(row.output[: row.num_useful]) if self.tokenizer else None
         return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
                       seconds, row.canvas.tolist(), row.trace)  # fmt: skip
@@ -210,7 +218,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     assert config.gen_length is not None
     return Rules(config.gen_length, config.block_length, config.cache, config.make_policy(), facts.mask_token_id,
                  facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.make_sampler(manifest),
-                 facts.first_commit)  # fmt: skip
+                 facts.first_commit, config.refresh, config.seen_suffix)  # fmt: skip
 
 
 def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:

@@ -46,7 +46,8 @@ class BlockState:
 
     num_masked: masks that the policy has to commit in the block. step: forwards already made in it, of which `forced` (0 or
     1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same in every forward. rng: for what
-    is drawn anew in each forward. The last two are there for policies that draw; None will do for the others.
+    is drawn anew in each forward. These two are there for policies that draw; None will do for the others. positions: of the candidates
+    [R] on the canvas. before: candidates and their confidence in each earlier forward of the block.
     """
 
     num_masked: int
@@ -54,6 +55,8 @@ class BlockState:
     forced: int = 0
     uniform: Floats | None = None
     rng: np.random.Generator | None = None
+    positions: Ints | None = None
+    before: tuple[tuple[Ints, Floats], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Fixed(Policy):
         quotas = quota(state.num_masked, max(1, steps - state.forced))
         planned = quotas[number] if number < len(quotas) else 0
         # never none: where gaps of the prompt took part of the quota, the block outlasts its schedule
-        return _most_confident(stats.confidence, is_masked, max(1, planned))
+        return most_confident(stats.confidence, is_masked, max(1, planned))
 
     def rule(self, state: BlockState, limit: int) -> CommitRule:
         steps = max(1, _steps(self.steps_per_block, state) - state.forced)
@@ -121,8 +124,8 @@ class Threshold(Policy):
     steps_per_block: int | None = None
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
-        asked = _most_confident(stats.confidence, is_masked, self._budget(int(is_masked.sum()), state))
-        return _most_confident(stats.confidence, is_masked, 1) | (asked & (stats.confidence >= self.threshold))
+        asked = most_confident(stats.confidence, is_masked, self._budget(int(is_masked.sum()), state))
+        return most_confident(stats.confidence, is_masked, 1) | (asked & (stats.confidence >= self.threshold))
 
     def rule(self, state: BlockState, limit: int) -> CommitRule | None:
         return CommitRule(self.name, limit, self.threshold) if self.steps_per_block is None else None
@@ -149,7 +152,7 @@ class Factor(Policy):
         ordered = np.sort(stats.confidence[is_masked])[::-1]
         n = np.arange(1, len(ordered) + 1)
         accepted = np.flatnonzero((n + 1) * (1 - ordered) < self.factor)
-        return _most_confident(stats.confidence, is_masked, int(accepted[-1]) + 1 if len(accepted) else 1)
+        return most_confident(stats.confidence, is_masked, int(accepted[-1]) + 1 if len(accepted) else 1)
 
     def rule(self, state: BlockState, limit: int) -> CommitRule:
         return CommitRule(self.name, limit, self.factor)
@@ -177,7 +180,7 @@ class Decaying(Policy):
         if self.alg_temp > 0:  # the largest of score/T plus Gumbel noise are a draw without replacement
             assert state.rng is not None
             score = score / self.alg_temp + state.rng.gumbel(size=len(score))
-        return _most_confident(score, is_masked, quotas[number] if number < len(quotas) else len(score))
+        return most_confident(score, is_masked, quotas[number] if number < len(quotas) else len(score))
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def _times(steps: int) -> Floats:
     return np.linspace(1, 1e-3, steps + 1)
 
 
-def _most_confident(confidence: Floats, is_masked: Bools, count: int) -> Bools:
+def most_confident(confidence: Floats, is_masked: Bools, count: int) -> Bools:
     """The `count` masked positions of highest confidence, the lowest position first among equals."""
     order = np.argsort(np.where(is_masked, -confidence, np.inf), kind="stable")[:count]
     selected = np.zeros_like(is_masked)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -160,8 +160,6 @@ class Scheduler:
         """The inputs of the group's rows, with idle rows in the slots between them."""
         made, slots = assemble(group), slots_of(group)
         count = slots.stop - slots.start
-        last = self.backend.manifest.model.max_length - 1  # padding may reach beyond the model's last position, and is never read
-        made = replace(made, position_ids=np.minimum(made.position_ids, last))
         if len(group) == count:
             return made
         at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]

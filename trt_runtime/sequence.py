@@ -6,6 +6,7 @@ prefix pass -> select -> (refine -> select)* until the block has no mask, then t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,9 +15,42 @@ from trt_runtime.errors import DllmError
 from trt_runtime.policies import BlockState, Bools, CommitRule, Ints, Policy, RowStats
 from trt_runtime.sampling import Sampler
 
-FULL = "full"
+FULL, NEAR = "full", "near"
 Written = tuple[list[int], list[int]]  # positions and their tokens
 Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the block's state
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When the cache is rebuilt by a pass over the canvas: at the start of every `every`-th block (1: each; 0: of the first alone).
+
+    Other blocks begin with a refine step over the block before, the block and `window` positions on either side of both: the vicinity refresh
+    of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of dKV-Cache (arXiv 2505.15781).
+    """
+
+    every: int = 1
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """How many of the masks behind the block a forward sees (None: all), as masks far away add little (DPad, arXiv 2508.14148).
+
+    The nearest and the canvas's last one (Streaming-dLLM, arXiv 2601.17917); with `decay`, at distances that grow geometrically.
+    """
+
+    most: int | None = None
+    decay: bool = False
+
+    def of(self, count: int) -> Ints:
+        """Which of `count` masks, from the nearest on, are seen."""
+        if self.most is None or count <= self.most:
+            return np.arange(count)
+        if not self.most:
+            return np.arange(0)
+        if self.decay:
+            return np.unique(np.round(np.geomspace(1, count, self.most)).astype(np.int64)) - 1
+        return np.append(np.arange(self.most - 1), count - 1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +59,7 @@ class Rules:
 
     block_length: None makes one block of all masks, wherever they are (Dream without a cache).
     first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
+    refresh: when the cache is rebuilt, suffix: what of the masks behind the block a forward sees.
     """
 
     gen_length: int
@@ -37,27 +72,43 @@ class Rules:
     stop_at_eos: bool = False
     sampler: Sampler = field(default_factory=Sampler)
     first_commit: bool = False
+    refresh: Refresh = field(default_factory=Refresh)
+    suffix: Suffix = field(default_factory=Suffix)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward that a row wants: the window [start, end) of its canvas, and the masked positions to get statistics for.
+    """A forward that a row wants: a window of its canvas, and the masked positions to get statistics for.
 
-    kind: 'full' (the whole canvas, which rebuilds the cache), 'prefix' (block and all that follows) or 'dual' (block).
+    kind: 'full' (all that is seen of the canvas, which rebuilds the cache), 'near' (in its place at a block's start: the block before,
+    the block, and some positions around), 'prefix' (block and all that is seen behind it) or 'dual' (block).
+    The window is the positions [start, end), then those of `far`, which are further right. They stand in the cache from row `start` on;
+    kv_len: rows of the cache that are valid, what is seen of the canvas.
     """
 
     kind: str
     start: int
     end: int
     candidates: Ints
+    far: Ints
+    kv_len: int
 
     @property
     def is_prefix_pass(self) -> bool:
         return self.kind == FULL
 
+    @property
+    def rows(self) -> int:
+        return self.end - self.start + len(self.far)
+
+    @property
+    def positions(self) -> Ints:
+        """Of the window's rows on the canvas [S]."""
+        return np.concatenate([np.arange(self.start, self.end), self.far])
+
     def logit_rows(self, shift: int) -> Ints:
         """Rows of the window whose statistics belong to the candidates."""
-        return np.maximum(self.candidates - shift - self.start, 0)
+        return np.maximum(np.searchsorted(self.positions, self.candidates) - shift, 0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +149,9 @@ class Sequence:
         self.rng = np.random.default_rng(seed)
         self.uniform = np.random.default_rng([seed, 1]).random(len(self.canvas))
         self.block: tuple[int, int] | None = None
+        self.before: tuple[int, int] | None = None  # the block before
+        self._number = -1  # of the block
+        self.num_free = 0  # steps of the trace that took no forward of their own (speculation.py)
         self.state = BlockState(0, 0)
         self._open_block(self.prompt_length)
 
@@ -115,7 +169,13 @@ class Sequence:
 
     @property
     def nfe(self) -> int:
-        return len(self.trace)
+        return len(self.trace) - self.num_free
+
+    def fork(self) -> Sequence:
+        """A row that goes on from here by itself, with a trace of its own."""
+        made = copy.copy(self)
+        made.canvas, made.trace = self.canvas.copy(), []
+        return made
 
     @property
     def output(self) -> Ints:
@@ -132,13 +192,36 @@ class Sequence:
         """What the row needs next. A full pass may also fill masks left of the block (gaps in the prompt)."""
         assert self.block is not None, "the row is finished"
         start, end = self.block
-        masked = np.flatnonzero(self.is_masked[:end])
-        if self._is_forced:
-            return Forward(FULL, 0, self.length, masked[masked >= start][:1])
-        if self.rules.cache == "none" or self.state.step == 0:
-            return Forward(FULL, 0, self.length, masked)
-        end = self.length if self.rules.cache == "prefix" else end
-        return Forward(self.rules.cache, start, end, masked[masked >= start])
+        masked, far = np.flatnonzero(self.is_masked[:end]), self._far
+        seen = end + len(far)
+        inside = masked[masked >= start]
+        if self.rules.cache == "none" or (self.state.step == 0 and self._near is None):
+            return Forward(FULL, 0, end, inside[:1] if self._is_forced else masked, far, seen)
+        if self.state.step == 0 and self._near is not None:
+            # masks of a bounded suffix stand in other rows than before: all of them are made anew
+            reach = len(far) if self.rules.cache == "prefix" or self.rules.suffix.most is not None else self.rules.refresh.window
+            return Forward(NEAR, self._near, end, inside[:1] if self._is_forced else inside, far[:reach], seen)
+        return Forward(self.rules.cache, start, end, inside, far if self.rules.cache == "prefix" else far[:0], seen)
+
+    @property
+    def _near(self) -> int | None:
+        """Where the window of the running block's first forward begins, if that is not the whole canvas."""
+        assert self.block is not None
+        refresh, number = self.rules.refresh, self._number
+        if self.before is None or self.before[1] != self.block[0] or (refresh.every and number % refresh.every == 0):
+            return None
+        return max(0, self.before[0] - refresh.window)
+
+    @property
+    def _far(self) -> Ints:
+        """What is seen behind the running block: all that is no mask, and the masks that the rules choose."""
+        assert self.block is not None
+        end = self.block[1]
+        behind = np.arange(end, self.length)
+        if self.rules.suffix.most is None:
+            return behind
+        is_masked = self.is_masked[end:]
+        return np.sort(np.concatenate([behind[~is_masked], behind[is_masked][self.rules.suffix.of(int(is_masked.sum()))]]))
 
     def commit(self, forward: Forward, stats: RowStats, instead: Written | None = None) -> None:
         """Let the policy choose among the candidates, write the proposals, and move on.
@@ -147,7 +230,7 @@ class Sequence:
         """
         assert self.block is not None
         chosen = np.ones(len(forward.candidates), np.bool_)
-        state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng)
+        state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates)
         if not self._is_forced:
             chosen = self.rules.policy.select(stats, chosen, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
@@ -175,9 +258,10 @@ class Sequence:
         assert self.block is not None
         forced, (positions, tokens) = self._is_forced, written or chosen
         self.canvas[positions] = tokens
-        self.trace.append(Step(forward.kind, forward.start, forward.end - forward.start, *chosen, seen))
+        self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
-        self.state = BlockState(left, self.state.step + 1, self.state.forced + forced)
+        before = (*self.state.before, (seen[0], seen[1].confidence)) if seen is not None and not forced else self.state.before
+        self.state = BlockState(left, self.state.step + 1, self.state.forced + forced, before=before)
         if self.rules.stop_at_eos and self._has_ended():
             self.block = None
         elif not self.is_masked[slice(*self.block)].any():
@@ -191,7 +275,7 @@ class Sequence:
     def _open_block(self, start: int) -> None:
         """The next block: first those of the generation, from left to right, then the gaps of the prompt."""
         masked = np.flatnonzero(self.is_masked)
-        limit = self.length
+        limit, self.before, self._number = self.length, self.block, self._number + 1
         if not len(masked):
             self.block = None
             return

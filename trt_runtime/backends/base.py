@@ -97,6 +97,10 @@ class Backend(ABC):
         or where engines fix the capacity. The old cache must not be used afterwards."""
         return None
 
+    def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
+        """Give `slots` the rows of the slot `source`. False where the backend cannot."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Free the model. The backend must not be used afterwards."""

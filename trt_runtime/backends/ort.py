@@ -138,6 +138,12 @@ class OrtBackend(Backend):
             made.buffers.arrays[name][:, :, :kept] = array[:, :, :kept]
         return made
 
+    def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
+        """On the CPU."""
+        for array in cache.buffers.arrays.values():
+            array[slots] = array[source]
+        return self.device == "cpu"
+
     def close(self) -> None:
         self._pool.clear()
         del self._session

@@ -5,11 +5,12 @@ Fields of OpenAI's API that change nothing at their neutral value are taken at t
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trt_runtime.config import GenerationConfig
+from trt_runtime.config import GenerationConfig, check_options
 from trt_runtime.errors import DllmError
 
 MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 4, 256
@@ -53,6 +54,15 @@ class Common(_Model):
     threshold: float | None = Field(default=None, description="of the policy 'threshold'")
     policy: str | None = None
     factor: float | None = Field(default=None, description="of the policy 'factor'")
+    gamma: float | None = Field(default=None, description="of the policy 'eb'")
+    alpha: float | None = Field(default=None, description="of the policy 'dynamic'")
+    low_threshold: float | None = Field(default=None, description="of 'localleap', 'hierarchy' and 'slowfast'")
+    refresh_every: int | None = Field(default=None, ge=0, description="blocks from one rebuilt cache to the next")
+    refresh_window: int | None = Field(
+        default=None, ge=0, description="positions around a block that begins without a rebuilt cache"
+    )
+    suffix: int | None = Field(default=None, ge=0, description="masks behind the block that a forward sees")
+    suffix_decay: bool | None = Field(default=None, description="take those of suffix at growing distances")
     steps: int | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
     block_length: int | None = Field(default=None, ge=1)
     cache: str | None = Field(default=None, description="none, prefix or dual")
@@ -76,17 +86,15 @@ class Common(_Model):
 
     def config(self, *, infill: bool = False) -> GenerationConfig:
         """The options of a generation, not yet checked against the model. Raises DllmError."""
-        for name, policy in (("threshold", "threshold"), ("factor", "factor")):
-            if getattr(self, name) is not None and (self.policy or "threshold") != policy:
-                raise DllmError(f"{name} goes with policy '{policy}', got policy '{self.policy or 'threshold'}'.")
         if self.n > 1 and not self.temperature:
             raise DllmError(
                 f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
             )
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
-        names = ("threshold", "policy", "factor", "steps", "block_length", "cache", "temperature", "top_p", "top_k", "seed")
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        own = {item.name for item in fields(GenerationConfig)} - {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}
+        given: dict[str, Any] = {name: value for name in own if (value := getattr(self, name)) is not None}
+        check_options(given, self.policy or "threshold")
         if (length := self.length()) is not None:
             given["gen_length"] = length
         return GenerationConfig(**given | ({"infill": True, "gen_length": self.length() or 0} if infill else {}))

@@ -180,7 +180,7 @@ class Worker:
         if job.wants_updates or row.is_finished:
             assert job.block is not None
             job.deliver(self.model.update_of(row, job.block, job.told))
-            job.told = row.nfe
+            job.told = len(row.trace)
         job.block = row.block
         if row.is_finished:
             metrics.requests.labels("done").inc()
