@@ -14,7 +14,7 @@ PROMPTS := checkpoints/llada-demo/prompts.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo export engines test lint bench gpu-report clean
+.PHONY: help demo export engines test lint bench frontier gpu-report clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -58,6 +58,10 @@ lint: $(VENV)/.dev ## ruff, mypy, import rules
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA on ONNX Runtime against eager PyTorch, one thread (about 25 minutes)
 	$(BIN)/python benchmarks/llada_140m.py --output benchmarks/results
+
+frontier: $(VENV)/.dev ## accuracy against tokens a forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
+	$(BIN)/python -m export --model llada --out $(DEMO) --head logits --overwrite --verify no
+	$(BIN)/python benchmarks/frontier.py $(DEMO)
 
 gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
 	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu_report.py $(REPORT)

@@ -31,13 +31,18 @@ def main() -> None:
     }
     if "environment" not in results:
         raise SystemExit(f"error: {args.results}: no gpu-environment.json there: run 'make gpu-report' on a GPU machine first.")
-    text = args.document.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"error: {args.document}: has not the marks {BEGIN} and {END} once each: put them where the table goes.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    insert(args.document, BEGIN, END, table(results))
     plot(results, args.document.parent / PLOT)
-    args.document.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
     print(f"{args.document} and {args.document.parent / PLOT} written")
+
+
+def insert(document: Path, begin: str, end: str, made: str) -> None:
+    """Put `made` between the two marks of a document."""
+    text = document.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"error: {document}: has not the marks {begin} and {end} once each: put them where the table goes.")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    document.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
 
 
 def longest(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -103,6 +103,7 @@ def test_make_help_lists_the_targets():
         "test",
         "lint",
         "bench",
+        "frontier",
         "gpu-report",
         "clean",
     ]
