@@ -29,7 +29,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 # what the tests need: PyTorch and transformers for the reference, TensorRT-RTX (which builds without a GPU), and the linters
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -e '.[export,ort,reference,rtx,kernels,serve,ray,bench,dev]'
+	$(PIP) -e '.[export,ort,reference,rtx,kernels,serve,ray,eval,bench,dev]'
 	@touch $@
 
 demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring

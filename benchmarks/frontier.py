@@ -13,21 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend([str(ROOT), str(ROOT / "tools")])
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tools"))
 
 import demo_task
 import render
-from evaluate_demo import SEED
+from demo_prompts import SEED, held_out
 
 import trt_runtime as rt
 from trt_runtime.bench import machine
 
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- frontier: begin -->", "<!-- frontier: end -->"
 BLOCKS = 12  # of 8, in a generation of 96
 Config = rt.GenerationConfig
@@ -122,8 +121,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str, Any]:
     """The figures of all groups (or of those in `only`)."""
-    rng = random.Random(SEED)
-    examples = [demo_task.draw(rng, held_out=True) for _ in range(count)]
+    examples = held_out(count)
     groups, rows, single = variants(), [], {}
     for group, held in groups.items():
         for name, config in held.items() if not only or group in only else ():

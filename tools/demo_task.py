@@ -127,7 +127,12 @@ def is_right(answer: str, plan: list[Step]) -> bool:
         read = json.loads(answer, object_pairs_hook=_without_repeats)
     except ValueError:
         return False
-    return read in (plan, [{_KEYS[key]: value for key, value in step.items()} for step in plan])
+    return read in spellings(plan)
+
+
+def spellings(plan: list[Step]) -> list[list[Step]]:
+    """The plan in both vocabularies; the order of keys is free."""
+    return [plan, [{_KEYS[key]: value for key, value in step.items()} for step in plan]]
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Step:

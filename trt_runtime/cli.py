@@ -1,4 +1,4 @@
-"""The command line `dllm-trt`: generate, chat, serve, replay, bench; the others are in cli_artifact.py."""
+"""The command line `dllm-trt`: generate, chat, serve, triton-repo; the others are in cli_artifact.py and cli_measure.py."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from trt_runtime import backends, cli_artifact, render, replay, tolerances
-from trt_runtime import cases as decode_cases
-from trt_runtime.config import CACHES, POLICIES, GenerationConfig, check_options
+from trt_runtime import backends, cli_artifact, cli_measure, render
+from trt_runtime.cli_options import add_backend, add_decoding, backend_options, config_of, open_model
 from trt_runtime.errors import DllmError, check_counts
-from trt_runtime.model import Model, Prompt, Result, load
-
-MAX_THREADS = 1024
+from trt_runtime.model import Model, Prompt, Result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,11 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
     generate.add_argument("--stream", action="store_true", help="show the block being unmasked in place")
     generate.add_argument("--json", action="store_true", help="print the results as JSON")
-    _decoding_options(generate)
+    add_decoding(generate)
 
     chat = cli_artifact.command(commands, "chat", _chat, "talk to the model, a line at a time")
     chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
-    _decoding_options(chat)
+    add_decoding(chat)
 
     serve = cli_artifact.command(commands, "serve", _serve, "serve OpenAI's API over HTTP")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
@@ -82,132 +78,18 @@ def _parser() -> argparse.ArgumentParser:
         "--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)"
     )
     serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
-    _backend_options(serve)
+    add_backend(serve)
 
     triton = cli_artifact.command(commands, "triton-repo", _triton_repo, "write a model repository for Triton Inference Server")
     triton.add_argument("out", type=Path, help="the repository's directory")
     triton.add_argument("--name", help="the model's name (default: the artifact's directory)")
     triton.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
     triton.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
-    _backend_options(triton)
+    add_backend(triton)
 
     cli_artifact.add(commands)
-    _measuring(commands)
+    cli_measure.add(commands)
     return parser
-
-
-def _measuring(commands) -> None:  # type: ignore[no-untyped-def]
-    again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
-    again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
-    again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
-    again.add_argument(
-        "--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts"
-    )
-    again.add_argument("--count", type=int, default=24, help="random cases to record (default 24)")
-    again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
-    again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
-    _backend_options(again)
-
-    bench = cli_artifact.command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
-    bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
-    bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
-    bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
-    bench.add_argument("--repeats", type=int, default=3, help="interleaved runs of every variant (default 3)")
-    bench.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
-    bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
-    bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
-    bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
-    bench.add_argument("--variants", default="", metavar="NAMES", help="variants to run, e.g. none,dual (default all)")
-    bench.add_argument(
-        "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
-    )
-    bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
-    _backend_options(bench)
-
-
-def _backend_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="ort", help=f"what runs the model: {', '.join(backends.names())} (default ort)")
-    parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
-    parser.add_argument("--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)")
-    parser.add_argument("--steps-per-look", type=int, help="refine steps that the device makes before the host looks (default 1)")
-    parser.add_argument("--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)")
-    parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
-
-
-def _decoding_options(parser: argparse.ArgumentParser) -> None:
-    default = GenerationConfig()
-    parser.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
-    parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
-    parser.add_argument("--cache", default=default.cache, help=f"{', '.join(CACHES)} (default {default.cache})")
-    parser.add_argument("--policy", default=default.policy, help=f"{', '.join(POLICIES)} (default {default.policy})")
-    parser.add_argument(
-        "--threshold", type=float, help="of 'threshold' and most adaptive policies: above 0, at most 1 (default 0.9)"
-    )
-    parser.add_argument("--factor", type=float, help="of the policy 'factor' (default 1.0)")
-    parser.add_argument("--gamma", type=float, help="of the policy 'eb': sum of entropies in nats (default 0.1)")
-    parser.add_argument("--alpha", type=float, help="of the policy 'dynamic': how far the threshold falls (default 0.3)")
-    parser.add_argument("--low-threshold", type=float, help="of 'localleap', 'hierarchy', 'slowfast' (default 0.6)")
-    parser.add_argument("--speculate", type=int, help="steps that one call may verify, without changing the answer (default 1)")
-    parser.add_argument(
-        "--refresh-every", type=int, help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)"
-    )
-    parser.add_argument(
-        "--refresh-window", type=int, help="positions around a block that begins without a rebuilt cache (default 0)"
-    )
-    parser.add_argument("--suffix", type=int, help="masks behind the block that a forward sees (default all)")
-    parser.add_argument("--suffix-decay", action="store_true", help="take those of --suffix at growing distances")
-    parser.add_argument(
-        "--steps", type=int, help="of a schedule: forwards in all (default one token a forward); bounds 'threshold'"
-    )
-    parser.add_argument("--alg-temp", type=float, help="of entropy, maskgit_plus, topk_margin: above 0, positions are drawn")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)")
-    parser.add_argument("--top-p", type=float, help="of a Dream: keep the most probable tokens up to this sum")
-    parser.add_argument("--top-k", type=int, help="of a Dream: keep this many tokens")
-    parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
-    parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
-    parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
-    _backend_options(parser)
-
-
-# options that only some backends take
-_BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "tensorrt-rtx"), "steps_per_look": ("ort", "tensorrt", "tensorrt-rtx"), "engines": ("tensorrt", "tensorrt-rtx"),
-                    "checkpoint": ("torch",)}  # fmt: skip
-
-
-def _open(args: argparse.Namespace) -> Model:
-    return load(args.artifact, args.backend, **_options(args))
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The backend's options, checked."""
-    options: dict[str, Any] = {}
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise DllmError(f"--threads is {args.threads}, expected 1 to {MAX_THREADS}.")
-    check_counts(args, "steps_per_look")
-    for name, takers in _BACKEND_OPTIONS.items():
-        value = getattr(args, name)
-        is_of_bench = name == "checkpoint" and args.backend not in takers and getattr(args, "reference", False)
-        if value is None or is_of_bench:  # bench hands the checkpoint to its variants on PyTorch
-            continue
-        if args.backend not in takers and args.backend in backends.names():
-            raise DllmError(
-                f"--{name.replace('_', '-')} goes with --backend {' or '.join(takers)}, got --backend {args.backend}."
-            )
-        options[name] = value
-    if "device" in options and args.backend != "ort":
-        if not args.device.isdecimal():
-            raise DllmError(f"--device is {args.device}, expected the number of a GPU with --backend {args.backend}.")
-        options["device"] = int(args.device)
-    return options
-
-
-def _config(args: argparse.Namespace) -> GenerationConfig:
-    if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
-        raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
-    values = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
-    given = {name: value for name, value in values.items() if value is not None}
-    check_options(given, args.policy)
-    return GenerationConfig(**given)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -219,12 +101,12 @@ def _generate(args: argparse.Namespace) -> int:
         raise DllmError("no prompt: give one or more, or '-' for standard input.")
     if args.stream and (args.json or len(prompts) > 1):
         raise DllmError("--stream shows one prompt and no JSON: leave out --json, or give one prompt.")
-    model = _open(args)
+    model = open_model(args)
     _warn_of_unknown_words(model, prompts)
     if args.stream:
-        render.show_stream(model, prompts[0], _config(args), raw=args.raw)
+        render.show_stream(model, prompts[0], config_of(args, model.manifest), raw=args.raw)
         return 0
-    results = model.generate(prompts, _config(args), raw=args.raw)
+    results = model.generate(prompts, config_of(args, model.manifest), raw=args.raw)
     if args.json:
         print(json.dumps([_as_json(result) for result in results], indent=1))
         return 0
@@ -255,10 +137,10 @@ def _warn_of_unknown_words(model: Model, prompts: list[Prompt]) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    model = _open(args)
+    model = open_model(args)
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise DllmError(f"{args.artifact}: has no chat template: use 'dllm-trt generate'.")
-    config = _config(args)
+    config = config_of(args, model.manifest)
     config.resolved(model.manifest)
     print("an empty line or Ctrl-D ends, /new begins a new conversation", file=sys.stderr)
     messages: list[dict[str, str]] = []
@@ -280,60 +162,6 @@ def _chat(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             continue
         messages = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": result or ""}]
-
-
-def _replay(args: argparse.Namespace) -> int:
-    if args.cases is None and args.record is None:
-        raise DllmError("no cases: give CASES.json, or --record NEW.json to make some.")
-    if args.record is not None and (args.output is not None or args.exact):
-        raise DllmError("--record compares nothing: leave out --output and --exact.")
-    if args.count < 1 or args.seed < 0:
-        raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
-    model = _open(args)
-    facts = model.manifest
-    cases = decode_cases.read_cases(args.cases) if args.cases else decode_cases.random_cases(facts, args.count, args.seed)
-    ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
-    if len(ours) < len(cases):
-        print(f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
-    if not ours:
-        raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
-    if args.record is not None:
-        _write_json(args.record, replay.record(model.backend, ours))
-        print(f"recorded {len(ours)} cases in {args.record}")
-        return 0
-    return _compare(args, model, ours)
-
-
-def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Case]) -> int:
-    dtype = model.manifest.model.dtype
-    results, wrong, near, excused = [], 0, 0, 0
-    for case in cases:
-        done = replay.replay(model.backend, case)
-        results.append(done.result)
-        found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
-        if found is None:
-            continue
-        if not replay.must_match(case, dtype):
-            excused += 1
-            continue
-        print(found)
-        ambiguous = found.ambiguous and not args.exact
-        near, wrong = near + ambiguous, wrong + (not ambiguous)
-    if args.output is not None:
-        _write_json(args.output, {"cases": results})
-    expecting = sum("output" in case or "trace" in case for case in cases)
-    if not expecting and args.output is None:
-        raise DllmError("no case says what to expect (output, trace): nothing was compared; give --output to keep the results.")
-    print(f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
-          f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
-    return 1 if wrong else 0
-
-
-def _write_json(path: Path, value: object) -> None:
-    try:
-        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DllmError(f"{path}: cannot be written ({error.strerror}): give another path.") from error
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -360,10 +188,10 @@ def _serve(args: argparse.Namespace) -> int:
     if args.threads is None and on_cpu and (parts := args.lanes * (args.ray or 1)) > 1:
         args.threads = max(1, (os.cpu_count() or 1) // parts)
     if args.ray is None:
-        serving.run(_open(args), options, args.host, args.port)
+        serving.run(open_model(args), options, args.host, args.port)
         return 0
     replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", "pip install 'dllm-trt[serve,ray]'")
-    setup = replicas.Setup(str(args.artifact.resolve()), args.backend, _options(args))
+    setup = replicas.Setup(str(args.artifact.resolve()), args.backend, backend_options(args))
     replicas.run(setup, options, args.host, args.port, args.ray)
     return 0
 
@@ -372,20 +200,10 @@ def _triton_repo(args: argparse.Namespace) -> int:
     from trt_runtime.server import triton_repo
 
     check_counts(args, "slots", "max_length")
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in _options(args).items()}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in backend_options(args).items()}
     made = triton_repo.write(args.artifact, args.out, name=args.name, backend=args.backend, options=options, slots=args.slots,
                              max_length=args.max_length)  # fmt: skip
     print(f"{made} written: tritonserver --model-repository {args.out}")
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from trt_runtime import bench
-
-    report = bench.run(_open(args), bench.options_of(args))
-    print(bench.table(report))
-    if args.output is not None:
-        _write_json(args.output, report)
     return 0
 
 

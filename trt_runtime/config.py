@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from trt_runtime.adaptive import ADAPTIVE
 from trt_runtime.errors import DllmError, unknown
@@ -25,6 +26,26 @@ MAX_STEPS = 100_000
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
 }  # fmt: skip
+
+
+def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig:
+    """What a user gave by name, over what 'dllm-trt tune' noted in the manifest; not yet resolved. Raises DllmError.
+
+    Whoever chooses a policy, or an option of another policy than the tuned one, gets none of the tuned policy's options.
+    """
+    tuned = dict(manifest.decoding.tuned)
+    if strange := sorted(set(tuned) - {item.name for item in fields(GenerationConfig)}):
+        raise DllmError(
+            f"the manifest's tuned options have '{strange[0]}', which this version does not know: update dllm-trt, or tune again."
+        )
+    policy, own = tuned.get("policy", "threshold"), {name for options in POLICIES.values() for name in options}
+    if given.get("policy", policy) != policy or (own & set(given)) - set(POLICIES.get(policy, ())):
+        tuned = {name: value for name, value in tuned.items() if name != "policy" and name not in own}
+    if given.get("cache") == "none":
+        tuned = {name: value for name, value in tuned.items() if name not in ("refresh_every", "refresh_window")}
+    made = {**tuned, **given}
+    check_options(given, made.get("policy", "threshold"))
+    return GenerationConfig(**made)
 
 
 def check_options(given: Collection[str], policy: str) -> None:

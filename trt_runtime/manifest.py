@@ -55,6 +55,7 @@ class DecodingFacts:
 
     sampling: how proposals are drawn, 'gumbel' (LLaDA) or 'categorical' (Dream): see sampling.py.
     first_commit: with a cache, a prefix pass commits the block's first position alone, whatever the policy (Dream).
+    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; they hold where the user gives none.
     blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the whole canvas).
     """
 
@@ -66,6 +67,7 @@ class DecodingFacts:
     sampling: str = GUMBEL
     first_commit: bool = False
     blocks_without_cache: bool = True
+    tuned: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

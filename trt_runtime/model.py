@@ -19,7 +19,7 @@ import numpy as np
 
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.base import Backend
-from trt_runtime.config import GenerationConfig
+from trt_runtime.config import GenerationConfig, configured
 from trt_runtime.errors import DllmError
 from trt_runtime.generator import Generator
 from trt_runtime.manifest import Manifest
@@ -88,9 +88,10 @@ class Model:
         """Complete several prompts at once; the results stand in their order.
 
         A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
-        {'role', 'content'}, or a list of token ids. Raises DllmError for a prompt or an option that cannot be used.
+        {'role', 'content'}, or a list of token ids. Without a config, the options that were tuned for the artifact, else the defaults. Raises DllmError for a prompt or an option that cannot be used.
         """
-        rows = self._sequences(prompts, config or GenerationConfig(), raw)
+        config = config or configured({}, self.manifest)
+        rows = self._sequences(prompts, config, raw)
         begin = time.perf_counter()
         finished: dict[int, float] = {}
         generator = self._generator(rows, config)
@@ -103,7 +104,8 @@ class Model:
     def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
         """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_look` of the backend. Nothing
         runs before the first is taken."""
-        rows = self._sequences(prompts, config or GenerationConfig(), raw)
+        config = config or configured({}, self.manifest)
+        rows = self._sequences(prompts, config, raw)
         generator = self._generator(rows, config)
         while not generator.is_finished:
             before = [(row.block, len(row.trace)) for row in rows]
@@ -162,8 +164,8 @@ class Model:
             rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i))
         return rows
 
-    def _generator(self, rows: list[Sequence], config: GenerationConfig | None) -> Generator:
-        if config is None or config.speculate == 1:
+    def _generator(self, rows: list[Sequence], config: GenerationConfig) -> Generator:
+        if config.speculate == 1:
             return Generator(self.backend, rows)
         if self.backend.steps_per_look > 1:
             raise DllmError("speculate and steps_per_look are two ways to save calls: leave one of them at 1.")

@@ -184,7 +184,7 @@ def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -
         if model.tokenizer is None or not model.tokenizer.has_chat_template:
             raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
         messages = [{"role": item.role, "content": item.content} for item in body.messages]
-        rows = await asyncio.to_thread(_rows, model, messages, body, body.config())
+        rows = await asyncio.to_thread(_rows, model, messages, body, body.config(model.manifest))
         return await _answer(Answer(CHAT, body, rows, worker, options), request)
 
     @app.post("/v1/completions", response_model=None, responses=_RESPONSES | _STREAMS)
@@ -201,9 +201,9 @@ def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -
                     "template",
                 )
             ids = await asyncio.to_thread(_template, model, body.template, worker.max_length)
-            rows = _rows(model, ids, body, body.config(infill=True))
+            rows = _rows(model, ids, body, body.config(model.manifest, infill=True))
         else:
-            rows = await asyncio.to_thread(_rows, model, body.prompt, body, body.config())
+            rows = await asyncio.to_thread(_rows, model, body.prompt, body, body.config(model.manifest))
         return await _answer(Answer(TEXT, body, rows, worker, options), request)
 
 

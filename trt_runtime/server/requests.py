@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trt_runtime.config import GenerationConfig, check_options
+from trt_runtime.config import GenerationConfig, configured
 from trt_runtime.errors import DllmError
+from trt_runtime.manifest import Manifest
 
 MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 4, 256
 
@@ -84,7 +85,7 @@ class Common(_Model):
     def length(self) -> int | None:
         return self.max_tokens
 
-    def config(self, *, infill: bool = False) -> GenerationConfig:
+    def config(self, manifest: Manifest, *, infill: bool = False) -> GenerationConfig:
         """The options of a generation, not yet checked against the model. Raises DllmError."""
         if self.n > 1 and not self.temperature:
             raise DllmError(
@@ -94,10 +95,9 @@ class Common(_Model):
             raise DllmError("stream_options goes with stream: true.")
         own = {item.name for item in fields(GenerationConfig)} - {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}
         given: dict[str, Any] = {name: value for name in own if (value := getattr(self, name)) is not None}
-        check_options(given, self.policy or "threshold")
         if (length := self.length()) is not None:
             given["gen_length"] = length
-        return GenerationConfig(**given | ({"infill": True, "gen_length": self.length() or 0} if infill else {}))
+        return configured(given | ({"infill": True, "gen_length": self.length() or 0} if infill else {}), manifest)
 
 
 class ChatRequest(Common):

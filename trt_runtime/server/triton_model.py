@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trt_runtime.config import GenerationConfig
+from trt_runtime.config import configured
 from trt_runtime.model import Update, load
 from trt_runtime.server.metrics import Metrics
 from trt_runtime.server.worker import Event, Job, Worker
@@ -48,7 +48,7 @@ class TritonPythonModel:
     def _submit(self, request: Any, sender: Any) -> None:
         prompt = _text(pb_utils.get_input_tensor_by_name(request, "PROMPT"))
         options = json.loads(_text(pb_utils.get_input_tensor_by_name(request, "OPTIONS")) or "{}")
-        row = self.model.sequence(prompt, GenerationConfig(**options))
+        row = self.model.sequence(prompt, configured(options, self.model.manifest))
         sent = ""
 
         def deliver(event: Event) -> None:

@@ -1,0 +1,184 @@
+"""The commands that compare and measure: replay, bench, eval, tune."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_runtime import backends, cli_artifact, replay, tolerances
+from trt_runtime import cases as decode_cases
+from trt_runtime.cli_options import add_backend, add_decoding, config_of, open_model, write_json
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError, check_counts, unknown
+from trt_runtime.model import Model
+
+
+def add(commands) -> None:  # type: ignore[no-untyped-def]
+    """Add the commands to the parser's subcommands."""
+    again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
+    again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
+    again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
+    again.add_argument(
+        "--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts"
+    )
+    again.add_argument("--count", type=int, default=24, help="random cases to record (default 24)")
+    again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
+    again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
+    add_backend(again)
+
+    bench = cli_artifact.command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
+    bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
+    bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
+    bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
+    bench.add_argument("--repeats", type=int, default=3, help="interleaved runs of every variant (default 3)")
+    bench.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
+    bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
+    bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
+    bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
+    bench.add_argument("--variants", default="", metavar="NAMES", help="variants to run, e.g. none,dual (default all)")
+    bench.add_argument(
+        "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
+    )
+    bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
+    add_backend(bench)
+
+    evaluate = cli_artifact.command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness")
+    evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
+    evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
+                          help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
+    evaluate.add_argument("--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories")
+    evaluate.add_argument("--num-fewshot", type=int, help="examples before each question (default the task's)")
+    evaluate.add_argument("--limit", type=int, help="questions of each task (default all)")
+    evaluate.add_argument("--batch", type=int, default=8, help="answers decoded together (default 8)")
+    evaluate.add_argument("--chat", action="store_true", help="put questions into the artifact's chat template")
+    evaluate.add_argument("--gen-kwargs", metavar="A=1,B=2", help="generation options in place of the task's")
+    evaluate.add_argument("--mc-samples", type=int, default=128, help="forwards of a likelihood's estimate (default 128)")
+    evaluate.add_argument(
+        "--check-greedy", action="store_true", help="also find out whether targets are what the model writes itself (slow)"
+    )
+    evaluate.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="let tasks run the code that the model writes (HumanEval, MBPP)"
+    )
+    evaluate.add_argument("--output", type=Path, metavar="OUT.json", help="write all results and settings")
+    add_decoding(evaluate)
+
+    tuning = cli_artifact.command(
+        commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts"
+    )
+    tuning.add_argument("--data", type=Path, required=True, help="a prompt a line, or lines of JSON with prompt and answers")
+    tuning.add_argument("--max-drop", type=float, default=1.0, help="points of right answers that may be lost (default 1)")
+    tuning.add_argument(
+        "--match", default="exact", help="how answers are compared: exact (default), or json: values, whatever the order of keys"
+    )
+    tuning.add_argument("--count", type=int, help="prompts to use (default all)")
+    tuning.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
+    tuning.add_argument("--block-length", type=int, help="tokens of a block of the baseline (default: the model's)")
+    tuning.add_argument(
+        "--write", action="store_true", help="note the choice in the artifact: it holds where the user gives no options"
+    )
+    tuning.add_argument("--output", type=Path, metavar="OUT.json", help="write all trials")
+    add_backend(tuning)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    if args.cases is None and args.record is None:
+        raise DllmError("no cases: give CASES.json, or --record NEW.json to make some.")
+    if args.record is not None and (args.output is not None or args.exact):
+        raise DllmError("--record compares nothing: leave out --output and --exact.")
+    if args.count < 1 or args.seed < 0:
+        raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
+    model = open_model(args)
+    facts = model.manifest
+    cases = decode_cases.read_cases(args.cases) if args.cases else decode_cases.random_cases(facts, args.count, args.seed)
+    ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
+    if len(ours) < len(cases):
+        print(f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
+    if not ours:
+        raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
+    if args.record is not None:
+        write_json(args.record, replay.record(model.backend, ours))
+        print(f"recorded {len(ours)} cases in {args.record}")
+        return 0
+    return _compare(args, model, ours)
+
+
+def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Case]) -> int:
+    dtype = model.manifest.model.dtype
+    results, wrong, near, excused = [], 0, 0, 0
+    for case in cases:
+        done = replay.replay(model.backend, case)
+        results.append(done.result)
+        found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
+        if found is None:
+            continue
+        if not replay.must_match(case, dtype):
+            excused += 1
+            continue
+        print(found)
+        ambiguous = found.ambiguous and not args.exact
+        near, wrong = near + ambiguous, wrong + (not ambiguous)
+    if args.output is not None:
+        write_json(args.output, {"cases": results})
+    expecting = sum("output" in case or "trace" in case for case in cases)
+    if not expecting and args.output is None:
+        raise DllmError("no case says what to expect (output, trace): nothing was compared; give --output to keep the results.")
+    print(f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
+          f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
+    return 1 if wrong else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from trt_runtime import bench
+
+    report = bench.run(open_model(args), bench.options_of(args))
+    print(bench.table(report))
+    if args.output is not None:
+        write_json(args.output, report)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    evaluation = backends.import_tool("trt_runtime.evaluation", "eval", "pip install 'dllm-trt[ort,eval]'")
+    check_counts(args, "limit", "batch", "mc_samples")
+    tasks = [name for name in args.tasks.split(",") if name]
+    if not tasks or (args.num_fewshot is not None and args.num_fewshot < 0):
+        raise DllmError(f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and from 0.")
+    if missing := [path for path in args.include_path if not path.is_dir()]:
+        raise DllmError(f"--include-path is {missing[0]}: no such directory.")
+    model = open_model(args)
+    config = config_of(args, model.manifest)
+    config.resolved(model.manifest)
+    harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy)
+    settings = evaluation.Settings(tuple(args.include_path), args.defaults or not args.include_path, args.num_fewshot, args.limit, args.chat,
+                                   args.gen_kwargs, args.confirm_run_unsafe_code)  # fmt: skip
+    report = evaluation.run(harness, tasks, settings)
+    print(evaluation.table(report))
+    if args.output is not None:
+        write_json(args.output, report)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from trt_runtime import tune
+
+    check_counts(args, "count")
+    if args.match not in tune.MATCHES:
+        raise unknown("--match", args.match, tune.MATCHES)
+    if not 0 <= args.max_drop <= 100:
+        raise DllmError(f"--max-drop is {args.max_drop:g}, expected 0 to 100 points.")
+    examples = tune.read(args.data)[: args.count]
+    model = open_model(args)
+    base = GenerationConfig(gen_length=args.gen_length, block_length=args.block_length)
+    report = tune.run(model, examples, base, max_drop=args.max_drop, match=args.match, tell=lambda line: print(line, flush=True))
+    words = " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in report["options"].items()
+    )
+    print(
+        f"{report['speedup']:.2f} times the baseline's tokens/s, {report['right']} of {report['examples']} right (baseline {report['baseline_right']}): {words}"
+    )
+    if args.output is not None:
+        write_json(args.output, report)
+    if args.write:
+        tune.write(args.artifact, report["options"])
+        print(f"noted in {args.artifact / 'manifest.json'}")
+    return 0

@@ -1,0 +1,93 @@
+"""How likely a text is to a diffusion model, by the Monte-Carlo estimate of LLaDA (arXiv 2502.09992, appendix B.5), and whether it would write it itself.
+
+    for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of the masked tokens, times L / l
+
+The mean is a lower bound of the log-likelihood; its standard error says how far more samples may move it. Shape letters: B samples of a call, L target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_runtime.backends.base import Window
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Model
+from trt_runtime.policies import Floats, Ints
+
+_LOGIT_BYTES = 256 << 20  # of one call
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Nats. forwards: rows that were computed."""
+
+    mean: float
+    standard_error: float
+    forwards: int
+
+
+def estimate(model: Model, context: list[int], target: list[int], *, samples: int = 128, seed: int = 0) -> Likelihood:
+    """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is too long or empty."""
+    facts, mask = model.manifest.model, model.manifest.decoding.mask_token_id
+    if not context or not target or samples < 1:
+        raise DllmError(
+            f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at least one each."
+        )
+    if len(context) + len(target) > facts.max_length:
+        raise DllmError(
+            f"context and target are {len(context) + len(target)} tokens, the model takes {facts.max_length}: shorten them."
+        )
+    if not model.backend.gives_logits:
+        raise DllmError(
+            f"a likelihood needs logits, and this artifact on {model.backend.name} gives statistics only: export with HEAD=logits."
+        )
+    rng, length = np.random.default_rng(seed), len(target)
+    samples = 1 if length == 1 else samples  # there is one way to mask one token
+    ids = np.array([*context, *target], np.int64)
+    counts = stratified(samples, length, int(rng.integers(1, length + 1)))
+    masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
+    batch = max(1, min(samples, _LOGIT_BYTES // (4 * facts.vocab_size * length), model.backend.max_batch or samples))
+    cache = model.backend.new_cache(batch, len(ids))
+    values: list[float] = []
+    for start in range(0, samples, batch):
+        part = masked[start : start + batch]
+        logits = model.backend.prefix(
+            cache, slice(0, len(part)), _window(ids, part, mask, model.manifest.decoding.logit_shift), want_logits=True
+        ).logits
+        assert logits is not None
+        values += [_log_probability(logits[i, : len(at)], ids[at]) * length / len(at) for i, at in enumerate(part)]
+    error = float(np.std(values, ddof=1)) / math.sqrt(samples) if samples > 1 else 0.0
+    return Likelihood(float(np.mean(values)), error, samples)
+
+
+def stratified(samples: int, length: int, first: int) -> Ints:
+    """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length [samples]."""
+    spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(np.int64)
+    return (spread - 1) % length + 1
+
+
+def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
+    """Whether the model, one most confident token a forward and without a cache, writes exactly `target`."""
+    config = GenerationConfig(gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False)
+    return model.generate([context], config)[0].tokens == target
+
+
+def _window(ids: Ints, masked: list[Ints], mask_token_id: int, shift: int) -> Window:
+    batch, length = len(masked), len(ids)
+    rows = np.zeros((batch, max(map(len, masked))), np.int64)
+    tokens = np.tile(ids, (batch, 1))
+    for i, at in enumerate(masked):
+        tokens[i, at], rows[i, : len(at)] = mask_token_id, np.maximum(at - shift, 0)
+    return Window(tokens, np.tile(np.arange(length), (batch, 1)), np.zeros(batch, np.int64), np.full(batch, length), rows)
+
+
+def _log_probability(logits: Floats, tokens: Ints) -> float:
+    """Sum of log p of tokens [R] under logits [R, V]."""
+    wide = logits.astype(np.float64)
+    top = wide.max(-1)
+    norm = top + np.log(np.exp(wide - top[:, None]).sum(-1))
+    return float((np.take_along_axis(wide, tokens[:, None], -1)[:, 0] - norm).sum())

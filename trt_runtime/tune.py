@@ -1,0 +1,210 @@
+"""The fastest way of decoding that keeps the answers: block length, policy, cache and refresh, tried on a user's own prompts and measured on this machine.
+
+    1. baseline: one token a forward, dual cache, the model's block length: how many answers are right
+    2. block lengths, with thresholds  ->  the fastest within the bound
+    3. every other policy with a few values of its option, at that block length
+    4. with the best policy: caches, refresh modes, a bounded suffix
+    5. the fastest few once more, in turn, prompt by prompt: medians decide
+
+A way of decoding is within the bound if at most `max_drop` points fewer answers are right than with the baseline. What is right: an answer that the data give, or,
+for prompts alone, the answer of the baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trt_runtime import manifest as manifests
+from trt_runtime.bench import machine
+from trt_runtime.config import POLICIES, GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Model
+
+_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+_POLICIES: dict[str, tuple[dict[str, Any], ...]] = {
+    "factor": tuple({"factor": value} for value in (0.5, 1.0)), "eb": tuple({"gamma": value} for value in (0.05, 0.2)),
+    "margin": tuple({"threshold": value} for value in (0.8, 0.9)), "dynamic": tuple({"alpha": value} for value in (0.2, 0.4)),
+    "localleap": tuple({"low_threshold": value} for value in (0.6, 0.75)), "hierarchy": tuple({"low_threshold": value} for value in (0.6, 0.75)),
+    "prophet": ({},), "slowfast": ({"low_threshold": 0.3},),
+}  # fmt: skip
+MATCHES = ("exact", "json")
+_FINALISTS, _ROUNDS = 3, 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and the answers that are right; None: that of the baseline."""
+
+    prompt: str
+    answers: tuple[str, ...] | None
+
+
+@dataclass
+class Trial:
+    """A way of decoding and what came of it: right answers, seconds and useful tokens of all prompts, one at a time, forwards."""
+
+    options: dict[str, Any]
+    right: int
+    seconds: float
+    tokens: int
+    nfe: int
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def read(path: Path) -> list[Example]:
+    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. Raises DllmError."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DllmError(
+            f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
+        ) from error
+    if not lines:
+        raise DllmError(f"{path}: holds no prompt: give one a line.")
+    return [_example(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _example(line: str, where: str) -> Example:
+    if not line.lstrip().startswith("{"):
+        return Example(line, None)
+    try:
+        held = json.loads(line)
+    except ValueError as error:
+        raise DllmError(f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.') from error
+    prompt, answers = held.get("prompt"), held.get("answers", [held["answer"]] if "answer" in held else None)
+    if not isinstance(prompt, str) or (
+        answers is not None and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
+    ):
+        raise DllmError(f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.')
+    return Example(prompt, None if answers is None else tuple(answers))
+
+
+def _is_same(answer: str, right: str, match: str) -> bool:
+    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key makes it none."""
+    if match == "exact":
+        return answer.strip() == right.strip()
+    try:
+        return bool(json.loads(answer, object_pairs_hook=_unique) == json.loads(right))
+    except ValueError:
+        return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)
+
+
+class Tuner:
+    """Trials over examples. `tell` is told of each."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: list[Example],
+        base: GenerationConfig,
+        max_drop: float,
+        match: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.model, self.base, self.max_drop, self.match, self.tell = model, base.resolved(model.manifest), max_drop, match, tell
+        self.examples, self.trials = examples, list[Trial]()
+        self.baseline = self._baseline()
+
+    def run(self) -> Trial:
+        """The fastest trial within the bound."""
+        block, gen = self.base.block_length, self.base.gen_length
+        assert block is not None and gen is not None
+        lengths = sorted({max(1, block // 2), block, min(gen, 2 * block), min(gen, 4 * block)})
+        best = self._best(
+            [{"block_length": length, "policy": "threshold", "threshold": t} for length in lengths for t in _THRESHOLDS]
+        )
+        shared = {"block_length": best.options["block_length"]}
+        best = self._best([{**shared, "policy": name, **own} for name, values in _POLICIES.items() for own in values])
+        length = best.options["block_length"]
+        self._best([best.options | more for more in (
+            {"cache": "prefix"}, {"refresh_every": 2}, {"refresh_every": 0, "refresh_window": length}, {"refresh_every": 2, "refresh_window": length},
+            {"suffix": 2 * length}, {"suffix": length, "suffix_decay": True})])  # fmt: skip
+        return self._final()
+
+    def is_within(self, trial: Trial) -> bool:
+        return 100 * (self.baseline.right - trial.right) / len(self.examples) <= self.max_drop + 1e-9
+
+    def _baseline(self) -> Trial:
+        options = {"policy": "fixed", "cache": "dual", "block_length": self.base.block_length}
+        made, answers = self._decode(options)
+        self.examples = [
+            replace(example, answers=(answer,)) if example.answers is None else example
+            for example, answer in zip(self.examples, answers, strict=True)
+        ]
+        made.right = self._right(answers)
+        self.tell(self._line(made))
+        return made
+
+    def _best(self, wanted: list[dict[str, Any]]) -> Trial:
+        """Try each, and return the fastest of all trials within the bound."""
+        for options in wanted:
+            made, answers = self._decode(options)
+            made.right = self._right(answers)
+            self.trials.append(made)
+            self.tell(self._line(made))
+        return max([self.baseline, *filter(self.is_within, self.trials)], key=lambda trial: trial.speed)
+
+    def _final(self) -> Trial:
+        """The fastest few again, in turn."""
+        held = sorted([self.baseline, *filter(self.is_within, self.trials)], key=lambda trial: -trial.speed)[:_FINALISTS]
+        seconds = [[self._decode(trial.options)[0].seconds for trial in held] for _ in range(_ROUNDS)]
+        for i, trial in enumerate(held):
+            trial.seconds = statistics.median(times[i] for times in seconds)
+        return max(held, key=lambda trial: trial.speed)
+
+    def _decode(self, options: dict[str, Any]) -> tuple[Trial, list[str]]:
+        config = replace(self.base, **options)
+        begin = time.perf_counter()
+        results = [self.model.generate([example.prompt], config)[0] for example in self.examples]
+        seconds = time.perf_counter() - begin
+        made = Trial(options, 0, seconds, sum(result.num_useful for result in results), sum(result.nfe for result in results))
+        return made, [result.text or "" for result in results]
+
+    def _right(self, answers: list[str]) -> int:
+        return sum(
+            any(_is_same(answer, right, self.match) for right in example.answers or ())
+            for answer, example in zip(answers, self.examples, strict=True)
+        )
+
+    def _line(self, trial: Trial) -> str:
+        share = trial.right / len(self.examples)
+        error = 100 * math.sqrt(share * (1 - share) / len(self.examples))
+        words = ", ".join(f"{name} {value}" for name, value in trial.options.items())
+        return f"{100 * share:5.1f} ± {error:.1f} % right  {trial.speed:7.0f} tokens/s  {trial.tokens / trial.nfe:5.2f} a forward  {words}"
+
+
+def run(
+    model: Model, examples: list[Example], base: GenerationConfig, *, max_drop: float, match: str, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tune, and return the baseline, the choice, and all trials."""
+    tuner = Tuner(model, examples, base, max_drop, match, tell)
+    chosen = tuner.run()
+    # what the choice rests on beyond the options that were tried: its policy's own
+    options = {"cache": "dual", **chosen.options} | {
+        name: getattr(tuner.base, name) for name in POLICIES[chosen.options["policy"]] if name not in chosen.options
+    }
+    return {"artifact": model.path.name, "backend": model.backend.name, "examples": len(examples), "max_drop": max_drop, "options": options,
+            "right": chosen.right, "baseline_right": tuner.baseline.right, "speedup": chosen.speed / tuner.baseline.speed,
+            "baseline": asdict(tuner.baseline), "chosen": asdict(chosen), "trials": [asdict(trial) for trial in tuner.trials], "machine": machine()}  # fmt: skip
+
+
+def write(artifact: Path, options: dict[str, Any]) -> None:
+    """Note options in the manifest: generations that give none of their own take them."""
+    held = manifests.load(artifact)
+    manifests.write(replace(held, decoding=replace(held.decoding, tuned=options)), artifact)
