@@ -96,7 +96,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     names = list(dict.fromkeys(row["group"] for row in report["rows"]))
     colours = plt.get_cmap("tab20").colors
     for i, name in enumerate(names):
@@ -112,7 +112,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         ylim=(0, 101),
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, ncols=2, loc="lower left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     for suffix in (".png", ".svg"):
         figure.savefig(file.with_suffix(suffix), dpi=130, metadata={"Date": None} if suffix == ".svg" else {"Software": None})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
 
 import pytest
 from conftest import ROOT
+
+from trt_runtime import cli
 
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "artifacts", "build"} & set(path.parts))
 WHEEL = [
@@ -105,6 +108,37 @@ def test_every_option_is_documented_and_every_documented_option_exists():
     for title, body in sections.items():
         exist = set(re.findall(r"--[a-z][\w-]+", helps[title])) - {"--help"}
         assert set(re.findall(r"`(--[a-z][\w-]+)", body)) == exist, title
+
+
+def _commands():
+    """Every command in a code block of the documents, and scripts that their text names, without what stands behind #."""
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        scripts = [f"{found}\n" for found in re.findall(r"`(python \w+/[^`]+)`", text)]
+        for block in [*re.findall(r"^```\n(.*?)^```", text, re.M | re.S), *scripts]:
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                words = shlex.split(line, comments=True) if re.match(r"(\S*/)?(dllm-trt|python|make) ", line) else []
+                if words:
+                    yield document.name, words
+
+
+def test_every_command_of_the_documents_is_one():
+    """dllm-trt: its own parser takes it. python: the script is there and knows the options. make: the target is there."""
+    parser, seen = cli._parser(), {"dllm-trt": 0, "python": 0, "make": 0}
+    for where, (program, *words) in _commands():
+        kind = program.rsplit("/", 1)[-1]
+        seen[kind] += 1
+        if kind == "dllm-trt":
+            parser.parse_args(words)  # exits where it does not fit
+        elif kind == "make":
+            done = subprocess.run(
+                ["make", "--no-print-directory", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, (where, words, done.stderr)
+        elif words[0] != "-m":
+            text = (ROOT / words[0]).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in text for word in words if word.startswith("--")), (where, words)
+    assert seen["dllm-trt"] > 15 and seen["python"] > 3 and seen["make"] > 5, seen
 
 
 def test_make_help_lists_the_targets():
