@@ -14,14 +14,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from export import families
+from export import families, quantize
 from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
+from export.quantization import NAMES
 from export.weights import MODES
 from trt_runtime import contract
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import ModelFacts
+from trt_runtime.examples import MATCHES
+from trt_runtime.manifest import TARGETS, Manifest, ModelFacts
 from trt_runtime.plan import LAYOUTS, Work, memory
 
 # what is exported without --checkpoint, and what it is
@@ -80,6 +82,25 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=MODES, default="copy",
         help="'link' uses the checkpoint's own files where they lie (same dtype), in seconds and without a copy (default copy)",
     )  # fmt: skip
+    parser.add_argument(
+        "--quantize", choices=NAMES,
+        help="linear layers in fewer bits: w8a8 or int4 on a CPU, fp8, int8-sq or int4 with TensorRT; judged with --data",
+    )  # fmt: skip
+    parser.add_argument("--target", choices=TARGETS, help="of --quantize int4, which both have (default ort-cpu)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="of --quantize: a prompt a line, or lines of JSON with prompt and answers, to calibrate and judge it on",
+    )
+    parser.add_argument(
+        "--match", choices=MATCHES, default="exact", help="of --data: how answers are compared: exact (default), or json: values"
+    )
+    parser.add_argument(
+        "--gate",
+        choices=("yes", "no"),
+        default="yes",
+        help="of --quantize: 'no' leaves out the measurement of its quality (default yes)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there already")
     parser.add_argument(
         "--verify", choices=("auto", "yes", "no"), default="auto",
@@ -106,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify == "yes" and not can_verify:
         raise DllmError("--verify yes needs torch and transformers: pip install -e '.[reference]', or leave it out.")
     begin = time.perf_counter()
-    manifest = export(config, _progress, lambda text: print(f"note: {text}", file=sys.stderr))
+    manifest = _export(config, args)
     size = sum(facts.size for facts in manifest.files.values())
     print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
           f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
@@ -121,6 +142,19 @@ def _run(args: argparse.Namespace) -> int:
               f"'dllm-trt verify {out}' on a larger machine, or add --verify yes")  # fmt: skip
         return 0
     return 0 if verify(out, None) else 1
+
+
+def _export(config: ExportConfig, args: argparse.Namespace) -> Manifest:
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    if args.quantize is not None:
+        how = quantize.QuantizeConfig(args.quantize, args.target, args.data, args.match, args.gate == "yes")
+        return quantize.export(config, how, _progress, note)
+    for name, default in (("target", None), ("data", None), ("match", "exact"), ("gate", "yes")):
+        if getattr(args, name) != default:
+            raise DllmError(f"--{name} goes with --quantize: leave it out, or say how to quantise.")
+    return export(config, _progress, note)
 
 
 def _verification_bytes(facts: ModelFacts) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from export.linears import Linears
 from export.lowering import Lowering
 
 MASKED = -30000.0  # finite in fp16, and exp(MASKED) is 0
@@ -49,6 +50,16 @@ class DecoderConfig:
 def layer_name(layer: int, name: str) -> str:
     """Name of a weight of a layer: the names of the initializers and of every parity table."""
     return f"layers.{layer}.{name}"
+
+
+def is_layer(name: str) -> bool:
+    """Whether a weight is one of a layer's."""
+    return name.startswith("layers.")
+
+
+def is_linear(name: str) -> bool:
+    """Whether a weight is that of a linear layer, the head among them."""
+    return name == HEAD or name.endswith("_proj")
 
 
 def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -92,7 +103,7 @@ class _Rows:
 
 
 class Decoder:
-    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight."""
+    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight; `linears` spells the linear layers."""
 
     def __init__(
         self,
@@ -101,8 +112,10 @@ class Decoder:
         lowering: Lowering,
         dtype: ir.DataType,
         weight: Callable[[str], ir.Value],
+        linears: Linears,
     ) -> None:
-        self.op, self.config, self.lowering, self.dtype, self.weight = op, config, lowering, dtype, weight
+        self.op, self.config, self.lowering, self.dtype, self.weight, self.linears = op, config, lowering, dtype, weight, linears
+        linears.begin(op, weight_shapes(config))
         self.table = (weight(ROPE_COS), weight(ROPE_SIN))
         self.constants = [
             op.initializer(ir.tensor(value, dtype=dtype), name) for name, value in (("valid", 0.0), ("masked", MASKED))
@@ -111,7 +124,10 @@ class Decoder:
     def build(self, window: Window, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
         """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a layer."""
         op, returned = self.op, []
-        x = op.Gather(self.weight(EMBEDDING), op.Reshape(window.input_ids, [-1]), axis=0)
+        embedding = self.weight(EMBEDDING)
+        x = op.Gather(embedding, op.Reshape(window.input_ids, [-1]), axis=0)
+        if embedding.dtype != self.dtype:
+            x = op.Cast(x, to=int(self.dtype))
         rows = self._rows(window, caches[0][0], window.position_ids)
         write_index = window.write_index
         if write_index is None and caches[0][0] is not None:  # Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
@@ -121,12 +137,10 @@ class Decoder:
             x, pair = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
             x.name = layer_name(i, OUTPUT)  # verify exposes the residual stream under this name
             returned.append(pair)
-        x = self._norm(x, FINAL_NORM)
-        head = self.weight(EMBEDDING if self.config.tied_head else HEAD)
-        return op.Gemm(self._float32(x), self._float32(head), transB=1), returned
+        x = self._float32(self._norm(x, FINAL_NORM))
+        return self.linears.head(op, x, EMBEDDING if self.config.tied_head else HEAD, self.weight), returned
 
     def _float32(self, x: ir.Value) -> ir.Value:
-        """Cast up: logits rounded to 16 bit, say, would move confidences across the threshold."""
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(ir.DataType.FLOAT))
 
     def _layer(
@@ -160,15 +174,12 @@ class Decoder:
         attended = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, config.num_heads * config.head_dim])
         x = op.Add(x, self._linear(attended, i, "o_proj"))
         h = self._norm(x, layer_name(i, "mlp_norm"))
-        gate = self._linear(h, i, "gate_proj")
-        h = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self._linear(h, i, "up_proj"))
-        return op.Add(x, self._linear(h, i, "down_proj")), (new_key, new_value)
+        gate, up, down = (layer_name(i, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        return op.Add(x, self.linears.gated(op, h, (gate, up, down), self.weight)), (new_key, new_value)
 
     def _linear(self, x: ir.Value, layer: int, name: str, *, bias: bool = False) -> ir.Value:
-        operands = [x, self.weight(layer_name(layer, name))]
-        if bias:
-            operands.append(self.weight(layer_name(layer, name + ".bias")))
-        return self.op.Gemm(*operands, transB=1)
+        held = self.weight(layer_name(layer, name + ".bias")) if bias else None
+        return self.linears.linear(self.op, x, layer_name(layer, name), self.weight, held)
 
     def _heads(self, h: ir.Value, layer: int, name: str, heads: int, rows: _Rows) -> ir.Value:
         """A projection of h, split into heads: [B, heads, rows, D]."""

@@ -9,6 +9,7 @@ from onnxscript import GraphBuilder, OpBuilder
 
 from export import lowering as lowerings
 from export.decoder import Decoder, DecoderConfig, Window
+from export.linears import MICROSOFT, Linears
 from trt_runtime import contract
 
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -30,13 +31,17 @@ def build(
     mask_token_id: int,
     weights: Mapping[str, ir.TensorProtocol],
     lowering: str = contract.MODERN,
+    linears: Linears | None = None,
 ) -> ir.Model:
     """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its initializers.
 
-    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS. Nothing is read from the weights but type and shape.
+    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS; `linears` is a scheme of quantised
+    layers, None for layers as they are. Nothing is read from the weights but type and shape.
     """
     spelled = lowerings.find(lowering)
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": spelled.OPSET}, name=role)
+    linears = linears or Linears()
+    opsets = {"": spelled.OPSET} | ({MICROSOFT: 1} if linears.operators else {})
+    graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name=role)
     builder = GraphBuilder(graph)
     dims = dims_of(config, dtype, lowering)
     given = {
@@ -52,7 +57,7 @@ def build(
     names = contract.cache_names("cache", dims)
     caches = [(given.get(key), given.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)]
     window = Window(given["input_ids"], given["position_ids"], given.get("write_index"), given["kv_len"], given["logit_rows"])
-    logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight).build(window, caches)
+    logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight, linears).build(window, caches)
     made = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
     made |= dict(zip(contract.returned_names(dims), [tensor for pair in returned for tensor in pair], strict=True))
     for spec in contract.outputs(role, dims, head):

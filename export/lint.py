@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from export import lowering as lowerings
+from export.linears import MICROSOFT
 from trt_runtime import contract
 from trt_runtime.errors import DllmError
 
@@ -28,17 +29,17 @@ _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
 _ATTENTION_INPUTS = 4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
 
 
-def check(model: ir.Model, role: str, dims: contract.Dims, head: str) -> None:
-    """Raise DllmError naming every breach of the rules in a graph."""
-    if breaches := list(find(model, role, dims, head)):
+def check(model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()) -> None:
+    """Raise DllmError naming every breach of the rules in a graph. `operators` of com.microsoft are allowed in it."""
+    if breaches := list(find(model, role, dims, head, operators)):
         raise DllmError(f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches))
 
 
-def find(model: ir.Model, role: str, dims: contract.Dims, head: str) -> Iterator[str]:
+def find(model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()) -> Iterator[str]:
     """A sentence for each breach."""
     graph = model.graph
     opset = lowerings.find(dims.lowering).OPSET
-    if dict(graph.opset_imports) != {"": opset}:
+    if dict(graph.opset_imports) != {"": opset} | ({MICROSOFT: 1} if operators else {}):
         yield f"opset imports are {dict(graph.opset_imports)}, expected the standard opset {opset} alone"
     yield from _check_signature("input", graph.inputs, contract.inputs(role, dims))
     yield from _check_signature("output", graph.outputs, contract.outputs(role, dims, head))
@@ -52,7 +53,7 @@ def find(model: ir.Model, role: str, dims: contract.Dims, head: str) -> Iterator
         if isinstance(tensor, ir.ExternalTensor) and ("/" in str(tensor.location) or ".." in str(tensor.location)):
             yield f"initializer {initializer.name} lies in {tensor.location!s}, expected a bare file name"
     for node in graph:
-        yield from _check_node(node, graph)
+        yield from _check_node(node, graph, operators)
 
 
 def _check_signature(side: str, values: Iterable[ir.Value], specs: list[contract.TensorSpec]) -> Iterator[str]:
@@ -66,8 +67,8 @@ def _check_signature(side: str, values: Iterable[ir.Value], specs: list[contract
         yield f"{len(got)} {side}s, the contract says {len(expected)}"
 
 
-def _check_node(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
-    if node.domain not in ("", "ai.onnx"):
+def _check_node(node: ir.Node, graph: ir.Graph, operators: frozenset[str]) -> Iterator[str]:
+    if node.domain not in ("", "ai.onnx") and not (node.domain == MICROSOFT and node.op_type in operators):
         yield f"{node.name}: {node.domain}.{node.op_type} is not a standard op, TensorRT cannot load it"
     if node.op_type in _FORBIDDEN_OPS:
         yield f"{node.name}: the op {node.op_type} does not build on every target"

@@ -21,10 +21,12 @@ from export import lowering as lowerings
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import ConfigReader, Family
+from export.linears import Linears
+from export.quantization.base import Scheme
 from trt_runtime import __version__, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts
+from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -101,16 +103,25 @@ def _understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReade
     return family, reader, decoder
 
 
-def export(config: ExportConfig, progress: Progress, note: Callable[[str], object] = lambda text: None) -> Manifest:
+def export(
+    config: ExportConfig,
+    progress: Progress,
+    note: Callable[[str], object] = lambda text: None,
+    scheme: Scheme | None = None,
+    complete: Callable[[Path, Manifest], Manifest] = lambda directory, manifest: manifest,
+) -> Manifest:
     """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written; `note` is told in a
-    sentence what a user should know of an export that succeeded."""
+    sentence what a user should know of an export that succeeded. `scheme` quantises linear layers. `complete` is given the artifact, whole
+    but not yet in its place, and its manifest, and returns the final one; what it raises undoes the export."""
     source = read(config.checkpoint, config.family, config.ignored_keys)
-    _check_target(config, source.checkpoint.path)
-    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights)
+    check_target(config, source.checkpoint.path)
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme)
     with manifests.sealed(config.out) as directory:
         for role in contract.ROLES:
-            _write_graph(role, source, config, planned, directory)
+            _write_graph(role, source, config, planned, directory, scheme)
         written = weights.stream(planned, directory, progress(weights.total_size(planned)))
+        if scheme is not None and scheme.is_calibrated:
+            scheme.calibration.write(directory)
         tokenizer = tokenizer_files.assemble(source.checkpoint.path, directory / "tokenizer")
         if tokenizer is not None:
             decoding = tokenizer_files.completed(source.decoding, tokenizer, source.decoder.vocab_size)
@@ -120,9 +131,12 @@ def export(config: ExportConfig, progress: Progress, note: Callable[[str], objec
         if config.dtype == "fp16" and (near := weights.near_fp16(written.maxima)):
             note(near)
         _check_graphs(directory, written.files)
-        manifest = _manifest(source, config, directory, written)
+        manifest = _manifest(source, config, directory, written, scheme)
         manifests.write(manifest, directory)
-    return manifest
+        completed = complete(directory, manifest)
+        if completed is not manifest:
+            manifests.write(completed, directory)
+    return completed
 
 
 def _check_sizes(decoder: DecoderConfig, where: str) -> None:
@@ -139,7 +153,8 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
         )
 
 
-def _check_target(config: ExportConfig, checkpoint: Path) -> None:
+def check_target(config: ExportConfig, checkpoint: Path) -> None:
+    """Raise DllmError unless an export may write to `config.out`."""
     out = config.out
     if checkpoint.resolve() == out.resolve() or out.resolve() in checkpoint.resolve().parents:
         raise DllmError(f"{out}: is the checkpoint's own directory, or holds it: choose another OUT.")
@@ -153,8 +168,16 @@ def _check_target(config: ExportConfig, checkpoint: Path) -> None:
         raise DllmError(f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it.")
 
 
-def graph_of(role: str, source: Source, dtype: str, head: str, lowering: str, planned: list[weights.Weight]) -> ir.Model:
-    """The graph of a role for a checkpoint, its weights where they are planned."""
+def graph_of(
+    role: str,
+    source: Source,
+    dtype: str,
+    head: str,
+    lowering: str,
+    planned: list[weights.Weight],
+    linears: Linears | None = None,
+) -> ir.Model:
+    """The graph of a role for a checkpoint, its weights where they are planned, its linear layers as `linears` spells them."""
     return graphs.build(
         role,
         source.decoder,
@@ -163,12 +186,16 @@ def graph_of(role: str, source: Source, dtype: str, head: str, lowering: str, pl
         mask_token_id=source.decoding.mask_token_id,
         lowering=lowering,
         weights={weight.name: weight.external() for weight in planned},
+        linears=linears,
     )
 
 
-def _write_graph(role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path) -> None:
-    model = graph_of(role, source, config.dtype, config.head, config.lowering, planned)
-    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype, config.lowering), config.head)
+def _write_graph(
+    role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path, scheme: Scheme | None
+) -> None:
+    model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, scheme)
+    operators = frozenset[str]() if scheme is None else scheme.operators
+    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators)
     ir.save(model, directory / f"{role}.onnx")
 
 
@@ -202,7 +229,7 @@ def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> 
     )
 
 
-def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written) -> Manifest:
+def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written, scheme: Scheme | None) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
     dims = graphs.dims_of(decoder, config.dtype, config.lowering)
     files = dict(written.files)
@@ -238,4 +265,5 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         files=files,
         tokenizer="tokenizer" if (directory / "tokenizer").is_dir() else None,
         weight_maxima=written.maxima,
+        quantization=None if scheme is None else Quantization(scheme.name, scheme.target),
     )

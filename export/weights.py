@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from export import decoder
 from export.checkpoint import Checkpoint, StoredTensor
 from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import Family
-from export.graphs import IR_DTYPES
+from export.quantization.base import Scheme
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import FileFacts, Manifest
+from trt_runtime.manifest import ORT_CPU, FileFacts, Manifest
 
 FILE_NAME = "weights.data"
 MODES = ("copy", "link")
@@ -42,13 +43,45 @@ _CACHED = 1 << 19  # elements looked at at a time: they stay in the processor's 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
+_DTYPE_OF = {known: name for name, known in NUMPY_DTYPES.items()}
+# what a stored tensor may hold: NumPy's type and ONNX's. int4: two numbers a byte, the first in the lower half
+STORED: dict[str, tuple[np.dtype[Any], ir.DataType]] = {
+    "fp32": (NUMPY_DTYPES["fp32"], ir.DataType.FLOAT), "fp16": (NUMPY_DTYPES["fp16"], ir.DataType.FLOAT16),
+    "bf16": (NUMPY_DTYPES["bf16"], ir.DataType.BFLOAT16), "int8": (np.dtype(np.int8), ir.DataType.INT8),
+    "uint8": (np.dtype(np.uint8), ir.DataType.UINT8), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN),
+    "int4": (np.dtype(np.uint8), ir.DataType.INT4),
+}  # fmt: skip
 
 Array = np.ndarray[Any, Any]
+Origin = StoredTensor | Array | Callable[[], Array]  # a checkpoint tensor, a computed array, or what is made when its turn comes
+
+
+class Quantized:
+    """What a scheme makes of one weight: all its parts when the first is asked for; each is given once, and then held no longer."""
+
+    def __init__(self, scheme: Scheme, name: str, stored: StoredTensor) -> None:
+        self.scheme, self.name, self.stored = scheme, name, stored
+        self._made: dict[str, Array] = {}
+
+    def take(self, part: str) -> Array:
+        if part not in self._made:
+            outputs, inputs = self.stored.shape
+            self._made = self.scheme.quantize(self.name, (outputs, inputs), self._rows())
+        return self._made.pop(part)
+
+    def _rows(self) -> Iterator[Array]:
+        """The weight in pieces, with the scheme's factors."""
+        by_row, by_column = self.scheme.factors(self.name)
+        at = 0
+        for piece in rows_of(self.stored, self.name):
+            there = slice(at, at := at + len(piece))
+            scaled = piece if by_row is None else piece * by_row[there, None]
+            yield scaled if by_column is None else scaled * by_column
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer: `size` bytes at `offset` of `file`; `source` is a checkpoint tensor or a computed array."""
+    """One initializer: `size` bytes at `offset` of `file`, and where they come from."""
 
     name: str
     dtype: str
@@ -56,13 +89,13 @@ class Weight:
     file: str
     offset: int
     size: int
-    source: StoredTensor | Array
+    source: Origin
     source_name: str
 
     def external(self) -> ir.ExternalTensor:
         """The initializer that refers to this weight without holding it."""
         return ir.ExternalTensor(
-            self.file, self.offset, self.size, IR_DTYPES[self.dtype], shape=ir.Shape(self.shape), name=self.name
+            self.file, self.offset, self.size, STORED[self.dtype][1], shape=ir.Shape(self.shape), name=self.name
         )
 
 
@@ -74,17 +107,25 @@ class Written:
     maxima: dict[str, float] = field(default_factory=dict)
 
 
-def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: str, mode: str = "copy") -> list[Weight]:
-    """Where every weight will lie. Raises DllmError, with names, for missing, surplus or misshapen tensors."""
+def plan(
+    config: DecoderConfig,
+    family: Family,
+    checkpoint: Checkpoint,
+    dtype: str,
+    mode: str = "copy",
+    scheme: Scheme | None = None,
+) -> list[Weight]:
+    """Where every weight will lie, those of linear layers as the parts that `scheme` makes of them. Raises DllmError, with names, for
+    missing, surplus or misshapen tensors."""
     shapes = weight_shapes(config)
     names = {family.tensor_name(weight): weight for weight in shapes}
     _account(names, family, checkpoint)
     weights: list[Weight] = []
     end = 0
 
-    def append(name: str, dtype: str, shape: tuple[int, ...], source: StoredTensor | Array, source_name: str) -> None:
+    def append(name: str, dtype: str, shape: tuple[int, ...], source: Origin, source_name: str) -> None:
         nonlocal end
-        size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        size = math.prod(shape) * STORED[dtype][0].itemsize if dtype != "int4" else -(-math.prod(shape) // 2)
         weights.append(Weight(name, dtype, shape, FILE_NAME, end, size, source, source_name))
         end = -(-(end + size) // ALIGNMENT) * ALIGNMENT
 
@@ -95,11 +136,15 @@ def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: s
                 f"{checkpoint.path}: tensor {source_name} has shape {list(stored.shape)}, config.json asks for "
                 f"{list(shapes[name])}: config and weights are not of one model."
             )
+        if scheme is not None:
+            for part in _quantized(name, stored, scheme, config, dtype):
+                append(*part, source_name)
+            continue
         if mode == "copy":
             append(name, dtype, shapes[name], stored, source_name)
             continue
         if stored.dtype != NUMPY_DTYPES[dtype]:
-            held = next((short for short, known in NUMPY_DTYPES.items() if known == stored.dtype), stored.dtype.name)
+            held = _DTYPE_OF.get(stored.dtype, stored.dtype.name)
             raise DllmError(
                 f"{checkpoint.path}: tensor {source_name} is {held}, and --weights link cannot convert it to {dtype}: "
                 f"export with DTYPE={held}, or with --weights copy."
@@ -113,6 +158,28 @@ def plan(config: DecoderConfig, family: Family, checkpoint: Checkpoint, dtype: s
     for name, table in zip((decoder.ROPE_COS, decoder.ROPE_SIN), rope_tables(config), strict=True):
         append(name, "fp32", table.shape, table, name)
     return weights
+
+
+def _quantized(
+    name: str, stored: StoredTensor, scheme: Scheme, config: DecoderConfig, dtype: str
+) -> Iterator[tuple[str, str, tuple[int, ...], Origin]]:
+    """Name, type, shape and source of what is stored for a checkpoint tensor. A tied head is stored beside the embedding."""
+    is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)
+    is_covered = scheme.covers_head if is_head else decoder.is_linear(name)
+    if not is_covered or name == decoder.EMBEDDING:
+        factor, _ = scheme.factors(name)
+        if name == decoder.EMBEDDING and scheme.target == ORT_CPU:
+            dtype = _DTYPE_OF.get(stored.dtype, dtype)  # rows of it are widened as they are looked up
+        yield name, dtype, stored.shape, stored if factor is None else partial(_scaled, stored, factor, NUMPY_DTYPES[dtype])
+    if is_covered:
+        outputs, inputs = stored.shape
+        made = Quantized(scheme, name, stored)
+        for suffix, part in scheme.parts(name, (outputs, inputs)).items():
+            yield f"{name}.{suffix}", part.dtype, part.shape, partial(made.take, suffix)
+
+
+def _scaled(stored: StoredTensor, factor: Array, dtype: np.dtype[Any]) -> Array:
+    return (stored.open().astype(np.float32) * factor).astype(dtype)
 
 
 def total_size(weights: Iterable[Weight]) -> int:
@@ -181,6 +248,17 @@ def is_in(weight: Weight, artifact: Path) -> bool:
     return True
 
 
+def rows_of(stored: StoredTensor, name: str) -> Iterator[Array]:
+    """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for values that are no number."""
+    outputs, inputs = stored.shape
+    flat, step = stored.open(), max(1, _PIECE // (4 * inputs))
+    for start in range(0, outputs, step):
+        piece = flat[start * inputs : (start + step) * inputs].astype(np.float32).reshape(-1, inputs)
+        if not np.isfinite(piece).all():
+            raise _no_number(name)
+        yield piece
+
+
 def link(source: Path, target: Path) -> None:
     """Hard-link a file; where that cannot be (another disk), copy it."""
     try:
@@ -216,10 +294,10 @@ class _Hasher:
         return FileFacts(self.size, self._digest.hexdigest())
 
 
-def _pieces(source: StoredTensor | Array) -> Iterator[Array]:
+def _pieces(source: Origin) -> Iterator[Array]:
     """The elements of a weight in order, flat, a piece at a time; a piece is good until the second after it."""
     if not isinstance(source, StoredTensor):
-        yield source.reshape(-1)
+        yield (source() if callable(source) else source).reshape(-1)
         return
     step = _PIECE // source.dtype.itemsize
     buffers = [np.empty(min(step, source.size // source.dtype.itemsize), source.dtype) for _ in range(2)]
@@ -264,9 +342,9 @@ def _bytes_of(piece: Array, weight: Weight, maxima: dict[str, float]) -> memoryv
 
 def _convert(piece: Array, weight: Weight, maxima: dict[str, float]) -> Array:
     """A piece in the weight's dtype; its largest magnitude is noted."""
-    target = NUMPY_DTYPES[weight.dtype]
     if not isinstance(weight.source, StoredTensor):
         return piece
+    target = NUMPY_DTYPES[weight.dtype]
     _note_maximum(piece, weight, maxima)
     if piece.dtype == target:
         return piece
@@ -292,10 +370,12 @@ def _note_maximum(piece: Array, weight: Weight, maxima: dict[str, float]) -> Non
         most = max(most, (bits[start : start + _CACHED] & magnitude).max())
     largest = float(np.array([most], kind).view(piece.dtype)[0])
     if not math.isfinite(largest):
-        raise DllmError(
-            f"tensor {weight.source_name}: holds values that are no number (NaN, infinite): the checkpoint is damaged."
-        )
+        raise _no_number(weight.source_name)
     maxima[weight.name] = max(maxima.get(weight.name, 0.0), largest)
+
+
+def _no_number(name: str) -> DllmError:
+    return DllmError(f"tensor {name}: holds values that are no number (NaN, infinite): the checkpoint is damaged.")
 
 
 def _account(names: Mapping[str, str], family: Family, checkpoint: Checkpoint) -> None:

@@ -84,7 +84,7 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small
 def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
     report = tune.run(
-        model, tune.read(tmp_path / "prompts.txt"), GenerationConfig(), max_drop=100, match="exact", tell=lambda line: None
+        model, examples.read(tmp_path / "prompts.txt"), GenerationConfig(), max_drop=100, match="exact", tell=lambda line: None
     )
     assert report["baseline_right"] == report["examples"] == 2
 
@@ -94,7 +94,7 @@ def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     ('{"a": 2, "a": 1}', '{"a": 1}', "json", False), ("[1]", "[2]", "json", False),
 ])  # fmt: skip
 def test_answers_are_compared_as_texts_or_as_json(answer, right, match, expected):
-    assert tune._is_same(answer, right, match) == expected
+    assert examples._is_same(answer, right, match) == expected
 
 
 def test_what_is_given_goes_before_what_was_tuned(golden_artifact):

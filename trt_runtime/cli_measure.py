@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_runtime import backends, cli_artifact, replay, tolerances
+from trt_runtime import backends, cli_artifact, examples, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime.cli_options import add_backend, add_decoding, config_of, open_model, write_json
 from trt_runtime.config import GenerationConfig
@@ -162,14 +162,14 @@ def _tune(args: argparse.Namespace) -> int:
     from trt_runtime import tune
 
     check_counts(args, "count")
-    if args.match not in tune.MATCHES:
-        raise unknown("--match", args.match, tune.MATCHES)
+    if args.match not in examples.MATCHES:
+        raise unknown("--match", args.match, examples.MATCHES)
     if not 0 <= args.max_drop <= 100:
         raise DllmError(f"--max-drop is {args.max_drop:g}, expected 0 to 100 points.")
-    examples = tune.read(args.data)[: args.count]
+    held = examples.read(args.data)[: args.count]
     model = open_model(args)
     base = GenerationConfig(gen_length=args.gen_length, block_length=args.block_length)
-    report = tune.run(model, examples, base, max_drop=args.max_drop, match=args.match, tell=lambda line: print(line, flush=True))
+    report = tune.run(model, held, base, max_drop=args.max_drop, match=args.match, tell=lambda line: print(line, flush=True))
     words = " ".join(
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in report["options"].items()
     )

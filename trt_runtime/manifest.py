@@ -25,6 +25,7 @@ FORMAT = "dllm-trt"
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
+ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # what a quantised artifact is for
 _AGAIN = "export it again or copy it again"
 
 
@@ -71,6 +72,20 @@ class DecodingFacts:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one of TARGETS.
+
+    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run there on a CPU alone; those for 'tensorrt' hold QuantizeLinear and
+    DequantizeLinear. calibration: what it was calibrated on. quality: what the gate of the export measured; None if it was left out.
+    """
+
+    scheme: str
+    target: str
+    calibration: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class GraphFacts:
     """File of a graph, and its inputs and outputs as [name, dtype, axes] rows: a copy of the contract for readers."""
 
@@ -91,7 +106,7 @@ class FileFacts:
 class Manifest:
     """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes.
 
-    weight_maxima: the largest magnitude of each checkpoint tensor, by the name of its initializer.
+    weight_maxima: the largest magnitude of each checkpoint tensor that is stored as it is, by the name of its initializer.
     """
 
     producer: dict[str, str]
@@ -106,6 +121,7 @@ class Manifest:
     tokenizer: str | None = None
     verified: dict[str, Any] | None = None
     weight_maxima: dict[str, float] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @property
     def dims(self) -> contract.Dims:
@@ -178,6 +194,10 @@ def _check_facts(manifest: Manifest, where: str) -> None:
         value = getattr(model, item.name)
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**48:
             raise DllmError(f"{where}: model.{item.name} is {str(value)[:40]}, expected a whole number from 1: {_AGAIN}.")
+    if manifest.quantization is not None and manifest.quantization.target not in TARGETS:
+        raise DllmError(
+            f"{where}: quantization.target is {manifest.quantization.target!r}, expected one of {list(TARGETS)}: {_AGAIN}."
+        )
     if decoding.sampling not in SAMPLINGS:
         raise DllmError(f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}.")
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):

@@ -18,3 +18,9 @@ SAME_GRAPH = {"fp32": 1e-5, "fp16": 1e-2}
 # A decision is AMBIGUOUS if moving confidences by this much turns it into the expected one.
 # fp32: a relative logit error of 1e-5 on logits of 30. fp16: 3.6e-2 was the largest confidence error seen on random models.
 CONFIDENCE = {"fp32": 1e-4, "fp16": 4e-2, "bf16": 2e-1}
+
+# What quantising may cost (export/quality.py), against the model as it was.
+QUANTIZED_KL = 0.05
+QUANTIZED_TOKENS = 0.98
+QUANTIZED_COMMITS = 0.95
+QUANTIZED_DROP = 1.0

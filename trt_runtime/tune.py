@@ -12,7 +12,6 @@ for prompts alone, the answer of the baseline.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 from trt_runtime import manifest as manifests
 from trt_runtime.bench import machine
 from trt_runtime.config import POLICIES, GenerationConfig
-from trt_runtime.errors import DllmError
+from trt_runtime.examples import Example, is_right
 from trt_runtime.model import Model
 
 _THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
@@ -34,16 +33,7 @@ _POLICIES: dict[str, tuple[dict[str, Any], ...]] = {
     "localleap": tuple({"low_threshold": value} for value in (0.6, 0.75)), "hierarchy": tuple({"low_threshold": value} for value in (0.6, 0.75)),
     "prophet": ({},), "slowfast": ({"low_threshold": 0.3},),
 }  # fmt: skip
-MATCHES = ("exact", "json")
 _FINALISTS, _ROUNDS = 3, 3
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, and the answers that are right; None: that of the baseline."""
-
-    prompt: str
-    answers: tuple[str, ...] | None
 
 
 @dataclass
@@ -59,50 +49,6 @@ class Trial:
     @property
     def speed(self) -> float:
         return self.tokens / self.seconds
-
-
-def read(path: Path) -> list[Example]:
-    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. Raises DllmError."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DllmError(
-            f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
-        ) from error
-    if not lines:
-        raise DllmError(f"{path}: holds no prompt: give one a line.")
-    return [_example(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _example(line: str, where: str) -> Example:
-    if not line.lstrip().startswith("{"):
-        return Example(line, None)
-    try:
-        held = json.loads(line)
-    except ValueError as error:
-        raise DllmError(f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.') from error
-    prompt, answers = held.get("prompt"), held.get("answers", [held["answer"]] if "answer" in held else None)
-    if not isinstance(prompt, str) or (
-        answers is not None and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
-    ):
-        raise DllmError(f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.')
-    return Example(prompt, None if answers is None else tuple(answers))
-
-
-def _is_same(answer: str, right: str, match: str) -> bool:
-    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key makes it none."""
-    if match == "exact":
-        return answer.strip() == right.strip()
-    try:
-        return bool(json.loads(answer, object_pairs_hook=_unique) == json.loads(right))
-    except ValueError:
-        return False
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key is repeated")
-    return dict(pairs)
 
 
 class Tuner:
@@ -177,10 +123,7 @@ class Tuner:
         return made, [result.text or "" for result in results]
 
     def _right(self, answers: list[str]) -> int:
-        return sum(
-            any(_is_same(answer, right, self.match) for right in example.answers or ())
-            for answer, example in zip(answers, self.examples, strict=True)
-        )
+        return sum(is_right(answer, example, self.match) for answer, example in zip(answers, self.examples, strict=True))
 
     def _line(self, trial: Trial) -> str:
         share = trial.right / len(self.examples)

@@ -1,0 +1,73 @@
+"""Prompts of a user's own, with the answers that are right: what tuning and quantising are measured on."""
+
+from __future__ import annotations
+
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.errors import DllmError
+
+MATCHES = ("exact", "json")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt (a text, or token ids), and the answers that are right; None where the file gives none."""
+
+    prompt: str | list[int]
+    answers: tuple[str, ...] | None
+
+
+def read(path: Path) -> list[Example]:
+    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. In JSON a prompt may be token ids. Raises DllmError."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DllmError(
+            f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
+        ) from error
+    if not lines:
+        raise DllmError(f"{path}: holds no prompt: give one a line.")
+    return [_example(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _example(line: str, where: str) -> Example:
+    if not line.lstrip().startswith("{"):
+        return Example(line, None)
+    try:
+        held = json.loads(line)
+    except ValueError as error:
+        raise DllmError(f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.') from error
+    if not isinstance(held, dict):
+        raise DllmError(f'{where}: expected an object {{"prompt": "...", "answer": "..."}}.')
+    prompt, answers = held.get("prompt"), held.get("answers", [held["answer"]] if "answer" in held else None)
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not (isinstance(prompt, str) or is_ids) or (
+        answers is not None and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
+    ):
+        raise DllmError(f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.')
+    return Example(typing.cast(str | list[int], prompt), None if answers is None else tuple(answers))
+
+
+def is_right(answer: str, example: Example, match: str) -> bool:
+    """Whether an answer is one of those that an example gives. `match` is one of MATCHES."""
+    return any(_is_same(answer, right, match) for right in example.answers or ())
+
+
+def _is_same(answer: str, right: str, match: str) -> bool:
+    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key makes it none."""
+    if match == "exact":
+        return answer.strip() == right.strip()
+    try:
+        return bool(json.loads(answer, object_pairs_hook=_unique) == json.loads(right))
+    except ValueError:
+        return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)
