@@ -20,6 +20,7 @@ from export.pipeline import ExportConfig, export
 from export.quantization import NAMES
 from export.weights import MODES
 from trt_runtime import contract
+from trt_runtime import manifest as manifests
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
 from trt_runtime.examples import MATCHES
@@ -189,13 +190,13 @@ def verify(artifact: Path, checkpoint: str | None) -> bool:
     """Run the verification and print its stages; whether all passed."""
     from export.verify import verify as run_verification
 
-    passed = True
-    print(f"verifying {artifact} against the PyTorch reference")
+    passed, is_quantised = True, manifests.load(artifact).quantization is not None
+    print(f"verifying {artifact} against {'its checkpoint' if is_quantised else 'the PyTorch reference'}")
     for stage in run_verification(artifact, checkpoint):
         print(f"  {stage}", flush=True)
         passed = passed and stage.passed
-    print("verified: the result is in the manifest" if passed else
-          f"NOT VERIFIED: do not deploy this artifact; 'dllm-trt verify {artifact} --layers' shows where it begins")  # fmt: skip
+    where = "" if is_quantised else f"; 'dllm-trt verify {artifact} --layers' shows where it begins"
+    print("verified: the result is in the manifest" if passed else f"NOT VERIFIED: do not deploy this artifact{where}")
     return passed
 
 

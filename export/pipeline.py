@@ -191,7 +191,12 @@ def graph_of(
 
 
 def _write_graph(
-    role: str, source: Source, config: ExportConfig, planned: list[weights.Weight], directory: Path, scheme: Scheme | None
+    role: str,
+    source: Source,
+    config: ExportConfig,
+    planned: list[weights.Weight],
+    directory: Path,
+    scheme: Scheme | None = None,
 ) -> None:
     model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, scheme)
     operators = frozenset[str]() if scheme is None else scheme.operators
@@ -245,6 +250,9 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         )
         for role in contract.ROLES
     }
+    facts = _model_facts(decoder, checkpoint.config, config.dtype)
+    if scheme is not None:
+        facts = replace(facts, weight_bytes=written.files[weights.FILE_NAME].size)
     versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}
     return Manifest(
         producer={"dllm-trt": __version__, "python": platform.python_version(), **versions},
@@ -256,7 +264,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },
-        model=_model_facts(decoder, checkpoint.config, config.dtype),
+        model=facts,
         decoding=source.decoding,
         head=config.head,
         lowering=config.lowering,

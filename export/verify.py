@@ -24,7 +24,8 @@ import onnxruntime
 import torch
 import transformers
 
-from export import layers, pipeline, tokenizer_files, weights
+from export import layers, pipeline, quality, quantization, tokenizer_files, weights
+from export.quantization.base import Calibration, Scheme
 from export.reference import TorchBackend, origin
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
@@ -37,7 +38,6 @@ from trt_runtime.manifest import Manifest
 from trt_runtime.tokenizer import Tokenizer
 
 _CANVASES = 3
-_SMALL = 20_000_000  # parameters
 _CASES = 12
 _MOST_AMBIGUOUS = 0.25  # of the decisions
 
@@ -74,7 +74,9 @@ def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
     manifest = manifests.load(artifact, check_hashes=True)
     stages = []
     with opened(artifact, checkpoint) as (runnable, reference):
-        for stage in _stages(artifact, runnable, reference, manifest):
+        quantised = manifest.quantization is not None
+        made = _quantized_stages(artifact, reference, manifest) if quantised else _stages(artifact, runnable, reference, manifest)
+        for stage in made:
             stages.append(stage)
             yield stage
     _write(artifact, manifest, stages)
@@ -84,13 +86,16 @@ def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
 def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, TorchBackend]]:
     """The artifact as it can run here (a bf16 one as its fp32 twin), and the reference in fp32."""
     manifest = manifests.load(artifact)
-    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=_threads(manifest))
+    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=quality.threads_of(manifest.model.parameters))
     with tempfile.TemporaryDirectory() as temporary:
-        yield artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
+        runs = manifest.model.dtype != "bf16" or manifest.quantization is not None
+        yield artifact if runs else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
 
 
 def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
     """Layer by layer, for a prefix pass and a refine step: where a failure begins. Raises DllmError."""
+    if manifests.load(artifact).quantization is not None:
+        raise DllmError(f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without --quantize.")
     with opened(artifact, checkpoint) as (runnable, reference):
         calls = _calls(reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length))
         return layers.compare(runnable, reference, calls, exposed)
@@ -111,17 +116,31 @@ def _stages(artifact: Path, runnable: Path, reference: TorchBackend, manifest: M
     yield _decode(engine, reference, manifest, dtype)
 
 
+def _quantized_stages(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Iterator[Stage]:
+    """What is quantised is not to agree within rounding: its weights and graphs must be those that this version makes of the checkpoint, and
+    the gate of the export must have been passed."""
+    yield _weights(artifact, reference, manifest)
+    assert manifest.quantization is not None
+    if different := _different_facts(reference, manifest):
+        yield Stage("decode", False, {"first": different}, "export it again")
+    measured = manifest.quantization.quality
+    advice = "" if measured else "its quality was not measured: export it with --data and --gate yes"
+    yield Stage("quality", measured is not None, measured or {}, advice)
+
+
 def _weights(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Stage:
     """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
     source = reference.source
     mode = "copy" if weights.holds_all(manifest) else "link"
-    planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode)
+    scheme = _scheme(artifact, manifest)
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme)
     wrong: list[str] = []
     for role in contract.ROLES:
         graph = _graph(artifact / manifest.graphs[role].file)
         held = {tensor.name: tensor for tensor in graph.graph.initializer}
-        if manifest.model.dtype == "bf16" and graph.graph != _built(role, source, manifest, planned):
-            wrong.append(f"the {role} graph itself (it cannot run here, and is not the one that this version builds)")
+        is_compared = manifest.model.dtype == "bf16" or scheme is not None
+        if is_compared and graph.graph != _built(role, source, manifest, planned, scheme):
+            wrong.append(f"the {role} graph itself (which is not the one that this version builds)")
         for weight in planned:
             if weight.name not in held or not _lies_where_planned(held[weight.name], weight):
                 wrong.append(f"{weight.name} in the {role} graph")
@@ -133,6 +152,14 @@ def _weights(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Sta
     return Stage("weights", not wrong, measured, "export it again" if wrong else "")
 
 
+def _scheme(artifact: Path, manifest: Manifest) -> Scheme | None:
+    """How the artifact was quantised, with what it was calibrated with."""
+    if manifest.quantization is None:
+        return None
+    kind = quantization.find(manifest.quantization.scheme, manifest.quantization.target)
+    return kind(manifest.model.dtype, Calibration.read(artifact) if kind.is_calibrated else None)
+
+
 def _graph(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
@@ -140,9 +167,11 @@ def _graph(path: Path) -> onnx.ModelProto:
         raise DllmError(f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again.") from error
 
 
-def _built(role: str, source: pipeline.Source, manifest: Manifest, planned: list[weights.Weight]) -> onnx.GraphProto:
+def _built(
+    role: str, source: pipeline.Source, manifest: Manifest, planned: list[weights.Weight], scheme: Scheme | None
+) -> onnx.GraphProto:
     """The graph that this version builds for the checkpoint: what stands in for running a bf16 one."""
-    model = pipeline.graph_of(role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned)
+    model = pipeline.graph_of(role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned, scheme)
     return onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()).graph
 
 
@@ -166,11 +195,8 @@ def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage
 
 
 def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:
-    expected, got = _expected_facts(reference, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
-    if different := [
-        f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key]
-    ]:
-        return Stage("decode", False, {"first": different[0]}, "export it again")
+    if different := _different_facts(reference, manifest):
+        return Stage("decode", False, {"first": different}, "export it again")
     recorded = replays.record(reference, random_cases(reference.manifest, _CASES))["cases"]
     margin = tolerances.CONFIDENCE[dtype]
     found = [replays.follow(engine, case, margin) for case in recorded]
@@ -184,13 +210,22 @@ def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dty
     return Stage("decode", True, measured)
 
 
+def _different_facts(reference: TorchBackend, manifest: Manifest) -> str:
+    """The first thing that the manifest says otherwise than the checkpoint; empty if there is none."""
+    expected, got = _expected_facts(reference, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
+    different = (f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key])
+    return next(different, "")
+
+
 def _expected_facts(reference: TorchBackend, manifest: Manifest) -> dict[str, Any]:
     """What the manifest must say of the checkpoint: its network, and how it decodes."""
     source, decoding = reference.source, reference.source.decoding
     if manifest.tokenizer is not None:
         tokenizer = Tokenizer(reference.artifact / manifest.tokenizer)
         decoding = tokenizer_files.completed(decoding, tokenizer, source.decoder.vocab_size)
-    return {**asdict(decoding), **asdict(pipeline.facts_of_source(source, manifest.model.dtype))}
+    facts = asdict(pipeline.facts_of_source(source, manifest.model.dtype))
+    del facts["weight_bytes"]  # the file's size, checked with it
+    return {**asdict(decoding), **facts}
 
 
 def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") -> bytes:
@@ -216,7 +251,10 @@ def _graphs(artifact: Path, reference: TorchBackend) -> tuple[_Worst, OrtBackend
     made: dict[str, list[_Run]] = {}
     for role in contract.ROLES:
         engine = OrtBackend(
-            artifact, role=role, model_bytes=exposed(artifact, role, [contract.LOGITS]), threads=_threads(reference.manifest)
+            artifact,
+            role=role,
+            model_bytes=exposed(artifact, role, [contract.LOGITS]),
+            threads=quality.threads_of(reference.manifest.model.parameters),
         )
         made[role] = [_ort_run(engine, *call[:2]) for call in calls]
         if role == "prefix":
@@ -305,11 +343,6 @@ def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> _Run:
     return _Run(first, written, second, [tensor.numpy() for pair in cache.buffers for tensor in pair])
 
 
-def _threads(manifest: Manifest) -> int | None:
-    """Small models run on one thread: more are slower. None: the backend's own choice."""
-    return 1 if manifest.model.parameters < _SMALL else None
-
-
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
     name, ignored = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
@@ -320,10 +353,14 @@ def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> P
 
 
 def _write(artifact: Path, manifest: Manifest, stages: list[Stage]) -> None:
+    against = f"transformers {transformers.__version__} on PyTorch {torch.__version__}, fp32, CPU"
+    backend = f"onnxruntime {onnxruntime.__version__}" + (", fp32 twin" if manifest.model.dtype == "bf16" else "")
+    if manifest.quantization is not None:
+        against = "the checkpoint, quantised again by this version, and the quality that its export measured"
     verified = {
         "passed": all(stage.passed for stage in stages),
-        "against": f"transformers {transformers.__version__} on PyTorch {torch.__version__}, fp32, CPU",
-        "backend": f"onnxruntime {onnxruntime.__version__}" + (", fp32 twin" if manifest.model.dtype == "bf16" else ""),
+        "against": against,
+        "backend": backend,
         "stages": {stage.name: {"passed": stage.passed, **stage.measured} for stage in stages},
     }
     manifests.write(replace(manifest, verified=verified), artifact)

@@ -17,6 +17,7 @@ from tiny import write_checkpoint
 from export import cli as export_cli
 from export import families, lint, pipeline, weights
 from export.decoder import Decoder
+from export.linears import Linears
 from export.lowering import modern
 from export.verify import bisect, verify
 from trt_runtime import cli
@@ -40,8 +41,10 @@ def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):
 
 
 def _swap_gate_and_up(monkeypatch):
-    real, swapped = Decoder._linear, {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-    monkeypatch.setattr(Decoder, "_linear", lambda self, x, layer, name, **o: real(self, x, layer, swapped.get(name, name), **o))
+    real = Linears.gated
+    monkeypatch.setattr(
+        Linears, "gated", lambda self, op, h, names, weight: real(self, op, h, (names[1], names[0], names[2]), weight)
+    )
 
 
 def _swap_heads(monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from trt_runtime import cli, tune
+from trt_runtime import cli, examples, tune
 from trt_runtime.config import GenerationConfig, configured
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import load as load_manifest
@@ -94,7 +94,7 @@ def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     ('{"a": 2, "a": 1}', '{"a": 1}', "json", False), ("[1]", "[2]", "json", False),
 ])  # fmt: skip
 def test_answers_are_compared_as_texts_or_as_json(answer, right, match, expected):
-    assert examples._is_same(answer, right, match) == expected
+    assert examples.is_right(answer, examples.Example("", (right,)), match) == expected
 
 
 def test_what_is_given_goes_before_what_was_tuned(golden_artifact):

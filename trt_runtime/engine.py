@@ -38,6 +38,7 @@ _MODULES = {
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
+_SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 
@@ -146,9 +147,11 @@ def key_of(description: dict[str, Any]) -> str:
 def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
     """The engines of an artifact, built, or found if they are there already. Returns their directory. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
+    manifests.check_runs_on_gpu(manifest, str(artifact))
     config, trt = config.checked(manifest), load(config.backend)
     _check_version(manifest, config, trt)
     gpu = None if config.targets else _gpu(config)
+    _check_scheme(manifest, [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets])
     edit, kernels, ptx = _plugins(manifest, config, gpu) if config.plugins and gpu else (None, {}, {})
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
@@ -252,6 +255,16 @@ def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
         raise DllmError(
             f"the artifact is of the modern lowering, which {config.backend} reads from {'.'.join(map(str, least))} on; installed is "
             f"{trt.__version__}: update it, or export with --lowering legacy."
+        )
+
+
+def _check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
+    scheme = manifest.quantization.scheme if manifest.quantization else ""
+    least = _SCHEME_FROM.get(scheme, 0)
+    if older := [capability for capability in capabilities if capability < least]:
+        raise DllmError(
+            f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is SM{older[0]}: export it with "
+            "--quantize int8-sq or int4 --target tensorrt."
         )
 
 

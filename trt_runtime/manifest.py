@@ -33,7 +33,8 @@ _AGAIN = "export it again or copy it again"
 class ModelFacts:
     """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
 
-    parameters: of the network alone. tied_head: whether the head is the embedding.
+    parameters: of the network alone. tied_head: whether the head is the embedding. weight_bytes: of a quantised model's weights as they are
+    stored; None: `parameters` numbers of `dtype`.
     """
 
     family: str
@@ -48,6 +49,7 @@ class ModelFacts:
     dtype: str
     parameters: int
     tied_head: bool = False
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,16 @@ def parse(read: object, where: str) -> Manifest:
     for name in [*manifest.files, *([manifest.tokenizer] if manifest.tokenizer else [])]:
         _check_name(name, where)
     return manifest
+
+
+def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
+    """Raise DllmError for an artifact that is quantised for the CPU."""
+    held = manifest.quantization
+    if held is not None and held.target == ORT_CPU:
+        raise DllmError(
+            f"{where}: is quantised ({held.scheme}) with ONNX Runtime's own operators, which run on a CPU: for a GPU export it with "
+            "--quantize fp8, int8-sq, or int4 --target tensorrt, or without --quantize."
+        )
 
 
 def _check_facts(manifest: Manifest, where: str) -> None:

@@ -75,6 +75,8 @@ class Memory:
 
 def weight_bytes(facts: ModelFacts) -> int:
     """Weights and rotation tables."""
+    if facts.weight_bytes is not None:
+        return facts.weight_bytes
     tables = 2 * facts.max_length * (facts.head_dim // 2) * 4
     return facts.parameters * _item(facts) + tables
 
@@ -133,6 +135,8 @@ def facts_of(path: str, dtype: str | None) -> ModelFacts:
     """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices). Raises DllmError."""
     if _is_artifact(path):
         facts = manifests.load(Path(path)).model
+        if dtype is not None and facts.weight_bytes is not None:
+            raise DllmError(f"{path}: is quantised, and has no other dtype than {facts.dtype}: leave --dtype out.")
         return facts if dtype is None else replace(facts, dtype=dtype)
     advice = "forecasts for a checkpoint run from a checkout, with pip install -e '.[export]'; those for an artifact run anywhere"
     facts_of_checkpoint = import_tool("export.pipeline", "plan", advice).facts_of_checkpoint
@@ -199,7 +203,7 @@ def report(facts: ModelFacts, work: Work, names: list[str]) -> dict[str, Any]:
         "memory": {layout.name: {**asdict(parts), "total": parts.total}
                    for layout in LAYOUTS if any(runs(facts, layout, device) for device in devices)
                    for parts in [memory(facts, work, layout, on_cpu=only_cpu)]},
-        "disk": {"artifact": weights, "artifact, weights linked": weights - facts.parameters * _item(facts),
+        "disk": {"artifact": weights, "artifact, weights linked": None if facts.weight_bytes else weights - facts.parameters * _item(facts),
                  "engines, shared": weights, "engines, split": 2 * weights},
         "build_memory": 3 * weights,
         "devices": {device.name: {
@@ -225,7 +229,12 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
         lines.append(f"{name:32}{_gib(parts['weights']):>9}{_gib(parts['cache']):>9}{_gib(parts['activations']):>13}"
                      f"{_gib(parts['statistics']):>12}{_gib(parts['total']):>9}")  # fmt: skip
     disk = made["disk"]
-    lines += ["", f"disk: artifact {_gib(disk['artifact'])} GiB ({_gib(disk['artifact, weights linked'])} with --weights link), engines "
+    linked = (
+        "quantised"
+        if disk["artifact, weights linked"] is None
+        else f"{_gib(disk['artifact, weights linked'])} with --weights link"
+    )
+    lines += ["", f"disk: artifact {_gib(disk['artifact'])} GiB ({linked}), engines "
               f"{_gib(disk['engines, shared'])} (shared) or {_gib(disk['engines, split'])} (split); building an engine takes about three times the weights, "
               f"{_gib(made['build_memory'])} GiB, of memory", "",
               f"{'at the roofline':26}{'memory GiB':>11}{'prefix pass ms':>16}{'refine step ms':>16}  fits"]  # fmt: skip

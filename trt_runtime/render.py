@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trt_runtime.config import GenerationConfig
-from trt_runtime.manifest import Manifest
+from trt_runtime.manifest import Manifest, Quantization
 from trt_runtime.model import Model, Prompt, Result, Update
 
 _MASK = "░"
@@ -107,4 +107,21 @@ def describe(path: Path, manifest: Manifest) -> str:
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
         "verified": said,
     }
+    if manifest.quantization is not None:
+        rows["quantised"] = _quantised(manifest.quantization)
     return "\n".join(f"{name:10} {text}" for name, text in rows.items())
+
+
+def _quantised(facts: Quantization) -> str:
+    measured = facts.quality
+    if measured is None:
+        return f"{facts.scheme} for {facts.target}; its quality was not measured"
+    right = (
+        f"; right answers {measured['right']} of {measured['judged']}, before {measured['right_before']}"
+        if measured["judged"]
+        else ""
+    )
+    return (
+        f"{facts.scheme} for {facts.target}; beside the model as it was: KL {measured['kl_mean']:.2g} nats, same token "
+        f"{100 * measured['same_token']:.1f} %, same commit {100 * measured['same_commit']:.1f} %{right}"
+    )

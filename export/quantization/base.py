@@ -45,7 +45,7 @@ class Calibration:
         """What `write` wrote. Raises DllmError."""
         path = artifact / FILE_NAME
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
                 arrays = [(*name.split("/", 1), held[name]) for name in held.files]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DllmError(f"{path}: cannot be read ({error}): export it again or copy it again.") from error

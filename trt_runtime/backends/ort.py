@@ -243,6 +243,8 @@ class OrtBackend(Backend):
             raise DllmError(
                 f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with DTYPE=fp32 or fp16."
             )
+        if self.device != "cpu":
+            manifests.check_runs_on_gpu(self.manifest, str(artifact))
         if self.device != "cpu" and not self.manifest.dims.writes_caches:
             raise DllmError(
                 f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with --lowering modern."
