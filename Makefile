@@ -1,5 +1,6 @@
 # Targets set up what they need. `make help` lists them.
 #   MODEL=llada|dream  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  WEIGHTS=copy|link  HEAD=statistics|logits  OUT=dir  VERIFY=0  PYTHON=python3.x
+#   QUANTIZE=w8a8|int4|fp8|int8-sq  TARGET=ort-cpu|tensorrt (int4 has both)  DATA=file of prompts (and answers)  MATCH=exact|json  GATE=yes|no
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +12,9 @@ WEIGHTS ?= copy
 ENGINES ?= engines
 DEMO := artifacts/llada-demo
 PROMPTS := checkpoints/llada-demo/prompts.txt
+DEMO_DATA := artifacts/demo-prompts.jsonl
+MATCH ?= exact
+GATE ?= yes
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -40,9 +44,14 @@ demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measur
 	@echo && echo "== 4. one prompt, block by block" && $(BIN)/dllm-trt generate $(DEMO) --stream "$$(sed -n 4p $(PROMPTS))"
 	@echo && echo "== 5. caches and parallel unmasking, side by side" && $(BIN)/dllm-trt bench $(DEMO) --prompts $(PROMPTS) --count 8
 
-export: $(VENV)/.runtime ## checkpoint -> artifact: MODEL=llada|dream [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir]
+export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: MODEL=llada|dream [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file]
 	$(BIN)/python -m export --model $(MODEL) --dtype $(DTYPE) --head $(HEAD) --overwrite \
-	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto)
+	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto) \
+	  $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
+	  --match $(if $(DATA)$(CHECKPOINT),$(MATCH),json) --gate $(GATE))
+
+$(DEMO_DATA): | $(VENV)/.runtime
+	@mkdir -p $(dir $@) && $(BIN)/python tools/demo_prompts.py --tuning $@ --count 100
 
 engines: $(VENV)/.runtime ## artifact -> TensorRT engines, on the GPU that runs them: MODEL=llada|dream [OUT=dir] [ENGINES=dir] [BUILD='--max-batch 4']
 	$(BIN)/dllm-trt build $(or $(OUT),artifacts/$(if $(filter dream,$(MODEL)),dream_tiny,llada-demo)) --out $(ENGINES) $(BUILD)
@@ -56,8 +65,8 @@ lint: $(VENV)/.dev ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## a random 140 M LLaDA on ONNX Runtime against eager PyTorch, one thread (about 25 minutes)
-	$(BIN)/python benchmarks/llada_140m.py --output benchmarks/results
+bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
+	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/render_system.py
 
 frontier: $(VENV)/.dev ## accuracy against tokens a forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --head logits --overwrite --verify no

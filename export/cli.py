@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args.model)
-    out = args.out or Path("artifacts") / _name_of(checkpoint)
+    suffix = f"-{args.quantize}" if args.quantize else ""
+    out = args.out or Path("artifacts") / (_name_of(checkpoint) + suffix)
     config = ExportConfig(
         checkpoint,
         out,
@@ -138,7 +139,7 @@ def _run(args: argparse.Namespace) -> int:
         print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
         return 0
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
-    if args.verify == "auto" and free and needed > free:
+    if args.verify == "auto" and free and needed > free and manifest.quantization is None:
         print(f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
               f"'dllm-trt verify {out}' on a larger machine, or add --verify yes")  # fmt: skip
         return 0

@@ -87,9 +87,9 @@ class Quality:
     right: int
 
     @property
-    def drop(self) -> float:
-        """Points of right answers that were lost."""
-        return 100 * (self.right_before - self.right) / self.judged if self.judged else 0.0
+    def allowed_losses(self) -> float:
+        """Right answers that may be lost: the bound in points, and one in any case, for a single answer says nothing."""
+        return max(1.0, self.judged * tolerances.QUANTIZED_DROP / 100)
 
     def failures(self) -> Iterator[str]:
         """A sentence for each bound that is missed: trt_runtime/tolerances.py."""
@@ -99,8 +99,8 @@ class Quality:
             yield f"{100 * self.same_token:.1f} % of the committed tokens are proposed again, required {100 * tolerances.QUANTIZED_TOKENS:g} %"
         if not self.same_commit >= tolerances.QUANTIZED_COMMITS:
             yield f"{100 * self.same_commit:.1f} % of the commits are made in the same forward, required {100 * tolerances.QUANTIZED_COMMITS:g} %"
-        if self.drop > tolerances.QUANTIZED_DROP:
-            yield f"{self.right} of {self.judged} answers are right, {self.right_before} were before: allowed is {tolerances.QUANTIZED_DROP:g} point less"
+        if self.right_before - self.right > self.allowed_losses:
+            yield f"{self.right} of {self.judged} answers are right, {self.right_before} were before: allowed are {self.allowed_losses:g} less"
 
     def as_dict(self) -> dict[str, Any]:
         return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in asdict(self).items()}

@@ -66,7 +66,7 @@ class TorchBackend(Backend):
         device: str = "cpu",
     ) -> None:
         facts = manifests.load(artifact)
-        source = _source(facts, checkpoint, artifact)
+        source = source_of(facts, checkpoint, artifact)
         # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
         decoding = replace(source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults)
         self.artifact, self.manifest, self.source = artifact, replace(facts, decoding=decoding), source
@@ -141,7 +141,8 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, t
     return name, tuple(ignored)
 
 
-def _source(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+    """The checkpoint behind an artifact, read. Raises DllmError if it is another one."""
     name, ignored_keys = origin(manifest, checkpoint)
     source = pipeline.read(name, ignored_keys=ignored_keys)
     expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")

@@ -26,7 +26,7 @@ import transformers
 
 from export import layers, pipeline, quality, quantization, tokenizer_files, weights
 from export.quantization.base import Calibration, Scheme
-from export.reference import TorchBackend, origin
+from export.reference import TorchBackend, origin, source_of
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
@@ -72,13 +72,10 @@ class _Worst:
 def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
     """The stages, as they finish. After the last, the result is written into the manifest. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
-    stages = []
-    with opened(artifact, checkpoint) as (runnable, reference):
-        quantised = manifest.quantization is not None
-        made = _quantized_stages(artifact, reference, manifest) if quantised else _stages(artifact, runnable, reference, manifest)
-        for stage in made:
-            stages.append(stage)
-            yield stage
+    stages, made = [], _stages if manifest.quantization is None else _quantized_stages
+    for stage in made(artifact, checkpoint, manifest):
+        stages.append(stage)
+        yield stage
     _write(artifact, manifest, stages)
 
 
@@ -88,8 +85,7 @@ def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, Torch
     manifest = manifests.load(artifact)
     reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=quality.threads_of(manifest.model.parameters))
     with tempfile.TemporaryDirectory() as temporary:
-        runs = manifest.model.dtype != "bf16" or manifest.quantization is not None
-        yield artifact if runs else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
+        yield artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
 
 
 def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
@@ -101,36 +97,37 @@ def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[laye
         return layers.compare(runnable, reference, calls, exposed)
 
 
-def _stages(artifact: Path, runnable: Path, reference: TorchBackend, manifest: Manifest) -> Iterator[Stage]:
-    yield _weights(artifact, reference, manifest)
-    worst, engine = _graphs(runnable, reference)
-    dtype = engine.manifest.model.dtype
-    yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
-    allowed = tolerances.LOGITS[dtype]
-    logits_ok = worst.logits <= allowed and worst.same <= tolerances.SAME_GRAPH[dtype]
-    yield Stage("logits", logits_ok, {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed})
-    cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
-    measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
-                "allowed for logits": allowed}  # fmt: skip
-    yield Stage("cache", cache_ok, measured)
-    yield _decode(engine, reference, manifest, dtype)
+def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Iterator[Stage]:
+    with opened(artifact, checkpoint) as (runnable, reference):
+        yield _weights(artifact, reference.source, manifest)
+        worst, engine = _graphs(runnable, reference)
+        dtype = engine.manifest.model.dtype
+        yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
+        allowed = tolerances.LOGITS[dtype]
+        logits_ok = worst.logits <= allowed and worst.same <= tolerances.SAME_GRAPH[dtype]
+        yield Stage("logits", logits_ok, {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed})
+        cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
+        measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
+                    "allowed for logits": allowed}  # fmt: skip
+        yield Stage("cache", cache_ok, measured)
+        yield _decode(engine, reference, manifest, dtype)
 
 
-def _quantized_stages(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Iterator[Stage]:
+def _quantized_stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Iterator[Stage]:
     """What is quantised is not to agree within rounding: its weights and graphs must be those that this version makes of the checkpoint, and
     the gate of the export must have been passed."""
-    yield _weights(artifact, reference, manifest)
+    source = source_of(manifest, checkpoint, artifact)
+    yield _weights(artifact, source, manifest)
     assert manifest.quantization is not None
-    if different := _different_facts(reference, manifest):
+    if different := _different_facts(source, artifact, manifest):
         yield Stage("decode", False, {"first": different}, "export it again")
     measured = manifest.quantization.quality
     advice = "" if measured else "its quality was not measured: export it with --data and --gate yes"
     yield Stage("quality", measured is not None, measured or {}, advice)
 
 
-def _weights(artifact: Path, reference: TorchBackend, manifest: Manifest) -> Stage:
+def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Stage:
     """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
-    source = reference.source
     mode = "copy" if weights.holds_all(manifest) else "link"
     scheme = _scheme(artifact, manifest)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme)
@@ -195,7 +192,7 @@ def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage
 
 
 def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:
-    if different := _different_facts(reference, manifest):
+    if different := _different_facts(reference.source, reference.artifact, manifest):
         return Stage("decode", False, {"first": different}, "export it again")
     recorded = replays.record(reference, random_cases(reference.manifest, _CASES))["cases"]
     margin = tolerances.CONFIDENCE[dtype]
@@ -210,18 +207,18 @@ def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dty
     return Stage("decode", True, measured)
 
 
-def _different_facts(reference: TorchBackend, manifest: Manifest) -> str:
+def _different_facts(source: pipeline.Source, artifact: Path, manifest: Manifest) -> str:
     """The first thing that the manifest says otherwise than the checkpoint; empty if there is none."""
-    expected, got = _expected_facts(reference, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
+    expected, got = _expected_facts(source, artifact, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
     different = (f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key])
     return next(different, "")
 
 
-def _expected_facts(reference: TorchBackend, manifest: Manifest) -> dict[str, Any]:
+def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest) -> dict[str, Any]:
     """What the manifest must say of the checkpoint: its network, and how it decodes."""
-    source, decoding = reference.source, reference.source.decoding
+    decoding = source.decoding
     if manifest.tokenizer is not None:
-        tokenizer = Tokenizer(reference.artifact / manifest.tokenizer)
+        tokenizer = Tokenizer(artifact / manifest.tokenizer)
         decoding = tokenizer_files.completed(decoding, tokenizer, source.decoder.vocab_size)
     facts = asdict(pipeline.facts_of_source(source, manifest.model.dtype))
     del facts["weight_bytes"]  # the file's size, checked with it

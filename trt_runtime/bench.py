@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from trt_runtime import contract
+from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.config import CACHES, GenerationConfig
@@ -31,7 +33,8 @@ from trt_runtime.model import Model, Prompt
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs too."""
+    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs too, in each of `reference_dtypes`
+    (empty: the artifact's); `beside`: other artifacts of the same model, quantised ones, say, which run the same variants."""
 
     prompts: Path | None
     prompt_length: int
@@ -45,6 +48,8 @@ class Options:
     reference: tuple[str, ...]
     threads: int | None
     checkpoint: str | None
+    beside: tuple[Path, ...] = ()
+    reference_dtypes: tuple[str, ...] = ()
 
 
 class Timed:
@@ -75,9 +80,14 @@ class Timed:
 def options_of(args: argparse.Namespace) -> Options:
     """Options from the command line, checked. Raises DllmError."""
     check_counts(args, "prompt_length", "count", "repeats", "tokens_per_step")
-    variants, reference = (tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference))
+    variants, reference, dtypes = (
+        tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference, args.reference_dtypes)
+    )
+    for dtype in dtypes:
+        if dtype not in contract.DTYPES:
+            raise unknown("dtype", dtype, contract.DTYPES)
     return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
-                   args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint)  # fmt: skip
+                   args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint, tuple(args.beside), dtypes)  # fmt: skip
 
 
 def run(model: Model, options: Options) -> dict[str, Any]:
@@ -89,27 +99,53 @@ def run(model: Model, options: Options) -> dict[str, Any]:
         if name not in variants:
             raise unknown("variant", name, variants)
     own = {name: config for name, config in variants.items() if name in options.variants or not options.variants}
-    entries = {f"ort {name}" if model.backend.name == "ort" else f"{model.backend.name} {name}": (model, config)
-               for name, config in own.items()}  # fmt: skip
-    if names:
-        extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
-        torch_model = Model(model.path, open_backend("torch", model.path, threads=options.threads, **extra))
-        entries |= {f"torch {name}": (torch_model, variants[name]) for name in names}
+    opened = _opened(model, options, bool(names))
+    entries: dict[str, tuple[Model, GenerationConfig]] = {}
+    for label, held in opened.items():
+        chosen = own if held.backend.name != "torch" else {name: variants[name] for name in names}
+        entries |= {f"{label} {name}": (held, config) for name, config in chosen.items()}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
     for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
-        for name, (opened, config) in entries.items():
-            sample = _measure(opened, prompts[:1] if repeat == 0 else prompts, config)
+        for name, (held, config) in entries.items():
+            sample = _measure(held, prompts, config) if repeat else _measure(held, prompts[:1], _one_block(config))
             if repeat:
                 samples[name].append(sample)
     rows = [_row(name, taken) for name, taken in samples.items()]
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
     config = next(iter(variants.values()))
-    memory = {name: _peak_memory(model.path, name, options, config) for name in dict.fromkeys(e.split()[0] for e in entries)}
+    memory = {label: _peak_memory(held, label, options, config) for label, held in opened.items()}
     return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
             "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
                          "dtype": model.manifest.model.dtype},
             "rows": rows, "peak_memory_mib": memory}  # fmt: skip
+
+
+def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, Model]:
+    """By label: the artifact, those beside it, and PyTorch."""
+    found = {model.backend.name: model}
+    for path in options.beside:
+        facts = manifests.load(path)
+        if replace(facts.model, dtype="", weight_bytes=None) != replace(model.manifest.model, dtype="", weight_bytes=None):
+            raise DllmError(f"--beside {path}: is of another model than {model.path}: give an artifact of the same checkpoint.")
+        label = f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
+        if label in found:
+            raise DllmError(f"--beside {path}: another artifact is called '{label}' already: give one of each kind.")
+        found[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
+    for dtype in (options.reference_dtypes or ("",)) if with_reference else ():
+        extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
+        extra |= {"dtype": dtype} if dtype else {}
+        label = f"torch {dtype}".strip()
+        found[label] = Model(model.path, open_backend("torch", model.path, threads=options.threads, **extra))
+    return found
+
+
+def _one_block(config: GenerationConfig) -> GenerationConfig:
+    """To warm up with."""
+    assert config.gen_length is not None and config.block_length is not None
+    blocks = -(-config.gen_length // config.block_length)
+    steps = None if config.steps is None else max(1, config.steps // blocks)
+    return replace(config, gen_length=min(config.block_length, config.gen_length), steps=steps)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -210,10 +246,11 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
 
 
-def _peak_memory(artifact: Path, backend: str, options: Options, config: GenerationConfig) -> float:
+def _peak_memory(model: Model, label: str, options: Options, config: GenerationConfig) -> float:
     """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with both roles."""
-    job = {"artifact": str(artifact), "backend": backend, "prompt_length": options.prompt_length, "threads": options.threads,
-           "checkpoint": options.checkpoint, "gen_length": config.gen_length, "block_length": config.block_length}  # fmt: skip
+    dtype = label.partition(" ")[2] if model.backend.name == "torch" else ""
+    job = {"artifact": str(model.path), "backend": model.backend.name, "prompt_length": options.prompt_length, "threads": options.threads,
+           "checkpoint": options.checkpoint, "dtype": dtype, "gen_length": config.gen_length, "block_length": config.block_length}  # fmt: skip
     command = [sys.executable, "-m", "trt_runtime.bench", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -224,6 +261,7 @@ def _peak_memory(artifact: Path, backend: str, options: Options, config: Generat
 def _child() -> None:
     job = json.loads(sys.argv[1])
     extra = {"checkpoint": job["checkpoint"]} if job["checkpoint"] and job["backend"] == "torch" else {}
+    extra |= {"dtype": job["dtype"]} if job["dtype"] else {}
     backend = open_backend(job["backend"], Path(job["artifact"]), threads=job["threads"], **extra)
     model = Model(Path(job["artifact"]), backend)
     room = model.manifest.model.max_length - job["gen_length"]

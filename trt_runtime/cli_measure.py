@@ -39,6 +39,11 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     bench.add_argument(
         "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
     )
+    bench.add_argument(
+        "--reference-dtypes", default="", metavar="NAMES", help="of PyTorch, e.g. fp32,bf16 (default the artifact's)"
+    )
+    bench.add_argument("--beside", type=Path, action="append", default=[], metavar="ARTIFACT",
+                       help="another artifact of the same model, quantised, say, that runs the same variants (may be repeated)")  # fmt: skip
     bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     add_backend(bench)
 

@@ -1,0 +1,284 @@
+"""Benchmark of the whole system on a CPU: caches, parallel unmasking and quantised artifacts on ONNX Runtime beside eager PyTorch, and how
+forwards grow with prompt, answer, block, batch and threads, beside what the machine could do.
+
+    python benchmarks/system.py                                             # a random LLaDA of 140 M parameters (make bench)
+    python benchmarks/system.py --parts variants --threads 1 --repeats 3
+    python benchmarks/system.py --artifact artifacts/x --llama-cpp build/bin/llama-diffusion-cli --gguf x.gguf --parts llama-cpp
+
+variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens a forward (vanilla: one), prompt 256, gen_length 128, blocks of 32
+scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, beside the roofline: multiplications at the rate of
+           the machine's own matrix products (measured in the same run), or reading the weights at the bandwidth of a copy, whichever is longer
+llama-cpp  llama.cpp's diffusion example on the same prompts, canvas, steps and threads; its binary and model file are the user's
+Results: system-*.json under --output; benchmarks/render_system.py makes the tables and plots of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from trt_runtime import plan
+from trt_runtime.backends.base import Window
+from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.bench import machine
+from trt_runtime.manifest import ModelFacts
+from trt_runtime.model import load
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("variants", "scaling", "llama-cpp")
+BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "prompt": (64, 256, 512, 1024), "gen_length": (64, 128, 256, 512), "block": (8, 16, 32, 64, 128), "batch": (1, 2, 4, 8), "threads": (1, 2),
+}  # fmt: skip
+TOKENS_A_STEP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--artifact", type=Path, help="an fp32 artifact (default: a random one of 140 M parameters, made on the way)"
+    )
+    parser.add_argument("--parts", default="variants,scaling", help=f"of {', '.join(PARTS)} (default variants,scaling)")
+    parser.add_argument("--threads", default="1,2", help="of a matrix product, for the variants: one run each (default 1,2)")
+    parser.add_argument("--repeats", type=int, default=2, help="interleaved runs of the variants, after a warm-up (default 2)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON results")
+    parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's llama-diffusion-cli")
+    parser.add_argument("--gguf", type=Path, help="the artifact's model for it")
+    parser.add_argument("--prompts", type=Path, help="of llama-cpp: a prompt a line")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise SystemExit(f"error: --parts: {unknown[0]}: expected some of {', '.join(PARTS)}.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary)
+        if "llama-cpp" in parts:
+            llama_cpp(args)
+        if {"variants", "scaling"} & set(parts):
+            artifact, quantised = artifacts(args.artifact, made)
+        if "variants" in parts:
+            for threads in args.threads.split(","):
+                variants(artifact, quantised, int(threads), args.repeats, args.output)
+        if "scaling" in parts:
+            report = {"machine": machine(), "base": BASE, **scaling(artifact, quantised[0])}
+            write(args.output / "system-scaling.json", report)
+
+
+def artifacts(given: Path | None, made: Path) -> tuple[Path, list[Path]]:
+    """An fp32 artifact, and quantised ones of the same checkpoint. Their quality is not asked: random weights have none to lose."""
+    checkpoint, artifact = str(made / "checkpoint"), given or made / "fp32"
+    if given is None:
+        run("tools/random_checkpoint.py", "--preset", "llada-140m", checkpoint)
+        run("-m", "export", "--checkpoint", checkpoint, "--out", str(artifact), "--verify", "no")
+    else:
+        checkpoint = json.loads((given / "manifest.json").read_text(encoding="utf-8"))["source"]["checkpoint"]
+    quantised = [made / scheme for scheme in ("w8a8", "int4")]
+    for out in quantised:
+        run(
+            "-m",
+            "export",
+            "--checkpoint",
+            checkpoint,
+            "--out",
+            str(out),
+            "--verify",
+            "no",
+            "--quantize",
+            out.name,
+            "--gate",
+            "no",
+        )
+    return artifact, quantised
+
+
+def run(*command: str) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"{path} written")
+
+
+def variants(artifact: Path, quantised: list[Path], threads: int, repeats: int, output: Path) -> None:
+    sizes = (
+        "--prompt-length",
+        "256",
+        "--gen-length",
+        "128",
+        "--block-length",
+        "32",
+        "--tokens-per-step",
+        str(TOKENS_A_STEP),
+        "--count",
+        "1",
+    )
+    beside = [word for path in quantised for word in ("--beside", str(path))]
+    run("-m", "trt_runtime.cli", "bench", str(artifact), *sizes, *beside, "--repeats", str(repeats), "--threads", str(threads),
+        "--variants", "vanilla,none,prefix,dual", "--reference", "vanilla,none,dual", "--reference-dtypes", "fp32,bf16",
+        "--output", str(output / f"system-variants-{threads}.json"))  # fmt: skip
+
+
+def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
+    """A point for each size of each sweep and each artifact."""
+    rates = {threads: peaks(threads) for threads in SWEEPS["threads"]}
+    opened: dict[int, dict[str, OrtBackend]] = {}
+    points = []
+    for sweep, sizes in SWEEPS.items():
+        for size in sizes:
+            at = BASE | {sweep: size}
+            backends = opened.setdefault(
+                at["threads"], {path.name: OrtBackend(path, threads=at["threads"]) for path in (fp32, w8a8)}
+            )
+            for name, figures in forwards(backends, at).items():
+                facts, quantised = backends[name].manifest.model, backends[name].manifest.quantization is not None
+                points.append({"sweep": sweep, **at, "artifact": "w8a8" if quantised else "fp32", **figures,
+                               **rooflines(facts, at, rates[at["threads"]], quantised)})  # fmt: skip
+                print(points[-1], flush=True)
+    return {"rates": rates, "points": points}
+
+
+def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Median ms of a prefix pass and a refine step, and the tokens a second that they make of a whole answer."""
+    length, times = at["prompt"] + at["gen_length"], {name: ([], []) for name in backends}
+    rng = np.random.default_rng(0)
+    caches = {name: backend.new_cache(at["batch"], length) for name, backend in backends.items()}
+    vocabulary = next(iter(backends.values())).manifest.model.vocab_size
+    canvas = rng.integers(0, vocabulary // 2, (at["batch"], length))
+    for turn in range(4):
+        for name, backend in backends.items():
+            for kind, (start, end) in enumerate(((0, length), (at["prompt"], at["prompt"] + at["block"]))):
+                window = window_of(canvas, start, end, at["prompt"], at["block"])
+                call = backend.prefix if kind == 0 else backend.refine
+                for _ in range(1 if kind == 0 else 4):
+                    begin = time.perf_counter()
+                    call(caches[name], slice(0, at["batch"]), window)
+                    if turn:  # the first warms up
+                        times[name][kind].append(1000 * (time.perf_counter() - begin))
+    steps, blocks = -(-at["block"] // TOKENS_A_STEP), -(-at["gen_length"] // at["block"])
+    found = {}
+    for name, kinds in times.items():
+        prefix, refine = (statistics.median(kind) for kind in kinds)
+        seconds = blocks * (prefix + (steps - 1) * refine) / 1000
+        found[name] = {"prefix_ms": prefix, "refine_ms": refine, "tokens_per_second": at["batch"] * at["gen_length"] / seconds}
+    return found
+
+
+def window_of(canvas: np.ndarray, start: int, end: int, prompt: int, block: int) -> Window:
+    """Rows start to end of every canvas; statistics are asked for the first block after the prompt."""
+    batch, length = canvas.shape
+    positions = np.tile(np.arange(start, end), (batch, 1))
+    asked = np.tile(np.arange(prompt, prompt + block) - start, (batch, 1))
+    return Window(canvas[:, start:end].astype(np.int64), positions, np.full(batch, start), np.full(batch, length), asked)
+
+
+def rooflines(facts: ModelFacts, at: dict[str, int], rates: dict[str, float], quantised: bool) -> dict[str, float]:
+    """The least ms that this machine's own rates allow for the two forwards: linear layers in the artifact's numbers, attention in fp32."""
+    length, found = at["prompt"] + at["gen_length"], {}
+    for kind, rows in (("prefix", length), ("refine", at["block"])):
+        everything = at["batch"] * plan.flops(facts, rows, length, at["block"])
+        linear = at["batch"] * plan.flops(facts, rows, 0, at["block"])
+        compute = linear / rates["int8" if quantised else "fp32"] + (everything - linear) / rates["fp32"]
+        embedding = 4 * facts.vocab_size * facts.hidden_size  # rows of it are looked up, the rest is not read
+        read = (plan.weight_bytes(facts) - embedding) / rates["bandwidth"]
+        found[f"{kind}_roofline_ms"] = 1000 * max(compute, read)
+    return found
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Operations a second of large matrix products in ONNX Runtime, and bytes a second of a copy (both directions counted)."""
+    rows, size = 512, 2048
+    rng = np.random.default_rng(0)
+    weight, scales = rng.standard_normal((size, size)).astype(np.float32), np.full(size, 0.01, np.float32)
+    held = {"w": weight, "w8": (weight * 20).astype(np.int8), "s": scales, "one": np.float32(1), "zero": np.uint8(128)}
+    given = {"x": rng.standard_normal((rows, size)).astype(np.float32), "q": rng.integers(0, 255, (rows, size)).astype(np.uint8)}
+    nodes = {"fp32": helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
+             "int8": helper.make_node("MatMulIntegerToFloat", ["q", "w8", "one", "s", "zero"], ["y"], domain="com.microsoft")}  # fmt: skip
+    kinds = {"x": TensorProto.FLOAT, "q": TensorProto.UINT8}
+    found = {}
+    for name, node in nodes.items():
+        own = node.input[0]
+        graph = helper.make_graph([node], name, [helper.make_tensor_value_info(own, kinds[own], [rows, size])],
+                                  [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, size])],
+                                  [numpy_helper.from_array(np.asarray(held[i]), i) for i in node.input[1:]])  # fmt: skip
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)], ir_version=11
+        )
+        onnx.checker.check_model(model)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found[name] = 2 * rows * size * size / least(lambda session=session, own=own: session.run(None, {own: given[own]}))
+    source = np.ones(1 << 26, np.float32)
+    target = np.empty_like(source)
+    found["bandwidth"] = 2 * source.nbytes / least(lambda: np.copyto(target, source))
+    return found
+
+
+def least(call: Any, times: int = 7) -> float:
+    """Seconds of the fastest of several calls: what the machine can do."""
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+_TIMES = re.compile(r"total time:\s*([\d.]+)\s*ms.*?time per step:\s*([\d.]+)\s*ms", re.DOTALL)
+
+
+def llama_cpp(args: argparse.Namespace) -> None:
+    """llama.cpp and the artifact on the same prompts, in turn: a canvas of the prompt and gen_length, blocks, one token a step (it has no cache and no
+    threshold), and beside it the artifact's own defaults."""
+    for name in ("llama_cpp", "gguf", "artifact", "prompts"):
+        if getattr(args, name) is None or not getattr(args, name).exists():
+            raise SystemExit(
+                f"error: --{name.replace('_', '-')} is {getattr(args, name)}: --parts llama-cpp needs --llama-cpp, --gguf, --artifact and --prompts."
+            )
+    threads = int(args.threads.split(",")[0])
+    model, gen, block = load(args.artifact, threads=threads), BASE["gen_length"], BASE["block"]
+    from trt_runtime.config import GenerationConfig
+
+    vanilla = GenerationConfig(gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False)
+    configs = {"vanilla": vanilla, "dual, threshold 0.9": replace(vanilla, cache="dual", policy="threshold")}
+    rows: dict[str, list[float]] = {name: [] for name in ("llama.cpp", *configs)}
+    for prompt in [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()][:3]:
+        length = len(model.encode(prompt)) + gen
+        padded = -(-length // block) * block  # it wants a canvas of whole blocks
+        command = [str(args.llama_cpp), "-m", str(args.gguf), "-p", prompt, "-ub", str(padded), "-b", str(padded), "-c", str(padded), "--temp", "0",
+                   "-t", str(threads), "--diffusion-algorithm", "4", "--diffusion-block-length", str(block), "--diffusion-steps", str(gen)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = _TIMES.search(done.stdout + done.stderr)
+        if done.returncode or said is None:
+            raise SystemExit(
+                f"error: {args.llama_cpp} ended with {done.returncode} and told no time: {(done.stderr or done.stdout)[-300:]!r}"
+            )
+        rows["llama.cpp"].append(gen / (float(said[1]) / 1000))
+        for name, config in configs.items():
+            begin = time.perf_counter()
+            model.generate([prompt], config)
+            rows[name].append(gen / (time.perf_counter() - begin))
+    medians = {name: statistics.median(values) for name, values in rows.items()}
+    for name, value in medians.items():
+        print(f"{name:24} {value:8.1f} tokens/s  {value / medians['llama.cpp']:6.2f} times llama.cpp")
+    write(args.output / "system-llama-cpp.json", {"machine": machine(), "threads": threads, "tokens_per_second": medians, "all": rows,
+                                                  "settings": {"gen_length": gen, "block_length": block, "gguf": args.gguf.name}})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
