@@ -115,7 +115,8 @@ def run(model: Model, options: Options) -> dict[str, Any]:
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
     config = next(iter(variants.values()))
     memory = {label: _peak_memory(held, label, options, config) for label, held in opened.items()}
-    return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids")},
+    return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids"),
+                                                                        "beside": [path.name for path in options.beside]},
             "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
                          "dtype": model.manifest.model.dtype},
             "rows": rows, "peak_memory_mib": memory}  # fmt: skip
