@@ -49,8 +49,10 @@ def run_app(app: Any, listening: socket.socket, said: str, timeout: float, most:
     """
     host, port = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
-    print(f"http://{where}:{port}/v1 serves {said}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then raises the signal again: the end is a good one
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(timeout) + 1, timeout_keep_alive=10,
                             limit_concurrency=256 + 4 * most)  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    # before uvicorn listens to signals one ends it at once; afterwards it drains, then raises the signal again: the end is a good one
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+    print(f"http://{where}:{port}/v1 serves {said}", file=sys.stderr, flush=True)
+    server.run(sockets=[listening])
