@@ -4,8 +4,9 @@
 
 Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn copies its files (cp) and
 exports it (--weights copy and link), each followed by a sync that is part of its time. Memory is the peak of the process. With
---parity the same width with two layers is exported in fp32 and verified against PyTorch. Needs 50 GB of disk, and 20 GB of memory
-for the parity.
+--parity the same width with two layers is exported in fp32 and verified against PyTorch. With --quantized it is exported in 8 and in 4 bits for the CPU
+instead, and each artifact decodes one block after a prompt of 128 tokens in a process of its own. Needs 50 GB of disk, and 20 GB of memory
+for the parity and the quantised ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from trt_runtime import manifest as manifests
-from trt_runtime.bench import machine
+from trt_runtime.bench import Timed, machine
+from trt_runtime.config import GenerationConfig
+from trt_runtime.model import Model, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = {"llada": "llada-8b", "dream": "dream-7b"}
@@ -36,18 +39,26 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(PRESETS), default="llada", help="the model (default llada)")
     parser.add_argument("--repeats", type=int, default=2, help="interleaved rounds (default 2)")
     parser.add_argument("--parity", action="store_true", help="also verify a full-width model of two layers")
+    parser.add_argument("--quantized", action="store_true", help="only export quantised artifacts, and run them")
+    parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help="a directory on the disk to measure (default the temporary directory's)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result")
     args = parser.parse_args()
     preset = PRESETS[args.model]
+    if args.decode:
+        print(json.dumps(decode(args.decode)))
+        return
     report: dict[str, Any] = {"preset": preset, "machine": machine()}
     with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
-        report |= measure(preset, Path(temporary), args.repeats)
+        made = quantised(preset, Path(temporary)) if args.quantized else measure(preset, Path(temporary), args.repeats)
+    report |= made
     if args.parity:
         with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
             report["parity"] = parity(f"{preset}-2layers", Path(temporary))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"full-size-{preset}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output / f"full-size-{preset}{'-quantised' if args.quantized else ''}.json").write_text(
+        json.dumps(report, indent=1) + "\n"
+    )
     print(json.dumps(report, indent=1))
 
 
@@ -86,6 +97,63 @@ def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
             for name, taken in samples.items()}  # fmt: skip
     medians = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
     return {"bytes": size, "rows": rows, "export_over_cp": medians["export"] / medians["cp"]}
+
+
+def quantised(preset: str, scratch: Path) -> dict[str, Any]:
+    """By scheme: seconds and peak memory of the export, bytes of the artifact, and what it took to decode a block."""
+    checkpoint, found = scratch / preset, {}
+    run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
+    for scheme in ("w8a8", "int4"):
+        out, begin = scratch / scheme, time.perf_counter()
+        memory = peak(
+            [
+                sys.executable,
+                "-m",
+                "export",
+                "--checkpoint",
+                str(checkpoint),
+                "--out",
+                str(out),
+                "--verify",
+                "no",
+                "--quantize",
+                scheme,
+                "--gate",
+                "no",
+            ]
+        )
+        seconds = time.perf_counter() - begin
+        done = subprocess.run(
+            [sys.executable, __file__, "--decode", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        size = sum(facts.size for facts in manifests.load(out).files.values())
+        found[scheme] = {
+            "export_seconds": round(seconds, 1),
+            "export_peak_memory_mib": round(memory),
+            "bytes": size,
+            **json.loads(done.stdout),
+        }
+        print(scheme, found[scheme], flush=True)
+        shutil.rmtree(out)
+    return {"quantised": found}
+
+
+def decode(artifact: Path) -> dict[str, Any]:
+    """One block of 32 tokens after a prompt of 128, two tokens a forward, dual cache: the second time, with the forwards' median ms."""
+    begin = time.perf_counter()
+    model = load(artifact)
+    opened = time.perf_counter() - begin
+    timed = Timed(model.backend)
+    clocked = Model(artifact, timed)  # type: ignore[arg-type]
+    config = GenerationConfig(gen_length=32, block_length=32, policy="fixed", steps=16, stop_at_eos=False)
+    for _ in range(2):
+        timed.seconds.clear()
+        begin = time.perf_counter()
+        clocked.generate([list(range(1000, 1128))], config)
+        seconds = time.perf_counter() - begin
+    kept = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    return {"open_seconds": round(opened, 1), "tokens_per_second": round(32 / seconds, 2), "prefix_ms": round(1000 * statistics.median(timed.seconds["prefix"])),
+            "refine_ms": round(1000 * statistics.median(timed.seconds["refine"])), "decode_peak_memory_mib": round(int(kept.split()[1]) / 1024)}  # fmt: skip
 
 
 def parity(preset: str, scratch: Path) -> dict[str, Any]:
