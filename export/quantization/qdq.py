@@ -29,7 +29,7 @@ from trt_runtime.manifest import TENSORRT
 _SCALES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _TINY = 6.2e-5  # the smallest normal number of fp16: below it a scale would lose its digits
 _FP8_LARGEST, _INT8_LARGEST = 448.0, 127.0
-_STRENGTH = 0.5  # of the smoothing: the paper's alpha
+_STRENGTH = 0.75  # of the smoothing, the paper's alpha: weights have a scale an output, activations one, and so need more of it than a half
 # what a layer's inputs come out of, and with that what can divide them: the norm's weight, or the rows of up_proj
 _BEFORE = {"q_proj": "attention_norm", "k_proj": "attention_norm", "v_proj": "attention_norm",
            "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "down_proj": "up_proj"}  # fmt: skip
