@@ -66,6 +66,8 @@ def export(
     _check(config, how, kind)
     source = pipeline.read(config.checkpoint, config.family, config.ignored_keys)
     pipeline.check_target(config, source.checkpoint.path)
+    if how.data is not None and not (how.gate or kind.is_calibrated):
+        note(f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used")
     prepared = Prepared() if how.data is None else _prepare(config, how, source, kind, examples.read(how.data))
     scheme = kind(config.dtype, prepared.calibration)
 

@@ -378,7 +378,7 @@ def w8a8(demo_data, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS[1:], ids=ids)
 def test_every_scheme_passes_the_gate_on_the_demo_model(demo_data, tmp_path, kind):
-    artifact = quantised(DEMO, tmp_path / "out", kind, demo_data, match="json")
+    artifact = quantised(DEMO, tmp_path / "out", kind, demo_data, "fp32", match="json")
     facts = manifests.load(artifact, check_hashes=True).quantization
     assert (facts.scheme, facts.target) == (kind.name, kind.target)
     measured = facts.quality
@@ -468,6 +468,25 @@ def test_bad_options_are_one_clear_line(options, said, tmp_path, capsys):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
+
+
+def test_prompts_that_are_not_used_are_said(demo_data, tmp_path, capsys):
+    command = [
+        "--model",
+        "llada",
+        "--out",
+        str(tmp_path / "out"),
+        "--verify",
+        "no",
+        "--quantize",
+        "w8a8",
+        "--data",
+        str(demo_data),
+        "--gate",
+        "no",
+    ]
+    assert cli.main(command) == 0
+    assert "the prompts of --data are not used" in capsys.readouterr().err
 
 
 def test_unknown_schemes_and_targets_say_what_exists():

@@ -24,7 +24,10 @@ KINDS = [*itertools.product(["modern", "legacy"], ["fp16", "bf16"]), ("modern", 
 def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(golden_checkpoint, tmp_path, lowering, dtype):
     artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering, dtype=dtype)
     weights = (artifact / "weights.data").stat().st_size
-    for layout, names in (("shared", ["shared"]), ("split", ["prefix", "refine"])):
+    layouts = {"shared": ["shared"], "split": ["prefix", "refine"]}
+    if dtype == "fp32":  # for CPUs and parity: that both graphs build is enough
+        del layouts["shared"]
+    for layout, names in layouts.items():
         made = engine.build(artifact, tmp_path / "engines", engine.replace(SMALL, layout=layout))
         assert sorted(file.stem for file in made.glob("*.engine")) == names
         assert all(file.stat().st_size > weights for file in made.glob("*.engine"))
