@@ -22,7 +22,7 @@ from plugins import commit
 from trt_runtime import steps
 from trt_runtime.policies import CommitRule
 rng, MASK, wrong, rows, stopped, committed = np.random.default_rng(1), 126336, 0, 0, 0, 0
-for columns, extra, batch, repeats in [(1, 0, 3, 10), (8, 0, 16, 20), (32, 0, 16, 14), (32, 9, 16, 8), (33, 3, 8, 8), (100, 1, 4, 4)]:
+for columns, extra, batch, repeats in [(1, 0, 3, 10), (8, 0, 16, 14), (32, 0, 16, 6), (32, 9, 16, 4), (33, 3, 8, 4), (100, 1, 4, 2)]:
     for _ in range(repeats):
         ids = rng.integers(0, 1000, (batch, columns + extra))
         ids[rng.random(ids.shape) < rng.choice([0.1, 0.6, 1.0])] = MASK
@@ -55,7 +55,7 @@ def test_the_kernel_equals_its_reference():
     done = subprocess.run([sys.executable, "-c", _INTERPRET], cwd=ROOT, capture_output=True, text=True, check=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
     made = json.loads(done.stdout)
-    assert made["wrong"] == 0 and made["rows"] > 700 and made["stopped"] > 5 and made["committed"] > 2000
+    assert made["wrong"] == 0 and made["rows"] > 400 and made["stopped"] > 3 and made["committed"] > 1000
 
 
 @pytest.mark.parametrize("compute_capability", [80, 86, 87, 89, 90, 120])

@@ -59,8 +59,8 @@ def _interpreted(seed: int, sizes: list[tuple[int, int, int]]) -> dict:
 @pytest.mark.parametrize(
     ("seed", "sizes"),
     [
-        (0, [(11, 100, 10), (1000, 60, 5), (4096, 20, 3), (4097, 20, 3), (20_000, 20, 2)]),
-        (1, [(126_464, 4, 5), (152_064, 4, 5)]),
+        (0, [(11, 100, 5), (1000, 40, 3), (4096, 10, 3), (4097, 10, 3), (20_000, 10, 2)]),
+        (1, [(126_464, 4, 3), (152_064, 4, 2)]),
     ],
     ids=["small rows", "the vocabularies of LLaDA and Dream"],
 )
