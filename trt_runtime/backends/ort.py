@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from trt_runtime import contract, cuda, steps
 from trt_runtime import manifest as manifests
-from trt_runtime.backends import import_tool
+from trt_runtime.backends import import_tool, int8
 from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.errors import DllmError, unknown
@@ -79,6 +79,8 @@ class OrtBackend(Backend):
         options.intra_op_num_threads = threads if threads is not None else physical_cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning hurts on shared machines
         options.log_severity_level = 2 if os.environ.get("DLLM_ORT_LOG") else 3
+        for key, value in int8_settings(self.manifest).items():
+            options.add_session_config_entry(key, value)
         try:
             if model_bytes is None:
                 model_bytes = (artifact / self.manifest.graphs[role].file).read_bytes()
@@ -304,6 +306,16 @@ class OrtBackend(Backend):
                 binding.bind_output(returned, *place)
         buffers.bindings[key] = binding
         return binding
+
+
+def int8_settings(manifest: manifests.Manifest) -> dict[str, str]:
+    """Session options with which a quantised artifact computes on this processor what its graph says (backends/int8.py). Raises DllmError."""
+    held = manifest.quantization
+    if held is None:
+        return {}
+    if held.target == manifests.TENSORRT:  # as it is written: joined into integer products, it would be rounded and summed otherwise
+        return {"session.disable_quant_qdq": "1"}
+    return int8.settings_for(held.scheme)
 
 
 def physical_cores() -> int:
