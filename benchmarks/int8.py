@@ -23,14 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from export import pipeline
 from export.quantization.base import Array
@@ -38,10 +36,11 @@ from export.quantization.int4 import Int4
 from export.quantization.w8a8 import W8A8
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import int8
-from trt_runtime.backends import ort as backend_ort
 from trt_runtime.backends.base import Window
+from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.bench import machine
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, PASS, STEP = 7, 384, 32
 
 
@@ -52,7 +51,11 @@ class W7A8(W8A8):
         pieces = list(rows)
         held = super().quantize(name, shape, iter(pieces))
         scale = held["scale"] * np.float32(127 / 63)
-        held["int8"] = np.concatenate([np.rint(piece / scale[at : at + len(piece), None]) for at, piece in _placed(pieces)]).astype(np.int8).T.copy()
+        held["int8"] = (
+            np.concatenate([np.rint(piece / scale[at : at + len(piece), None]) for at, piece in _placed(pieces)])
+            .astype(np.int8)
+            .T.copy()
+        )
         return held | {"scale": scale}
 
 
@@ -88,10 +91,18 @@ def main() -> None:
         made = Path(temporary)
         if args.artifact is None:
             checkpoint = str(made / "checkpoint")
-            subprocess.run([sys.executable, str(ROOT / "tools/random_checkpoint.py"), "--preset", "llada-140m", checkpoint], cwd=ROOT, check=True)
+            subprocess.run(
+                [sys.executable, str(ROOT / "tools/random_checkpoint.py"), "--preset", "llada-140m", checkpoint],
+                cwd=ROOT,
+                check=True,
+            )
         else:
             checkpoint = str(manifests.load(args.artifact).source["checkpoint"])
-        report = {"machine": machine(), "exact as it is": {name: int8.is_exact(name, {}) for name in int8.PROBES}, "rows": measure(made, checkpoint)}
+        report = {
+            "machine": machine(),
+            "exact as it is": {name: int8.is_exact(name, {}) for name in int8.PROBES},
+            "rows": measure(made, checkpoint),
+        }
     print(table(report))
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +118,10 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
     facts = opened[0].manifest.model
     length = min(PASS, facts.max_length)
     ids = np.random.default_rng(0).integers(0, facts.vocab_size, (1, length))
-    calls = {"prefix_ms": (window(ids, 0, length), "prefix"), "refine_ms": (window(ids[:, -STEP:], length - STEP, length), "refine")}
+    calls = {
+        "prefix_ms": (window(ids, 0, length), "prefix"),
+        "refine_ms": (window(ids[:, -STEP:], length - STEP, length), "refine"),
+    }
     times: list[dict[str, list[float]]] = [{key: [] for key in calls} for _ in opened]
     logits: list[Any] = []
     for backend in opened:
@@ -127,13 +141,14 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def opened_with(artifact: Path, settings: Mapping[str, str]) -> backend_ort.OrtBackend:
+def opened_with(artifact: Path, settings: Mapping[str, str]) -> OrtBackend:
     """The backend with these session options, whatever the probe says."""
-    usual, backend_ort.int8_settings = backend_ort.int8_settings, lambda manifest: dict(settings)
+    usual = int8.session_entries
+    int8.session_entries = lambda manifest: dict(settings)
     try:
-        return backend_ort.OrtBackend(artifact, threads=1)
+        return OrtBackend(artifact, threads=1)
     finally:
-        backend_ort.int8_settings = usual
+        int8.session_entries = usual
 
 
 def window(ids: Array, start: int, kv_len: int) -> Window:
@@ -146,7 +161,9 @@ def window(ids: Array, start: int, kv_len: int) -> Window:
 def table(report: dict[str, Any]) -> str:
     lines = [f"{'spelling':10}{'precision':>10}{'prefix ms':>11}{'refine ms':>11}{'error':>9}{'same %':>8}"]
     for row in report["rows"]:
-        lines.append(f"{row['spelling']:10}{row['precision']:>10}{row['prefix_ms']:>11.1f}{row['refine_ms']:>11.1f}{row['error']:>9.3f}{100 * row['same']:>8.0f}")
+        lines.append(
+            f"{row['spelling']:10}{row['precision']:>10}{row['prefix_ms']:>11.1f}{row['refine_ms']:>11.1f}{row['error']:>9.3f}{100 * row['same']:>8.0f}"
+        )
     exact = ", ".join(f"{name}: {'yes' if held else 'no'}" for name, held in report["exact as it is"].items())
     return "\n".join([*lines, f"exact on this processor as it is: {exact}", str(report["machine"])])
 

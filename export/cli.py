@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
 from export.quantization import NAMES
 from export.weights import MODES
-from trt_runtime import contract
+from trt_runtime import atomic, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the exporter; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary directory is removed
+    atomic.end_on_signals()  # so that the temporary directory is removed
     try:
         return _run(args)
     except DllmError as error:

@@ -23,7 +23,7 @@ from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import ConfigReader, Family
 from export.linears import Linears
 from export.quantization.base import Scheme
-from trt_runtime import __version__, contract
+from trt_runtime import __version__, atomic, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
@@ -116,7 +116,7 @@ def export(
     source = read(config.checkpoint, config.family, config.ignored_keys)
     check_target(config, source.checkpoint.path)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme)
-    with manifests.sealed(config.out) as directory:
+    with atomic.sealed(config.out, overwrite=config.overwrite) as directory:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory, scheme)
         written = weights.stream(planned, directory, progress(weights.total_size(planned)))

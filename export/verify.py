@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ import onnxruntime
 import torch
 import transformers
 
-from export import layers, pipeline, quality, quantization, tokenizer_files, weights
+from export import layers, pipeline, quality, quantization, tokenizer_files, verify_graphs, weights
 from export.quantization.base import Calibration, Scheme
 from export.reference import TorchBackend, origin, source_of
 from trt_runtime import contract, tolerances
 from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
-from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.cases import random_cases
 from trt_runtime.errors import DllmError
@@ -58,17 +57,6 @@ class Stage:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
 
 
-@dataclass
-class _Worst:
-    """The largest differences seen, relative to max(1, largest value)."""
-
-    logits: float = 0.0
-    refine_logits: float = 0.0
-    caches: float = 0.0
-    same: float = 0.0
-    ranges: layers.Ranges = field(default_factory=layers.Ranges)
-
-
 def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
     """The stages, as they finish. After the last, the result is written into the manifest. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
@@ -93,14 +81,14 @@ def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[laye
     if manifests.load(artifact).quantization is not None:
         raise DllmError(f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without --quantize.")
     with opened(artifact, checkpoint) as (runnable, reference):
-        calls = _calls(reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length))
-        return layers.compare(runnable, reference, calls, exposed)
+        calls = verify_graphs.calls_of(reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length))
+        return layers.compare(runnable, reference, calls, verify_graphs.exposed)
 
 
 def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Iterator[Stage]:
     with opened(artifact, checkpoint) as (runnable, reference):
         yield _weights(artifact, reference.source, manifest)
-        worst, engine = _graphs(runnable, reference)
+        worst, engine = verify_graphs.compare(runnable, reference)
         dtype = engine.manifest.model.dtype
         yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
         allowed = tolerances.LOGITS[dtype]
@@ -121,9 +109,25 @@ def _quantized_stages(artifact: Path, checkpoint: str | None, manifest: Manifest
     assert manifest.quantization is not None
     if different := _different_facts(source, artifact, manifest):
         yield Stage("decode", False, {"first": different}, "export it again")
+    yield _canvases(artifact, manifest)
     measured = manifest.quantization.quality
     advice = "" if measured else "its quality was not measured: export it with --data and --gate yes"
     yield Stage("quality", measured is not None, measured or {}, advice)
+
+
+def _canvases(artifact: Path, manifest: Manifest) -> Stage:
+    """What this machine computes is what the graphs say."""
+    dtype = manifest.model.dtype
+    if dtype == "bf16":
+        return Stage(
+            "canvases", True, {"run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version makes"}
+        )
+    assert manifest.quantization is not None
+    worst, allowed = verify_graphs.compare_quantised(artifact, manifest), tolerances.QUANTIZED_GRAPH[manifest.quantization.target]
+    largest = max(worst.logits, worst.refine_logits, worst.caches)
+    measured = {"logits": worst.logits, "refine logits": worst.refine_logits, "cache": worst.caches, "allowed": allowed}
+    advice = "this processor, or this ONNX Runtime, does not compute what the graphs say: 'dllm-trt doctor' tells of its 8-bit products"
+    return Stage("canvases", largest <= allowed, measured, "" if largest <= allowed else advice)
 
 
 def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Stage:
@@ -133,7 +137,7 @@ def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Sta
     planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme)
     wrong: list[str] = []
     for role in contract.ROLES:
-        graph = _graph(artifact / manifest.graphs[role].file)
+        graph = verify_graphs.graph_in(artifact / manifest.graphs[role].file)
         held = {tensor.name: tensor for tensor in graph.graph.initializer}
         is_compared = manifest.model.dtype == "bf16" or scheme is not None
         if is_compared and graph.graph != _built(role, source, manifest, planned, scheme):
@@ -155,13 +159,6 @@ def _scheme(artifact: Path, manifest: Manifest) -> Scheme | None:
         return None
     kind = quantization.find(manifest.quantization.scheme, manifest.quantization.target)
     return kind(manifest.model.dtype, Calibration.read(artifact) if kind.is_calibrated else None)
-
-
-def _graph(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's errors
-        raise DllmError(f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again.") from error
 
 
 def _built(
@@ -225,121 +222,6 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
     return {**asdict(decoding), **facts}
 
 
-def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") -> bytes:
-    """The graph of a role with internal values of a dtype added to its outputs, over the artifact's own weights."""
-    model = _graph(artifact / manifests.load(artifact).graphs[role].file)
-    kinds = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}
-    present = {output.name for output in model.graph.output}
-    for name in names:
-        if name not in present:
-            kind = onnx.TensorProto.FLOAT if name == contract.LOGITS else kinds[dtype]
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    data: bytes = model.SerializeToString()
-    return data
-
-
-def _graphs(artifact: Path, reference: TorchBackend) -> tuple[_Worst, OrtBackend]:
-    """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine step. One graph is
-    open at a time: the weights of both would take twice the memory."""
-    worst, rng = _Worst(), np.random.default_rng(0)
-    calls = [_calls(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length)) for n in range(_CANVASES)]
-    with layers.watched(reference, worst.ranges):
-        theirs = [_torch_run(reference, *call[:2]) for call in calls]
-    made: dict[str, list[_Run]] = {}
-    for role in contract.ROLES:
-        engine = OrtBackend(
-            artifact,
-            role=role,
-            model_bytes=exposed(artifact, role, [contract.LOGITS]),
-            threads=quality.threads_of(reference.manifest.model.parameters),
-        )
-        made[role] = [_ort_run(engine, *call[:2]) for call in calls]
-        if role == "prefix":
-            engine.close()
-    for i, (_, _, valid) in enumerate(calls):
-        for role in contract.ROLES:
-            mine = made[role][i]
-            worst.logits = max(worst.logits, layers.difference(mine.logits * valid, theirs[i].logits * valid))
-            pairs = zip(mine.caches, theirs[i].caches, strict=True)
-            worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
-        worst.same = max(worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
-        mine = made["refine"][i]
-        worst.refine_logits = max(worst.refine_logits, layers.difference(mine.refine_logits, theirs[i].refine_logits))
-        pairs = zip(mine.refined, theirs[i].refined, strict=True)
-        worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
-    return worst, engine
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Logits of a prefix pass, the caches after it, logits of a refine step, and the caches after that (refine graph only)."""
-
-    logits: Array
-    caches: list[Array]
-    refine_logits: Array
-    refined: list[Array]
-
-
-def _calls(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Window, Window, Array]:
-    """A prefix pass over two rows of unequal length, a refine step over an edited block, and the valid rows [2, L, 1]."""
-    canvas = rng.integers(0, facts.model.vocab_size, (2, length))
-    canvas[:, length // 2 :] = facts.decoding.mask_token_id
-    start = length // 2
-    kv_len = np.array([length, max(start + 1, length - 3)])
-    edited = rng.integers(0, facts.model.vocab_size, (2, min(4, length - start)))
-    valid = (np.arange(length) < kv_len[:, None])[..., None]
-    return window(canvas, 0, kv_len), window(edited, start, kv_len), valid
-
-
-def window(ids: Array, start: int, kv_len: Array) -> Window:
-    """A call over `ids` [B, S] from position `start` on, asking for every row."""
-    batch, rows = ids.shape
-    row = np.tile(np.arange(rows), (batch, 1))
-    return Window(ids.astype(np.int64), row + start, np.full(batch, start), kv_len.astype(np.int64), row)
-
-
-def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> _Run:
-    slots, length = slice(0, 2), full.input_ids.shape[1]
-    cache = engine.new_cache(2, length)
-    made = engine.run(cache, slots, full, [contract.LOGITS, *contract.STATISTICS])
-    first = made[contract.LOGITS]
-    _check_statistics(made, engine.manifest)
-    written = [array.astype(np.float32) for array in cache.buffers.arrays.values()]
-    if engine.role == "prefix":
-        return _Run(first, written, first, [])
-    second = engine.run(cache, slots, refine, [contract.LOGITS])[contract.LOGITS]
-    return _Run(first, written, second, [array.astype(np.float32) for array in cache.buffers.arrays.values()])
-
-
-def _check_statistics(made: dict[str, Array], manifest: Manifest) -> None:
-    """A graph's statistics must be those of its own logits, the mask token left out. Raises DllmError."""
-    logits = made[contract.LOGITS].astype(np.float64)
-    weights_of = np.exp(logits - logits.max(-1, keepdims=True))
-    probability = weights_of / weights_of.sum(-1, keepdims=True)
-    entropy = -(probability * np.log(np.maximum(probability, 1e-300))).sum(-1)
-    probability[..., manifest.decoding.mask_token_id] = -1
-    best = np.sort(probability, -1)
-    proposed = np.take_along_axis(probability, made["token"][..., None], -1)[..., 0]
-    pairs = {"token": (proposed, best[..., -1]), "confidence": (made["confidence"], best[..., -1]),
-             "runner_up": (made["runner_up"], best[..., -2]), "entropy": (made["entropy"], entropy)}  # fmt: skip
-    for name, (mine, theirs) in pairs.items():
-        if not np.allclose(mine, theirs, rtol=1e-3, atol=1e-4):
-            raise DllmError(
-                f"the graph's {name} is not that of its logits with mask token {manifest.decoding.mask_token_id}: the graph is not of "
-                "this artifact: export it again."
-            )
-
-
-@torch.inference_mode()
-def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> _Run:
-    slots, length = slice(0, 2), full.input_ids.shape[1]
-    cache = reference.new_cache(2, length)
-    first = reference.logits(cache, slots, full, own_rows_only=True).numpy()
-    written = [tensor.clone().numpy() for pair in cache.buffers for tensor in pair]
-    second = reference.logits(cache, slots, refine, own_rows_only=False).numpy()
-    return _Run(first, written, second, [tensor.numpy() for pair in cache.buffers for tensor in pair])
-
-
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
     name, ignored = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
@@ -360,4 +242,4 @@ def _write(artifact: Path, manifest: Manifest, stages: list[Stage]) -> None:
         "backend": backend,
         "stages": {stage.name: {"passed": stage.passed, **stage.measured} for stage in stages},
     }
-    manifests.write(replace(manifest, verified=verified), artifact)
+    manifests.update(artifact, lambda held: replace(held, verified=verified), since=manifest)

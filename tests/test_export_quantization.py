@@ -27,6 +27,7 @@ from export.quantize import QuantizeConfig
 from export.weights import STORED, plan
 from trt_runtime import contract, engine, tolerances
 from trt_runtime import manifest as manifests
+from trt_runtime.backends import int8
 from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.config import GenerationConfig
@@ -152,7 +153,12 @@ def run_layer(scheme, parts, x: np.ndarray, shape) -> np.ndarray:
     out.name, out.dtype, out.shape = "y", ir.DataType.FLOAT, ir.Shape(["T", shape[0]])
     builder.add_output(out, "y")
     model = ir.to_proto(ir.Model(graph, ir_version=11))
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    options = ort.SessionOptions()
+    for key, value in (
+        int8.settings_for(scheme.name) if scheme.target == "ort-cpu" else {"session.disable_quant_qdq": "1"}
+    ).items():
+        options.add_session_config_entry(key, value)  # as an artifact is opened on this processor
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids)

@@ -80,8 +80,11 @@ def test_files_that_were_changed(artifact):
     weights.write_bytes(data[:-1])
     refused(artifact, f"{len(data) - 1} bytes, the manifest says {len(data)}", "copy it again")
     weights.unlink()
-    weights.symlink_to(artifact / "prefix.onnx")
-    refused(artifact, "is a link")
+    weights.symlink_to(artifact / "prefix.onnx")  # what a link leads to is checked as a file would be
+    refused(artifact, "bytes, the manifest says", "copy it again")
+    weights.unlink()
+    weights.symlink_to(artifact / "nothing")
+    refused(artifact, "is a link that leads nowhere")
 
 
 def test_what_is_no_artifact(artifact, tmp_path):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# ONNX Runtime sends usage data, and writes an identifier into the home directory, unless this is set before it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model, Result, Update, load

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime import contract
+from trt_runtime import contract, processor
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
@@ -225,10 +225,7 @@ def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, its cores, and the versions that a measurement depends on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
-    )
+    """The CPU with its instruction sets, its cores, and the versions that a measurement depends on."""
     versions = {}
     for package in ("dllm-trt", "onnxruntime", "numpy", "torch", "transformers"):
         try:
@@ -236,7 +233,8 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu,
+        "cpu": processor.name(),
+        "instruction_sets": processor.instruction_sets(),
         "threads_available": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,

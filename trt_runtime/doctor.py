@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trt_runtime import processor
 from trt_runtime.devices import GIB, meminfo
 
 PYTHONS = ((3, 10), (3, 13))
@@ -85,6 +86,8 @@ def findings() -> Iterator[Finding]:
     yield from _both_runtimes()
     yield from _gpu()
     yield from _providers()
+    yield _processor()
+    yield from _products()
     yield _memory()
     yield _disk()
 
@@ -215,6 +218,33 @@ def _providers() -> Iterator[Finding]:
             else ("its libraries are missing or too old: install CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]')")
         )
         yield Finding(f"provider {name}", OK if name in got else WARNING, said, "" if name in got else mend)
+
+
+def _processor() -> Finding:
+    sets = ", ".join(processor.instruction_sets()) or "its instruction sets are not known"
+    return Finding("processor", OK, f"{processor.name()}: {sets}")
+
+
+def _products() -> Iterator[Finding]:
+    """Whether 8-bit products are right here, with what settings: by trying them (backends/int8.py)."""
+    try:
+        from trt_runtime.backends import int8
+    except Exception:  # ONNX Runtime is missing or broken, which is reported with the packages
+        return
+    for probe in int8.PROBES:
+        try:
+            settings = int8.exact_with(probe)
+        except Exception as error:  # onnxruntime raises several unrelated types
+            said, mend = f"{probe}: cannot be tried: {_first_line(error)}", "install onnxruntime 1.24 or newer"
+            yield Finding("8-bit products", WARNING, said, mend)
+            continue
+        if settings is None:
+            mend = "install another version of onnxruntime, or use artifacts that are not quantised"
+            yield Finding("8-bit products", WARNING, f"{probe}: wrong on this processor", mend)
+            continue
+        words = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        said = f"exact with {words}, which opening an artifact sets; slower than with VNNI" if settings else "exact"
+        yield Finding("8-bit products", OK, f"{probe}: {said}")
 
 
 def _memory() -> Finding:

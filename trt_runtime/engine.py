@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import builder, cuda
+from trt_runtime import atomic, builder, cuda
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.builder import Job, Profile, version_of
@@ -159,7 +159,7 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
         check(directory, description)
         return directory
     timing = out / f"{TIMING}-{trt.__version__}-sm{gpu.compute_capability if gpu else 0}"
-    with manifests.sealed(directory) as made:
+    with atomic.sealed(directory) as made:
         seconds = {}
         for plan in plans(config):
             job = Job(plan.name, artifact / manifest.graphs[plan.role].file, plan.role, plan.profiles, config.capacity, config.targets,
@@ -170,7 +170,7 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
             (made / (plan.name + SUFFIX)).write_bytes(engine)
             seconds[plan.name] = round(time.perf_counter() - begin, 2)
             if held is not None:
-                _replace(timing, held)
+                atomic.replace(timing, held)
             if config.inspect:
                 (made / (plan.name + ".layers.json")).write_text(_inspected(made / (plan.name + SUFFIX), trt), encoding="utf-8")
         for name, text in ptx.items():
@@ -310,10 +310,3 @@ def _inspected(file: Path, trt: Any) -> str:
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -6,27 +6,24 @@ one, tokenizer/. Readers ignore keys they do not know, check types, paths and si
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trt_runtime import contract
+from trt_runtime import artifact_check, atomic, contract
+from trt_runtime.artifact_check import FILE_NAME, FileFacts, sha256_of
 from trt_runtime.errors import DllmError
 
+__all__ = ["FILE_NAME", "FileFacts", "sha256_of"]  # besides what is defined here
 FORMAT = "dllm-trt"
 FORMAT_VERSION = 1
-FILE_NAME = "manifest.json"
 GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
 ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # what a quantised artifact is for
-_AGAIN = "export it again or copy it again"
+_AGAIN = artifact_check.AGAIN
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,6 @@ class GraphFacts:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """Size in bytes and SHA-256 (hex) of a file of the artifact."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes.
 
@@ -148,11 +137,14 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
     except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
-    for name, facts in manifest.files.items():
-        _check_file(artifact, name, facts, check_hashes)
-    for file in sorted((artifact / manifest.tokenizer).rglob("*")) if manifest.tokenizer else ():
-        if not file.is_dir() and file.relative_to(artifact).as_posix() not in manifest.files:
-            raise DllmError(f"{file}: the manifest does not list it: the file was added after export: remove it, or {_AGAIN}.")
+    held = manifest.quantization
+    artifact_check.check(
+        artifact,
+        manifest.files,
+        [graph.file for graph in manifest.graphs.values()],
+        check_hashes=check_hashes,
+        may_be_microsoft=held is not None and held.target == ORT_CPU,
+    )
     return manifest
 
 
@@ -229,42 +221,26 @@ def _check_facts(manifest: Manifest, where: str) -> None:
 def write(manifest: Manifest, artifact: Path) -> None:
     """Write (or atomically replace) the manifest of `artifact`."""
     text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
-    temporary = artifact / (FILE_NAME + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, artifact / FILE_NAME)
+    atomic.replace(artifact / FILE_NAME, (text + "\n").encode())
 
 
-@contextmanager
-def sealed(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
-        directory = Path(temporary) / "artifact"
-        directory.mkdir()
-        yield directory
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        directory.rename(out)
+def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Manifest) -> None:
+    """Note something in the manifest as it is now, one process after another. `since`: what the caller read before; raises DllmError if the
+    artifact was exported anew meanwhile, for what is to be noted then holds for another one."""
+    with atomic.locked(artifact):
+        held = load(artifact)
+        if held.files != since.files or held.model != since.model:
+            raise DllmError(f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command again.")
+        write(change(held), artifact)
 
 
 def foreign_files(artifact: Path) -> list[str]:
-    """Files in an artifact's directory that its manifest does not list; all of them if the manifest is none."""
+    """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if the manifest is none."""
     try:
         listed = set(parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files)
     except (OSError, ValueError, RecursionError, DllmError):
-        listed = set()
-    found = (path.relative_to(artifact).as_posix() for path in sorted(artifact.rglob("*")) if not path.is_dir())
-    return [name for name in found if name not in listed and not (listed and name in (FILE_NAME, FILE_NAME + ".tmp"))]
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return sorted(artifact_check.found(artifact))
+    return list(artifact_check.unlisted(artifact, listed))
 
 
 def _check_name(name: str, where: str) -> None:
@@ -272,23 +248,6 @@ def _check_name(name: str, where: str) -> None:
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
         raise DllmError(
             f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not use this artifact."
-        )
-
-
-def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -> None:
-    path = artifact / name
-    if any((artifact / part).is_symlink() for part in [name, *map(str, PurePosixPath(name).parents)][:-1]):
-        raise DllmError(f"{path}: is a link, expected a file of the artifact itself: copy the artifact with its links followed.")
-    if not path.is_file():
-        raise DllmError(f"{path}: missing, the manifest lists it: {_AGAIN}.")
-    if (size := path.stat().st_size) != facts.size:
-        raise DllmError(
-            f"{path}: {size} bytes, the manifest says {facts.size}: the file was changed or cut short after export: {_AGAIN}."
-        )
-    if check_hash and (digest := sha256_of(path)) != facts.sha256:
-        raise DllmError(
-            f"{path}: SHA-256 is {digest[:12]}.., the manifest says {facts.sha256[:12]}..: "
-            f"the file was changed after export: {_AGAIN}."
         )
 
 

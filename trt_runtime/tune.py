@@ -149,5 +149,6 @@ def run(
 
 def write(artifact: Path, options: dict[str, Any]) -> None:
     """Note options in the manifest: generations that give none of their own take them."""
-    held = manifests.load(artifact)
-    manifests.write(replace(held, decoding=replace(held.decoding, tuned=options)), artifact)
+    manifests.update(
+        artifact, lambda held: replace(held, decoding=replace(held.decoding, tuned=options)), since=manifests.load(artifact)
+    )

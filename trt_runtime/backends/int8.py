@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trt_runtime.errors import DllmError
+from trt_runtime.manifest import TENSORRT, Manifest
 
 PRECISION = "session.x64quantprecision"
 SETTINGS: tuple[dict[str, str], ...] = ({}, {PRECISION: "1"})  # tried in this order: the fast one first
@@ -30,6 +31,16 @@ _ROWS = (1, 2, 18)  # M: kernels differ with it
 _CLOSE = 1e-3  # relative: operators that round activations by themselves multiply by a rounded scale
 
 Array = np.ndarray[Any, Any]
+
+
+def session_entries(manifest: Manifest) -> dict[str, str]:
+    """Session options with which an artifact computes on this processor what its graph says. Raises DllmError where there are none."""
+    held = manifest.quantization
+    if held is None:
+        return {}
+    if held.target == TENSORRT:  # as it is written: joined into integer products, it would be rounded and summed otherwise
+        return {"session.disable_quant_qdq": "1"}
+    return settings_for(held.scheme)
 
 
 def settings_for(scheme: str) -> dict[str, str]:
@@ -86,7 +97,10 @@ def _runs(name: str, options: Mapping[str, str]) -> Iterable[tuple[Array, Array]
 
 def _integer() -> tuple[bytes, Array, Array]:
     """w8a8: MatMulIntegerToFloat, u8 x s8, all numbers the largest that there are."""
-    x, weight = np.full((2, _K), 255, np.uint8) * np.array([[1], [0]], np.uint8), np.tile(np.where(np.arange(_N) % 2, -127, 127), (_K, 1)).astype(np.int8)
+    x, weight = (
+        np.full((2, _K), 255, np.uint8) * np.array([[1], [0]], np.uint8),
+        np.tile(np.where(np.arange(_N) % 2, -127, 127), (_K, 1)).astype(np.int8),
+    )
     parts = {"w": weight, "one": np.float32(1), "scale": np.ones(_N, np.float32), "zero": np.uint8(128)}
     model = _model("MatMulIntegerToFloat", ("x", *parts), parts, _UINT8, {})
     return model, x, (x.astype(np.int64) - 128) @ weight.astype(np.int64)
@@ -107,9 +121,9 @@ def _blocks(bits: int) -> tuple[bytes, Array, Array]:
 
 
 PROBES: dict[str, Callable[[], tuple[bytes, Array, Array]]] = {
-    "MatMulIntegerToFloat, u8 x s8": _integer,
-    "MatMulNBits, 4 bit": functools.partial(_blocks, 4),
-    "MatMulNBits, 8 bit": functools.partial(_blocks, 8),
+    "MatMulIntegerToFloat (w8a8)": _integer,
+    "MatMulNBits, 4 bit (int4)": functools.partial(_blocks, 4),
+    "MatMulNBits, 8 bit (int4, head)": functools.partial(_blocks, 8),
 }
 _PROBES_OF = {"w8a8": tuple(PROBES)[:1], "int4": tuple(PROBES)[1:]}  # by scheme
 

@@ -31,6 +31,8 @@ _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PLACES = {"cpu": "cpu", "cuda": "cuda"}  # what ONNX Runtime calls a device's memory
 _CPU_DTYPES = ("fp32", "fp16")
+_MODERN_FROM = (1, 24)  # opset 24
+_DATA = (".data", ".safetensors")  # files that graphs take weights from
 # what must not fall to the CPU one node at a time, as kernels that a provider lacks do without a word
 _HEAVY = {"Attention", "Cast", "Gemm", "Reshape", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "TopK", "Transpose"}
 _ROW_STEP = {"cpu": 1, "cuda": 64}  # rows of a cache come in steps: CUDA's attention kernels want aligned masks
@@ -57,6 +59,7 @@ class OrtBackend(Backend):
     threads: of a matrix product on the CPU; None takes the physical cores. steps_per_look: refine steps, each with its commit, before
     the host looks; above 1 on CUDA the commits are a kernel, compiled here (from a checkout, with the kernels extra). `role`: the graph
     to open (the prefix graph is for tests that compare it with the refine graph). `model_bytes`: a variant of it over the same weights.
+    optimise: whether ONNX Runtime may change the graph; without it every node runs as it stands.
     """
 
     name = "ort"
@@ -70,36 +73,13 @@ class OrtBackend(Backend):
         steps_per_look: int = 1,
         role: str = "refine",
         model_bytes: bytes | None = None,
+        optimise: bool = True,
     ) -> None:
         self.manifest = manifests.load(artifact)
         self.role, self.device, self.steps_per_look = role, device, steps_per_look
         self._check_device(artifact)
         self._zero, self._element_type = _ELEMENTS[self.manifest.model.dtype]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads if threads is not None else physical_cores()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning hurts on shared machines
-        options.log_severity_level = 2 if os.environ.get("DLLM_ORT_LOG") else 3
-        for key, value in int8_settings(self.manifest).items():
-            options.add_session_config_entry(key, value)
-        try:
-            if model_bytes is None:
-                model_bytes = (artifact / self.manifest.graphs[role].file).read_bytes()
-                model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
-            if device == "cuda":
-                getattr(ort, "preload_dlls", lambda: None)()  # CUDA's libraries, where they are Python packages
-                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            self._session = ort.InferenceSession(model_bytes, options, providers=[_PROVIDERS[device]])
-        except Exception as error:  # onnxruntime raises several unrelated types
-            raise DllmError(
-                f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {role} graph ({str(error).splitlines()[0]}): "
-                "use onnxruntime 1.24 or newer, or export with --lowering legacy."
-            ) from error
-        if _PROVIDERS[device] not in self._session.get_providers():  # it falls back to the CPU without a word
-            raise DllmError(
-                f"ONNX Runtime {ort.__version__} opened the model on {', '.join(self._session.get_providers())} instead of CUDA: its "
-                "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
-            )
+        self._session = self._opened(artifact, threads if threads is not None else physical_cores(), model_bytes, optimise)
         if device == "cuda":
             self._check_placement()
         self._check_graph(artifact)
@@ -232,6 +212,61 @@ class OrtBackend(Backend):
             for i, start in enumerate(window.write_index):
                 array[i, :, start : start + rows] = new[i]
 
+    def _opened(self, artifact: Path, threads: int, model_bytes: bytes | None, optimise: bool) -> Any:
+        """The session. Raises DllmError."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        if not optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 2 if os.environ.get("DLLM_ORT_LOG") else 3
+        entries = {
+            "session.intra_op.allow_spinning": "0",  # spinning hurts on shared machines
+            "session.model_external_initializers_file_folder_path": str(artifact),
+            **({"session.record_ep_graph_assignment_info": "1"} if self.device == "cuda" else {}),
+            **int8.session_entries(self.manifest),
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        provider = _PROVIDERS[self.device]
+        try:
+            if model_bytes is None:
+                model_bytes = (artifact / self.manifest.graphs[self.role].file).read_bytes()
+                model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
+            linked = self._linked_data(artifact, options)
+            if self.device == "cuda":
+                getattr(ort, "preload_dlls", lambda: None)()  # CUDA's libraries, where they are Python packages
+            session = ort.InferenceSession(model_bytes, options, providers=[provider])
+            del linked
+        except Exception as error:  # onnxruntime raises several unrelated types
+            is_old = tuple(map(int, ort.__version__.split(".")[:2])) < _MODERN_FROM
+            advice = (
+                "use onnxruntime 1.24 or newer, or export with --lowering legacy"
+                if is_old and self.manifest.lowering == contract.MODERN
+                else "check it with 'dllm-trt info --check', and export it again or copy it again"
+            )
+            raise DllmError(
+                f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {self.role} graph ({str(error).splitlines()[0]}): {advice}."
+            ) from error
+        if provider not in session.get_providers():  # it falls back to the CPU without a word
+            raise DllmError(
+                f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} instead of CUDA: its "
+                "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
+            )
+        return session
+
+    def _linked_data(self, artifact: Path, options: Any) -> list[Any]:
+        """Hand over, memory-mapped, the weights whose files are links, as in the Hub's cache: ONNX Runtime opens no file outside the directory.
+        They have to live until the session is open."""
+        names = [
+            name
+            for name in self.manifest.files
+            if (artifact / name).resolve() != artifact.resolve() / name and name.endswith(_DATA)
+        ]
+        maps = [np.memmap(artifact / name, np.uint8, "r") for name in names]
+        if names:
+            options.add_external_initializers_from_files_in_memory(names, maps, [len(held) for held in maps])
+        return maps
+
     def _check_device(self, artifact: Path) -> None:
         """Whether this ONNX Runtime, on this device, can run the artifact at all."""
         if self.device not in _PROVIDERS:
@@ -306,16 +341,6 @@ class OrtBackend(Backend):
                 binding.bind_output(returned, *place)
         buffers.bindings[key] = binding
         return binding
-
-
-def int8_settings(manifest: manifests.Manifest) -> dict[str, str]:
-    """Session options with which a quantised artifact computes on this processor what its graph says (backends/int8.py). Raises DllmError."""
-    held = manifest.quantization
-    if held is None:
-        return {}
-    if held.target == manifests.TENSORRT:  # as it is written: joined into integer products, it would be rounded and summed otherwise
-        return {"session.disable_quant_qdq": "1"}
-    return int8.settings_for(held.scheme)
 
 
 def physical_cores() -> int:

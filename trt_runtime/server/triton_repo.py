@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trt_runtime import atomic
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 
@@ -43,7 +44,7 @@ def write(
         raise DllmError(f"{out / name}: is there already: remove it, or give another --name.")
     settings = json.dumps({"backend": backend, "options": options, "slots": slots, "max_length": max_length})
     kind = "KIND_CPU" if backend == "ort" and options.get("device", "cpu") == "cpu" else "KIND_GPU"
-    with manifests.sealed(out / name) as made:
+    with atomic.sealed(out / name, overwrite=False) as made:
         (made / "config.pbtxt").write_text(_CONFIG.format(name=name, kind=kind, settings=json.dumps(settings)), encoding="utf-8")
         shutil.copytree(artifact, made / "1" / "artifact")
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), made / "1" / "model.py")

@@ -1,0 +1,197 @@
+"""Files and directories that several processes may write, and that a signal or a crash may interrupt. Linux; standard library only.
+
+A file is replaced as a whole or not at all; whoever reads it, changes it and writes it back holds a lock meanwhile. A directory is made beside its place,
+and takes it in one step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from trt_runtime.errors import DllmError
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system or kernel that has no such rename
+_ENDINGS = ("SIGTERM", "SIGHUP", "SIGQUIT")
+
+
+def end_on_signals() -> None:
+    """Let the signals that end a process raise SystemExit, so that what was begun is cleaned up. Ignored ones (nohup) stay ignored; outside the main
+    thread nothing is done."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in _ENDINGS:
+        number = getattr(signal, name)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for name in _ENDINGS:  # a second one does not interrupt the cleaning up
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file, or replace it, as a whole or not at all: also after a loss of power, and beside others who write it."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory; others who want it wait. Where the file system has no locks, none is held."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Whatever ends the process at whatever moment, `out` is the old directory or the new one, whole. What earlier, killed processes left is removed.
+    Raises DllmError if `out` appeared meanwhile and `overwrite` is false.
+    """
+    out = resolved(out)
+    prefix = f".{out.name}.partial-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.parent):  # so that nobody takes for abandoned what was just made
+        _remove_abandoned(out.parent, prefix)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        held = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        directory = temporary / "artifact"
+        directory.mkdir()
+        yield directory
+        _take_place(directory, out, overwrite)
+    finally:
+        os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def resolved(path: Path) -> Path:
+    """The path with its links followed. Raises DllmError for links that lead in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # Python before 3.13: RuntimeError
+        raise DllmError(f"{path}: cannot be followed ({error}): its links lead in a circle; choose another path.") from error
+
+
+def _take_place(made: Path, out: Path, overwrite: bool) -> None:
+    if not _is_there(out):
+        try:
+            _rename(made, out, _NOREPLACE)
+            _sync(out.parent)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    if not overwrite and any(out.iterdir()):
+        raise DllmError(
+            f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or add --overwrite."
+        )
+    _rename(made, out, _EXCHANGE)  # the old one now lies where it is removed
+    _sync(out.parent)
+
+
+def _rename(source: Path, target: Path, flag: int) -> None:
+    """renameat2(2); where the file system has none, the same in steps that are undone if one of them fails."""
+    number = _renameat2(source, target, flag)
+    if number == 0:
+        return
+    if number not in _UNKNOWN:
+        raise OSError(number, os.strerror(number), str(target))
+    if flag == _NOREPLACE:
+        if _is_there(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        source.rename(target)
+        return
+    aside = source.with_name(source.name + ".old")
+    try:
+        target.rename(aside)
+        source.rename(target)
+    except BaseException:
+        if _is_there(aside) and not _is_there(target):
+            aside.rename(target)
+        raise
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> int:
+    """0, or the number of the error."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return errno.ENOSYS
+    done = call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag))
+    return 0 if done == 0 else ctypes.get_errno()
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove temporary directories whose makers, which hold a lock on them, have died."""
+    for path in parent.glob(f"{_escaped(prefix)}*"):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _sync(directory: Path) -> None:
+    """Let a rename in a directory survive a loss of power, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    held = os.umask(0o022)
+    os.umask(held)
+    return held
