@@ -219,7 +219,9 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
         decoding = tokenizer_files.completed(decoding, tokenizer, source.decoder.vocab_size)
     facts = asdict(pipeline.facts_of_source(source, manifest.model.dtype))
     del facts["weight_bytes"]  # the file's size, checked with it
-    return {**asdict(decoding), **facts}
+    said = asdict(decoding)
+    del said["tuned"]  # what 'dllm-trt tune' noted is the user's choice, and no fact of the checkpoint
+    return {**said, **facts}
 
 
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:

@@ -20,7 +20,7 @@ from export.decoder import Decoder
 from export.linears import Linears
 from export.lowering import modern
 from export.verify import bisect, verify
-from trt_runtime import cli
+from trt_runtime import cli, tune
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 
@@ -367,3 +367,15 @@ def test_the_wrong_checkpoint_is_refused(tmp_path, capsys):
     (moved / "manifest.json").write_text(json.dumps(manifest))
     assert cli.main(["verify", str(moved)]) == 1
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_what_was_tuned_is_no_fact_of_the_checkpoint(tmp_path):
+    """A tuned artifact is verified as before, and keeps what was tuned; a changed fact beside it is still found."""
+    artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "artifact")
+    tune.write(artifact, {"policy": "eb", "gamma": 0.05, "block_length": 16, "cache": "prefix"})
+    assert all(stage.passed for stage in verify(artifact))
+    held = manifests.load(artifact)
+    assert held.verified["passed"] and held.decoding.tuned["gamma"] == 0.05
+    manifests.write(replace(held, decoding=replace(held.decoding, pad_token_id=held.decoding.pad_token_id - 1)), artifact)
+    stages = {stage.name: stage for stage in verify(artifact)}
+    assert not stages["decode"].passed and "pad_token_id" in str(stages["decode"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trt_runtime.adaptive import ADAPTIVE
-from trt_runtime.errors import DllmError, unknown
+from trt_runtime.errors import DllmError, shown, unknown
 from trt_runtime.manifest import CATEGORICAL, Manifest
 from trt_runtime.policies import DECAYING, SCHEDULES, Factor, Policy, Threshold
 from trt_runtime.sampling import Sampler
@@ -185,7 +185,9 @@ class GenerationConfig:
         for item in fields(self):
             value, allowed = getattr(self, item.name), _TYPES[str(item.type)]
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-                raise DllmError(f"{item.name} is {value!r}, expected {item.type}.")
+                raise DllmError(f"{item.name} is {shown(value)}, expected {item.type}.")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise DllmError(f"{item.name} has more than 63 bits, expected a smaller number.")
 
     def _check_steps(self) -> None:
         if self.steps is None:

@@ -1,4 +1,4 @@
-"""The one exception that users see, and the sentences for a name that is not known and a number that is too small."""
+"""The one exception that users see, and what its messages are made of."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def check_counts(held: object, *names: str) -> None:
         value = getattr(held, name)
         if value is not None and value < 1:
             raise DllmError(f"--{name.replace('_', '-')} is {value}, expected a whole number from 1.")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as it stands in a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # of thousands of digits
+        text = f"a number of type {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> DllmError:

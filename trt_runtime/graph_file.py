@@ -57,7 +57,9 @@ def _walk(data: memoryview, kind: str, made: References, depth: int) -> None:
         elif kind == "Node" and number in (4, 7):  # op_type, domain
             texts[number] = bytes(value).decode()
     if kind == "Node":
-        made.operators.add((texts.get(7, ""), texts.get(4, "")))
+        if not texts.get(4):
+            raise ValueError("a node has no operator")
+        made.operators.add((texts.get(7, ""), texts[4]))
     if entries:
         length = entries.get("length")
         made.data.add((entries.get("location", ""), int(entries.get("offset") or 0), int(length) if length else None))

@@ -7,6 +7,7 @@ one, tokenizer/. Readers ignore keys they do not know, check types, paths and si
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from trt_runtime import artifact_check, atomic, contract
 from trt_runtime.artifact_check import FILE_NAME, FileFacts, sha256_of
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, shown
 
 __all__ = ["FILE_NAME", "FileFacts", "sha256_of"]  # besides what is defined here
 FORMAT = "dllm-trt"
@@ -24,6 +25,14 @@ FORMAT_VERSION = 1
 GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
 ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # what a quantised artifact is for
 _AGAIN = artifact_check.AGAIN
+_MEASURED = (
+    "kl_mean",
+    "same_token",
+    "same_commit",
+    "judged",
+    "right",
+    "right_before",
+)  # of quantization.quality, what readers show
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
             "Give the directory that an export wrote, e.g. artifacts/llada-demo."
         )
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
@@ -172,6 +181,7 @@ def parse(read: object, where: str) -> Manifest:
     if manifest.head not in contract.HEADS:
         raise DllmError(f"{where}: head is {manifest.head!r}, expected one of {list(contract.HEADS)}.")
     _check_facts(manifest, where)
+    _check_notes(manifest, where)
     for name in [*manifest.files, *([manifest.tokenizer] if manifest.tokenizer else [])]:
         _check_name(name, where)
     return manifest
@@ -184,6 +194,20 @@ def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
         raise DllmError(
             f"{where}: is quantised ({held.scheme}) with ONNX Runtime's own operators, which run on a CPU: for a GPU export it with "
             "--quantize fp8, int8-sq, or int4 --target tensorrt, or without --quantize."
+        )
+
+
+def _check_notes(manifest: Manifest, where: str) -> None:
+    """What tuning and the gate noted, as far as readers use it."""
+    for key, value in manifest.decoding.tuned.items():
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise DllmError(
+                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a text or null: tune it again."
+            )
+    measured = manifest.quantization.quality if manifest.quantization else None
+    if measured is not None and (lacking := [key for key in _MEASURED if type(measured.get(key)) not in (int, float)]):
+        raise DllmError(
+            f"{where}: quantization.quality: {lacking[0]} is {measured.get(lacking[0])!r}, expected a number: {_AGAIN}."
         )
 
 
@@ -249,6 +273,14 @@ def _check_name(name: str, where: str) -> None:
         raise DllmError(
             f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not use this artifact."
         )
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, which knows no infinity: 1e400 is none, nor is NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is not finite")
+    return value
 
 
 def _typed(expected: Any, value: Any, where: str) -> Any:
