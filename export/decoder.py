@@ -161,7 +161,8 @@ class Decoder:
         if wanted is not None:
             rows, index = wanted
             h, x = op.Gather(h, index, axis=0), op.Gather(x, index, axis=0)
-        query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows)
+        factor, scale = self.lowering.scales(config.head_dim, self.dtype)
+        query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows, factor)
         (keys, new_key), (values, new_value) = (
             (new, new) if old is None or write_index is None else self.lowering.extend(op, old, new, write_index)
             for old, new in zip(cache, (key, value), strict=True)
@@ -169,7 +170,14 @@ class Decoder:
         if prefix:
             keys, values = key, value
         attended = self.lowering.attention(
-            op, query, keys, values, rows.mask, head_dim=config.head_dim, group=config.num_heads // config.num_kv_heads
+            op,
+            query,
+            keys,
+            values,
+            rows.mask,
+            scale=scale,
+            head_dim=config.head_dim,
+            group=config.num_heads // config.num_kv_heads,
         )
         attended = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, config.num_heads * config.head_dim])
         x = op.Add(x, self._linear(attended, i, "o_proj"))
@@ -190,13 +198,19 @@ class Decoder:
     def _norm(self, x: ir.Value, weight: str) -> ir.Value:
         return self.lowering.rms_norm(self.op, x, self.weight(weight), self.config.norm_eps, self.dtype)
 
-    def _rotate(self, x: ir.Value, rows: _Rows) -> ir.Value:
-        """x [B, heads, rows, D] rotated to its positions. In float32, x goes up and comes back; casting only the table
-        would not be the same."""
+    def _rotate(self, x: ir.Value, rows: _Rows, factor: float | None = None) -> ir.Value:
+        """x [B, heads, rows, D] rotated to its positions, and times `factor` in float32. With rotary_float32 x goes up and comes back; casting only the
+        table would not be the same."""
         op, (cos, sin) = self.op, self.table
-        if self.config.rotary_float32:
-            return self._narrow(self.lowering.rotate(op, self._float32(x), cos, sin, rows.positions))
-        return self.lowering.rotate(op, x, self._narrow(cos), self._narrow(sin), rows.positions)
+        is_wide = self.config.rotary_float32
+        turned = (
+            self.lowering.rotate(op, self._float32(x), cos, sin, rows.positions)
+            if is_wide
+            else self.lowering.rotate(op, x, self._narrow(cos), self._narrow(sin), rows.positions)
+        )
+        if factor is not None:
+            turned, is_wide = op.Mul(turned if is_wide else self._float32(turned), factor), True
+        return self._narrow(turned) if is_wide else turned
 
     def _narrow(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))

@@ -40,10 +40,23 @@ class Lowering(Protocol):
         """Which rows of what `extend` gives a window [B, S] attends to, in pieces [B, keys] that follow one another. write_index and
         kv_len are [B, 1]."""
 
+    def scales(self, head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
+        """How 1 / sqrt(D) is applied: what queries are multiplied by in float32 before they are rounded to `dtype` (None: nothing), and the
+        scale that is left to `attention`."""
+
     def attention(
-        self, op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int
+        self,
+        op: OpBuilder,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        mask: ir.Value,
+        *,
+        scale: float,
+        head_dim: int,
+        group: int,
     ) -> ir.Value:
-        """softmax(query key^T / sqrt(D) + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N = group * H."""
+        """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N = group * H."""
 
 
 LOWERINGS: dict[str, Lowering] = {contract.MODERN: modern, contract.LEGACY: legacy}

@@ -44,12 +44,18 @@ def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir
     return [op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len)]
 
 
+def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
+    """In 16 bits all of it in float32, before the queries are rounded: the factor itself has no 16-bit number."""
+    exact = head_dim**-0.5
+    return (None, exact) if dtype == _FLOAT else (exact, 1.0)
+
+
 def attention(
-    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, head_dim: int, group: int
+    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, scale: float, head_dim: int, group: int
 ) -> ir.Value:
     if group > 1:
         key, value = (_repeat(op, tensor, head_dim, group) for tensor in (key, value))
-    scores = op.MatMul(op.Mul(query, head_dim**-0.5), op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.MatMul(query if scale == 1 else op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
 
 
