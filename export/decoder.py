@@ -148,7 +148,7 @@ class Decoder:
         i: int,
         x: ir.Value,
         rows: _Rows,
-        wanted: tuple[_Rows, ir.Value] | None,
+        wanted: tuple[_Rows, Callable[[ir.Value], ir.Value]] | None,
         cache: Caches,
         write_index: ir.Value | None,
         *,
@@ -159,8 +159,8 @@ class Decoder:
         key = self._rotate(self._heads(h, i, "k_proj", config.num_kv_heads, rows), rows)
         value = self._heads(h, i, "v_proj", config.num_kv_heads, rows)
         if wanted is not None:
-            rows, index = wanted
-            h, x = op.Gather(h, index, axis=0), op.Gather(x, index, axis=0)
+            rows, picked = wanted
+            h, x = picked(h), picked(x)
         factor, scale = self.lowering.scales(config.head_dim, self.dtype)
         query = self._rotate(self._heads(h, i, "q_proj", config.num_heads, rows), rows, factor)
         (keys, new_key), (values, new_value) = (
@@ -233,10 +233,14 @@ class Decoder:
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return _Rows(positions, op.Shape(positions), mask)
 
-    def _wanted(self, window: Window, cache: ir.Value | None) -> tuple[_Rows, ir.Value]:
-        """The rows asked for, and their index [B*R] into the window's rows [B*S]."""
+    def _wanted(self, window: Window, cache: ir.Value | None) -> tuple[_Rows, Callable[[ir.Value], ir.Value]]:
+        """The rows asked for, and what picks them."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)
-        batch, size = (self.lowering.size(op, window.input_ids, i) for i in (0, 1))
-        first = op.Unsqueeze(op.Mul(op.Range(0, batch, 1), size), [1])
-        return self._rows(window, cache, positions), op.Reshape(op.Add(window.logit_rows, first), [-1])
+        shape, index = op.Concat(op.Shape(window.input_ids), [self.config.hidden_size], axis=0), op.Unsqueeze(window.logit_rows, [2])
+
+        def picked(x: ir.Value) -> ir.Value:
+            """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT computes on the host."""
+            return op.Reshape(op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size])
+
+        return self._rows(window, cache, positions), picked

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from export import graphs, lint
 from export.pipeline import read
-from export.verify import exposed
+from export.verify_graphs import exposed
 from export.weights import plan
 from trt_runtime import contract, tolerances
 from trt_runtime.backends.base import Window

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from conftest import ROOT, export_quietly
 
-from export.verify import exposed
+from export.verify_graphs import exposed
 from trt_runtime import cli, devices, plan
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError

@@ -42,7 +42,7 @@ def test_goldens_in_fp16(golden_fp16, golden_family, golden_cases):
     found = _first_mismatches(OrtBackend(golden_fp16, threads=1), cases, tolerances.CONFIDENCE["fp16"])
     assert len(cases) == {"llada": 57, "dream": 47}[golden_family]
     assert [str(item) for item in found if not item.ambiguous] == []
-    assert len(found) <= 6
+    assert len(found) <= 7  # LLaDA 4, Dream 7
 
 
 def test_goldens_recorded_as_one_batch_come_out_as_one_batch(golden_backend, golden_cases):
