@@ -45,6 +45,16 @@ class Tokenizer:
         token: int | None = self._tokenizer.token_to_id(text) if text else None
         return token
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens beside the vocabulary proper, special ones and others, by their ids."""
+        return {token: added.content for token, added in self._tokenizer.get_added_tokens_decoder().items()}
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added."""
         return list(self._encoding(text).ids)
