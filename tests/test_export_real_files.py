@@ -139,7 +139,7 @@ def test_a_tokenizer_that_transformers_5_saved_with_131_added_tokens(tmp_path):
     artifact = export_quietly(path, tmp_path / "a", dtype="bf16", weights="link")
     ours, theirs = Tokenizer(artifact / "tokenizer"), _qwen2(path, tmp_path)
     assert len(ours.added_tokens) == 131 and ours.max_id == 151773
-    assert ours.encode("[/C@@H1][C][/O-1]") == [151721, 151680, 151726] or len(ours.encode("[/C@@H1][C][/O-1]")) == 3
+    assert ours.encode("[/C@@H1][C][/O-1]") == [151676, 151727, 151691]
     rng, parts = random.Random(2), [*ours.added_tokens.values(), "C", " is ", "größe", "世", "[C"]
     for _ in range(300):
         text = "".join(rng.choices(parts, k=9))
