@@ -81,6 +81,13 @@ def test_plan_takes_what_an_export_takes(tiny, change, capsys):
     assert main(["plan", str(tiny(config=change))]) == 0, capsys.readouterr().err
 
 
+def test_transformers_own_name_of_a_tied_head_must_say_the_same(tiny, tmp_path):
+    assert facts_of_checkpoint(str(tiny("a", config={"tie_word_embeddings": False})), "bf16").tied_head is False
+    refused(
+        tiny("b", config={"tie_word_embeddings": True}), tmp_path / "out", "tie_word_embeddings is True", "supported is False"
+    )
+
+
 def test_all_unknown_keys_stand_in_one_suggestion(tiny, tmp_path):
     path = tiny(config={"one": 1, "two words": [0] * 900, "three": None, "_comment": "x"})
     refused(path, tmp_path / "out", "one = 1, two words = [0, 0", "--ignore-key one --ignore-key 'two words'.")
