@@ -10,7 +10,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,17 @@ import numpy as np
 
 from trt_runtime.errors import DllmError
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # files of the peft package
+MERGE = (
+    "merge the adapter into its base model first: model = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE, trust_remote_code=True), "
+    "ADAPTER); model.merge_and_unload().save_pretrained(OUT)"
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_HEADER = 100_000_000  # the format's own bound
+_MAX_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` is config.json; `generation_config` is generation_config.json, or empty."""
+    """`config` is config.json; `generation_config` is generation_config.json, or empty. notes: what a user should know of the files."""
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def locate(name: str) -> tuple[Path, str | None]:
@@ -92,25 +100,35 @@ def _unreachable(name: str, error: Exception) -> DllmError:
     )
 
 
-def config_of(name: str) -> tuple[dict[str, Any], str]:
-    """config.json alone, and where it came from: of a directory, or of a hub id, whose weights are not downloaded."""
+def config_of(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """config.json and generation_config.json, and where the first came from: of a directory, or of a hub id, whose weights are not
+    downloaded (and of which config.json alone is read)."""
     path = Path(name)
     if path.is_dir() or not _HUB_ID.fullmatch(name):
         path = locate(name)[0]
-        return read_json(path / "config.json", "a checkpoint directory has config.json"), str(path / "config.json")
+        _refuse_adapter(path)
+        config = read_json(path / "config.json", "a checkpoint directory has config.json")
+        return config, generation_config_of(path), str(path / "config.json")
     hub, repo, revision = _hub(name)
     try:
         file = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the hub's client raises errors of a dozen unrelated types
         raise _unreachable(name, error) from error
-    return read_json(file), f"{name}: config.json"
+    return read_json(file), {}, f"{name}: config.json"
 
 
 def load(path: Path, revision: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint directory. Raises DllmError for anything missing, cut short or contradictory."""
+    _refuse_adapter(path)
     config = read_json(path / "config.json", "a checkpoint directory has config.json and *.safetensors")
-    generation = path / "generation_config.json"
-    return Checkpoint(path, config, read_json(generation) if generation.is_file() else {}, _tensors(path), revision)
+    tensors, notes = _tensors(path)
+    return Checkpoint(path, config, generation_config_of(path), tensors, revision, notes)
+
+
+def generation_config_of(path: Path) -> dict[str, Any]:
+    """generation_config.json of a checkpoint directory; empty where there is none."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def read_json(path: Path, advice: str = "download the file again") -> dict[str, Any]:
@@ -118,7 +136,7 @@ def read_json(path: Path, advice: str = "download the file again") -> dict[str, 
     if not path.is_file():
         raise DllmError(f"{path}: missing: {advice}.")
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_contradiction)
     except (ValueError, RecursionError) as error:
         raise DllmError(f"{path}: not JSON ({error}): {advice}.") from error
     if not isinstance(read, dict):
@@ -126,40 +144,92 @@ def read_json(path: Path, advice: str = "download the file again") -> dict[str, 
     return read
 
 
-def _tensors(path: Path) -> dict[str, StoredTensor]:
-    if not (path / INDEX).is_file():
-        if (path / SINGLE).is_file():
-            return _header(path / SINGLE)
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        advice = (
-            f"{pickles[0]} is a pickle, which can run code and is not read: convert it with transformers' save_pretrained"
-            if pickles
-            else "a checkpoint needs one of them"
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key that comes twice has one value."""
+    read: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in read and read[key] != value:
+            raise ValueError(f"the key {key!r} comes twice, with different values")
+        read[key] = value
+    return read
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise DllmError for a directory with files of an adapter: transformers applies it, an export of the weights beside it would not."""
+    if found := [name for name in ADAPTER if (path / name).is_file()]:
+        here = "" if not (path / SINGLE).is_file() and not (path / INDEX).is_file() else (
+            f", or move {' and '.join(found)} elsewhere to export the weights beside it without the adapter"
+        )  # fmt: skip
+        raise DllmError(
+            f"{path}: {found[0]} is of an adapter (LoRA), whose weights are not part of the model yet: {MERGE}{here}."
         )
-        raise DllmError(f"{path}: neither {SINGLE} nor {INDEX}: {advice}.")
+
+
+def _tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """The tensors of a directory, and notes. Which files hold them is decided as transformers does: model.safetensors, and the index
+    only where that is not there."""
+    has_single, has_index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+    if not has_single and not has_index:
+        raise _no_weights(path)
+    if has_single:
+        tensors, used = _header(path / SINGLE), {SINGLE}
+    else:
+        tensors, used = _sharded(path)
+    unread = sorted(file.name for file in path.glob("*.safetensors") if file.name not in used)
+    notes = []
+    if has_single and has_index:
+        notes.append(f"the weights are those of {SINGLE}, as in transformers; {INDEX} beside it is not read")
+    if unread:
+        source = SINGLE if has_single else INDEX
+        notes.append(f"{some(unread)}: not read, the weights are those of {source}")
+    return tensors, tuple(notes)
+
+
+def _no_weights(path: Path) -> DllmError:
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    advice = "a checkpoint needs one of them"
+    if others:
+        advice = f"there are {some(others)}: download the index of these shards too, or rename a file that holds all weights to {SINGLE}"
+    elif pickles:
+        advice = f"{pickles[0]} is a pickle, which can run code and is not read: convert it with transformers' save_pretrained"
+    return DllmError(f"{path}: neither {SINGLE} nor {INDEX}: {advice}.")
+
+
+def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors of the shards that the index lists, and the names of these."""
     weight_map = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
-    tensors: dict[str, StoredTensor] = {}
     for shard in weight_map.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise DllmError(f"{path / INDEX}: the shard {shard!r} is not a bare file name like model-00001.safetensors: "
                             "do not use this checkpoint.")  # fmt: skip
-    for shard in sorted(set(weight_map.values())):
-        if not (path / shard).is_file():
-            raise DllmError(f"{path / shard}: missing, {INDEX} lists it: download it again.")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (path / shard).is_file()]:
+        here = sorted(file.name for file in path.glob("*.safetensors"))
+        raise DllmError(
+            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} lists are; safetensors files that are "
+            f"there: {some(here) if here else 'none'}. Download what is missing; if the index is stale (it came with other files), replace it."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
         held = _header(path / shard)
         expected = {name for name, file in weight_map.items() if file == shard}
         if difference := sorted(expected ^ set(held)):
-            raise DllmError(
-                f"{path / shard}: {INDEX} and the shard disagree on {', '.join(difference[:5])}"
-                f"{' ...' if len(difference) > 5 else ''}: download both again."
-            )
+            raise DllmError(f"{path / shard}: {INDEX} and the shard disagree on {some(difference)}: download both again.")
         tensors |= held
-    return tensors
+    return tensors, set(shards)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises DllmError for a header that the format does not allow: it is a table of byte offsets, so
+    nothing in it is believed."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -167,28 +237,45 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise DllmError(f"{path}: not a safetensors file, or cut short ({size} bytes): download it again.")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
             held = {
                 name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise DllmError(f"{path}: its safetensors header is damaged ({error}): download it again.") from error
+            said = " ".join(ascii(str(error)).split())[:200]
+            raise DllmError(f"{path}: its safetensors header is damaged ({said}): download it again.") from error
     ordered = sorted((stored.offset, stored.offset + stored.size, name) for name, stored in held.items())
-    for (_, end, name), (begin, _, other) in pairwise(ordered):
+    ends = [(8 + length, 8 + length, "the header"), *ordered, (size, size, "the end of the file")]
+    for (_, end, name), (begin, _, other) in pairwise(ends):
         if begin < end:
             raise DllmError(f"{path}: tensors {name} and {other} overlap: the file is damaged: download it again.")
+        if begin > end:
+            raise DllmError(f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it again.")
     return held
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key comes twice."""
+    read = dict(pairs)
+    if len(read) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} comes twice")
+    return read
+
+
 def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
+    if not name.isprintable():
+        raise ValueError(f"a tensor is called {name!r}")
     if entry["dtype"] not in _DTYPES:
         raise DllmError(
-            f"{path}: tensor {name} is {entry['dtype']}, supported are {', '.join(_DTYPES)}: "
+            f"{path}: tensor {name} is {ascii(entry['dtype'])[1:-1][:20]}, supported are {', '.join(_DTYPES)}: "
             "convert the checkpoint to bf16 (a quantised checkpoint cannot be exported)."
         )
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if len(shape) > _MAX_RANK or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has the shape {str(list(shape))[:60]} at {str([begin, end])[:60]}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise DllmError(f"{path}: tensor {name} has {end - begin} bytes for shape {list(shape)}: download it again.")
     if data + end > size:
         raise DllmError(f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again.")

@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a key of config.json that is not known and does not change the computation (may be repeated)",
     )  # fmt: skip
     parser.add_argument(
+        "--mask-token", metavar="TOKEN",
+        help="the mask token, as its text or its id, where neither config.json nor the tokenizer names it, or names another",
+    )  # fmt: skip
+    parser.add_argument(
         "--weights", choices=MODES, default="copy",
         help="'link' uses the checkpoint's own files where they lie (same dtype), in seconds and without a copy (default copy)",
     )  # fmt: skip
@@ -123,6 +127,7 @@ def _run(args: argparse.Namespace) -> int:
         tuple(args.ignore_key),
         args.overwrite,
         args.weights,
+        args.mask_token,
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:

@@ -237,7 +237,10 @@ class Decoder:
         """The rows asked for, and what picks them."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)
-        shape, index = op.Concat(op.Shape(window.input_ids), [self.config.hidden_size], axis=0), op.Unsqueeze(window.logit_rows, [2])
+        shape, index = (
+            op.Concat(op.Shape(window.input_ids), [self.config.hidden_size], axis=0),
+            op.Unsqueeze(window.logit_rows, [2]),
+        )
 
         def picked(x: ir.Value) -> ir.Value:
             """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT computes on the host."""

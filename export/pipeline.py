@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from export import checkpoint as checkpoints
-from export import families, graphs, lint, tokenizer_files, weights
+from export import families, graphs, lint, token_names, tokenizer_files, weights
 from export import lowering as lowerings
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderConfig, weight_shapes
@@ -27,6 +28,7 @@ from trt_runtime import __version__, atomic, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
+from trt_runtime.tokenizer import Tokenizer
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -36,6 +38,7 @@ class ExportConfig:
     """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write.
 
     weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files where they lie.
+    mask_token: the mask token, as its text or its id, for a checkpoint that does not name it, or names another.
     """
 
     checkpoint: str
@@ -47,20 +50,24 @@ class ExportConfig:
     ignored_keys: tuple[str, ...] = ()
     overwrite: bool = False
     weights: str = "copy"
+    mask_token: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was read and understood."""
+    """A checkpoint that was read and understood. mask_token: its id, where it was given and not found. notes: what a user should know."""
 
     checkpoint: Checkpoint
     family: Family
     decoder: DecoderConfig
     decoding: DecodingFacts
+    mask_token: int | None = None
+    notes: tuple[str, ...] = ()
 
 
-def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = ()) -> Source:
-    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own."""
+def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None) -> Source:
+    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own; `mask_token` comes before the
+    one that the checkpoint names."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
     found, reader, decoder = _understood(source.config, where)
@@ -69,23 +76,55 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
         raise DllmError(
             f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}."
         )
-    decoding = found.decoding(reader, source.generation_config)
-    reader.finish(ignored_keys)
+    named = token_names.find(source, decoder.vocab_size, mask_token)
+    decoding, notes = _decoding(found, reader, decoder, source.generation_config, named.ids, ignored_keys)
+    given = None if mask_token is None else decoding.mask_token_id
+    return Source(source, found, decoder, decoding, given, (*source.notes, *notes, *named.notes))
+
+
+def _decoding(
+    family: Family,
+    reader: ConfigReader,
+    decoder: DecoderConfig,
+    generation_config: Mapping[str, Any],
+    ids: Mapping[str, Any],
+    ignored_keys: tuple[str, ...],
+) -> tuple[DecodingFacts, list[str]]:
+    """How a model decodes, with the token `ids` that its config lacks; every key is accounted for, with a note on the ignored ones."""
+    reader.supply(ids)
+    decoding = family.decoding(reader, generation_config)
+    noted = reader.finish(ignored_keys)
     if decoding.mask_token_id in decoding.eos_token_ids:
         raise DllmError(
-            f"{where}: mask_token_id {decoding.mask_token_id} is also an end token: take the config.json of the checkpoint."
+            f"{reader.where}: mask_token_id {decoding.mask_token_id} is also an end token: take the config.json of the checkpoint, or "
+            "give the mask with --mask-token."
         )
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
         if token >= decoder.vocab_size:
-            raise DllmError(f"{where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
-    return Source(source, found, decoder, decoding)
+            raise DllmError(f"{reader.where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
+    said = f"config.json: ignored, as it does not change what the model computes: {', '.join(noted)}"
+    return decoding, [said] if noted else []
 
 
-def facts_of_checkpoint(name: str, dtype: str) -> ModelFacts:
-    """The model of a checkpoint (a directory or hub id) from its config.json alone. Raises DllmError."""
-    config, where = checkpoints.config_of(name)
-    decoder = _understood(config, where)[2]
+def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
+    """The model of a checkpoint (a directory or hub id) from its configuration alone. What an export would refuse of it is refused here; a
+    token that it does not name may be the tokenizer's, and is not asked for. Raises DllmError."""
+    config, generation_config, where = checkpoints.config_of(name)
+    family, reader, decoder = _understood(config, where)
+    named = [held.get(key) for key in token_names.KEYS for held in (config, generation_config)]
+    taken = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    free = (token for token in itertools.count() if token not in taken)
+    ids = {key: next(free) for key in token_names.missing(config, generation_config)}
+    if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
+        ids[token_names.MASK] = generation_config[token_names.MASK]
+    _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
     return _model_facts(decoder, config, dtype)
+
+
+def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
+    """How a checkpoint decodes with its tokenizer. Raises DllmError."""
+    is_given = source.mask_token is not None
+    return tokenizer_files.completed(source.decoding, tokenizer, source.decoder.vocab_size, mask_is_given=is_given)
 
 
 def facts_of_source(source: Source, dtype: str) -> ModelFacts:
@@ -113,7 +152,9 @@ def export(
     """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written; `note` is told in a
     sentence what a user should know of an export that succeeded. `scheme` quantises linear layers. `complete` is given the artifact, whole
     but not yet in its place, and its manifest, and returns the final one; what it raises undoes the export."""
-    source = read(config.checkpoint, config.family, config.ignored_keys)
+    source = read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
+    for text in source.notes:
+        note(text)
     check_target(config, source.checkpoint.path)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme)
     with atomic.sealed(config.out, overwrite=config.overwrite) as directory:
@@ -124,8 +165,7 @@ def export(
             scheme.calibration.write(directory)
         tokenizer = tokenizer_files.assemble(source.checkpoint.path, directory / "tokenizer")
         if tokenizer is not None:
-            decoding = tokenizer_files.completed(source.decoding, tokenizer, source.decoder.vocab_size)
-            source = replace(source, decoding=decoding)
+            source = replace(source, decoding=decoding_of(source, tokenizer))
         else:
             note(tokenizer_files.note(source.checkpoint.path))
         if config.dtype == "fp16" and (near := weights.near_fp16(written.maxima)):
@@ -261,6 +301,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
             if checkpoint.revision
             else str(checkpoint.path.resolve()),
             "ignored_keys": list(config.ignored_keys),
+            **({} if source.mask_token is None else {"mask_token": source.mask_token}),
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },

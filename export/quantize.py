@@ -64,7 +64,7 @@ def export(
     then leaves nothing."""
     kind = quantization.find(how.scheme, how.target)
     _check(config, how, kind)
-    source = pipeline.read(config.checkpoint, config.family, config.ignored_keys)
+    source = pipeline.read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
         note(f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used")

@@ -130,21 +130,25 @@ class TorchBackend(Backend):
         return logits
 
 
-def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...]]:
-    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own) and the config keys ignored at its export."""
+def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...], str | None]:
+    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys ignored at its export, and the mask
+    token that was given."""
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
     ignored = manifest.source.get("ignored_keys", [])
     if not isinstance(ignored, list) or not all(isinstance(key, str) for key in ignored):
         raise DllmError(f"the manifest's source.ignored_keys is {ignored!r}, expected a list of names: export it again.")
-    return name, tuple(ignored)
+    mask = manifest.source.get("mask_token")
+    if mask is not None and (type(mask) is not int or mask < 0):
+        raise DllmError(f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again.")
+    return name, tuple(ignored), None if mask is None else str(mask)
 
 
 def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
     """The checkpoint behind an artifact, read. Raises DllmError if it is another one."""
-    name, ignored_keys = origin(manifest, checkpoint)
-    source = pipeline.read(name, ignored_keys=ignored_keys)
+    name, ignored_keys, mask_token = origin(manifest, checkpoint)
+    source = pipeline.read(name, ignored_keys=ignored_keys, mask_token=mask_token)
     expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
     if expected != got:
         raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")

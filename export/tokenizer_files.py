@@ -7,6 +7,7 @@ merges.txt, beside Python code that is never run): their tokenizer.json is made 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,29 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
         raise DllmError(said) from error
 
 
-def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int) -> DecodingFacts:
-    """The decoding facts with the token that ends a turn of the chat template among the end tokens.
+def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False) -> DecodingFacts:
+    """The decoding facts with what else ends an answer among the end tokens: the token that ends a turn of the chat template, and the
+    tokens that a model was taught to fill the rest of an answer with (DiffuCoder's <|dlm_pad|>): the tokenizer's pad token, and the one of
+    config.json. They count where they are added tokens (a careless pad_token_id of 0 names a word) and not the tokenizer's eos_token, of which
+    generation_config.json has the last word.
 
-    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask token.
+    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask token, unless the mask was given.
     """
     if (most := tokenizer.max_id) >= vocab_size:
         raise DllmError(f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this checkpoint.")
     mask = tokenizer.special_id("mask_token")
-    if mask is not None and mask != decoding.mask_token_id:
+    if mask is not None and mask != decoding.mask_token_id and not mask_is_given:
         raise DllmError(
-            f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both from one checkpoint."
+            f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both from one checkpoint, or say "
+            "which is right with --mask-token."
         )
-    end = tokenizer.end_of_turn()
-    ends = decoding.eos_token_ids
-    if end is None or end in (*ends, decoding.mask_token_id):
-        return decoding
-    return DecodingFacts(**{**vars(decoding), "eos_token_ids": (*ends, end)})
+    added, eos = tokenizer.added_tokens, tokenizer.special_id("eos_token")
+    pads = [token for token in (tokenizer.special_id("pad_token"), decoding.pad_token_id) if token in added and token != eos]
+    ends = list(decoding.eos_token_ids)
+    for end in (tokenizer.end_of_turn(), *pads):
+        if end is not None and end not in (*ends, decoding.mask_token_id):
+            ends.append(end)
+    return replace(decoding, eos_token_ids=tuple(ends))
 
 
 def _is_slow(checkpoint: Path) -> bool:

@@ -24,7 +24,7 @@ import onnxruntime
 import torch
 import transformers
 
-from export import layers, pipeline, quality, quantization, tokenizer_files, verify_graphs, weights
+from export import layers, pipeline, quality, quantization, verify_graphs, weights
 from export.quantization.base import Calibration, Scheme
 from export.reference import TorchBackend, origin, source_of
 from trt_runtime import contract, tolerances
@@ -215,8 +215,7 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
     """What the manifest must say of the checkpoint: its network, and how it decodes."""
     decoding = source.decoding
     if manifest.tokenizer is not None:
-        tokenizer = Tokenizer(artifact / manifest.tokenizer)
-        decoding = tokenizer_files.completed(decoding, tokenizer, source.decoder.vocab_size)
+        decoding = pipeline.decoding_of(source, Tokenizer(artifact / manifest.tokenizer))
     facts = asdict(pipeline.facts_of_source(source, manifest.model.dtype))
     del facts["weight_bytes"]  # the file's size, checked with it
     said = asdict(decoding)
@@ -225,11 +224,10 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
 
 
 def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
-    name, ignored = origin(manifest, checkpoint)
+    name, ignored, mask = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
-    pipeline.export(
-        pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored), lambda total: lambda done: None
-    )
+    config = pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored, mask_token=mask)
+    pipeline.export(config, lambda total: lambda done: None)
     return twin
 
 

@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from export import decoder
-from export.checkpoint import Checkpoint, StoredTensor
+from export import decoder, tensor_names
+from export.checkpoint import Checkpoint, StoredTensor, some
 from export.decoder import DecoderConfig, weight_shapes
 from export.families.base import Family
 from export.quantization.base import Scheme
@@ -381,19 +381,18 @@ def _no_number(name: str) -> DllmError:
 def _account(names: Mapping[str, str], family: Family, checkpoint: Checkpoint) -> None:
     """Every weight has its tensor, and every tensor its weight or a place on the family's list."""
     held = set(checkpoint.tensors)
-    if missing := [name for name in names if name not in held]:
-        raise DllmError(
-            f"{checkpoint.path}: {len(missing)} tensors are missing: {_some(missing)}: download the checkpoint again."
-        )
     surplus = [
         name for name in sorted(held - set(names)) if not any(re.fullmatch(pattern, name) for pattern in family.allowed_surplus)
     ]
+    missing = [name for name in names if name not in held]
+    if why := tensor_names.why_different(list(names), missing, surplus):
+        raise DllmError(f"{checkpoint.path}: {why}")
+    if missing:
+        raise DllmError(f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}: download the checkpoint again.")
     if surplus:
+        advice = "they would be left out silently; check that config.json belongs to these weights"
+        if all(name.endswith(".bias") for name in surplus):
+            advice = f"{family.title} is implemented without these biases (a config.json that does not mention them leaves them to the class)"
         raise DllmError(
-            f"{checkpoint.path}: {len(surplus)} tensors are not part of a {family.title} of this config: {_some(surplus)}: "
-            "they would be left out silently; check that config.json belongs to these weights (adapters must be merged first)."
+            f"{checkpoint.path}: {len(surplus)} tensors are not part of a {family.title} of this config: {some(surplus)}: {advice}."
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -57,7 +57,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Update:
-    """A row after one forward: `committed` is the text of finished blocks; `provisional` what is unmasked beyond them.
+    """A row after one forward: `committed` is the text of finished blocks, without an end that the next one may change (a character whose
+    bytes are not all there); `provisional` what is unmasked beyond them.
 
     tokens: the generated part as it stands, mask tokens included. changed: positions that were written since the last update, with the
     confidence of each (None where a device chose by itself), and block: the running block, both counted from the generated part's
@@ -187,7 +188,7 @@ class Model:
         in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
-        committed = self._text(row.canvas[first : min(settled, useful)])
+        committed = self._text(row.canvas[first : min(settled, useful)], is_whole=row.is_finished)
         rest = row.canvas[min(settled, useful) : useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
@@ -202,8 +203,11 @@ class Model:
         """The text of one token, special tokens as they are written. Raises DllmError without a tokenizer."""
         return self._need_tokenizer().piece(token)
 
-    def _text(self, ids: np.ndarray[Any, Any]) -> str | None:
-        return self.tokenizer.decode(ids.tolist()) if self.tokenizer else None
+    def _text(self, ids: np.ndarray[Any, Any], *, is_whole: bool = True) -> str | None:
+        """The text of token ids, of which more may come unless it `is_whole`; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode(ids.tolist()) if is_whole else self.tokenizer.settled(ids.tolist())
 
 
 def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:

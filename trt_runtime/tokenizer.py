@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_runtime import templates
+from trt_runtime.detokenize import Detokenizer
 from trt_runtime.errors import DllmError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -29,6 +30,7 @@ class Tokenizer:
         texts = {name: _text(config.get(name)) or _text(older.get(name)) for name in SPECIAL}
         self._special: dict[str, str] = {name: text for name, text in texts.items() if text}
         self._template = _template(path, config)
+        self._detokenizer = Detokenizer(self._tokenizer, config)
 
     @property
     def has_chat_template(self) -> bool:
@@ -45,17 +47,31 @@ class Tokenizer:
         token: int | None = self._tokenizer.token_to_id(text) if text else None
         return token
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens beside the vocabulary proper, special ones and others, by their ids."""
+        return {token: added.content for token, added in self._tokenizer.get_added_tokens_decoder().items()}
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added."""
         return list(self._encoding(text).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self._detokenizer.decode(ids)
+
+    def settled(self, ids: Iterable[int]) -> str:
+        """What of the text of token ids stays as it is, whatever tokens follow: a prefix of every decode() of more."""
+        return self._detokenizer.settled(ids)
 
     def piece(self, token: int) -> str:
         """The text of one token, special tokens as they are written."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return self._detokenizer.piece(token)
 
     def unknown_words(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary has no token for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -11,10 +13,38 @@ from export.decoder import DecoderConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import DecodingFacts
 
-# keys of any Hugging Face config that say nothing about the computation
+# keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
 _NEUTRAL = {
     "_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "tokenizer_class",
+}  # fmt: skip
+# keys that compute nothing, whatever their value, in any family (regular expressions of whole keys): they are ignored, with a note
+_COMPUTES_NOTHING = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    # which kernel computes attention or experts
+    r"_*(attn|attention|experts)_implementation(_internal|_autoset)?", r"_?(use_)?(flash|flex)_?(attn|attention)(_?[234]|_varlen|_version|_2_enabled)?",
+    r"(use_)?(sdpa|sdpa_attention|xformers|memory_efficient_attention|liger(_kernel)?|torch_compile|compile|fused_\w+|kernels)", r"fuse_\w+",
+    # comments
+    r"[_$]*comments?([^a-z].*)?", r"_+(note|description|info|todo)s?([^a-z].*)?", r"(//|#).*", r"\$schema",
+    # training
+    r"\w*dropout(_p|_prob|_rate)?", r"\w*_pdrop", r"layer_?drop", r"\w*gradient_checkpointing\w*", r"initializer_\w+",
+    r"init_(std|fn|device|method|cutoff_factor)", r"(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params)",
+    r"(loss_type|label_smoothing|learning_rate|weight_decay|max_grad_norm|warmup_\w+|skip_checkpoint|unsloth_\w+)",
+    # what a forward returns besides, and how transformers runs it
+    r"(return_dict|output_attentions|output_hidden_states|torchscript|chunk_size_feed_forward|keys_to_ignore_at_inference)",
+    r"(use_bfloat16|tf_legacy_loss|pretraining_tp|gguf_file|_commit_hash|_from_model_config|model_max_length|precision)",
+    # generation settings, which transformers up to 4.50 writes into config.json
+    r"(max_length|min_length|max_new_tokens|min_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|num_return_sequences)",
+    r"(temperature|top_k|top_p|typical_p|min_p|alg|alg_temp|steps|output_history|diversity_penalty|repetition_penalty)",
+    r"(length_penalty|exponential_decay_length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|output_scores)",
+    r"(return_dict_in_generate|remove_invalid_values|suppress_tokens|begin_suppress_tokens|forced_(bos|eos)_token_id|prefix)",
+    r"(sep|cls|unk|decoder_start|additional_special)_tokens?_id", r"generation_config",
+))  # fmt: skip
+_PLAIN_ROPE: tuple[Any, ...] = ({}, {"rope_type": "default"}, {"type": "default"}, {"type": "default", "rope_type": "default"})
+# keys that compute nothing at these values; another value stops the export
+_COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False,), "causal": (False,), "is_decoder": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (), "tie_encoder_decoder": (False,), "pruned_heads": ({},), "rope_scaling": _PLAIN_ROPE,
+    "use_sliding_window": (False,), "sliding_window": (), "partial_rotary_factor": (1.0,),
 }  # fmt: skip
 
 
@@ -69,12 +99,16 @@ class ConfigReader:
         self._seen.add(key)
         value = self.config.get(key)
         if value is not None and value not in supported:
-            shown = " or ".join(repr(item) for item in supported)
-            raise DllmError(f"{self.where}: {key} is {value!r}, which is not implemented: supported is {shown}.")
+            shown = " or ".join(repr(item) for item in supported) or "null"
+            raise DllmError(f"{self.where}: {key} is {_shown(value)}, which is not implemented: supported is {shown}.")
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not change what the exported model computes."""
         self._seen.update(keys)
+
+    def supply(self, values: Mapping[str, Any]) -> None:
+        """Values from elsewhere, in place of what the config says under their keys."""
+        self.config = {**self.config, **values}
 
     def token_ids(self, key: str, other: Mapping[str, Any]) -> tuple[int, ...]:
         """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the config's."""
@@ -91,16 +125,30 @@ class ConfigReader:
             raise DllmError(f"{self.where}: {key} is {list(ids)}, expected one token id.")
         return ids[0]
 
-    def finish(self, ignored: Collection[str]) -> None:
-        """Raise for a key that was neither read nor ignored, unless its value is null."""
+    def finish(self, ignored: Collection[str]) -> list[str]:
+        """The keys that were ignored because they are known to compute nothing. Raises for a key that was neither read nor ignored,
+        unless its value is null."""
+        for key, harmless in _COMPUTES_NOTHING_AT.items():
+            if key not in self._seen:
+                self.require(key, *harmless)
+        if isinstance(kinds := self.config.get("layer_types"), list) and set(map(str, kinds)) <= {"full_attention"}:
+            self._seen.add("layer_types")
         unread = [key for key, value in self.config.items() if key not in self._seen | set(ignored) and value is not None]
+        noted = [key for key in unread if any(pattern.fullmatch(key) for pattern in _COMPUTES_NOTHING)]
+        unknown = [key for key in unread if key not in noted]
         if strange := sorted(set(ignored) - set(self.config)):
             raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
-        if unread:
+        if unknown:
             raise DllmError(
-                f"{self.where}: {', '.join(f'{key} = {self.config[key]!r}' for key in unread)}: not known to this family. "
-                f"If it does not change what the model computes, export with --ignore-key {unread[0]}."
+                f"{self.where}: {', '.join(f'{key} = {_shown(self.config[key])}' for key in unknown)}: not known to this family. If this "
+                f"does not change what the model computes, export with {' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
             )
+        return noted
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:

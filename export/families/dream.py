@@ -22,7 +22,6 @@ class Dream(Family):
         config.require("mlp_bias", False)
         for key in ("use_sliding_window", "use_mrope", "is_causal"):
             config.require(key, False)
-        config.require("rope_scaling", {"rope_type": "default"}, {"type": "default"})
         config.require("full_attn_mask", True)
         config.ignore("attention_dropout", "max_window_layers", "sliding_window")
         hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")

@@ -38,6 +38,7 @@ class Llada(Family):
         config.ignore("alibi_bias_max", "attention_dropout", "residual_dropout", "embedding_dropout", "flash_attention",
                       "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision", "vocab_size",
                       "attention_layer_norm_with_affine")  # fmt: skip
+        config.require("tie_word_embeddings", config.get("weight_tying", bool, False))  # transformers' name, which it may add
         hidden, heads = config.positive("d_model"), config.positive("n_heads")
         vocab = config.positive("vocab_size")
         return DecoderConfig(
