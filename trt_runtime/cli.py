@@ -127,7 +127,7 @@ def _ids(text: str) -> list[int]:
 
 def _as_json(result: Result) -> dict[str, object]:
     return {**asdict(replace(result, trace=[])), "tokens_per_forward": result.tokens_per_forward,
-            "trace": [step.as_list() for step in result.trace]}  # fmt: skip
+            "trace": [step.with_confidence() for step in result.trace]}  # fmt: skip
 
 
 def _warn_of_unknown_words(model: Model, prompts: list[Prompt]) -> None:

@@ -112,7 +112,7 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
     results, wrong, near, excused = [], 0, 0, 0
     for case in cases:
         done = replay.replay(model.backend, case)
-        results.append(done.result)
+        results.append(replay.with_confidence(done))
         found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
         if found is None:
             continue
