@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trt_runtime.advice import package
 from trt_runtime.errors import DllmError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +79,7 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
         import huggingface_hub
     except ImportError as error:
         raise DllmError(
-            f"{name}: no such directory; to download it from the hub, install huggingface_hub: pip install huggingface_hub."
+            f"{name}: no such directory; to download it from the hub, install huggingface_hub: {package('huggingface_hub')}."
         ) from error
     repo, _, revision = name.partition("@")
     return huggingface_hub, repo, revision or None

@@ -19,7 +19,7 @@ from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export
 from export.quantization import NAMES
 from export.weights import MODES
-from trt_runtime import contract
+from trt_runtime import advice, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
-        raise DllmError("--verify yes needs torch and transformers: pip install -e '.[reference]', or leave it out.")
+        raise DllmError(f"--verify yes needs torch and transformers: {advice.install('reference')}, or leave it out.")
     begin = time.perf_counter()
     manifest = _export(config, args)
     size = sum(facts.size for facts in manifest.files.values())
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify == "no":
         return 0
     if not can_verify:
-        print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
+        print(f"not verified: torch and transformers are not installed ({advice.install('reference')})")
         return 0
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
     if args.verify == "auto" and free and needed > free and manifest.quantization is None:

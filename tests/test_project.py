@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
     if not any(part.startswith(".") or part in ("artifacts", "build") for part in path.relative_to(ROOT).parts)
 )
 WHEEL = [
-    "trt_runtime/__init__.py", "trt_runtime/adaptive.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
+    "trt_runtime/__init__.py", "trt_runtime/adaptive.py", "trt_runtime/advice.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
     "trt_runtime/backends/commit_kernel.py", "trt_runtime/backends/ort.py", "trt_runtime/backends/tensorrt.py", "trt_runtime/bench.py", "trt_runtime/builder.py", "trt_runtime/cases.py", "trt_runtime/cli.py", "trt_runtime/cli_artifact.py", "trt_runtime/cli_measure.py", "trt_runtime/cli_options.py",
     "trt_runtime/config.py",
     "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from trt_runtime import backends, devices, engine, manifest, render
+from trt_runtime import advice, backends, devices, engine, manifest, render
 from trt_runtime import plan as planning
 
 
@@ -113,8 +113,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
-    tool = backends.import_tool("export.cli", "verify", advice)
-    backends.import_tool("export.verify", "verify", advice)
+    mend = advice.tool("export", "ort", "reference")
+    tool = backends.import_tool("export.cli", "verify", mend)
+    backends.import_tool("export.verify", "verify", mend)
     run = tool.verify_layers if args.layers else tool.verify
     return 0 if run(args.artifact, args.checkpoint) else 1

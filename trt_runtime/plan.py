@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import contract
+from trt_runtime import advice, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.devices import DEVICES, GIB, Device, find
@@ -138,8 +138,7 @@ def facts_of(path: str, dtype: str | None) -> ModelFacts:
         if dtype is not None and facts.weight_bytes is not None:
             raise DllmError(f"{path}: is quantised, and has no other dtype than {facts.dtype}: leave --dtype out.")
         return facts if dtype is None else replace(facts, dtype=dtype)
-    advice = "forecasts for a checkpoint run from a checkout, with pip install -e '.[export]'; those for an artifact run anywhere"
-    facts_of_checkpoint = import_tool("export.pipeline", "plan", advice).facts_of_checkpoint
+    facts_of_checkpoint = import_tool("export.pipeline", "plan of a checkpoint", advice.tool("export")).facts_of_checkpoint
     checkpoint: ModelFacts = facts_of_checkpoint(path, dtype or "bf16")
     return checkpoint
 
