@@ -63,7 +63,7 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
     """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
-    found, reader, decoder = _understood(source.config, where)
+    found, reader, decoder = understood(source.config, where)
     if family is not None and families.find(family) is not found:
         model_type = source.config["model_type"]
         raise DllmError(
@@ -84,16 +84,17 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
 def facts_of_checkpoint(name: str, dtype: str) -> ModelFacts:
     """The model of a checkpoint (a directory or hub id) from its config.json alone. Raises DllmError."""
     config, where = checkpoints.config_of(name)
-    decoder = _understood(config, where)[2]
-    return _model_facts(decoder, config, dtype)
+    decoder = understood(config, where)[2]
+    return facts_of_config(decoder, config, dtype)
 
 
 def facts_of_source(source: Source, dtype: str) -> ModelFacts:
     """What a manifest says of the network of a checkpoint."""
-    return _model_facts(source.decoder, source.checkpoint.config, dtype)
+    return facts_of_config(source.decoder, source.checkpoint.config, dtype)
 
 
-def _understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+    """The family of a config.json, its reader, and the network. Raises DllmError."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
@@ -217,7 +218,8 @@ def _check_graphs(directory: Path, data: Iterable[str]) -> None:
             onnx.checker.check_model(path, full_check=True)
 
 
-def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
+def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
+    """What a manifest says of a network."""
     return ModelFacts(
         family=config["model_type"].lower(),
         num_layers=decoder.num_layers,
@@ -250,7 +252,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         )
         for role in contract.ROLES
     }
-    facts = _model_facts(decoder, checkpoint.config, config.dtype)
+    facts = facts_of_config(decoder, checkpoint.config, config.dtype)
     if scheme is not None:
         facts = replace(facts, weight_bytes=written.files[weights.FILE_NAME].size)
     versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}

@@ -25,6 +25,7 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     )
     plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
     plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
+    plan.add_argument("--quantize", help="of a checkpoint: what an export with --quantize would take (w8a8, int4, fp8, int8-sq)")
     plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
@@ -100,7 +101,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                       dtype=args.dtype, as_json=args.json))  # fmt: skip
+                       dtype=args.dtype, as_json=args.json, quantize=args.quantize))  # fmt: skip
     return 0
 
 

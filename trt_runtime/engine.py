@@ -35,7 +35,7 @@ _MODULES = {"tensorrt": (("tensorrt",), "trt"), "tensorrt-rtx": (("tensorrt_rtx"
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
-_SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
+SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 
@@ -258,7 +258,7 @@ def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
 
 def _check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
     scheme = manifest.quantization.scheme if manifest.quantization else ""
-    least = _SCHEME_FROM.get(scheme, 0)
+    least = SCHEME_FROM.get(scheme, 0)
     if older := [capability for capability in capabilities if capability < least]:
         raise DllmError(
             f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is SM{older[0]}: export it with "
