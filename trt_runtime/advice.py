@@ -51,8 +51,10 @@ def command(*words: str | Path) -> str:
 
 
 def export(*words: str | Path) -> str:
-    """A command of the exporter, quoted for a shell."""
-    return f"{_python()} -m export {shlex.join(map(str, words))}"
+    """A command of the exporter, quoted for a shell. Outside the checkout Python is told where the exporter lies."""
+    root = checkout()
+    where = "" if root is None or root == Path.cwd() else f"PYTHONPATH={shlex.quote(_shown(root))} "
+    return f"{where}{_python()} -m export {shlex.join(map(str, words))}"
 
 
 def checkout() -> Path | None:

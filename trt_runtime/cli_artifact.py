@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from trt_runtime import advice, backends, devices, engine, manifest, render
+from trt_runtime import advice, backends, devices, engine, manifest, next_steps, render
 from trt_runtime import plan as planning
 
 
@@ -96,20 +96,26 @@ def _build(args: argparse.Namespace) -> int:
     directory = engine.build(args.artifact, args.out, config)
     for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
         print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
+    next_steps.hint(next_steps.after_build(args.artifact, args.backend, args.out))
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                       dtype=args.dtype, as_json=args.json, quantize=args.quantize))  # fmt: skip
+    text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
+                              dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
+    print(text)
+    if not args.json:
+        next_steps.hint(next_steps.after_plan(args.model, made, args.device))
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from trt_runtime import doctor
 
-    text, healthy = doctor.run(as_json=args.json)
+    text, healthy, mends = doctor.run(as_json=args.json)
     print(text)
+    if not args.json:
+        next_steps.hint(next_steps.after_doctor(healthy, mends))
     return 0 if healthy else 1
 
 

@@ -88,13 +88,14 @@ def findings() -> Iterator[Finding]:
     yield _disk()
 
 
-def run(*, as_json: bool) -> tuple[str, bool]:
-    """The findings as text or JSON, and whether the runtime can run here."""
+def run(*, as_json: bool) -> tuple[str, bool, list[str]]:
+    """The findings as text or JSON, whether the runtime can run here, and the mends of what keeps it from that."""
     found = list(findings())
-    healthy = not any(finding.status == FAILURE for finding in found)
+    mends = [finding.mend for finding in found if finding.status == FAILURE]
     if as_json:
-        return json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=1), healthy
-    return "\n".join([*map(str, found), "", summary(found)]), healthy
+        made = {"healthy": not mends, "findings": [asdict(finding) for finding in found]}
+        return json.dumps(made, indent=1), not mends, mends
+    return "\n".join([*map(str, found), "", summary(found)]), not mends, mends
 
 
 def summary(found: list[Finding]) -> str:

@@ -269,8 +269,8 @@ def report(facts: ModelFacts, work: Work, names: list[str], quantised: Quantizat
 def run(
     path: str, *, device: str | None, batch: int, length: int | None, block_length: int, dtype: str | None, as_json: bool,
     quantize: str | None = None,
-) -> str:  # fmt: skip
-    """The forecast for a model, as text or JSON; without a device for all of the table that it can run on. Raises DllmError."""
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """The forecast for a model, as text or JSON, and as data; without a device for all of the table that it can run on. Raises DllmError."""
     if device is not None:
         find(device)
     model = model_of(path, dtype, quantize, device)
@@ -283,7 +283,7 @@ def run(
     made = report(facts, work, names, quantised)
     if quantised is not None and device is not None and not made["memory"]:
         raise DllmError(f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: {_other(quantised)}.")
-    return json.dumps(made, indent=1) if as_json else plan_text.describe(facts, made, verdicts=device is not None)
+    return json.dumps(made, indent=1) if as_json else plan_text.describe(facts, made, verdicts=device is not None), made
 
 
 def _other(quantised: Quantization) -> str:
