@@ -23,6 +23,7 @@ from trt_runtime.manifest import Manifest
 
 KEY = "inputs"  # of the manifest's source
 _HASHED = 64 << 20
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
 _NOT_INPUTS = ("checkpoint", "out", "family", "overwrite")  # where things lie, and what is only checked
 _WORDS = {"code": "the exporter", "checkpoint": "the checkpoint's files", "data": "the prompts of --data"}
 
@@ -80,10 +81,10 @@ def _code() -> str:
 
 
 def _digest(checkpoint: Path) -> str:
-    """The files of a checkpoint's directory."""
+    """The files of a checkpoint's directory that an export may read."""
     held = {}
     for path in sorted(checkpoint.iterdir()):
-        if path.is_file():
+        if path.is_file() and path.suffix in _READ:
             facts = path.stat()
             held[path.name] = manifests.sha256_of(path) if facts.st_size <= _HASHED else [facts.st_size, facts.st_mtime_ns]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()

@@ -202,6 +202,7 @@ def test_the_command_of_the_exporter_finds_it(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     assert "PYTHONPATH" not in advice.export("--model", "llada")
     monkeypatch.chdir(tmp_path)
+    assert advice.export("--help").startswith(f"PYTHONPATH={shlex.quote(str(ROOT))} ")
     done = subprocess.run(advice.export("--help"), shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--checkpoint" in done.stdout
 
