@@ -180,7 +180,9 @@ def test_the_next_step_of_builds_and_of_the_doctor(demo_artifact, tmp_path, monk
     )
     manifest = manifests.load(demo_artifact)
     assert " build " in next_steps.of_artifact(demo_artifact, replace(manifest, quantization=Quantization("fp8", "tensorrt")))
-    assert "--ids" in next_steps.of_artifact(demo_artifact, replace(manifest, tokenizer=None))
+    words = shlex.split(next_steps.of_artifact(demo_artifact, replace(manifest, tokenizer=None)))
+    special = {manifest.decoding.mask_token_id, *manifest.decoding.eos_token_ids}
+    assert words[-2] == "--ids" and not special & set(map(int, words[-1].split(",")))
     monkeypatch.chdir(tmp_path)
     assert runtime.main(["doctor"]) == 0
     assert _next(capsys.readouterr().err)[-2:] == ["--model", "llada"]
@@ -245,3 +247,6 @@ def test_every_variable_of_the_makefile_is_explained():
     asked = {name for name in ("MODEL", "CHECKPOINT", "DTYPE", "WEIGHTS", "HEAD", "OUT", "OVERWRITE", "VERIFY", "MASK_TOKEN", "QUANTIZE",
                                "TARGET", "DATA", "MATCH", "GATE", "PYTHON") if f"$({name})" in text}  # fmt: skip
     assert len(asked) == 15 and all(f"{name}=" in head for name in asked)
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("export ")]
+    assert all(f"{name}=" in line for name in asked - {"PYTHON"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def hint(command: str | None) -> None:
 def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
     """Ask the artifact something."""
     if manifest.tokenizer is None:
-        return advice.command("generate", artifact, "--ids", "1,2,3", *options)
+        decoding, vocabulary = manifest.decoding, range(manifest.model.vocab_size)
+        special = {decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids}
+        ids = list(itertools.islice((token for token in vocabulary if token not in special), 3))
+        return advice.command("generate", artifact, "--ids", ",".join(map(str, ids)), *options)
     # the demo model has 190 words
     is_demo = Path(str(manifest.source.get("checkpoint", ""))).name == _DEMO[1]
     return advice.command("generate", artifact, _DEMO[0] if is_demo else _PROMPT, *options)
