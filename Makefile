@@ -1,11 +1,11 @@
 # Targets set up what they need. `make help` lists them.
-#   MODEL=llada|dream  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  WEIGHTS=copy|link  HEAD=statistics|logits  OUT=dir  VERIFY=0  PYTHON=python3.x
+#   MODEL=llada|dream  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  WEIGHTS=copy|link  HEAD=statistics|logits  OUT=dir  OVERWRITE=1  VERIFY=0
+#   MASK_TOKEN=token, where config.json names none  PYTHON=python3.x
 #   QUANTIZE=w8a8|int4|fp8|int8-sq  TARGET=ort-cpu|tensorrt (int4 has both)  DATA=file of prompts (and answers)  MATCH=exact|json  GATE=yes|no
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL ?= llada
 DTYPE ?= fp32
 HEAD ?= statistics
 WEIGHTS ?= copy
@@ -18,7 +18,7 @@ GATE ?= yes
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo export engines test lint bench frontier gpu-report clean
+.PHONY: help demo export engines test lint bench frontier gpu-report clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -37,16 +37,17 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring
-	@echo "== 1. checkpoint -> artifact" && $(BIN)/python -m export --model llada --out $(DEMO) --head logits --overwrite --verify no
+	@echo "== 1. checkpoint -> artifact" && $(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no
 	@echo && echo "== 2. the artifact decodes as PyTorch did: same tokens, same order, same number of forwards"
 	@$(BIN)/dllm-trt replay $(DEMO) checkpoints/llada-demo/cases.json
 	@echo && echo "== 3. orders that the model never saw become plans" && head -3 $(PROMPTS) | $(BIN)/dllm-trt generate $(DEMO) -
 	@echo && echo "== 4. one prompt, block by block" && $(BIN)/dllm-trt generate $(DEMO) --stream "$$(sed -n 4p $(PROMPTS))"
 	@echo && echo "== 5. caches and parallel unmasking, side by side" && $(BIN)/dllm-trt bench $(DEMO) --prompts $(PROMPTS) --count 8
 
-export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: MODEL=llada|dream [CHECKPOINT=dir|hub id] [DTYPE=fp32|fp16|bf16] [OUT=dir] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file]
-	$(BIN)/python -m export --model $(MODEL) --dtype $(DTYPE) --head $(HEAD) --overwrite \
+export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: CHECKPOINT=dir|hub id (its config.json says the model), or MODEL=llada|dream alone for a demo [DTYPE=fp32|fp16|bf16] [OUT=dir] [OVERWRITE=1] [MASK_TOKEN=token] [WEIGHTS=copy|link] [HEAD=statistics|logits] [VERIFY=0] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file [TARGET=ort-cpu|tensorrt] [MATCH=exact|json] [GATE=yes|no]]
+	$(BIN)/python -m export $(if $(or $(MODEL),$(CHECKPOINT)),$(if $(MODEL),--model $(MODEL)),--model llada) --dtype $(DTYPE) --head $(HEAD) \
 	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto) \
+	  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(MASK_TOKEN),--mask-token '$(MASK_TOKEN)') \
 	  $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
 	  --match $(if $(DATA)$(CHECKPOINT),$(MATCH),json) --gate $(GATE))
 
@@ -69,12 +70,15 @@ bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantis
 	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/render_system.py
 
 frontier: $(VENV)/.dev ## accuracy against tokens a forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
-	$(BIN)/python -m export --model llada --out $(DEMO) --head logits --overwrite --verify no
+	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no
 	$(BIN)/python benchmarks/frontier.py $(DEMO)
 
 gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
 	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu_report.py $(REPORT)
 
-clean: ## remove artifacts, caches and the environment
-	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove caches and what was built; artifacts and the environment stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . \( -path './$(VENV)' -o -path ./artifacts \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove artifacts, engines and the environment as well
+	rm -rf $(VENV) artifacts engines

@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trt_runtime.advice import package
 from trt_runtime.errors import DllmError
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # files of the peft package
@@ -86,7 +87,7 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
         import huggingface_hub
     except ImportError as error:
         raise DllmError(
-            f"{name}: no such directory; to download it from the hub, install huggingface_hub: pip install huggingface_hub."
+            f"{name}: no such directory; to download it from the hub, install huggingface_hub: {package('huggingface_hub')}."
         ) from error
     repo, _, revision = name.partition("@")
     return huggingface_hub, repo, revision or None

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from export import families, quantize
+from export import families, quantize, uptodate
 from export.lowering import LOWERINGS
-from export.pipeline import ExportConfig, export
+from export.pipeline import ExportConfig, export, read
 from export.quantization import NAMES
 from export.weights import MODES
-from trt_runtime import atomic, contract
+from trt_runtime import advice, atomic, contract, next_steps
 from trt_runtime import manifest as manifests
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
@@ -26,6 +26,7 @@ from trt_runtime.examples import MATCHES
 from trt_runtime.manifest import TARGETS, Manifest, ModelFacts
 from trt_runtime.plan import LAYOUTS, Work, memory
 
+_FOR_CPU = "DTYPE=fp32 (--dtype fp32), or QUANTIZE=w8a8 (--quantize w8a8)"
 # what is exported without --checkpoint, and what it is
 DEMO_CHECKPOINTS = {
     "llada": ("checkpoints/llada-demo", "the demo checkpoint"),
@@ -131,36 +132,63 @@ def _run(args: argparse.Namespace) -> int:
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
-        raise DllmError("--verify yes needs torch and transformers: pip install -e '.[reference]', or leave it out.")
-    begin = time.perf_counter()
-    manifest = _export(config, args)
-    size = sum(facts.size for facts in manifest.files.values())
-    print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
-          f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
-    if args.verify == "no":
-        return 0
+        raise DllmError(f"--verify yes needs torch and transformers: {advice.install('reference')}, or leave it out.")
+    how = _quantize_config(args)
+    inputs = uptodate.inputs_of(config, how)
+    manifest = None if args.overwrite else uptodate.current(out, inputs)
+    if manifest is not None:
+        read(config.checkpoint, config.family, config.ignored_keys)  # --model must still be the checkpoint's
+        print(
+            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 (--overwrite) makes it again"
+        )
+    else:
+        if args.dtype == "bf16" and how is None:
+            _note(f"ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}")
+        begin = time.perf_counter()
+        manifest = uptodate.noted(_export(config, how), inputs, out)
+        size = sum(facts.size for facts in manifest.files.values())
+        print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
+              f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
+    passed = _verified(out, manifest, args.verify, can_verify)
+    if passed and not (vars(args).get("quiet") or vars(args).get("json")):
+        next_steps.hint(next_steps.of_artifact(out, manifest))
+    return 0 if passed else 1
+
+
+def _verified(out: Path, manifest: Manifest, asked: str, can_verify: bool) -> bool:
+    """Compare with PyTorch, if that was asked for or can be done; False where the artifact is known to decode otherwise."""
+    if manifest.verified is not None:
+        passed = bool(manifest.verified.get("passed"))
+        print("verified before: the result is in the manifest" if passed else "NOT VERIFIED before: do not deploy this artifact")
+        return passed
+    if asked == "no":
+        return True
     if not can_verify:
-        print("not verified: torch and transformers are not installed (pip install -e '.[reference]')")
-        return 0
+        print(f"not verified: torch and transformers are not installed ({advice.install('reference')})")
+        return True
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
-    if args.verify == "auto" and free and needed > free and manifest.quantization is None:
+    if asked == "auto" and free and needed > free and manifest.quantization is None:
         print(f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
-              f"'dllm-trt verify {out}' on a larger machine, or add --verify yes")  # fmt: skip
-        return 0
-    return 0 if verify(out, None) else 1
+              f"'{advice.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
+        return True
+    return verify(out, None)
 
 
-def _export(config: ExportConfig, args: argparse.Namespace) -> Manifest:
-    def note(text: str) -> None:
-        print(f"note: {text}", file=sys.stderr)
-
+def _quantize_config(args: argparse.Namespace) -> quantize.QuantizeConfig | None:
     if args.quantize is not None:
-        how = quantize.QuantizeConfig(args.quantize, args.target, args.data, args.match, args.gate == "yes")
-        return quantize.export(config, how, _progress, note)
+        return quantize.QuantizeConfig(args.quantize, args.target, args.data, args.match, args.gate == "yes")
     for name, default in (("target", None), ("data", None), ("match", "exact"), ("gate", "yes")):
         if getattr(args, name) != default:
             raise DllmError(f"--{name} goes with --quantize: leave it out, or say how to quantise.")
-    return export(config, _progress, note)
+    return None
+
+
+def _export(config: ExportConfig, how: quantize.QuantizeConfig | None) -> Manifest:
+    return export(config, _progress, _note) if how is None else quantize.export(config, how, _progress, _note)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _verification_bytes(facts: ModelFacts) -> int:

@@ -70,7 +70,7 @@ def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (
     one that the checkpoint names."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
-    found, reader, decoder = _understood(source.config, where)
+    found, reader, decoder = understood(source.config, where)
     if family is not None and families.find(family) is not found:
         model_type = source.config["model_type"]
         raise DllmError(
@@ -109,8 +109,14 @@ def _decoding(
 def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
     """The model of a checkpoint (a directory or hub id) from its configuration alone. What an export would refuse of it is refused here; a
     token that it does not name may be the tokenizer's, and is not asked for. Raises DllmError."""
-    config, generation_config, where = checkpoints.config_of(name)
-    family, reader, decoder = _understood(config, where)
+    return checked_facts(*checkpoints.config_of(name), dtype, ignored_keys)
+
+
+def checked_facts(
+    config: dict[str, Any], generation_config: dict[str, Any], where: str, dtype: str, ignored_keys: tuple[str, ...] = ()
+) -> ModelFacts:
+    """The same of a configuration that was read already; `where` names it in errors."""
+    family, reader, decoder = understood(config, where)
     named = [held.get(key) for key in token_names.KEYS for held in (config, generation_config)]
     taken = [token for value in named for token in (value if isinstance(value, list) else [value])]
     free = (token for token in itertools.count() if token not in taken)
@@ -118,7 +124,7 @@ def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = (
     if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
         ids[token_names.MASK] = generation_config[token_names.MASK]
     _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
-    return _model_facts(decoder, config, dtype)
+    return facts_of_config(decoder, config, dtype)
 
 
 def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
@@ -129,10 +135,11 @@ def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
 
 def facts_of_source(source: Source, dtype: str) -> ModelFacts:
     """What a manifest says of the network of a checkpoint."""
-    return _model_facts(source.decoder, source.checkpoint.config, dtype)
+    return facts_of_config(source.decoder, source.checkpoint.config, dtype)
 
 
-def _understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+    """The family of a config.json, its reader, and the network. Raises DllmError."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
@@ -257,7 +264,8 @@ def _check_graphs(directory: Path, data: Iterable[str]) -> None:
             onnx.checker.check_model(path, full_check=True)
 
 
-def _model_facts(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
+def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
+    """What a manifest says of a network."""
     return ModelFacts(
         family=config["model_type"].lower(),
         num_layers=decoder.num_layers,
@@ -290,7 +298,7 @@ def _manifest(source: Source, config: ExportConfig, directory: Path, written: we
         )
         for role in contract.ROLES
     }
-    facts = _model_facts(decoder, checkpoint.config, config.dtype)
+    facts = facts_of_config(decoder, checkpoint.config, config.dtype)
     if scheme is not None:
         facts = replace(facts, weight_bytes=written.files[weights.FILE_NAME].size)
     versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}

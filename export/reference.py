@@ -21,6 +21,7 @@ from export import decoder as decoders
 from export import pipeline
 from export.checkpoint import StoredTensor
 from export.families.base import hf_name
+from trt_runtime import advice
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.errors import DllmError
@@ -183,7 +184,7 @@ def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
     if not torch.allclose(model.model.rotary_emb.inv_freq.cpu(), expected, rtol=1e-4):
         raise DllmError(
             f"transformers {transformers.__version__} does not take rope_theta {decoder.rope_theta:g} from where it is given: install "
-            "transformers 5.8 or newer (pip install -U transformers)."
+            f"transformers 5.8 or newer ({advice.package('-U', 'transformers')})."
         )
     return model.eval()
 

@@ -18,16 +18,9 @@ DOCUMENTS = sorted(
     for path in ROOT.rglob("*.md")
     if not any(part.startswith(".") or part in ("artifacts", "build") for part in path.relative_to(ROOT).parts)
 )
-WHEEL = [
-    "trt_runtime/__init__.py", "trt_runtime/adaptive.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
-    "trt_runtime/backends/commit_kernel.py", "trt_runtime/backends/ort.py", "trt_runtime/backends/tensorrt.py", "trt_runtime/bench.py", "trt_runtime/builder.py", "trt_runtime/cases.py", "trt_runtime/cli.py", "trt_runtime/cli_artifact.py", "trt_runtime/cli_measure.py", "trt_runtime/cli_options.py",
-    "trt_runtime/config.py",
-    "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/detokenize.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",
-    "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
-    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/limits.py",
-    "trt_runtime/server/metrics.py", "trt_runtime/server/page.html", "trt_runtime/server/replicas.py", "trt_runtime/server/requests.py", "trt_runtime/server/serve.py", "trt_runtime/server/triton_model.py",
-    "trt_runtime/server/triton_repo.py", "trt_runtime/server/worker.py", "trt_runtime/speculation.py", "trt_runtime/steps.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py", "trt_runtime/tune.py",
-]  # fmt: skip
+PACKAGE = [
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "trt_runtime").rglob("*") if path.suffix in (".py", ".html", ".typed")
+]
 
 
 def test_the_wheel_holds_the_runtime_alone(tmp_path):
@@ -37,7 +30,7 @@ def test_the_wheel_holds_the_runtime_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = next(archive.read(n).decode() for n in names if n.endswith("METADATA"))
-    assert sorted(name for name in names if ".dist-info/" not in name) == WHEEL
+    assert sorted(name for name in names if ".dist-info/" not in name) == sorted(PACKAGE)
     required = re.findall(r"Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata)
     assert sorted(required) == ["jinja2", "numpy", "tokenizers"]
 
@@ -145,6 +138,17 @@ def test_every_command_of_the_documents_is_one():
     assert seen["dllm-trt"] > 15 and seen["python"] > 3 and seen["make"] > 5, seen
 
 
+def test_what_the_readme_uses_is_installed_first():
+    """The first line of a section installs the extras that its commands name, but for the reference, which their comments name."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it\n\n```\n")[1].split("```")[0]
+    first, *rest = section.splitlines()
+    installed = set(re.fullmatch(r"\.venv/bin/pip install -e '\.\[([\w,]+)\]' *(#.*)?", first)[1].split(","))
+    commands = {words[1] for line in rest if len(words := shlex.split(line, comments=True)) > 1}
+    assert {"serve", "eval"} & commands <= installed
+    named = set(re.findall(r"(\w+) extra", section))
+    assert named - {"reference"} <= installed and {"serve", "eval"} <= named
+
+
 def test_make_help_lists_the_targets():
     done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
@@ -158,6 +162,7 @@ def test_make_help_lists_the_targets():
         "frontier",
         "gpu-report",
         "clean",
+        "distclean",
     ]
 
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from conftest import export_quietly
 
-from trt_runtime import cli, contract, engine
+from trt_runtime import advice, cli, contract, engine
 from trt_runtime import manifest as manifests
 from trt_runtime.engine import BuildConfig
 from trt_runtime.errors import DllmError
@@ -139,9 +139,10 @@ def test_the_command(artifact, tmp_path, capsys, monkeypatch):
         assert cli.main([*command, *change]) == 1
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
-    monkeypatch.setattr(engine, "_MODULES", {"tensorrt": (("no_such_module",), "pip install tensorrt (from NVIDIA's index)")})
+    monkeypatch.setattr(engine, "_MODULES", {"tensorrt": (("no_such_module",), "trt")})
     assert cli.main(["build", str(artifact), "--out", str(out)]) == 1
-    assert "needs a package that is missing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "needs a package that is missing" in error and f"{advice.install('trt')} (tensorrt is on NVIDIA's index)" in error
 
 
 def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):

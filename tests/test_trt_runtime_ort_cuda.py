@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import stand_in_cuda
 from conftest import export_quietly
 
-from trt_runtime import cuda, replay
+from trt_runtime import advice, cuda, replay
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import ort as backend_ort
 from trt_runtime.backends.ort import OrtBackend
@@ -55,7 +57,7 @@ def test_rows_in_later_slots(gpu, golden_artifact):
 
 
 def test_without_a_cuda_provider_it_is_an_error_and_not_the_cpu(golden_artifact, monkeypatch):
-    with pytest.raises(DllmError, match=r"has no CUDA provider: pip uninstall onnxruntime, then pip install 'dllm-trt.ort-gpu.'"):
+    with pytest.raises(DllmError, match=re.escape(f"uninstall onnxruntime, then {advice.install('ort-gpu')}.")):
         OrtBackend(golden_artifact, device="cuda")
     real = backend_ort.ort.InferenceSession  # onnxruntime-gpu without a driver: a warning, and a session on the CPU
     monkeypatch.setattr(backend_ort.ort, "InferenceSession", lambda model, options, providers: real(model, options))

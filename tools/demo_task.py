@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,29 @@ def draw(rng: random.Random, *, held_out: bool, drill: bool = False) -> Example:
         prompt += rng.choice(JOINTS) + _say(step, rng)
     vocabulary = rng.randrange(2)
     return Example(prompt, plan, json.dumps([_spell(step, rng, vocabulary) for step in plan]))
+
+
+def plan_of(prompt: str) -> list[Step]:
+    """What an order means: `draw` read backwards. Raises ValueError for a text that is none."""
+    opening = max((text for text in OPENINGS if prompt.startswith(text)), key=len)
+    joints = "|".join(re.escape(text) for text in sorted(JOINTS, key=len, reverse=True))
+    return [_step_of(said) for said in re.split(joints, prompt[len(opening) :])]
+
+
+def _step_of(said: str) -> Step:
+    goods = f"(?P<color>{'|'.join(COLORS)}) (?P<item>{'|'.join(ITEMS)})"
+    room, person, tool = (f"({'|'.join(names)})" for names in (ROOMS, PEOPLE, TOOLS))
+    spoken = {
+        "move": (f"{goods} from (?P<from_>{room}) to (?P<to>{room})",),
+        "give": (f"{goods} to (?P<for_>{person})", f"(?P<for_>{person}) {goods}"),
+        "find": (f"{goods} in (?P<in_>{room})",),
+        "clean": (f"(?P<in_>{room}) with (?P<with_>{tool})",),
+    }
+    for do, patterns in spoken.items():
+        for pattern in patterns:
+            if found := re.fullmatch(f"({'|'.join(VERBS[do])}) {pattern}", said):
+                return {"do": do} | {key.rstrip("_"): value for key, value in found.groupdict().items()}
+    raise ValueError(f"{said!r} is no step of an order")
 
 
 def is_right(answer: str, plan: list[Step]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import contract
+from trt_runtime import advice, contract
 from trt_runtime.contract import TensorSpec
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
@@ -159,7 +159,7 @@ def with_capacity(graph: Path, capacity: int) -> bytes:
     try:
         import onnx
     except ImportError as error:
-        raise DllmError("building engines needs the onnx package: pip install onnx.") from error
+        raise DllmError(f"building engines needs the onnx package: {advice.package('onnx')}.") from error
     model = onnx.load(graph, load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:

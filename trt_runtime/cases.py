@@ -3,7 +3,8 @@
 A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps, threshold (null with
 a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask (false for padding at the left of a row), and
 what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list of [kind, start,
-length, positions, tokens]; with several rows the positions are [row, position] pairs).
+length, positions, tokens]; with several rows the positions are [row, position] pairs). A step may have a sixth entry, the confidence of
+each position, as results have it (generate --json, replay --output): it is not compared.
 
 A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and there `steps` does
 not bound a threshold; without a cache it does (policies.Threshold).
@@ -117,8 +118,8 @@ def _are_steps(value: Any, needed: bool) -> bool:
 
 def _is_step(value: Any, several: bool) -> bool:
     """A step of a trace; with `several` rows its positions may be [row, position] pairs."""
-    kinds = (str, int, int, list, list)
-    ok = isinstance(value, list) and len(value) == 5 and all(isinstance(v, k) for v, k in zip(value, kinds, strict=True))
+    kinds = (str, int, int, list, list, list)
+    ok = isinstance(value, list) and len(value) in (5, 6) and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
     places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
     return places and len(value[3]) == len(value[4]) and _are_rows([value[4]])
 

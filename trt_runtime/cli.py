@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trt_runtime import backends, cli_artifact, cli_measure, render
+from trt_runtime import advice, backends, cli_artifact, cli_measure, render
 from trt_runtime.cli_options import add_backend, add_decoding, backend_options, config_of, open_model
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.model import Model, Prompt, Result
@@ -127,7 +127,7 @@ def _ids(text: str) -> list[int]:
 
 def _as_json(result: Result) -> dict[str, object]:
     return {**asdict(replace(result, trace=[])), "tokens_per_forward": result.tokens_per_forward,
-            "trace": [step.as_list() for step in result.trace]}  # fmt: skip
+            "trace": [step.with_confidence() for step in result.trace]}  # fmt: skip
 
 
 def _warn_of_unknown_words(model: Model, prompts: list[Prompt]) -> None:
@@ -165,7 +165,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    serving = backends.import_tool("trt_runtime.server.serve", "serve", "pip install 'dllm-trt[serve]'")
+    serving = backends.import_tool("trt_runtime.server.serve", "serve", advice.install("serve"))
     check_counts(args, "slots", "max_body", "max_length", "lanes", "ray")
     if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
         raise DllmError(
@@ -190,7 +190,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.ray is None:
         serving.run(open_model(args), options, args.host, args.port)
         return 0
-    replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", "pip install 'dllm-trt[serve,ray]'")
+    replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", advice.install("serve", "ray"))
     setup = replicas.Setup(str(args.artifact.resolve()), args.backend, backend_options(args))
     replicas.run(setup, options, args.host, args.port, args.ray)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from trt_runtime import backends, devices, engine, manifest, render
+from trt_runtime import advice, backends, devices, engine, manifest, next_steps, render
 from trt_runtime import plan as planning
 
 
@@ -25,6 +25,7 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     )
     plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
     plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
+    plan.add_argument("--quantize", help="of a checkpoint: what an export with --quantize would take (w8a8, int4, fp8, int8-sq)")
     plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
@@ -95,26 +96,32 @@ def _build(args: argparse.Namespace) -> int:
     directory = engine.build(args.artifact, args.out, config)
     for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
         print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
+    next_steps.hint(next_steps.after_build(args.artifact, args.backend, args.out))
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    print(planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                       dtype=args.dtype, as_json=args.json))  # fmt: skip
+    text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
+                              dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
+    print(text)
+    if not args.json:
+        next_steps.hint(next_steps.after_plan(args.model, made, args.device))
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from trt_runtime import doctor
 
-    text, healthy = doctor.run(as_json=args.json)
+    text, healthy, mends = doctor.run(as_json=args.json)
     print(text)
+    if not args.json:
+        next_steps.hint(next_steps.after_doctor(healthy, mends))
     return 0 if healthy else 1
 
 
 def _verify(args: argparse.Namespace) -> int:
-    advice = "run it from a checkout, with pip install -e '.[export,ort,reference]'"
-    tool = backends.import_tool("export.cli", "verify", advice)
-    backends.import_tool("export.verify", "verify", advice)
+    mend = advice.tool("export", "ort", "reference")
+    tool = backends.import_tool("export.cli", "verify", mend)
+    backends.import_tool("export.verify", "verify", mend)
     run = tool.verify_layers if args.layers else tool.verify
     return 0 if run(args.artifact, args.checkpoint) else 1

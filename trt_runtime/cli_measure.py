@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_runtime import backends, cli_artifact, examples, replay, tolerances
+from trt_runtime import advice, backends, cli_artifact, examples, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime.cli_options import add_backend, add_decoding, config_of, open_model, write_json
 from trt_runtime.config import GenerationConfig
@@ -112,7 +112,7 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
     results, wrong, near, excused = [], 0, 0, 0
     for case in cases:
         done = replay.replay(model.backend, case)
-        results.append(done.result)
+        results.append(replay.with_confidence(done))
         found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
         if found is None:
             continue
@@ -143,7 +143,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    evaluation = backends.import_tool("trt_runtime.evaluation", "eval", "pip install 'dllm-trt[ort,eval]'")
+    evaluation = backends.import_tool("trt_runtime.evaluation", "eval", advice.install("eval"))
     check_counts(args, "limit", "batch", "mc_samples")
     tasks = [name for name in args.tasks.split(",") if name]
     if not tasks or (args.num_fewshot is not None and args.num_fewshot < 0):

@@ -19,17 +19,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_runtime import advice
 from trt_runtime.errors import DllmError
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of every address it is given
-_ADVICE = "install NVIDIA's cuda-python (pip install cuda-python) and a driver; 'dllm-trt doctor' says what is there"
+
+
+def _mend() -> str:
+    return f"install NVIDIA's cuda-python ({advice.package('cuda-python')}) and a driver; 'dllm-trt doctor' says what is there"
 
 
 def _bindings() -> tuple[Any, Any]:
     try:
         return importlib.import_module("cuda.bindings.runtime"), importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
-        raise DllmError(f"the GPU needs a package that is missing ({error}): {_ADVICE}.") from error
+        raise DllmError(f"the GPU needs a package that is missing ({error}): {_mend()}.") from error
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,9 @@ class Device:
         try:
             count = self._do("cudaGetDeviceCount")
         except DllmError as error:
-            raise DllmError(f"no GPU can be used ({error}): {_ADVICE}.") from error
+            raise DllmError(f"no GPU can be used ({error}): {_mend()}.") from error
         if not 0 <= index < count:
-            raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_ADVICE}.")
+            raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_mend()}.")
         self.index, self._thread = index, -1
         self.enter()
         self.facts = self._facts(index)

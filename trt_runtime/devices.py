@@ -1,4 +1,5 @@
-"""Devices as data: memory, bandwidth and dense rates, for forecasts. Not measurements: what the makers publish.
+"""Devices as data: memory, bandwidth and dense rates, for forecasts. Of GPUs what the makers publish; of this machine's CPU what a copy and a
+matrix product reach just now.
 
 Rates are dense (no sparsity), of tensor cores with 16-bit inputs and float32 sums, and of float32 without tensor cores.
 Sources: A100, L4, H100 and H200 data sheets (SXM versions); Ada and RTX Blackwell architecture white papers ("FP16 Tensor TFLOPS with
@@ -9,19 +10,31 @@ whose dense 16-bit rate is an eighth of its 2,070 sparse FP4 TFLOPS.
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from trt_runtime.errors import unknown
 
 GIB = 1 << 30
+_COPIED = 1 << 26  # bytes: more than the caches of most processors
+_PATIENCE = 0.08  # seconds for each of the two measurements
+# 8-bit products beside fp32's, an estimate: 441 Gop/s beside 112 GFLOP/s with AVX-512 VNNI (benchmarks/results/system-scaling.json); a
+# processor without such instructions gains nothing that can be counted on
+_INT8_GAIN, _INT8_FLAGS = 3.9, {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"}
 
 
 @dataclass(frozen=True)
 class Device:
     """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s; TFLOPS.
 
-    A rate of None is not known: no time is forecast.
+    A rate of None is not known: no time is forecast. rate8: of 8-bit products, of a CPU. compute_capability: of a GPU, as 89 for 8.9.
     """
 
     name: str
@@ -31,27 +44,29 @@ class Device:
     rate16: float | None = None
     rate32: float | None = None
     is_cpu: bool = False
+    rate8: float | None = None
+    compute_capability: int = 0
 
 
-def _gpu(name: str, gib: float, bandwidth: float, rate16: float, rate32: float, reserved: float = 0.7) -> Device:
-    return Device(name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32)
+def _gpu(name: str, capability: int, gib: float, bandwidth: float, rate16: float, rate32: float, reserved: float = 0.7) -> Device:
+    return Device(name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32, compute_capability=capability)
 
 
 # memory of data-centre cards and Jetsons as the driver reports it; GeForce cards as named (the driver reports up to 2 % less)
 DEVICES = {
-    "a100-40g": _gpu("A100 40 GB", 39.4, 1555, 312, 19.5),
-    "a100-80g": _gpu("A100 80 GB", 79.2, 2039, 312, 19.5),
-    "h100": _gpu("H100 SXM", 79.6, 3350, 989.4, 66.9),
-    "h200": _gpu("H200 SXM", 140.4, 4800, 989.4, 66.9),
-    "l4": _gpu("L4", 22.5, 300, 121, 30.3),
-    "orin-32g": _gpu("Jetson AGX Orin 32 GB", 29.9, 204.8, 26.6, 3.3, reserved=4),
-    "orin-64g": _gpu("Jetson AGX Orin 64 GB", 61.3, 204.8, 42.5, 5.3, reserved=4),
-    "rtx-4090": _gpu("GeForce RTX 4090", 24.0, 1008, 165.2, 82.6),
-    "rtx-5070": _gpu("GeForce RTX 5070", 12.0, 672, 61.7, 30.9),
-    "rtx-5070-ti": _gpu("GeForce RTX 5070 Ti", 16.0, 896, 87.9, 43.9),
-    "rtx-5080": _gpu("GeForce RTX 5080", 16.0, 960, 112.6, 56.3),
-    "rtx-5090": _gpu("GeForce RTX 5090", 32.0, 1792, 209.5, 104.8),
-    "thor": _gpu("Jetson AGX Thor (T5000)", 122.8, 273, 259, 8.1, reserved=4),
+    "a100-40g": _gpu("A100 40 GB", 80, 39.4, 1555, 312, 19.5),
+    "a100-80g": _gpu("A100 80 GB", 80, 79.2, 2039, 312, 19.5),
+    "h100": _gpu("H100 SXM", 90, 79.6, 3350, 989.4, 66.9),
+    "h200": _gpu("H200 SXM", 90, 140.4, 4800, 989.4, 66.9),
+    "l4": _gpu("L4", 89, 22.5, 300, 121, 30.3),
+    "orin-32g": _gpu("Jetson AGX Orin 32 GB", 87, 29.9, 204.8, 26.6, 3.3, reserved=4),
+    "orin-64g": _gpu("Jetson AGX Orin 64 GB", 87, 61.3, 204.8, 42.5, 5.3, reserved=4),
+    "rtx-4090": _gpu("GeForce RTX 4090", 89, 24.0, 1008, 165.2, 82.6),
+    "rtx-5070": _gpu("GeForce RTX 5070", 120, 12.0, 672, 61.7, 30.9),
+    "rtx-5070-ti": _gpu("GeForce RTX 5070 Ti", 120, 16.0, 896, 87.9, 43.9),
+    "rtx-5080": _gpu("GeForce RTX 5080", 120, 16.0, 960, 112.6, 56.3),
+    "rtx-5090": _gpu("GeForce RTX 5090", 120, 32.0, 1792, 209.5, 104.8),
+    "thor": _gpu("Jetson AGX Thor (T5000)", 110, 122.8, 273, 259, 8.1, reserved=4),
 }  # fmt: skip
 
 
@@ -65,9 +80,64 @@ def find(name: str) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine's memory, as Linux gives it; a tenth of it is left to the system."""
-    total = meminfo("MemTotal")
-    return Device("this machine's CPU", total, total // 10, is_cpu=True)
+    """This machine: memory, as Linux gives it, a tenth of which is left to the system; bandwidth and rates, measured in less than half a second.
+
+    ONNX Runtime computes fp16 in fp32 on a CPU and no bf16, so there is no 16-bit rate.
+    """
+    total, rates = meminfo("MemTotal"), _rates()
+    if rates is None:
+        return Device("this machine's CPU", total, total // 10, is_cpu=True)
+    bandwidth, rate = rates
+    gain = _INT8_GAIN if has_int8() else 1.0
+    return Device(
+        "this machine's CPU", total, total // 10, bandwidth / 1e9, None, rate / 1e12, is_cpu=True, rate8=gain * rate / 1e12
+    )
+
+
+@lru_cache(maxsize=1)
+def _rates() -> tuple[float, float] | None:
+    """Bytes and operations a second, measured once; None where so little memory is free that no forecast of a time would hold."""
+    try:
+        return _bandwidth(), _product_rate()
+    except MemoryError:
+        return None
+
+
+def has_int8() -> bool:
+    """Whether the processor multiplies 8-bit numbers faster than fp32, by the flags that Linux lists."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return any(_INT8_FLAGS & set(line.split()) for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+
+
+def _bandwidth() -> float:
+    """Bytes a second of a copy by all cores, both directions counted."""
+    cores = len(os.sched_getaffinity(0))
+    source = np.ones(_COPIED, np.uint8)
+    target = np.zeros_like(source)
+    pairs = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
+    with ThreadPoolExecutor(cores) as pool:
+        return 2 * source.nbytes / _least(lambda: [None for _ in pool.map(np.copyto, *zip(*pairs, strict=True))])
+
+
+def _product_rate() -> float:
+    """Operations a second of an fp32 matrix product in NumPy, with its own threads."""
+    rows, inputs, outputs = 256, 1024, 1024
+    x, weight = np.ones((rows, inputs), np.float32), np.ones((inputs, outputs), np.float32)
+    out = np.empty((rows, outputs), np.float32)
+    return 2 * rows * inputs * outputs / _least(lambda: np.matmul(x, weight, out=out))
+
+
+def _least(run: Callable[[], object]) -> float:
+    """The shortest time of a call, after one that warms up."""
+    run()
+    best, end = float("inf"), time.perf_counter() + _PATIENCE
+    while True:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+        if time.perf_counter() > end:
+            return max(best, 1e-9)
 
 
 def meminfo(key: str) -> int:
@@ -77,3 +147,11 @@ def meminfo(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    unit, name = next(
+        ((unit, name) for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")) if size >= unit), (1, "B")
+    )
+    return f"{size / unit:.2f} {name}" if unit == GIB else f"{size / unit:.1f} {name}" if unit > 1 else f"{size:.0f} B"

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import processor
+from trt_runtime import advice, processor
 from trt_runtime.devices import GIB, meminfo
 
 PYTHONS = ((3, 10), (3, 13))
@@ -40,30 +40,28 @@ class Package:
     needed: bool = False
 
 
-def _pip(extra: str) -> str:
-    return f"pip install 'dllm-trt[{extra}]'"
-
-
-_CHECKOUT = "in a checkout: pip install -e '.[{}]'"
-PACKAGES = (
-    Package("numpy", "numpy", "1.26", "3", "runtime", "pip install numpy", needed=True),
-    Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", "pip install tokenizers", needed=True),
-    Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", "pip install 'jinja2>=3.1.6'", needed=True),
-    Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", _pip("ort")),
-    Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", _pip("ort-gpu")),
-    Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", "pip install tensorrt (from NVIDIA's index)"),
-    Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _CHECKOUT.format("rtx")),
-    Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", "pip install cuda-bindings"),
-    Package("onnx", "onnx", "1.21", "2", "export", _CHECKOUT.format("export")),
-    Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", _CHECKOUT.format("export")),
-    Package("onnxscript", "onnxscript", "0.6", "1", "export", _CHECKOUT.format("export")),
-    Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", _CHECKOUT.format("export")),
-    Package("tqdm", "tqdm", "4.66", "5", "export", _CHECKOUT.format("export")),
-    Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", _CHECKOUT.format("export")),
-    Package("torch", "torch", "2.6", "3", "verify, the reference", _CHECKOUT.format("reference")),
-    Package("transformers", "transformers", "5.8", "6", "verify, the reference", _CHECKOUT.format("reference")),
-    Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines", "pip install polygraphy"),
-)  # fmt: skip
+def packages() -> tuple[Package, ...]:
+    """The support table."""
+    install, tool, package = advice.install, advice.tool, advice.package
+    return (
+        Package("numpy", "numpy", "1.26", "3", "runtime", package("numpy"), needed=True),
+        Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", package("tokenizers"), needed=True),
+        Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", package("jinja2>=3.1.6"), needed=True),
+        Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", install("ort")),
+        Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", install("ort-gpu")),
+        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", install("trt") + " (tensorrt is on NVIDIA's index)"),
+        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", install("rtx")),
+        Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", install("trt")),
+        Package("onnx", "onnx", "1.21", "2", "export", tool("export")),
+        Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", tool("export")),
+        Package("onnxscript", "onnxscript", "0.6", "1", "export", tool("export")),
+        Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", tool("export")),
+        Package("tqdm", "tqdm", "4.66", "5", "export", tool("export")),
+        Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", tool("export")),
+        Package("torch", "torch", "2.6", "3", "verify, the reference", tool("reference")),
+        Package("transformers", "transformers", "5.8", "6", "verify, the reference", tool("reference")),
+        Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines", package("polygraphy")),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,14 @@ def findings() -> Iterator[Finding]:
     yield _disk()
 
 
-def run(*, as_json: bool) -> tuple[str, bool]:
-    """The findings as text or JSON, and whether the runtime can run here."""
+def run(*, as_json: bool) -> tuple[str, bool, list[str]]:
+    """The findings as text or JSON, whether the runtime can run here, and the mends of what keeps it from that."""
     found = list(findings())
-    healthy = not any(finding.status == FAILURE for finding in found)
+    mends = [finding.mend for finding in found if finding.status == FAILURE]
     if as_json:
-        return json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=1), healthy
-    return "\n".join([*map(str, found), "", summary(found)]), healthy
+        made = {"healthy": not mends, "findings": [asdict(finding) for finding in found]}
+        return json.dumps(made, indent=1), not mends, mends
+    return "\n".join([*map(str, found), "", summary(found)]), not mends, mends
 
 
 def summary(found: list[Finding]) -> str:
@@ -123,7 +122,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    for package in PACKAGES:
+    for package in packages():
         yield package_finding(package)
 
 
@@ -149,7 +148,7 @@ def package_finding(package: Package) -> Finding:
 def _both_runtimes() -> Iterator[Finding]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         yield Finding("onnxruntime", WARNING, "onnxruntime and onnxruntime-gpu are both installed: one hides the other",
-                      "pip uninstall onnxruntime onnxruntime-gpu, then install one of them again")  # fmt: skip
+                      f"{advice.pip()} uninstall onnxruntime onnxruntime-gpu, then {advice.install('ort')} or {advice.install('ort-gpu')}")  # fmt: skip
 
 
 def _gpu() -> Iterator[Finding]:
@@ -213,9 +212,9 @@ def _providers() -> Iterator[Finding]:
         except Exception as error:  # onnxruntime raises several unrelated types
             got, said = [], f"listed, but no session opens: {_first_line(error)}"
         mend = (
-            "install onnxruntime again"
+            f"install it again: {advice.package('--force-reinstall', 'onnxruntime')}"
             if name.startswith("CPU")
-            else ("its libraries are missing or too old: install CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]')")
+            else f"its libraries are missing or too old: install CUDA and cuDNN ({advice.package('onnxruntime-gpu[cuda,cudnn]')})"
         )
         yield Finding(f"provider {name}", OK if name in got else WARNING, said, "" if name in got else mend)
 

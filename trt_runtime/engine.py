@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import atomic, builder, cuda
+from trt_runtime import advice, atomic, builder, cuda
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.builder import Job, Profile, version_of
@@ -30,15 +30,12 @@ FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
 LAYOUTS = SHARED, SPLIT = ("shared", "split")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # compute capabilities that TensorRT-RTX builds for
 CAPACITY_STEP = 64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
-# the modules that a backend's package may be called, and what to install
-_MODULES = {
-    "tensorrt": (("tensorrt",), "pip install tensorrt (from NVIDIA's index)"),
-    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install tensorrt-rtx"),
-}
+# the modules that a backend's package may be called, and the extra that installs it
+_MODULES = {"tensorrt": (("tensorrt",), "trt"), "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx")}
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
-_SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
+SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 
@@ -112,13 +109,14 @@ def plans(config: BuildConfig) -> list[EnginePlan]:
 
 def load(backend: str) -> Any:
     """The package of a backend. Raises DllmError with what to install."""
-    modules, advice = _MODULES[backend]
+    modules, extra = _MODULES[backend]
     for name in modules:
         try:
             return importlib.import_module(name)
         except ImportError as error:
             missing = error
-    raise DllmError(f"the backend '{backend}' needs a package that is missing ({missing}): {advice}.")
+    index = " (tensorrt is on NVIDIA's index)" if backend == "tensorrt" else ""
+    raise DllmError(f"the backend '{backend}' needs a package that is missing ({missing}): {advice.install(extra)}{index}.")
 
 
 def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | None) -> dict[str, Any]:
@@ -260,7 +258,7 @@ def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
 
 def _check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
     scheme = manifest.quantization.scheme if manifest.quantization else ""
-    least = _SCHEME_FROM.get(scheme, 0)
+    least = SCHEME_FROM.get(scheme, 0)
     if older := [capability for capability in capabilities if capability < least]:
         raise DllmError(
             f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is SM{older[0]}: export it with "
@@ -283,14 +281,14 @@ def _plugins(
 
     TensorRT-RTX takes no plugins: its engines come with the commit kernel alone.
     """
-    advice = "run it from a checkout, with pip install -e '.[kernels]'"
+    mend = advice.tool("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
-    commit = import_tool("plugins.commit", "--plugins", advice).compiled(mask, config.block_length, target)
+    commit = import_tool("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
     facts = {"commit": {"file": "commit.ptx", "entry": commit.name, "threads": commit.threads, "shared": commit.shared,
                         "columns": config.block_length, "sha256": _hash(commit.ptx)}}  # fmt: skip
     if config.backend != "tensorrt":
         return None, facts, {"commit.ptx": commit.ptx}
-    tool = import_tool("plugins.tensorrt_plugins", "--plugins", advice)
+    tool = import_tool("plugins.tensorrt_plugins", "--plugins", mend)
     statistics = tool.compiled(manifest.model.vocab_size, mask, target)
 
     def edit(network: Any, trt: Any) -> None:

@@ -1,9 +1,9 @@
 """The public Python API: an artifact opened on a backend, `generate` and `stream` over it.
 
 import trt_runtime as rt
-model = rt.load("artifacts/llada-demo")
-for result in model.generate(["take red cups from the kitchen to the hall"]):
-    print(result.text, result.nfe, result.tokens_per_forward)
+with rt.load("artifacts/llada-demo") as model:
+    for result in model.generate(["take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"]):
+        print(result.text, result.nfe, result.tokens_per_forward)
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,18 @@ from trt_runtime.speculation import Speculating
 from trt_runtime.tokenizer import Tokenizer
 
 Prompt = str | Rows[int] | Rows[Mapping[str, str]]
+_SHOWN = 60  # characters of a text in a repr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What became of a row. Times are of the whole call, which all its rows share.
 
     text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length tokens.
     num_useful: tokens before the end-of-sequence token. nfe: forwards, of which prefix_passes and refine_steps.
     canvas: prompt and answer (with `infill`, the prompt's gaps filled). seconds: wall time until the row finished.
+    blocks: half-open ranges of the canvas, as they were decoded. pieces: the text of each of the canvas's last len(pieces) tokens: the answer's,
+    with filled gaps in the prompt the prompt's too; token ids without a tokenizer.
     """
 
     text: str | None
@@ -48,6 +52,18 @@ class Result:
     seconds: float
     canvas: list[int]
     trace: list[Step]
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        answer = f"text={_start(self.text)}" if self.text is not None else f"tokens={_first(self.tokens)}"
+        return f"Result({answer}, num_useful={self.num_useful}, nfe={self.nfe}, seconds={self.seconds:.3g})"
+
+    def _repr_html_(self) -> str:
+        """The answer for a notebook: blocks, and tokens coloured by confidence (notebook.py)."""
+        from trt_runtime import notebook
+
+        return notebook.html_of(self)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -55,7 +71,7 @@ class Result:
         return self.num_useful / max(1, self.nfe)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Update:
     """A row after one forward: `committed` is the text of finished blocks, without an end that the next one may change (a character whose
     bytes are not all there); `provisional` what is unmasked beyond them.
@@ -76,14 +92,45 @@ class Update:
     block: tuple[int, int]
     finished: bool
 
+    def __repr__(self) -> str:
+        return (
+            f"Update(row={self.row}, nfe={self.nfe}, kind={self.kind!r}, committed={_start(self.committed)}, "
+            f"provisional={_start(self.provisional)}, changed={_first(self.changed)}, block={self.block}, finished={self.finished})"
+        )
+
 
 class Model:
-    """An artifact opened on a backend. Make one with `load`."""
+    """An artifact opened on a backend. Make one with `load`; close it, or use it as a context manager.
+
+    After `close`, `path`, `manifest` and `tokenizer` can still be read; everything else raises DllmError.
+    """
 
     def __init__(self, path: Path, backend: Backend) -> None:
-        self.path, self.backend = path, backend
+        self.path = path
+        self._backend: Backend | None = backend
         self.manifest: Manifest = backend.manifest
         self.tokenizer = Tokenizer(path / self.manifest.tokenizer) if self.manifest.tokenizer else None
+
+    def __enter__(self) -> Model:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        facts = self.manifest.model
+        on = "closed" if self._backend is None else f"on {self._backend.name}"
+        return f"Model({str(self.path)!r}, {facts.family}, {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype}, {on})"
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the graphs. Raises DllmError once the model is closed."""
+        return self._check_open()
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = backend
 
     def generate(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> list[Result]:
         """Complete several prompts at once; the results stand in their order.
@@ -104,11 +151,16 @@ class Model:
 
     def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
         """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_look` of the backend. Nothing
-        runs before the first is taken."""
+        runs before the first is taken. Raises DllmError where the model is closed in between."""
+        self._check_open()
+        return self._streamed(prompts, config, raw)
+
+    def _streamed(self, prompts: Rows[Prompt], config: GenerationConfig | None, raw: bool) -> Iterator[Update]:
         config = config or configured({}, self.manifest)
         rows = self._sequences(prompts, config, raw)
         generator = self._generator(rows, config)
         while not generator.is_finished:
+            self._check_open()
             before = [(row.block, len(row.trace)) for row in rows]
             for wanted in generator.step():
                 block, since = before[wanted.slot]
@@ -117,6 +169,7 @@ class Model:
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it."""
+        self._check_open()
         if not isinstance(prompt, str):
             return self._encode_list(prompt)
         tokenizer = self._need_tokenizer()
@@ -138,10 +191,18 @@ class Model:
         return [int(item) for item in items]
 
     def close(self) -> None:
-        """Free the model."""
-        self.backend.close()
+        """Free the model. Closing it again does nothing."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    def _check_open(self) -> Backend:
+        if self._backend is None:
+            raise DllmError(f"{self.path}: the model was closed: open it again with trt_runtime.load.")
+        return self._backend
 
     def _need_tokenizer(self) -> Tokenizer:
+        self._check_open()
         if self.tokenizer is None:
             raise DllmError(f"{self.path}: the artifact has no tokenizer: give the prompt as token ids (generate --ids).")
         return self.tokenizer
@@ -174,9 +235,13 @@ class Model:
 
     def _result(self, row: Sequence, seconds: float) -> Result:
         prefix_passes = row.nfe if row.rules.cache == "none" else sum(step.kind == FULL for step in row.trace)
-        text = self._text(row.output[: row.num_useful]) if self.tokenizer else None
+        text, size = self._text(row.output[: row.num_useful]), row.rules.block_length or row.length
+        starts = range(row.prompt_length, row.length, size)
+        has_gaps = any(position < row.prompt_length for step in row.trace for position in step.positions)
+        shown = row.canvas[0 if has_gaps else row.prompt_length :].tolist()
         return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
-                      seconds, row.canvas.tolist(), row.trace)  # fmt: skip
+                      seconds, row.canvas.tolist(), row.trace, [(start, min(start + size, row.length)) for start in starts],
+                      [self.tokenizer.piece(token) if self.tokenizer else str(token) for token in shown])  # fmt: skip
 
     def sequence(self, prompt: Prompt, config: GenerationConfig, *, raw: bool = False) -> Sequence:
         """One row, checked, for a scheduler. Raises DllmError."""
@@ -215,7 +280,20 @@ def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
 
     Raises DllmError if the artifact is damaged, or the backend or its package is not there.
     """
-    return Model(Path(path), open_backend(backend, Path(path), **options))
+    opened = open_backend(backend, Path(path), **options)
+    try:
+        return Model(Path(path), opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _start(text: str | None) -> str:
+    return repr(text) if text is None or len(text) <= _SHOWN else f"{text[:_SHOWN]!r}..."
+
+
+def _first(numbers: list[int]) -> str:
+    return repr(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
 
 
 def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:

@@ -3,7 +3,7 @@
 Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, N heads, D head_dim, V vocabulary.
 
 Time: a forward takes its multiplications at the device's dense rate, or reading weights and cache at its bandwidth, whichever is
-longer; measured times are longer still. What is not measured yet: everything on a GPU.
+longer; measured times are longer still. A GPU's rates are published ones, this machine's CPU is measured (devices.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import contract
+from trt_runtime import advice, contract, plan_text
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
-from trt_runtime.devices import DEVICES, GIB, Device, find
+from trt_runtime.devices import DEVICES, Device, find, size_text
+from trt_runtime.engine import SCHEME_FROM
 from trt_runtime.errors import DllmError, check_counts
-from trt_runtime.manifest import ModelFacts
+from trt_runtime.manifest import ORT_CPU, TENSORRT, ModelFacts, Quantization
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ LAYOUTS = (
     Layout("tensorrt, two engines (split)", "trt split", 2, wide_head=True, scores=False, on_cpu=False),
     Layout("torch (the reference)", "torch", 1, wide_head=False, scores=False, on_cpu=True),
 )
-FORECAST = "a forecast from published rates; 'make gpu-report' measures a GPU"
 # ONNX Runtime computes fp16 on a CPU in fp32, from copies that it makes: bytes a parameter measured for 63 and 126 M parameters
 _CPU_16BIT = 4.7
 
@@ -86,8 +86,13 @@ def cache_bytes(facts: ModelFacts, work: Work) -> int:
     return 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * _item(facts) * work.batch * work.length
 
 
-def runs(facts: ModelFacts, layout: Layout, device: Device) -> bool:
-    """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16."""
+def runs(facts: ModelFacts, layout: Layout, device: Device, quantised: Quantization | None = None) -> bool:
+    """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16. What is quantised runs on what it
+    was quantised for."""
+    if quantised is not None:
+        on_gpu = quantised.target == TENSORRT and layout.label.startswith("trt") and not device.is_cpu
+        has_arithmetic = device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)
+        return (on_gpu and has_arithmetic) or (quantised.target == ORT_CPU and layout is LAYOUTS[0] and device.is_cpu)
     return not device.is_cpu or (layout.on_cpu and not (layout.widens and facts.dtype == "bf16"))
 
 
@@ -117,31 +122,67 @@ def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
     return float(layers + attention + 2 * asked * hidden * facts.vocab_size)
 
 
-def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int) -> float | None:
-    """The roofline time of a forward over windows of `rows`; None where the device's rates are not known."""
-    rate = device.rate32 if facts.dtype == "fp32" else device.rate16
-    if rate is None or device.bandwidth is None:
+def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int, quantised: Quantization | None = None) -> float | None:
+    """The roofline time of a forward over windows of `rows`; None where the device's rates are not known.
+
+    On a CPU fp16 is computed in fp32, and 8-bit products (of 4-bit weights as well) at a rate of their own; attention stays in fp32. On a GPU
+    quantised weights are read as they are stored and, cautiously, multiplied at the 16-bit rate.
+    """
+    in_fp32 = facts.dtype == "fp32" or (device.is_cpu and facts.dtype == "fp16")
+    rate = device.rate32 if in_fp32 else device.rate16
+    of_layers = device.rate8 if quantised is not None and device.is_cpu else rate
+    if rate is None or of_layers is None or device.bandwidth is None:
         return None
     asked = min(work.block_length, rows)
-    multiply = work.batch * flops(facts, rows, work.length, asked) / (rate * 1e12)
+    layers = flops(facts, rows, 0, asked)
+    attention = flops(facts, rows, work.length, asked) - layers
+    multiply = work.batch * (layers / of_layers + attention / rate) / 1e12
+    return max(
+        multiply, (_read_bytes(facts, 4 if in_fp32 else _item(facts)) + cache_bytes(facts, work)) / (device.bandwidth * 1e9)
+    )
+
+
+def _read_bytes(facts: ModelFacts, item: int) -> int:
+    """Weights that a forward reads, `item` bytes each where they are not quantised: of the embedding a few rows alone."""
     head = facts.vocab_size * facts.hidden_size
-    linear = facts.parameters - (0 if facts.tied_head else head)  # of the embedding a few rows are read
-    wide = (4 - _item(facts)) * head  # the head multiplies in float32
-    moved = linear * _item(facts) + wide + cache_bytes(facts, work)
-    return max(multiply, moved / (device.bandwidth * 1e9))
+    if (
+        facts.weight_bytes is not None
+    ):  # a tied head is stored beside the embedding, whose numbers have 16 bits (or 32, then this is too much)
+        return facts.weight_bytes - 2 * head
+    return (facts.parameters - (0 if facts.tied_head else head)) * item + (4 - item) * head  # the head multiplies in float32
 
 
-def facts_of(path: str, dtype: str | None) -> ModelFacts:
-    """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices). Raises DllmError."""
+@dataclass(frozen=True)
+class Model:
+    """What is forecast: the network, and how it is quantised, if it is."""
+
+    facts: ModelFacts
+    quantised: Quantization | None = None
+
+
+def model_of(path: str, dtype: str | None, quantize: str | None = None, device: str | None = None) -> Model:
+    """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices), as an export quantises it. Raises
+    DllmError."""
     if _is_artifact(path):
-        facts = manifests.load(Path(path)).model
-        if dtype is not None and facts.weight_bytes is not None:
-            raise DllmError(f"{path}: is quantised, and has no other dtype than {facts.dtype}: leave --dtype out.")
-        return facts if dtype is None else replace(facts, dtype=dtype)
-    advice = "forecasts for a checkpoint run from a checkout, with pip install -e '.[export]'; those for an artifact run anywhere"
-    facts_of_checkpoint = import_tool("export.pipeline", "plan", advice).facts_of_checkpoint
-    checkpoint: ModelFacts = facts_of_checkpoint(path, dtype or "bf16")
-    return checkpoint
+        manifest = manifests.load(Path(path))
+        if quantize is not None:
+            source = manifest.source.get("checkpoint", "the checkpoint")
+            raise DllmError(f"{path}: --quantize forecasts the export of a checkpoint, this is an artifact: give {source}.")
+        if dtype is not None and manifest.quantization is not None:
+            raise DllmError(f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype out.")
+        return Model(manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization)
+    mend = advice.tool("export")
+    if quantize is None:
+        facts_of = import_tool("export.pipeline", "plan of a checkpoint", mend).facts_of_checkpoint
+        return Model(facts_of(path, dtype or ("fp32" if device == "cpu" else "bf16")))
+    forecast = import_tool("export.forecast", "plan of a checkpoint", mend)
+    of_device = None if device is None else ORT_CPU if device == "cpu" else TENSORRT
+    names = forecast.quantization.names_for(of_device)
+    if quantize in forecast.quantization.NAMES and quantize not in names:
+        raise DllmError(
+            f"--quantize {quantize} does not run on {device}: quantise with {' or '.join(names)}, or leave --device out."
+        )
+    return Model(*forecast.quantised(path, dtype, quantize, of_device if quantize in names else None))
 
 
 def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> str:
@@ -153,8 +194,8 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
     free, all_of_it = device.memory - device.reserved, needed(facts, work)
     what = f"{layout.name} on {device.name}"
     if all_of_it <= free:
-        return f"fits: {what} needs {_gib(all_of_it)} of {_gib(free)} GiB."
-    short = f"does not fit: {what} needs {_gib(all_of_it)} of {_gib(free)} GiB"
+        return f"fits: {what} needs {size_text(all_of_it)} of {size_text(free)}."
+    short = f"does not fit: {what} needs {size_text(all_of_it)} of {size_text(free)}"
     fitting = next((words for words, model, less in _smaller(facts, work, device) if needed(model, less) <= free), None)
     if fitting:
         return f"{short}; {fitting} would."
@@ -163,7 +204,7 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
               if memory(facts, work, layout).total <= d.memory - d.reserved]  # fmt: skip
     other = f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
     one = ", or one engine instead of two" if layout.copies > 1 else ""
-    return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {_gib(least)} GiB: {other}{one}."
+    return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {size_text(least)}: {other}{one}."
 
 
 _SHORTEST, _MOST_ROWS = 64, 4096
@@ -175,7 +216,7 @@ def _smaller(facts: ModelFacts, work: Work, device: Device) -> Iterator[tuple[st
         yield f"a batch of {batch}", facts, replace(work, batch=batch)
     for length in range(work.length - work.length % _SHORTEST, work.length // 4, -_SHORTEST):
         yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
-    if facts.dtype == "fp32" and not device.is_cpu:
+    if facts.dtype == "fp32" and facts.weight_bytes is None and not device.is_cpu:
         yield "DTYPE=bf16 (--dtype bf16)", replace(facts, dtype="bf16"), work
         yield "DTYPE=bf16 (--dtype bf16) and a batch of 1", replace(facts, dtype="bf16"), replace(work, batch=1)
     length = work.length // 4
@@ -194,67 +235,63 @@ def check(facts: ModelFacts, work: Work) -> None:
         raise DllmError(f"dtype is {facts.dtype}, expected one of {', '.join(contract.DTYPES)}.")
 
 
-def report(facts: ModelFacts, work: Work, names: list[str]) -> dict[str, Any]:
-    """Everything as plain data: bytes and seconds, for the devices of these names."""
+def report(facts: ModelFacts, work: Work, names: list[str], quantised: Quantization | None = None) -> dict[str, Any]:
+    """Everything as plain data: bytes, seconds and rates (GB/s, TFLOPS), for the devices of these names."""
     devices = [find(name) for name in names]
     weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
+    layouts = {device.name: [layout for layout in LAYOUTS if runs(facts, layout, device, quantised)] for device in devices}
+    used = [layout for layout in LAYOUTS if any(layout in held for held in layouts.values())]
+    engines = None if quantised is not None and quantised.target == ORT_CPU else weights
+
+    def time_of(device: Device, rows: int) -> float | None:
+        return seconds(facts, work, device, rows=rows, quantised=quantised) if layouts[device.name] else None
+
     return {
         "model": asdict(facts), "work": asdict(work),
+        "quantised": None if quantised is None else {"scheme": quantised.scheme, "target": quantised.target},
         "memory": {layout.name: {**asdict(parts), "total": parts.total}
-                   for layout in LAYOUTS if any(runs(facts, layout, device) for device in devices)
-                   for parts in [memory(facts, work, layout, on_cpu=only_cpu)]},
+                   for layout in used for parts in [memory(facts, work, layout, on_cpu=only_cpu)]},
         "disk": {"artifact": weights, "artifact, weights linked": None if facts.weight_bytes else weights - facts.parameters * _item(facts),
-                 "engines, shared": weights, "engines, split": 2 * weights},
-        "build_memory": 3 * weights,
+                 "engines, shared": engines, "engines, split": engines and 2 * engines},
+        "build_memory": engines and 3 * engines,
         "devices": {device.name: {
-            "memory": device.memory, "prefix_pass_seconds": seconds(facts, work, device, rows=work.length),
-            "refine_step_seconds": seconds(facts, work, device, rows=min(work.block_length, work.length)),
+            "memory": device.memory, "prefix_pass_seconds": time_of(device, work.length),
+            "refine_step_seconds": time_of(device, min(work.block_length, work.length)),
             "fits": {layout.label: memory(facts, work, layout, on_cpu=device.is_cpu).total <= device.memory - device.reserved
-                     for layout in LAYOUTS if runs(facts, layout, device)},
+                     for layout in layouts[device.name]},
+            "rates": {"measured": device.is_cpu, "bandwidth": device.bandwidth, "fp32": device.rate32, "16 bit": device.rate16,
+                      "8 bit": device.rate8},
         } for device in devices},
-        "verdicts": [verdict(facts, work, device, layout) for device in devices for layout in LAYOUTS
-                     if runs(facts, layout, device)],
+        "verdicts": [verdict(facts, work, device, layout) for device in devices for layout in layouts[device.name]],
     }  # fmt: skip
 
 
-def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
-    """A report as text."""
-    work = made["work"]
-    lines = [
-        f"{facts.family}, {_count(facts.parameters)} parameters, {facts.dtype}; batch {work['batch']}, canvas {work['length']}, "
-        f"block {work['block_length']}", "",
-        f"{'memory, GiB':32}{'weights':>9}{'cache':>9}{'activations':>13}{'statistics':>12}{'total':>9}",
-    ]  # fmt: skip
-    for name, parts in made["memory"].items():
-        lines.append(f"{name:32}{_gib(parts['weights']):>9}{_gib(parts['cache']):>9}{_gib(parts['activations']):>13}"
-                     f"{_gib(parts['statistics']):>12}{_gib(parts['total']):>9}")  # fmt: skip
-    disk = made["disk"]
-    linked = (
-        "quantised"
-        if disk["artifact, weights linked"] is None
-        else f"{_gib(disk['artifact, weights linked'])} with --weights link"
-    )
-    lines += ["", f"disk: artifact {_gib(disk['artifact'])} GiB ({linked}), engines "
-              f"{_gib(disk['engines, shared'])} (shared) or {_gib(disk['engines, split'])} (split); building an engine takes about three times the weights, "
-              f"{_gib(made['build_memory'])} GiB, of memory", "",
-              f"{'at the roofline':26}{'memory GiB':>11}{'prefix pass ms':>16}{'refine step ms':>16}  fits"]  # fmt: skip
-    for name, row in made["devices"].items():
-        fitting = [label for label, fits in row["fits"].items() if fits]
-        lines.append(f"{name:26}{_gib(row['memory']):>11}{_ms(row['prefix_pass_seconds']):>16}{_ms(row['refine_step_seconds']):>16}"
-                     f"  {', '.join(fitting) or 'nothing'}")  # fmt: skip
-    lines += ["", *(made["verdicts"] if verdicts else []), f"({FORECAST})"]
-    return "\n".join(lines)
-
-
 def run(
-    path: str, *, device: str | None, batch: int, length: int | None, block_length: int, dtype: str | None, as_json: bool
-) -> str:
-    """The forecast for a model, as text or JSON; without a device for all of the table. Raises DllmError."""
-    facts = facts_of(path, dtype or ("fp32" if device == "cpu" and not _is_artifact(path) else None))
+    path: str, *, device: str | None, batch: int, length: int | None, block_length: int, dtype: str | None, as_json: bool,
+    quantize: str | None = None,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """The forecast for a model, as text or JSON, and as data; without a device for all of the table that it can run on. Raises DllmError."""
+    if device is not None:
+        find(device)
+    model = model_of(path, dtype, quantize, device)
+    facts, quantised = model.facts, model.quantised
     work = Work(batch, min(DEFAULT_LENGTH, facts.max_length) if length is None else length, block_length)
     check(facts, work)
-    made = report(facts, work, [device] if device is not None else ["cpu", *DEVICES])
-    return json.dumps(made, indent=1) if as_json else describe(facts, made, verdicts=device is not None)
+    names = [device] if device is not None else ["cpu", *DEVICES]
+    if quantised is not None and device is None:
+        names = ["cpu"] if quantised.target == ORT_CPU else list(DEVICES)
+    made = report(facts, work, names, quantised)
+    if quantised is not None and device is not None and not made["memory"]:
+        raise DllmError(f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: {_other(quantised)}.")
+    return json.dumps(made, indent=1) if as_json else plan_text.describe(facts, made, verdicts=device is not None), made
+
+
+def _other(quantised: Quantization) -> str:
+    """Where what is quantised runs."""
+    if quantised.target == ORT_CPU:
+        return "give --device cpu"
+    able = [name for name, device in DEVICES.items() if device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)]
+    return f"give --device {', '.join(able)}, or another scheme"
 
 
 DEFAULT_LENGTH = 1280
@@ -266,15 +303,3 @@ def _is_artifact(path: str) -> bool:
 
 def _item(facts: ModelFacts) -> int:
     return contract.ITEM_SIZE[contract.DTYPES[facts.dtype]]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= 0.005 * GIB or not size else f"{size / GIB:.1g}"
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
-
-
-def _ms(time: float | None) -> str:
-    return "-" if time is None else f"{1000 * time:.2f}" if time >= 1e-5 else f"{1000 * time:.1g}"

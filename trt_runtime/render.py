@@ -89,7 +89,12 @@ def describe(path: Path, manifest: Manifest) -> str:
     """An artifact in a page."""
     model, decoding = manifest.model, manifest.decoding
     verified = manifest.verified
-    said = "no" if verified is None else f"{'yes' if verified.get('passed') else 'FAILED'}, against {verified.get('against')}"
+    said = (
+        "no"
+        if verified is None
+        else f"{'yes' if verified.get('passed') else 'FAILED'}, against {verified.get('against')}"
+        + (f", on {verified['backend']}" if verified.get("backend") else "")
+    )
     size = sum(file.size for file in manifest.files.values())
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if model.dtype == "fp32" else 2)
     rows = {

@@ -60,6 +60,16 @@ def replayed(case: Case, rows: list[Row]) -> Replayed:
     return Replayed([row.sequence for row in rows], _result(case, rows))
 
 
+def with_confidence(replayed: Replayed) -> Case:
+    """The result with a sixth entry in each step of its trace: the confidence of each position, null where it is not known."""
+    traces = [[step.confidence for step in row.trace] for row in replayed.rows]
+    merged = [
+        [*step, [value for trace in traces if number < len(trace) for value in trace[number]]]
+        for number, step in enumerate(replayed.result["trace"])
+    ]
+    return {**replayed.result, "trace": merged}
+
+
 def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:
     """The first difference between what a case expects and what came out; None where it agrees or expects nothing.
 
@@ -68,7 +78,7 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     made are compared, and the forwards that fill the rest of the gaps come after them; where they stand in the output, its
     trace is followed up to the first forward that wrote nothing.
     """
-    name, result, trace = str(case.get("id")), replayed.result, case.get("trace", [])
+    name, result, trace = str(case.get("id")), replayed.result, _steps(case)
     mask = case.get("mask_token_id")
     left_masks = any(mask in row for row in case.get("output", []))
     left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
@@ -106,10 +116,10 @@ def follow(backend: Backend, case: Case, margin: float) -> Agreement:
     """Compare every decision of a recorded case of one row, each after the history that was recorded: what the case wrote is
     written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
     (row,) = rows_of(backend.manifest, case)
-    generator, name, ambiguous = Generator(backend, [row.sequence]), str(case.get("id")), 0
-    for number, expected in enumerate(case["trace"]):
+    generator, name, ambiguous, trace = Generator(backend, [row.sequence]), str(case.get("id")), 0, _steps(case)
+    for number, expected in enumerate(trace):
         if row.sequence.is_finished:
-            return Agreement(number, ambiguous, Mismatch(name, f"step {number}: expected {len(case['trace'])} forwards"))
+            return Agreement(number, ambiguous, Mismatch(name, f"step {number}: expected {len(trace)} forwards"))
         generator.step({0: (expected[3], expected[4])})
         got = list(row.as_list(row.sequence.trace[-1]))
         if got == expected:
@@ -117,7 +127,12 @@ def follow(backend: Backend, case: Case, margin: float) -> Agreement:
         if not _is_near(row.sequence, number, expected, margin):
             return Agreement(number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}"))
         ambiguous += 1
-    return Agreement(len(case["trace"]), ambiguous, None)
+    return Agreement(len(trace), ambiguous, None)
+
+
+def _steps(case: Case) -> list[list[Any]]:
+    """The steps that a case expects, without confidences."""
+    return [step[:5] for step in case.get("trace", [])]
 
 
 def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:

@@ -137,6 +137,10 @@ class Step:
         """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
         return [self.kind, self.start, self.length, self.positions, self.tokens]
 
+    def with_confidence(self) -> list[object]:
+        """The step as results spell it: what `as_list` has, and the confidence of each position."""
+        return [*self.as_list(), self.confidence]
+
 
 class Sequence:
     """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a forward."""

@@ -13,6 +13,11 @@ SCHEMES: tuple[type[Scheme], ...] = (W8A8, Int4, Fp8, SmoothQuant, Int4Blocks)
 NAMES = tuple(dict.fromkeys(scheme.name for scheme in SCHEMES))
 
 
+def names_for(target: str | None) -> list[str]:
+    """The schemes of a target; of None all of them."""
+    return list(dict.fromkeys(scheme.name for scheme in SCHEMES if target in (None, scheme.target)))
+
+
 def find(name: str, target: str | None = None) -> type[Scheme]:
     """A scheme by its name, and by its target where several have the name (None: the first). Raises DllmError."""
     named = [scheme for scheme in SCHEMES if scheme.name == name]

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trt_runtime import advice
 from trt_runtime.backends.base import Backend
 from trt_runtime.errors import DllmError, unknown
 
-# name -> module, class, and what to install when its import fails
+# name -> module, class, and the extra to install when its import fails
 _TABLE = {
-    "ort": ("trt_runtime.backends.ort", "OrtBackend", "pip install 'dllm-trt[ort]'"),
-    "tensorrt": ("trt_runtime.backends.tensorrt", "TensorRTBackend", "pip install 'dllm-trt[trt]'"),
-    "tensorrt-rtx": ("trt_runtime.backends.tensorrt", "TensorRTRTXBackend", "pip install 'dllm-trt[rtx]'"),
-    "torch": ("export.reference", "TorchBackend", "run it from a checkout, with pip install -e '.[reference]'"),
+    "ort": ("trt_runtime.backends.ort", "OrtBackend", "ort"),
+    "tensorrt": ("trt_runtime.backends.tensorrt", "TensorRTBackend", "trt"),
+    "tensorrt-rtx": ("trt_runtime.backends.tensorrt", "TensorRTRTXBackend", "rtx"),
+    "torch": ("export.reference", "TorchBackend", "reference"),
 }
 
 
@@ -28,8 +29,10 @@ def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
     """Open an artifact on a backend. Options are the backend's own (see its class); raises DllmError."""
     if name not in _TABLE:
         raise unknown("backend", name, _TABLE)
-    module, cls, advice = _TABLE[name]
-    opener = getattr(import_tool(module, f"the backend '{name}'", advice), cls)
+    module, cls, extra = _TABLE[name]
+    of_package = module.startswith(f"{__package__}.")
+    mend = advice.install(extra) if of_package else advice.tool("export", extra)
+    opener = getattr(import_tool(module, f"the backend '{name}'", mend), cls)
     known = set(inspect.signature(opener).parameters) - {"artifact"}
     if strange := sorted(set(options) - known):
         raise unknown(f"option of the backend '{name}'", strange[0], known)
@@ -37,8 +40,8 @@ def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
     return backend
 
 
-def import_tool(module: str, what: str, advice: str) -> Any:
-    """Import a module that may not be there: an optional package's user, or a tool of the checkout (export/)."""
+def import_tool(module: str, what: str, mend: str) -> Any:
+    """Import a module that may not be there: an optional package's user, or a tool of the checkout (export/). `mend`: what to do then."""
     checkout = Path(__file__).resolve().parents[2]
     tool = module.split(".", maxsplit=1)[0]  # export or plugins: tools of the checkout, beside this package
     if tool != __package__.split(".")[0] and (checkout / tool / "__init__.py").is_file() and str(checkout) not in sys.path:
@@ -46,4 +49,4 @@ def import_tool(module: str, what: str, advice: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DllmError(f"{what} needs a package that is missing ({error}): {advice}.") from error
+        raise DllmError(f"{what} needs a package that is missing ({error}): {mend}.") from error

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from trt_runtime import contract, cuda, steps
+from trt_runtime import advice, contract, cuda, steps
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool, int8
 from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
@@ -195,8 +195,7 @@ class OrtBackend(Backend):
         """The commit kernel for at least so many rows and positions, compiled for this GPU."""
         held = self._commit
         if held is None or held.max_batch < batch or held.columns < columns:
-            advice = "run from a checkout, with pip install -e '.[kernels]'"
-            tool = import_tool("plugins.commit", "steps_per_look on CUDA", advice)
+            tool = import_tool("plugins.commit", "steps_per_look on CUDA", advice.tool("kernels"))
             batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
             device = held.device if held is not None else cuda.Device()
             made = tool.compiled(self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability)
@@ -273,7 +272,8 @@ class OrtBackend(Backend):
             raise unknown("device of ONNX Runtime", self.device, _PROVIDERS)
         if _PROVIDERS[self.device] not in ort.get_available_providers():
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} has no CUDA provider: pip uninstall onnxruntime, then pip install 'dllm-trt[ort-gpu]'."
+                f"ONNX Runtime {ort.__version__} has no CUDA provider: {advice.pip()} uninstall onnxruntime, then "
+                f"{advice.install('ort-gpu')}."
             )
         dtype = self.manifest.model.dtype
         if self.device == "cpu" and dtype not in _CPU_DTYPES:
