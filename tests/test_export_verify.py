@@ -61,7 +61,7 @@ def _swap_heads(monkeypatch):
 
 def _wrong_scale(monkeypatch):
     real = modern.attention
-    monkeypatch.setattr(modern, "attention", lambda *v, head_dim, group: real(*v, head_dim=head_dim * 1.1, group=group))
+    monkeypatch.setattr(modern, "attention", lambda *v, scale, **more: real(*v, scale=scale * 1.1**-0.5, **more))
 
 
 def _wrong_rope_base(monkeypatch):
@@ -345,7 +345,7 @@ def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):
     assert said.count("ok  ") == 5 and "verified: the result is in the manifest" in said
     assert "yes, against transformers" in _info(artifact, capsys)
     real = modern.attention
-    monkeypatch.setattr(modern, "attention", lambda *a, head_dim, group: real(*a, head_dim=head_dim * 2, group=group))
+    monkeypatch.setattr(modern, "attention", lambda *a, scale, **more: real(*a, scale=scale * 2**-0.5, **more))
     command = ["--checkpoint", str(GOLDENS / "llada_tiny"), "--out", str(tmp_path / "broken"), "--verify", "yes"]
     assert export_cli.main(command) == 1
     assert "NOT VERIFIED: do not deploy" in capsys.readouterr().out

@@ -35,14 +35,26 @@ def test_the_wheel_holds_the_runtime_alone(tmp_path):
     assert sorted(required) == ["jinja2", "numpy", "tokenizers"]
 
 
-def _import_seconds() -> float:
-    script = "import time; begin = time.perf_counter(); import trt_runtime; print(time.perf_counter() - begin)"
-    return float(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-
-
-def test_the_import_is_fast_and_lean():
-    assert min(_import_seconds() for _ in range(5)) < 0.3
-    script = "import sys, trt_runtime; print([m for m in ('onnxruntime', 'onnx', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
+def test_the_import_is_lean():
+    """What takes long to import, or may not be installed, is imported by its users alone."""
+    heavy = (
+        "onnxruntime",
+        "onnx",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "jinja2",
+        "fastapi",
+        "uvicorn",
+        "ray",
+        "lm_eval",
+        "cuda",
+        "tensorrt",
+        "asyncio",
+        "multiprocessing",
+        "importlib.metadata",
+    )
+    script = f"import sys, trt_runtime; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
