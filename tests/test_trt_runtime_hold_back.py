@@ -99,7 +99,7 @@ def test_a_first_position_that_only_a_pass_can_fill_waits_for_one(golden_backend
     assert [step.kind for step in plain.trace][:1] == [FULL]
 
 
-@pytest.mark.parametrize("branches", [2, 4])
+@pytest.mark.parametrize("branches", [2, 4, 12])
 def test_speculation_holds_back_too(golden_backend, branches):
     for cache in ("none", "dual"):
         options = {"cache": cache, "policy": "fixed", "hold_back_eos": True, "stop_at_eos": False}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from trt_runtime.errors import DllmError
 
@@ -38,8 +40,14 @@ def _told(error: BaseException, run_unsafe_code: bool) -> DllmError:
     if any("marked as unsafe" in text or "HF_ALLOW_CODE_EVAL" in text for text in texts):
         return DllmError(_UNSAFE + "set HF_ALLOW_CODE_EVAL=1 as well.") if run_unsafe_code else unsafe()
     return next((told for held in chain if (told := _known(held))), None) or DllmError(
-        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}): mend the task, or leave it out of --tasks."
+        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): mend the task, or leave it out of --tasks."
     )
+
+
+def _where(error: BaseException) -> str:
+    """The file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"; {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 
 
 def unsafe() -> DllmError:

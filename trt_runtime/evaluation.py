@@ -268,7 +268,11 @@ def _check_task(manager: TaskManager, name: str, settings: Settings) -> None:
     for file in sorted(file for folder in settings.include for file in folder.glob("**/*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
         if re.search(rf"^\s*(task|group|tag)\s*:.*\b{re.escape(name)}\b", text, re.MULTILINE):
-            manager.load([str(file)])
+            try:
+                manager.load([str(file)])
+            except Exception as error:  # PyYAML's, and those of its tags
+                said = " ".join(str(error).split())
+                raise DllmError(f"{file}: lm-eval cannot read it ({type(error).__name__}: {said}): mend the file.") from error
     raise unknown(
         "task", name, manager.all_tasks if len(manager.all_tasks) < 40 else ["gsm8k", "minerva_math", "humaneval", "mbpp"]
     )
@@ -294,7 +298,8 @@ def table(report: dict[str, Any]) -> str:
             name, _, kind = key.partition(",")
             if isinstance(value, (int, float)) and kind and not name.endswith("_stderr"):
                 error = found.get(f"{name}_stderr,{kind}")
-                lines.append(f"{task:24} {name:20} {value:8.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+                label = name if kind == "none" else f"{name} ({kind})"  # of several filters, which one
+                lines.append(f"{task:24} {label:20} {value:8.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
     took = report["figures"]
     if took["answers"]:
         lines.append(f"{took['answers']} answers: {took['nfe_an_answer']:.1f} forwards each, {took['tokens_per_forward']:.2f} tokens a forward, "

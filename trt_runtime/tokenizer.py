@@ -47,12 +47,14 @@ class Tokenizer:
         return token
 
     def _adds_bos(self, config: Mapping[str, Any]) -> bool:
-        """Whether plain texts begin with the BOS token: by tokenizer_config.json, else by tokenizer.json, as transformers has it."""
+        """Whether plain texts begin with the BOS token: if tokenizer_config.json says so (add_bos_token), or tokenizer.json puts it there.
+
+        transformers believes the first of slow tokenizer files alone, of which the export makes a tokenizer.json without that.
+        """
         bos = self.special_id("bos_token")
-        if bos is None or "add_bos_token" in config:
-            return bos is not None and bool(config["add_bos_token"])
-        added = self._tokenizer.encode("a", add_special_tokens=True).ids
-        return added[:1] == [bos]
+        if bos is None:
+            return False
+        return config.get("add_bos_token") is True or self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [bos]
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added.
