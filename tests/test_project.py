@@ -22,7 +22,7 @@ WHEEL = [
     "trt_runtime/__init__.py", "trt_runtime/adaptive.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
     "trt_runtime/backends/commit_kernel.py", "trt_runtime/backends/ort.py", "trt_runtime/backends/tensorrt.py", "trt_runtime/bench.py", "trt_runtime/builder.py", "trt_runtime/cases.py", "trt_runtime/cli.py", "trt_runtime/cli_artifact.py", "trt_runtime/cli_measure.py", "trt_runtime/cli_options.py",
     "trt_runtime/config.py",
-    "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",
+    "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/eval_errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",
     "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
     "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/limits.py",
     "trt_runtime/server/metrics.py", "trt_runtime/server/page.html", "trt_runtime/server/replicas.py", "trt_runtime/server/requests.py", "trt_runtime/server/serve.py", "trt_runtime/server/triton_model.py",

@@ -24,7 +24,11 @@ from trt_runtime.config import GenerationConfig
 TASKS = ROOT / "tests" / "data" / "tasks"
 TWINS = {"gsm8k": "twin_gsm8k", "minerva_math": "twin_minerva_math", "humaneval_instruct": "twin_humaneval_instruct",
          "mbpp_instruct": "twin_mbpp_instruct", "wikitext": "twin_wikitext", "arc_easy": "twin_choice", "humaneval_64": "twin_humaneval_64"}  # fmt: skip
-RECIPES = [words[1:] for name, words in _commands() if name == "evaluation.md" and words[1] == "eval" and words[2] != "artifacts/llada-demo"]
+RECIPES = [
+    words[1:]
+    for name, words in _commands()
+    if name == "evaluation.md" and words[1] == "eval" and words[2] != "artifacts/llada-demo"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +56,9 @@ def test_the_documented_recipes_run_on_a_task_of_the_same_shape(demo_artifact, w
     words = [TWINS.get(word, word) for word in words[2:]]
     for option in ("--include-path", "--limit", "--mc-samples"):
         assert option not in words
-    assert _eval(demo_artifact, *words, "--gen-length", "96", "--output", str(tmp_path / "out.json")) == 0, capsys.readouterr().err
+    assert _eval(demo_artifact, *words, "--gen-length", "96", "--output", str(tmp_path / "out.json")) == 0, (
+        capsys.readouterr().err
+    )
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["figures"]["answers"] + report["figures"]["likelihoods"] > 0 and report["results"]
     assert words[words.index("--tasks") + 1] in capsys.readouterr().out
@@ -61,7 +67,20 @@ def test_the_documented_recipes_run_on_a_task_of_the_same_shape(demo_artifact, w
 def test_answers_that_the_task_begins_are_right(demo_artifact, capsys, tmp_path):
     """gen_prefix in a conversation: the model goes on from it, and what it runs does what it should."""
     out = tmp_path / "out.json"
-    assert _eval(demo_artifact, "--tasks", "twin_humaneval_instruct", "--chat", "--limit", "6", "--confirm-run-unsafe-code", "--output", str(out)) == 0
+    assert (
+        _eval(
+            demo_artifact,
+            "--tasks",
+            "twin_humaneval_instruct",
+            "--chat",
+            "--limit",
+            "6",
+            "--confirm-run-unsafe-code",
+            "--output",
+            str(out),
+        )
+        == 0
+    )
     assert json.loads(out.read_text())["results"]["twin_humaneval_instruct"]["pass@1,create_test"] >= 0.5
     assert "pass@1 (create_test)" in capsys.readouterr().out
 
@@ -83,20 +102,22 @@ def test_a_begun_answer_stands_at_the_end_of_the_prompt_with_and_without_chat(mo
         evaluation.run(harness, [name], evaluation.Settings((TASKS,), False, shots, 2, chat, run_unsafe_code=True))
         assert len(asked) == 2 and all(text.rstrip().endswith('[{"' if shots is None else "[") for text in asked), asked
         opened = model.tokenizer.render_chat([{"role": "user", "content": "?"}]).partition("?")[2]
-        assert all((opened.strip() in text) == chat for text in asked) and (shots is None or all(text.count("[") > 3 for text in asked))
+        assert all((opened.strip() in text) == chat for text in asked) and (
+            shots is None or all(text.count("[") > 3 for text in asked)
+        )
 
 
 def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_path):
     """The same ones for any batch, with other tasks beside them, and for one seed alone."""
-    drawn = {}
+    drawn, name = {}, ["1"]
     base = evaluation.Harness.generate_until
 
     def kept(self, requests, disable_tqdm=False):
-        drawn[key] = base(self, requests, disable_tqdm)
-        return drawn[key]
+        drawn[name[0]] = base(self, requests, disable_tqdm)
+        return drawn[name[0]]
 
     monkeypatch.setattr(evaluation.Harness, "generate_until", kept)
-    for key, words in {
+    for name[0], words in {
         "1": ["--batch", "1"], "4": ["--batch", "4"], "again": ["--batch", "4"], "two": ["--batch", "12"],
         "command line": ["--batch", "5", "--gen-kwargs", "do_sample=False", "--temperature", "1.5"],
         "other seed": ["--batch", "4", "--temperature", "1.5", "--seed", "9"],
@@ -104,7 +125,7 @@ def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_p
         assert _eval(demo_artifact, "--tasks", "twin_humaneval_64", "--chat", *words) == 0
     assert len(drawn["1"]) == 12 and len(set(drawn["1"][:6])) >= 4 and len(set(drawn["1"][6:])) >= 4
     assert drawn["1"] == drawn["4"] == drawn["again"] == drawn["two"] == drawn["command line"] != drawn["other seed"]
-    key = "beside"
+    name[0] = "beside"
     out = tmp_path / "out.json"
     assert _eval(demo_artifact, "--tasks", "twin_gsm8k,twin_humaneval_64", "--chat", "--limit", "1", "--output", str(out)) == 0
     assert set(drawn["1"][:6]) <= set(drawn["beside"])
@@ -161,7 +182,9 @@ def test_what_goes_wrong_with_a_task_is_one_line(name, demo_artifact, tmp_path, 
     if text is not None:
         body = text if text.startswith("task:") else SHAPE + text
         if "metric_list" not in body:
-            body += "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n" if name != "no yaml" else ""
+            body += (
+                "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n" if name != "no yaml" else ""
+            )
         (tmp_path / "broken.yaml").write_text(body)
         (tmp_path / "code.py").write_text(CODE)
     folder = TASKS if text is None else tmp_path
@@ -175,7 +198,9 @@ def test_python_says_more_and_keeps_the_cause(model):
     """What the metric's own gate says, where the caller allowed the code and forgot the variable."""
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)
     with pytest.raises(DllmError, match="set HF_ALLOW_CODE_EVAL=1 as well") as error:
-        evaluation.run(harness, ["twin_humaneval_instruct"], evaluation.Settings((TASKS,), False, None, 1, True, run_unsafe_code=True))
+        evaluation.run(
+            harness, ["twin_humaneval_instruct"], evaluation.Settings((TASKS,), False, None, 1, True, run_unsafe_code=True)
+        )
     assert isinstance(error.value.__cause__, ValueError)
 
 
@@ -192,7 +217,7 @@ def test_a_network_that_is_not_there(kind):
 
 
 def test_errors_of_this_project_stay_as_they_are():
-    with pytest.raises(DllmError, match="^mine$"), eval_errors.in_one_line(run_unsafe_code=False):
+    with pytest.raises(DllmError, match=r"^mine$"), eval_errors.in_one_line(run_unsafe_code=False):
         try:
             raise DllmError("mine")
         except DllmError as error:
@@ -225,7 +250,23 @@ def test_until_can_be_left_uncut(demo_artifact, tmp_path, model):
         texts += harness.generate_until([type("R", (), {"args": (prompt, options)})()])
     assert texts[0] == "" and texts[1].startswith("[") and texts[1].endswith("]")
     out = tmp_path / "out.json"
-    assert _eval(demo_artifact, "--tasks", "twin_gsm8k", "--escape-until", "--add-bos", "no", "--max-length", "100", "--gen-length", "32", "--output", str(out)) == 0
+    assert (
+        _eval(
+            demo_artifact,
+            "--tasks",
+            "twin_gsm8k",
+            "--escape-until",
+            "--add-bos",
+            "no",
+            "--max-length",
+            "100",
+            "--gen-length",
+            "32",
+            "--output",
+            str(out),
+        )
+        == 0
+    )
     report = json.loads(out.read_text())["decoding"]
     assert report["escape_until"] and report["add_bos"] == "no" and report["max_length"] == report["window"] == 100
 
@@ -238,7 +279,10 @@ def test_what_is_drawn_is_the_tasks_unless_the_command_line_says(model):
     assert drawn({"do_sample": True, "temperature": 0.4}) == 0.4 and drawn({"temperature": 0.4}) == 0.4
     assert drawn({"do_sample": True}) == 1.0 and drawn({"do_sample": True, "temperature": 0}) == 0
     assert drawn({"do_sample": False, "temperature": 0.4}) == 0 and drawn({}) == 0
-    assert drawn({"do_sample": True, "temperature": 0.4}, temperature=0.7) == 0.7 and drawn({"do_sample": False}, temperature=0.7) == 0.7
+    assert (
+        drawn({"do_sample": True, "temperature": 0.4}, temperature=0.7) == 0.7
+        and drawn({"do_sample": False}, temperature=0.7) == 0.7
+    )
     with pytest.raises(DllmError, match=r"top_p.*The task asks for temperature 0.2, top_p 0.9 \(--gen-kwargs"):
         drawn({"do_sample": True, "temperature": 0.2, "top_p": 0.9})
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)

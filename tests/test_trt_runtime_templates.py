@@ -16,8 +16,26 @@ TEMPLATES = PUBLISHED | {
     "trims the end": "{% for m in messages %}<{{ m.role }}>{{ m.content.rstrip() }}</s>\n{% endfor %}",
     "keeps all": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
 }
-SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>"]
-BEGUN = ["[", "Here is it:\n```python\ndef f(x):\n", "\n```python\n", " a ", "x\t", "The answer is", "</s> odd <|eot_id|>", "a" * 500, " "]
+SPECIAL = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
+BEGUN = [
+    "[",
+    "Here is it:\n```python\ndef f(x):\n",
+    "\n```python\n",
+    " a ",
+    "x\t",
+    "The answer is",
+    "</s> odd <|eot_id|>",
+    "a" * 500,
+    " ",
+]
 QUESTION = {"role": "user", "content": "Write f. Here is it: ["}
 BEFORE = [
     [QUESTION],
@@ -52,7 +70,7 @@ def test_a_begun_answer_is_rendered_as_transformers_does(name, tmp_path):
             expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
             text = ours.render_chat(messages, continue_final_message=True)
             assert text == expected, (name, begun)
-            assert text.endswith(begun) or text.endswith(begun.strip()) and name not in ("dream", "keeps all")
+            assert text.endswith(begun) or (text.endswith(begun.strip()) and name not in ("dream", "keeps all"))
             assert messages[-1]["content"] == begun  # the caller's own
             assert ours.render_chat(messages, add_generation_prompt=False) == theirs.apply_chat_template(messages, tokenize=False)
 
@@ -69,7 +87,12 @@ def test_llada_writes_its_header_whatever_is_asked_and_a_begun_answer_has_none_b
     ("template", "messages", "options", "said"),
     [
         ("{{ messages[0].content }}", [QUESTION, {"role": "assistant", "content": "x"}], {}, "drops or changes the message"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", [{"role": "assistant", "content": "x"}], {}, "drops or changes"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+            [{"role": "assistant", "content": "x"}],
+            {},
+            "drops or changes",
+        ),
         ("{{ messages }}", [], {}, "give one"),
         ("{{ messages }}", [{"role": "assistant"}], {}, "content of the last message"),
         ("{{ messages }}", [QUESTION], {"add_generation_prompt": True}, "leave out add_generation_prompt"),
@@ -88,7 +111,14 @@ def _with_bos(tokenizer):
     return processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
 
 
-_AS_TOKEN = {"__type": "AddedToken", "content": SPECIAL[0], "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+_AS_TOKEN = {
+    "__type": "AddedToken",
+    "content": SPECIAL[0],
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+}
 BOS = {  # tokenizer_config.json, what tokenizer.json puts in front, and whether a BOS token comes of it
     "told": ({"add_bos_token": True}, None, True), "told not": ({"add_bos_token": False}, None, False), "not told": ({}, None, False),
     "by the file": ({}, _with_bos, True), "by the file alone": ({"add_bos_token": False}, _with_bos, True),
@@ -114,7 +144,9 @@ def test_plain_texts_begin_with_bos_where_transformers_puts_it(name, tmp_path):
     assert ours.adds_bos == has_bos
     if ours.adds_bos:
         bos = ours.special_id("bos_token")
-        assert ours.encode(f"{SPECIAL[0]}x", add_bos=True) == ours.encode(f"{SPECIAL[0]}x") and ours.encode("", add_bos=True) == [bos]
+        assert ours.encode(f"{SPECIAL[0]}x", add_bos=True) == ours.encode(f"{SPECIAL[0]}x") and ours.encode("", add_bos=True) == [
+            bos
+        ]
 
 
 def test_without_a_bos_token_none_can_be_asked_for(tmp_path):

@@ -155,7 +155,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         config, given = self.config, self._drawing(options)
         length = next((options[name] for name in _LENGTHS if options.get(name)), None)
         if config.gen_length is None and length is not None:
-            given["gen_length"] = min(int(length), self.max_length - 1)
+            given["gen_length"] = min(int(length), max(1, self.max_length // 2))  # the prompt needs room too
         try:
             return replace(config, **given).resolved(self.model.manifest)
         except DllmError as error:

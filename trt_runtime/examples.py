@@ -32,7 +32,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
         held = path.read_bytes()
         if held.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in held[:4096]:
-            raise DllmError(f"{path}: is UTF-16, or no text: save it as UTF-8, a prompt or a JSON object a line.")
+            raise DllmError(f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON object a line.")
         lines = split_lines(held.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DllmError(

@@ -37,7 +37,9 @@ def after_the_begun_answer(resps: list[list[str]], docs: list[dict[str, Any]]) -
 def pass_at_k(references: list[str], predictions: list[list[str]], k: int | list[int]) -> dict[str, float]:
     """Whether the first k 'programs' of each hold one that does what it should. Runs what the model wrote, behind code_eval's own gate."""
     if os.getenv("HF_ALLOW_CODE_EVAL", "0") != "1":
-        raise ValueError('\n####\nThe "code_eval" metric executes untrusted model-generated code.\nset HF_ALLOW_CODE_EVAL="1"\n####')
+        raise ValueError(
+            '\n####\nThe "code_eval" metric executes untrusted model-generated code.\nset HF_ALLOW_CODE_EVAL="1"\n####'
+        )
     ks = [k] if isinstance(k, int) else k
     right = [[_runs(written, plan) for written in answers] for plan, answers in zip(references, predictions, strict=True)]
     return {f"pass@{n}": sum(any(row[:n]) for row in right) / len(right) for n in ks}
