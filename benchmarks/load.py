@@ -32,6 +32,7 @@ import httpx
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from trt_runtime import examples
 from trt_runtime.bench import machine
 from trt_runtime.config import GenerationConfig
 from trt_runtime.model import load
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=2, help="of the batched server (default 2)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in examples.lines_of(args.prompts)]
     options = ["--lanes", str(args.lanes)]
     report: dict[str, Any] = {"machine": machine(), "slots": args.slots, "lanes": args.lanes}
     if args.faults:

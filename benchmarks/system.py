@@ -31,7 +31,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_runtime import plan
+from trt_runtime import examples, plan
 from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.bench import machine
@@ -276,7 +276,7 @@ def llama_cpp(args: argparse.Namespace) -> None:
     vanilla = GenerationConfig(gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False)
     configs = {"vanilla": vanilla, "dual, threshold 0.9": replace(vanilla, cache="dual", policy="threshold")}
     rows: dict[str, list[float]] = {name: [] for name in ("llama.cpp", *configs)}
-    for prompt in [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()][:3]:
+    for prompt in examples.lines_of(args.prompts)[:3]:
         length = len(model.encode(prompt)) + gen
         padded = -(-length // block) * block  # it wants a canvas of whole blocks
         command = [str(args.llama_cpp), "-m", str(args.gguf), "-p", prompt, "-ub", str(padded), "-b", str(padded), "-c", str(padded), "--temp", "0",

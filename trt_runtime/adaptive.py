@@ -22,6 +22,7 @@ class EntropyBounded(Policy):
     """
 
     name: ClassVar[str] = "eb"
+    is_joint: ClassVar[bool] = True
     gamma: float
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
@@ -104,6 +105,7 @@ class Prophet(Policy):
     """
 
     name: ClassVar[str] = "prophet"
+    is_joint: ClassVar[bool] = True
     stages: ClassVar[tuple[tuple[float, float], ...]] = ((0.33, 7.5), (0.67, 5.0), (np.inf, 2.5))
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:

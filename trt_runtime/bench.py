@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime import contract, processor
+from trt_runtime import contract, examples, processor
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
@@ -175,15 +175,7 @@ def _prompts(model: Model, options: Options) -> list[Prompt]:
         special = [facts.decoding.mask_token_id, facts.decoding.pad_token_id, *facts.decoding.eos_token_ids]
         allowed = np.setdiff1d(np.arange(facts.model.vocab_size), special)
         return [rng.choice(allowed, options.prompt_length).tolist() for _ in range(options.count)]
-    try:
-        lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DllmError(
-            f"{options.prompts}: cannot be read ({error}): give a text file (UTF-8) with one prompt a line."
-        ) from error
-    if not lines:
-        raise DllmError(f"{options.prompts}: holds no prompt: give a file with one prompt a line.")
-    return list(lines[: options.count])
+    return list(examples.lines_of(options.prompts)[: options.count])
 
 
 def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from trt_runtime import advice, backends, cli_artifact, cli_measure, render
+from trt_runtime import advice, backends, cli_artifact, cli_measure, examples, render
 from trt_runtime.cli_options import add_backend, add_decoding, backend_options, config_of, open_model
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.model import Model, Prompt, Result
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(args: argparse.Namespace) -> int:
     prompts: list[Prompt] = []
     for text in args.prompt:
-        prompts += [line.rstrip("\n") for line in sys.stdin if line.strip()] if text == "-" else [text]
+        prompts += [line for _, line in examples.split_lines(sys.stdin.read())] if text == "-" else [text]
     prompts += [_ids(text) for text in args.ids]
     if not prompts:
         raise DllmError("no prompt: give one or more, or '-' for standard input.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from trt_runtime import advice, backends, cli_artifact, examples, replay, tolerances
@@ -47,25 +48,7 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     add_backend(bench)
 
-    evaluate = cli_artifact.command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness")
-    evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
-    evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
-                          help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
-    evaluate.add_argument("--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories")
-    evaluate.add_argument("--num-fewshot", type=int, help="examples before each question (default the task's)")
-    evaluate.add_argument("--limit", type=int, help="questions of each task (default all)")
-    evaluate.add_argument("--batch", type=int, default=8, help="answers decoded together (default 8)")
-    evaluate.add_argument("--chat", action="store_true", help="put questions into the artifact's chat template")
-    evaluate.add_argument("--gen-kwargs", metavar="A=1,B=2", help="generation options in place of the task's")
-    evaluate.add_argument("--mc-samples", type=int, default=128, help="forwards of a likelihood's estimate (default 128)")
-    evaluate.add_argument(
-        "--check-greedy", action="store_true", help="also find out whether targets are what the model writes itself (slow)"
-    )
-    evaluate.add_argument(
-        "--confirm-run-unsafe-code", action="store_true", help="let tasks run the code that the model writes (HumanEval, MBPP)"
-    )
-    evaluate.add_argument("--output", type=Path, metavar="OUT.json", help="write all results and settings")
-    add_decoding(evaluate)
+    _add_eval(commands)
 
     tuning = cli_artifact.command(
         commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts"
@@ -83,6 +66,34 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     )
     tuning.add_argument("--output", type=Path, metavar="OUT.json", help="write all trials")
     add_backend(tuning)
+
+
+def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
+    evaluate = cli_artifact.command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness")
+    evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
+    evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
+                          help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
+    evaluate.add_argument("--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories")
+    evaluate.add_argument("--num-fewshot", type=int, help="examples before each question (default the task's)")
+    evaluate.add_argument("--limit", type=int, help="questions of each task (default all)")
+    evaluate.add_argument("--batch", type=int, default=8, help="answers decoded together (default 8)")
+    evaluate.add_argument("--chat", action="store_true", help="put questions into the artifact's chat template")
+    evaluate.add_argument("--max-length", type=int, metavar="N",
+                          help="tokens of a prompt with its answer (default the model's), and of windows of long texts (default at most 4096)")  # fmt: skip
+    evaluate.add_argument(
+        "--add-bos", default="auto", help="BOS token before texts: auto (as the tokenizer says; default), yes, no"
+    )
+    evaluate.add_argument("--escape-until", action="store_true", help="leave answers whole, whatever stop strings a task has")
+    evaluate.add_argument("--gen-kwargs", metavar="A=1,B=2", help="generation options in place of the task's")
+    evaluate.add_argument("--mc-samples", type=int, default=128, help="forwards of a likelihood's estimate (default 128)")
+    evaluate.add_argument(
+        "--check-greedy", action="store_true", help="also find out whether targets are what the model writes itself (slow)"
+    )
+    evaluate.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="let tasks run the code that the model writes (HumanEval, MBPP)"
+    )
+    evaluate.add_argument("--output", type=Path, metavar="OUT.json", help="write all results and settings")
+    add_decoding(evaluate)
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -144,7 +155,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     evaluation = backends.import_tool("trt_runtime.evaluation", "eval", advice.install("eval"))
-    check_counts(args, "limit", "batch", "mc_samples")
+    check_counts(args, "limit", "batch", "mc_samples", "max_length")
     tasks = [name for name in args.tasks.split(",") if name]
     if not tasks or (args.num_fewshot is not None and args.num_fewshot < 0):
         raise DllmError(f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and from 0.")
@@ -153,9 +164,12 @@ def _eval(args: argparse.Namespace) -> int:
     model = open_model(args)
     config = config_of(args, model.manifest)
     config.resolved(model.manifest)
-    harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy)
+    harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy, max_length=args.max_length,
+                                 add_bos=args.add_bos, escape_until=args.escape_until)  # fmt: skip
     settings = evaluation.Settings(tuple(args.include_path), args.defaults or not args.include_path, args.num_fewshot, args.limit, args.chat,
                                    args.gen_kwargs, args.confirm_run_unsafe_code)  # fmt: skip
+    if args.confirm_run_unsafe_code:  # the metric that runs code asks for this as well
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     report = evaluation.run(harness, tasks, settings)
     print(evaluation.table(report))
     if args.output is not None:

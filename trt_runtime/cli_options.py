@@ -57,6 +57,12 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="of a Dream: keep this many tokens")
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
     parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
+    parser.add_argument(
+        "--hold-back-eos",
+        action="store_true",
+        default=None,
+        help="commit an end token only when nothing else is left in the block",
+    )
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
     add_backend(parser)
 

@@ -79,6 +79,7 @@ class GenerationConfig:
         need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
     seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
     stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
+    hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other candidate is left in the block.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused.
     """
 
@@ -104,6 +105,7 @@ class GenerationConfig:
     refresh_window: int = 0
     suffix: int | None = None
     suffix_decay: bool = False
+    hold_back_eos: bool = False
 
     def resolved(self, manifest: Manifest) -> GenerationConfig:
         """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out of range."""

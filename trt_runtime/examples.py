@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import typing
 from dataclasses import dataclass
@@ -23,15 +24,36 @@ class Example:
 
 def read(path: Path) -> list[Example]:
     """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. In JSON a prompt may be token ids. Raises DllmError."""
+    return [_example(line, f"{path}: line {number}") for number, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers in it. Raises DllmError, also where there is none."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        held = path.read_bytes()
+        if held.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in held[:4096]:
+            raise DllmError(
+                f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON object a line."
+            )
+        lines = split_lines(held.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DllmError(
             f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
         ) from error
     if not lines:
         raise DllmError(f"{path}: holds no prompt: give one a line.")
-    return [_example(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+    return lines
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises DllmError, also where there is none."""
+    return [line for _, line in numbered_lines(path)]
+
+
+def split_lines(text: str) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers. Only a line feed ends one: U+2028 and the like are part of a prompt."""
+    lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _example(line: str, where: str) -> Example:

@@ -8,6 +8,7 @@ The mean is a lower bound of the log-likelihood; its standard error says how far
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,13 @@ from trt_runtime.model import Model
 from trt_runtime.policies import Floats, Ints
 
 _LOGIT_BYTES = 256 << 20  # of one call
+_POSITIONS = 4096  # of one call's rows together, if that is more than one row: keys, values and activations are bounded too
+Piece = tuple[int, Ints]  # a sample's number, and some of the positions that it masks
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats. forwards: rows that were computed."""
+    """Nats. forwards: rows that were computed; more than samples where the logits of one would not fit into a call."""
 
     mean: float
     standard_error: float
@@ -50,18 +53,32 @@ def estimate(model: Model, context: list[int], target: list[int], *, samples: in
     ids = np.array([*context, *target], np.int64)
     counts = stratified(samples, length, int(rng.integers(1, length + 1)))
     masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
-    batch = max(1, min(samples, _LOGIT_BYTES // (4 * facts.vocab_size * length), model.backend.max_batch or samples))
-    cache = model.backend.new_cache(batch, len(ids))
-    values: list[float] = []
-    for start in range(0, samples, batch):
-        part = masked[start : start + batch]
-        logits = model.backend.prefix(
-            cache, slice(0, len(part)), _window(ids, part, mask, model.manifest.decoding.logit_shift), want_logits=True
-        ).logits
+    calls = list(_calls(masked, facts.vocab_size, max(1, min(model.backend.max_batch or samples, _POSITIONS // len(ids)))))
+    cache = model.backend.new_cache(max(map(len, calls)), len(ids))
+    values = np.zeros(samples)
+    for part in calls:
+        window = _window(ids, [(masked[i], asked) for i, asked in part], mask, model.manifest.decoding.logit_shift)
+        logits = model.backend.prefix(cache, slice(0, len(part)), window, want_logits=True).logits
         assert logits is not None
-        values += [_log_probability(logits[i, : len(at)], ids[at]) * length / len(at) for i, at in enumerate(part)]
+        for row, (i, asked) in enumerate(part):
+            values[i] += _log_probability(logits[row, : len(asked)], ids[asked]) * length / len(masked[i])
+        del logits  # before the next call makes its own
     error = float(np.std(values, ddof=1)) / math.sqrt(samples) if samples > 1 else 0.0
-    return Likelihood(float(np.mean(values)), error, samples)
+    return Likelihood(float(np.mean(values)), error, sum(map(len, calls)))
+
+
+def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piece]]:
+    """The samples, whole or in pieces, as calls of at most `most` rows whose logits are at most _LOGIT_BYTES (or one vector)."""
+    fit = max(1, _LOGIT_BYTES // (4 * vocab_size))
+    call: list[Piece] = []
+    for i, at in enumerate(masked):
+        for piece in np.split(at, range(fit, len(at), fit)):
+            longest = max(len(piece), *(len(held) for _, held in call)) if call else len(piece)
+            if call and (len(call) == most or (len(call) + 1) * longest > fit):
+                yield call
+                call = []
+            call.append((i, piece))
+    yield call
 
 
 def stratified(samples: int, length: int, first: int) -> Ints:
@@ -76,18 +93,21 @@ def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
     return model.generate([context], config)[0].tokens == target
 
 
-def _window(ids: Ints, masked: list[Ints], mask_token_id: int, shift: int) -> Window:
-    batch, length = len(masked), len(ids)
-    rows = np.zeros((batch, max(map(len, masked))), np.int64)
+def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shift: int) -> Window:
+    """A canvas for each pair of positions: those that are masked, and those of them whose logits are asked for."""
+    batch, length = len(rows_of), len(ids)
+    rows = np.zeros((batch, max(len(asked) for _, asked in rows_of)), np.int64)
     tokens = np.tile(ids, (batch, 1))
-    for i, at in enumerate(masked):
-        tokens[i, at], rows[i, : len(at)] = mask_token_id, np.maximum(at - shift, 0)
+    for i, (at, asked) in enumerate(rows_of):
+        tokens[i, at], rows[i, : len(asked)] = mask_token_id, np.maximum(asked - shift, 0)
     return Window(tokens, np.tile(np.arange(length), (batch, 1)), np.zeros(batch, np.int64), np.full(batch, length), rows)
 
 
 def _log_probability(logits: Floats, tokens: Ints) -> float:
-    """Sum of log p of tokens [R] under logits [R, V]."""
-    wide = logits.astype(np.float64)
-    top = wide.max(-1)
-    norm = top + np.log(np.exp(wide - top[:, None]).sum(-1))
-    return float((np.take_along_axis(wide, tokens[:, None], -1)[:, 0] - norm).sum())
+    """Sum of log p of tokens [R] under logits [R, V]. A row at a time: in float64 all of them would take several times their memory."""
+    total = 0.0
+    for row, token in zip(logits, tokens, strict=True):
+        wide = row.astype(np.float64)
+        top = wide.max()
+        total += float(wide[token] - top - np.log(np.exp(wide - top).sum()))
+    return total

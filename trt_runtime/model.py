@@ -132,14 +132,16 @@ class Model:
     def backend(self, backend: Backend) -> None:
         self._backend = backend
 
-    def generate(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> list[Result]:
+    def generate(
+        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False, seeds: Rows[int] | None = None
+    ) -> list[Result]:
         """Complete several prompts at once; the results stand in their order.
 
         A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
-        {'role', 'content'}, or a list of token ids. Without a config, the options that were tuned for the artifact, else the defaults. Raises DllmError for a prompt or an option that cannot be used.
+        {'role', 'content'}, or a list of token ids. `seeds`: of each prompt's draws (default: config.seed and the numbers after it). Without a config, the options that were tuned for the artifact, else the defaults. Raises DllmError for a prompt or an option that cannot be used.
         """
         config = config or configured({}, self.manifest)
-        rows = self._sequences(prompts, config, raw)
+        rows = self._sequences(prompts, config, raw, seeds)
         begin = time.perf_counter()
         finished: dict[int, float] = {}
         generator = self._generator(rows, config)
@@ -176,8 +178,8 @@ class Model:
         if not prompt.strip():
             raise DllmError("the prompt is empty: give some text to answer.")
         if tokenizer.has_chat_template and not raw:
-            prompt = tokenizer.render_chat([{"role": "user", "content": prompt}])
-        return tokenizer.encode(prompt)
+            return tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": prompt}]))
+        return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
 
     def _encode_list(self, prompt: Rows[int] | Rows[Mapping[str, str]]) -> list[int]:
         if not isinstance(prompt, (list, tuple, np.ndarray)):
@@ -207,12 +209,16 @@ class Model:
             raise DllmError(f"{self.path}: the artifact has no tokenizer: give the prompt as token ids (generate --ids).")
         return self.tokenizer
 
-    def _sequences(self, prompts: Rows[Prompt], config: GenerationConfig, raw: bool) -> list[Sequence]:
+    def _sequences(
+        self, prompts: Rows[Prompt], config: GenerationConfig, raw: bool, seeds: Rows[int] | None = None
+    ) -> list[Sequence]:
         if not isinstance(config, GenerationConfig):
             raise DllmError(f"config is a {type(config).__name__}, expected a GenerationConfig.")
         config = config.resolved(self.manifest)
         if isinstance(prompts, (str, bytes)) or not len(prompts):
             raise DllmError(f"prompts is {prompts!r}, expected a list of one or more prompts.")
+        if seeds is not None and (len(seeds) != len(prompts) or any(seed < 0 for seed in seeds)):
+            raise DllmError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one each, from 0.")
         rules = rules_of(config, self.manifest)
         if rules.sampler.needs_logits and not self.backend.gives_logits:
             raise DllmError(
@@ -223,7 +229,7 @@ class Model:
         for i, prompt in enumerate(prompts):
             ids = self.encode(prompt, raw=raw)
             check_prompt(ids, config, self.manifest)
-            rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i))
+            rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i if seeds is None else seeds[i]))
         return rows
 
     def _generator(self, rows: list[Sequence], config: GenerationConfig) -> Generator:
@@ -302,7 +308,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     assert config.gen_length is not None
     return Rules(config.gen_length, config.block_length, config.cache, config.make_policy(), facts.mask_token_id,
                  facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.make_sampler(manifest),
-                 facts.first_commit, config.refresh, config.seen_suffix)  # fmt: skip
+                 facts.first_commit, config.refresh, config.seen_suffix, config.hold_back_eos)  # fmt: skip
 
 
 def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from trt_runtime.errors import DllmError
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
+_MOST_ENTROPY = 1e30  # finite, as scores are divided and added
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class Policy(ABC):
     """Commits at least one masked position in each call, unless none is masked."""
 
     name: ClassVar[str]
+    is_joint: ClassVar[bool] = (
+        False  # whether it judges all candidates together, and so may commit one for the sake of the others
+    )
 
     @abstractmethod
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
@@ -266,6 +270,25 @@ def _steps(steps_per_block: int | None, state: BlockState) -> int:
 
 def _times(steps: int) -> Floats:
     return np.linspace(1, 1e-3, steps + 1)
+
+
+def without_confidence(stats: RowStats, which: Bools) -> RowStats:
+    """The statistics [R] with those of `which` [R] as unsure as can be: confidence 0, and last by entropy and margin too."""
+    best = stats.confidence if stats.best is None else stats.best
+    return RowStats(stats.token, np.where(which, 0.0, stats.confidence), np.where(which, 1.0, stats.runner_up),
+                    np.where(which, _MOST_ENTROPY, stats.entropy), best=np.where(which, 0.0, best))  # fmt: skip
+
+
+def select_holding_back(policy: Policy, stats: RowStats, is_end: Bools, state: BlockState) -> Bools:
+    """What `policy` commits of all candidates [R], but those of `is_end` [R] only once no other is left (LLaDA's evaluations set the
+    confidence of end tokens to 0). `stats` are those of `without_confidence`; policies that look at none are held to it here."""
+    if policy.is_joint and not is_end.all():
+        return policy.select(stats, ~is_end, state)
+    chosen = policy.select(stats, np.ones_like(is_end), state)
+    if not (chosen & is_end).any() or (chosen | is_end).all():
+        return chosen
+    others = chosen & ~is_end
+    return others if others.any() else policy.select(stats, ~is_end, state)
 
 
 def most_confident(confidence: Floats, is_masked: Bools, count: int) -> Bools:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trt_runtime.errors import DllmError
-from trt_runtime.policies import BlockState, Bools, CommitRule, Ints, Policy, RowStats
+from trt_runtime.policies import BlockState, Bools, CommitRule, Ints, Policy, RowStats, select_holding_back, without_confidence
 from trt_runtime.sampling import Sampler
 
 FULL, NEAR = "full", "near"
@@ -60,6 +60,7 @@ class Rules:
     block_length: None makes one block of all masks, wherever they are (Dream without a cache).
     first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
     refresh: when the cache is rebuilt, suffix: what of the masks behind the block a forward sees.
+    hold_back_eos: a proposed end token is committed only when no other candidate is left (policies.held_back).
     """
 
     gen_length: int
@@ -74,6 +75,7 @@ class Rules:
     first_commit: bool = False
     refresh: Refresh = field(default_factory=Refresh)
     suffix: Suffix = field(default_factory=Suffix)
+    hold_back_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,21 @@ class Sequence:
         masked, far = np.flatnonzero(self.is_masked[:end]), self._far
         seen = end + len(far)
         inside = masked[masked >= start]
-        if self.rules.cache == "none" or (self.state.step == 0 and self._near is None):
-            return Forward(FULL, 0, end, inside[:1] if self._is_forced else masked, far, seen)
-        if self.state.step == 0 and self._near is not None:
+        if self.rules.cache == "none" or (self.opens_block and self._near is None):
+            return Forward(FULL, 0, end, self._first_candidates(inside) if self._has_first_commit else masked, far, seen)
+        if self.opens_block and self._near is not None:
             # masks of a bounded suffix stand in other rows than before: all of them are made anew
             reach = len(far) if self.rules.cache == "prefix" or self.rules.suffix.most is not None else self.rules.refresh.window
-            return Forward(NEAR, self._near, end, inside[:1] if self._is_forced else inside, far[:reach], seen)
+            return Forward(NEAR, self._near, end, self._first_candidates(inside), far[:reach], seen)
         return Forward(self.rules.cache, start, end, inside, far if self.rules.cache == "prefix" else far[:0], seen)
+
+    @property
+    def opens_block(self) -> bool:
+        """Whether the next forward is the block's first, or another of its kind: where the row before the block predicts its first
+        position, no later one can fill that, if `hold_back_eos` left it masked."""
+        assert self.block is not None
+        is_held = self.rules.hold_back_eos and self._has_first_commit and bool(self.is_masked[self.block[0]])
+        return self.state.step == 0 or is_held
 
     @property
     def _near(self) -> int | None:
@@ -233,34 +243,45 @@ class Sequence:
         `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
         """
         assert self.block is not None
-        chosen = np.ones(len(forward.candidates), np.bool_)
         state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates)
-        if not self._is_forced:
-            chosen = self.rules.policy.select(stats, chosen, state)
+        stats, chosen, forced = self._choose(stats, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
             raise DllmError(
                 f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this manifest: export it again."
             )
         written = (positions.tolist(), tokens.tolist())
-        self._write(forward, written, instead or written, (forward.candidates, stats, state))
+        self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
+
+    def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
+        """The statistics that count [R], which candidates are committed [R], and whether that is the block's first, whatever the policy."""
+        every = np.ones(len(stats.token), np.bool_)
+        if not self.rules.hold_back_eos:
+            return stats, every if self._is_forced else self.rules.policy.select(stats, every, state), self._is_forced
+        is_end = np.isin(stats.token, self.rules.eos_token_ids)
+        stats = without_confidence(stats, is_end)
+        if self._is_forced and not is_end[0]:
+            return stats, np.arange(len(every)) == 0, True
+        return stats, select_holding_back(self.rules.policy, stats, is_end, state), False
 
     def commit_rule(self, forward: Forward) -> CommitRule | None:
         """The policy's choices in the running block as data, if a device can follow them from this forward on."""
         assert self.block is not None
         inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
-        if forward.is_prefix_pass or self.rules.sampler.needs_logits or not inside:
+        if forward.is_prefix_pass or self.rules.sampler.needs_logits or self.rules.hold_back_eos or not inside:
             return None
         return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
 
     def follow(self, positions: Ints, tokens: Ints) -> None:
         """Take over what a device committed in one step of the running block."""
-        self._write(self.next_forward(), (positions.tolist(), tokens.tolist()))
+        self._write(self.next_forward(), (positions.tolist(), tokens.tolist()), forced=self._is_forced)
 
-    def _write(self, forward: Forward, chosen: Written, written: Written | None = None, seen: Seen | None = None) -> None:
+    def _write(
+        self, forward: Forward, chosen: Written, written: Written | None = None, seen: Seen | None = None, forced: bool = False
+    ) -> None:
         """Write positions into the canvas, note the step with what was chosen, and move on."""
         assert self.block is not None
-        forced, (positions, tokens) = self._is_forced, written or chosen
+        positions, tokens = written or chosen
         self.canvas[positions] = tokens
         self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
@@ -274,7 +295,15 @@ class Sequence:
     @property
     def _is_forced(self) -> bool:
         """Whether the next forward commits the block's first mask, whatever the policy."""
-        return self.rules.first_commit and self.rules.cache != "none" and self.state.step == 0
+        return self._has_first_commit and self.state.step == 0
+
+    @property
+    def _has_first_commit(self) -> bool:
+        return self.rules.first_commit and self.rules.cache != "none"
+
+    def _first_candidates(self, inside: Ints) -> Ints:
+        """Of the masks inside the block, those that its first forward is asked about."""
+        return inside[:1] if self._has_first_commit and not self.rules.hold_back_eos else inside
 
     def _open_block(self, start: int) -> None:
         """The next block: first those of the generation, from left to right, then the gaps of the prompt."""

@@ -40,7 +40,7 @@ class Speculating(Generator):
         """One call for every unfinished row."""
         wanted = [Wanted(i, row, row.next_forward()) for i, row in enumerate(self.sequences) if not row.is_finished]
         for row in wanted:
-            if row.sequence.rules.cache != "none" and row.sequence.state.step == 0:
+            if row.sequence.rules.cache != "none" and row.sequence.opens_block:
                 self._open_block(row)
             else:
                 self._verify(row.sequence, row.slot * self.branches)

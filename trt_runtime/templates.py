@@ -14,12 +14,21 @@ from typing import Any
 
 from trt_runtime.errors import DllmError
 
+_END = "CONTINUE_FINAL_MESSAGE_TAG "  # of a message that is continued, as transformers marks it
+
 
 def render(
-    template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str], *, add_generation_prompt: bool
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    special: Mapping[str, str],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> str:
     """The text of a conversation of {'role', 'content'} messages. `special`: texts of the special tokens, by name.
 
+    With continue_final_message the text ends right behind the last message's content, as the template wrote it, and nothing closes that
+    message: what is generated goes on from there. A template that trims contents takes the spaces at its end too.
     Raises DllmError for a message that is none, and for whatever the template raises.
     """
     plain = []
@@ -27,10 +36,28 @@ def render(
         if not isinstance(message, Mapping) or not all(isinstance(item, str) for pair in message.items() for item in pair):
             raise DllmError(f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': '...'}}.")
         plain.append({str(key): str(value) for key, value in message.items()})
+    if not continue_final_message:
+        return _rendered(template, plain, special, add_generation_prompt)
+    if add_generation_prompt or not plain or "content" not in plain[-1]:
+        raise DllmError(
+            "continue_final_message goes on from the content of the last message: give one, and leave out add_generation_prompt."
+        )
+    content = plain[-1]["content"]
+    if _END.strip() in "".join(message.get("content", "") for message in plain):
+        raise DllmError(f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave it out.")
+    plain[-1]["content"] = content + _END
+    text = _rendered(template, plain, special, add_generation_prompt)
+    begun, found, _ = text.rpartition(_END.strip())
+    if not found or content.strip() not in begun:
+        raise DllmError("the chat template drops or changes the message that is to be continued: its answer cannot be begun.")
+    return begun if text.startswith(begun + _END) else begun.rstrip()  # what was trimmed is no part of the text
+
+
+def _rendered(template: str, messages: list[dict[str, str]], special: Mapping[str, str], add_generation_prompt: bool) -> str:
     try:
         return str(
             _compiled(template).render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
             )
         )
     except Exception as error:  # a template can raise anything

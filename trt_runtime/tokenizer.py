@@ -31,6 +31,7 @@ class Tokenizer:
         self._special: dict[str, str] = {name: text for name, text in texts.items() if text}
         self._template = _template(path, config)
         self._detokenizer = Detokenizer(self._tokenizer, config)
+        self.adds_bos = self._adds_bos(config)
 
     @property
     def has_chat_template(self) -> bool:
@@ -57,9 +58,29 @@ class Tokenizer:
         """Tokens beside the vocabulary proper, special ones and others, by their ids."""
         return {token: added.content for token, added in self._tokenizer.get_added_tokens_decoder().items()}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands; special tokens in it count as such, none are added."""
-        return list(self._encoding(text).ids)
+    def _adds_bos(self, config: Mapping[str, Any]) -> bool:
+        """Whether plain texts begin with the BOS token: if tokenizer_config.json says so (add_bos_token), or tokenizer.json puts it there.
+
+        transformers believes the first of slow tokenizer files alone, of which the export makes a tokenizer.json without that.
+        """
+        bos = self.special_id("bos_token")
+        if bos is None:
+            return False
+        return config.get("add_bos_token") is True or self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [bos]
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Token ids of a text as it stands; special tokens in it count as such, none are added.
+
+        add_bos: the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos` expect that of plain texts, not of
+        what a chat template wrote. Raises DllmError for a tokenizer without one.
+        """
+        ids = list(self._encoding(text).ids)
+        if not add_bos:
+            return ids
+        bos = self.special_id("bos_token")
+        if bos is None:
+            raise DllmError("this tokenizer has no BOS token (bos_token): leave add_bos out.")
+        return ids if ids[:1] == [bos] else [bos, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -82,11 +103,28 @@ class Tokenizer:
         return [text[begin:end] for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)
                 if token == unknown and text[begin:end] != unknown]  # fmt: skip
 
-    def render_chat(self, messages: Iterable[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template."""
+    def render_chat(
+        self,
+        messages: Iterable[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template.
+
+        It ends where the model's answer begins (add_generation_prompt, the default), or with continue_final_message right behind the text of
+        the last message, which the model then goes on with.
+        """
         if self._template is None:
             raise DllmError("this model has no chat template: use 'generate --raw', which takes the prompt as it stands.")
-        return templates.render(self._template, list(messages), self._special, add_generation_prompt=add_generation_prompt)
+        opens = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        return templates.render(
+            self._template,
+            list(messages),
+            self._special,
+            add_generation_prompt=opens,
+            continue_final_message=continue_final_message,
+        )
 
     def end_of_turn(self) -> int | None:
         """The special token that the chat template puts behind an answer; None where it puts none."""

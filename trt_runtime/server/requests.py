@@ -64,6 +64,9 @@ class Common(_Model):
     )
     suffix: int | None = Field(default=None, ge=0, description="masks behind the block that a forward sees")
     suffix_decay: bool | None = Field(default=None, description="take those of suffix at growing distances")
+    hold_back_eos: bool | None = Field(
+        default=None, description="commit an end token only when nothing else is left in the block"
+    )
     steps: int | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
     block_length: int | None = Field(default=None, ge=1)
     cache: str | None = Field(default=None, description="none, prefix or dual")
