@@ -20,11 +20,11 @@ DOCUMENTS = sorted(
 )
 WHEEL = [
     "trt_runtime/__init__.py", "trt_runtime/adaptive.py", "trt_runtime/backends/__init__.py", "trt_runtime/backends/base.py",
-    "trt_runtime/backends/commit_kernel.py", "trt_runtime/backends/ort.py", "trt_runtime/backends/tensorrt.py", "trt_runtime/bench.py", "trt_runtime/builder.py", "trt_runtime/cases.py", "trt_runtime/cli.py", "trt_runtime/cli_artifact.py", "trt_runtime/cli_measure.py", "trt_runtime/cli_options.py",
+    "trt_runtime/backends/commit_kernel.py", "trt_runtime/backends/ort.py", "trt_runtime/backends/tensorrt.py", "trt_runtime/bench.py", "trt_runtime/builder.py", "trt_runtime/cases.py", "trt_runtime/cli.py", "trt_runtime/cli_artifact.py", "trt_runtime/cli_generate.py", "trt_runtime/cli_measure.py", "trt_runtime/cli_options.py", "trt_runtime/cli_parser.py",
     "trt_runtime/config.py",
     "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",
-    "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
-    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/limits.py",
+    "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/program.py", "trt_runtime/progress.py", "trt_runtime/py.typed", "trt_runtime/render.py",
+    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/screen.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/limits.py",
     "trt_runtime/server/metrics.py", "trt_runtime/server/page.html", "trt_runtime/server/replicas.py", "trt_runtime/server/requests.py", "trt_runtime/server/serve.py", "trt_runtime/server/triton_model.py",
     "trt_runtime/server/triton_repo.py", "trt_runtime/server/worker.py", "trt_runtime/speculation.py", "trt_runtime/steps.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py", "trt_runtime/tune.py",
 ]  # fmt: skip
@@ -39,17 +39,17 @@ def test_the_wheel_holds_the_runtime_alone(tmp_path):
         metadata = next(archive.read(n).decode() for n in names if n.endswith("METADATA"))
     assert sorted(name for name in names if ".dist-info/" not in name) == WHEEL
     required = re.findall(r"Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata)
-    assert sorted(required) == ["jinja2", "numpy", "tokenizers"]
+    assert sorted(required) == ["jinja2", "numpy", "tokenizers", "wcwidth"]
 
 
 def _import_seconds() -> float:
-    script = "import time; begin = time.perf_counter(); import trt_runtime; print(time.perf_counter() - begin)"
+    script = "import time; begin = time.perf_counter(); import trt_runtime; trt_runtime.load; print(time.perf_counter() - begin)"
     return float(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def test_the_import_is_fast_and_lean():
     assert min(_import_seconds() for _ in range(5)) < 0.3
-    script = "import sys, trt_runtime; print([m for m in ('onnxruntime', 'onnx', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    script = "import sys, trt_runtime; trt_runtime.load; print([m for m in ('onnxruntime', 'onnx', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

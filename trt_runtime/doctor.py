@@ -57,7 +57,7 @@ PACKAGES = (
     Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", _CHECKOUT.format("export")),
     Package("onnxscript", "onnxscript", "0.6", "1", "export", _CHECKOUT.format("export")),
     Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", _CHECKOUT.format("export")),
-    Package("tqdm", "tqdm", "4.66", "5", "export", _CHECKOUT.format("export")),
+    Package("wcwidth", "wcwidth", "0.2.13", "1", "runtime: --stream, chat", "pip install wcwidth", needed=True),
     Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", _CHECKOUT.format("export")),
     Package("torch", "torch", "2.6", "3", "verify, the reference", _CHECKOUT.format("reference")),
     Package("transformers", "transformers", "5.8", "6", "verify, the reference", _CHECKOUT.format("reference")),
@@ -104,7 +104,7 @@ def summary(found: list[Finding]) -> str:
     can = [name for name, needs in (
         ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
         ("build TensorRT-RTX engines", {"tensorrt-rtx-cu13-bindings", "onnx"}),
-        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "tqdm"}),
+        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes"}),
         ("verify", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "torch", "transformers", "provider CPUExecutionProvider"}),
     ) if needs <= good]  # fmt: skip
     return f"This machine can: {', '.join(can) or 'nothing yet; mend the failures first'}."
