@@ -41,7 +41,6 @@ NEEDED = (
     "tokenizers",
     "jinja2",
     "safetensors",
-    "tqdm",
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line of the exporter: options -> ExportConfig -> pipeline, with a progress bar and the verification after it."""
+"""The command line of the exporter: options -> ExportConfig -> pipeline, with its progress and the verification after it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from export import families, quantize, uptodate
 from export.lowering import LOWERINGS
 from export.pipeline import ExportConfig, export, read
 from export.quantization import NAMES
 from export.weights import MODES
-from trt_runtime import advice, atomic, contract, next_steps
+from trt_runtime import advice, atomic, cli_parser, contract, next_steps, program
 from trt_runtime import manifest as manifests
+from trt_runtime.cli_parser import note, progress_of, report, say
 from trt_runtime.devices import GIB, meminfo
 from trt_runtime.errors import DllmError
 from trt_runtime.examples import MATCHES
 from trt_runtime.manifest import TARGETS, Manifest, ModelFacts
 from trt_runtime.plan import LAYOUTS, Work, memory
+from trt_runtime.progress import SILENT, Progress
 
 _FOR_CPU = "DTYPE=fp32 (--dtype fp32), or QUANTIZE=w8a8 (--quantize w8a8)"
 # what is exported without --checkpoint, and what it is
@@ -36,31 +37,25 @@ DEMO_CHECKPOINTS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the exporter; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    mend = "nothing was written; check the disk and the rights"
+    return program.run(_main, argv, aftermath="nothing was written", advice=mend)
+
+
+def _main(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
     atomic.end_on_signals()  # so that the temporary directory is removed
-    try:
-        return _run(args)
-    except DllmError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"error: {error.filename or args.out}: {error.strerror}: nothing was written; check the disk and the rights.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return cli_parser.execute(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli_parser.Parser(
         prog="python -m export",
         description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights file.",
-        epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.",
+        epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.\n\n"
+        "example:\n  python -m export --model llada --checkpoint GSAI-ML/LLaDA-8B-Instruct --dtype bf16",
     )
+    parser.set_defaults(run=_run)
+    parser.add_argument("--version", action=cli_parser.Version)
     parser.add_argument("--model", help="the model type; checked against the checkpoint's config.json")
     parser.add_argument(
         "--checkpoint", help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]"
@@ -111,11 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", choices=("auto", "yes", "no"), default="auto",
         help="compare with PyTorch afterwards; 'auto' (default) does so if torch and transformers are there and the memory suffices",
     )  # fmt: skip
+    cli_parser.add_output(parser, "what was exported, and the verification,")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args.model)
+    checkpoint = args.checkpoint if args.checkpoint is not None else _demo_checkpoint(args)
     suffix = f"-{args.quantize}" if args.quantize else ""
     out = args.out or Path("artifacts") / (_name_of(checkpoint) + suffix)
     config = ExportConfig(
@@ -123,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
         out,
         args.dtype,
         args.head,
-        _lowering(args.lowering),
+        _lowering(args.lowering, lambda line: say(args, line)),
         args.model,
         tuple(args.ignore_key),
         args.overwrite,
@@ -133,45 +129,63 @@ def _run(args: argparse.Namespace) -> int:
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
         raise DllmError(f"--verify yes needs torch and transformers: {advice.install('reference')}, or leave it out.")
-    how = _quantize_config(args)
+    how, begin = _quantize_config(args), time.perf_counter()
     inputs = uptodate.inputs_of(config, how)
     manifest = None if args.overwrite else uptodate.current(out, inputs)
+    is_new = manifest is None
     if manifest is not None:
         read(config.checkpoint, config.family, config.ignored_keys)  # --model must still be the checkpoint's
-        print(
-            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 (--overwrite) makes it again"
+        say(
+            args,
+            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 (--overwrite) makes it again",
         )
     else:
         if args.dtype == "bf16" and how is None:
-            _note(f"ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}")
-        begin = time.perf_counter()
-        manifest = uptodate.noted(_export(config, how), inputs, out)
-        size = sum(facts.size for facts in manifest.files.values())
-        print(f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, "
-              f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
-    passed = _verified(out, manifest, args.verify, can_verify)
-    if passed and not (vars(args).get("quiet") or vars(args).get("json")):
-        next_steps.hint(next_steps.of_artifact(out, manifest))
+            note(
+                args, f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}"
+            )
+        with progress_of(args).task(f"exporting {checkpoint}"):
+            manifest = uptodate.noted(_export(config, how, args), inputs, out)
+    size, seconds = sum(facts.size for facts in manifest.files.values()), time.perf_counter() - begin
+    if is_new:
+        say(
+            args,
+            f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, {seconds:.1f} s",
+        )
+    made = {"artifact": str(out), "is_new": is_new, "parameters": manifest.model.parameters, "dtype": args.dtype, "bytes": size,
+            "seconds": seconds, "quantization": None if manifest.quantization is None else asdict(manifest.quantization)}  # fmt: skip
+    try:
+        passed, verified = _verified(args, out, manifest, can_verify)
+    except KeyboardInterrupt:
+        print(f"interrupted: {out} is written, and not verified", file=sys.stderr)
+        return program.INTERRUPTED
+    if args.json:
+        report(args, made | {"verified": verified}, "")
+    if passed:
+        cli_parser.hint(args, next_steps.of_artifact(out, manifest))
     return 0 if passed else 1
 
 
-def _verified(out: Path, manifest: Manifest, asked: str, can_verify: bool) -> bool:
-    """Compare with PyTorch, if that was asked for or can be done; False where the artifact is known to decode otherwise."""
+def _verified(args: argparse.Namespace, out: Path, manifest: Manifest, can_verify: bool) -> tuple[bool, dict[str, Any] | None]:
+    """Verify what was exported, if that was asked for and is possible; whether nothing failed, and what was found."""
     if manifest.verified is not None:
         passed = bool(manifest.verified.get("passed"))
-        print("verified before: the result is in the manifest" if passed else "NOT VERIFIED before: do not deploy this artifact")
-        return passed
-    if asked == "no":
-        return True
+        say(
+            args,
+            "verified before: the result is in the manifest" if passed else "NOT VERIFIED before: do not deploy this artifact",
+        )
+        return passed, manifest.verified
+    if args.verify == "no":
+        return True, None
     if not can_verify:
-        print(f"not verified: torch and transformers are not installed ({advice.install('reference')})")
-        return True
+        say(args, f"not verified: torch and transformers are not installed ({advice.install('reference')})")
+        return True, None
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
-    if asked == "auto" and free and needed > free and manifest.quantization is None:
-        print(f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
-              f"'{advice.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
-        return True
-    return verify(out, None)
+    if args.verify == "auto" and free and needed > free and manifest.quantization is None:
+        say(args, f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
+            f"'{advice.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
+        return True, None
+    return verify(out, None, say=lambda line: say(args, line), progress=progress_of(args))
 
 
 def _quantize_config(args: argparse.Namespace) -> quantize.QuantizeConfig | None:
@@ -183,12 +197,15 @@ def _quantize_config(args: argparse.Namespace) -> quantize.QuantizeConfig | None
     return None
 
 
-def _export(config: ExportConfig, how: quantize.QuantizeConfig | None) -> Manifest:
-    return export(config, _progress, _note) if how is None else quantize.export(config, how, _progress, _note)
+def _export(config: ExportConfig, how: quantize.QuantizeConfig | None, args: argparse.Namespace) -> Manifest:
+    shown = progress_of(args)
 
+    def tell(text: str) -> None:
+        note(args, f"note: {text}")
 
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    if how is not None:
+        return quantize.export(config, how, _weights_progress(shown), tell, shown)
+    return export(config, _weights_progress(shown), tell)
 
 
 def _verification_bytes(facts: ModelFacts) -> int:
@@ -204,36 +221,44 @@ def _name_of(checkpoint: str) -> str:
     return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rpartition("/")[2].split("@")[0]
 
 
-def verify_layers(artifact: Path, checkpoint: str | None) -> bool:
-    """Print the residual stream beside the reference's, layer by layer; whether all agree."""
+def verify_layers(
+    artifact: Path, checkpoint: str | None, *, say: Callable[[str], object] = print, progress: Progress = SILENT
+) -> tuple[bool, dict[str, Any]]:
+    """Say the residual stream beside the reference's, layer by layer; whether all agree, and the rows of each kind of forward."""
     from export.layers import table
     from export.verify import bisect
 
-    tables = bisect(artifact, checkpoint)
+    with progress.task(f"comparing the layers of {artifact} with PyTorch's"):
+        tables = bisect(artifact, checkpoint)
     for kind, rows in tables.items():
-        print(f"{kind}: residual stream after each layer, beside PyTorch's")
+        say(f"{kind}: residual stream after each layer, beside PyTorch's")
         for line in table(rows):
-            print(f"  {line}")
+            say(f"  {line}")
     bad = [f"{kind}: {row.name}" for kind, rows in tables.items() for row in rows if not row.passed]
-    print(f"it begins at {bad[0]}" if bad else "all layers agree")
-    return not bad
+    say(f"it begins at {bad[0]}" if bad else "all layers agree")
+    layers = {kind: [asdict(row) | {"passed": row.passed} for row in rows] for kind, rows in tables.items()}
+    return not bad, {"artifact": str(artifact), "passed": not bad, "first": bad[0] if bad else None, "layers": layers}
 
 
-def verify(artifact: Path, checkpoint: str | None) -> bool:
-    """Run the verification and print its stages; whether all passed."""
-    from export.verify import verify as run_verification
+def verify(
+    artifact: Path, checkpoint: str | None, *, say: Callable[[str], object] = print, progress: Progress = SILENT
+) -> tuple[bool, dict[str, Any]]:
+    """Run the verification and say its stages; whether all passed, and what the manifest says of it."""
+    with program.importing(), progress.task("loading PyTorch"):
+        from export.verify import verify as run_verification
 
     passed, is_quantised = True, manifests.load(artifact).quantization is not None
-    print(f"verifying {artifact} against {'its checkpoint' if is_quantised else 'the PyTorch reference'}")
-    for stage in run_verification(artifact, checkpoint):
-        print(f"  {stage}", flush=True)
-        passed = passed and stage.passed
+    say(f"verifying {artifact} against {'its checkpoint' if is_quantised else 'the PyTorch reference'}")
+    with progress.task("hashing the artifact's files") as task:
+        for stage in run_verification(artifact, checkpoint, task.doing):
+            say(f"  {stage}")
+            passed = passed and stage.passed
     where = "" if is_quantised else f"; 'dllm-trt verify {artifact} --layers' shows where it begins"
-    print("verified: the result is in the manifest" if passed else f"NOT VERIFIED: do not deploy this artifact{where}")
-    return passed
+    say("verified: the result is in the manifest" if passed else f"NOT VERIFIED: do not deploy this artifact{where}")
+    return passed, {"artifact": str(artifact), **(manifests.load(artifact).verified or {})}
 
 
-def _lowering(asked: str) -> str:
+def _lowering(asked: str, say: Callable[[str], object] = print) -> str:
     if asked != "auto":
         return asked
     try:
@@ -242,27 +267,32 @@ def _lowering(asked: str) -> str:
         return "modern"
     if (int(major), int(minor)) >= (1, 24):
         return "modern"
-    print(f"onnxruntime {major}.{minor} has no opset 24: exporting with --lowering legacy (opset 17)")
+    say(f"onnxruntime {major}.{minor} has no opset 24: exporting with --lowering legacy (opset 17)")
     return "legacy"
 
 
-def _demo_checkpoint(model: str | None) -> str:
-    name = (model or "llada").lower()
+def _demo_checkpoint(args: argparse.Namespace) -> str:
+    name = (args.model or "llada").lower()
     if name not in DEMO_CHECKPOINTS:
         families.find(name)  # names what exists if the model is unknown
         raise DllmError(f"no demo checkpoint for '{name}': give one with CHECKPOINT=dir (--checkpoint).")
     path, title = DEMO_CHECKPOINTS[name]
     shown = path if Path(path).exists() else str(Path(__file__).resolve().parents[1] / path)
-    print(f"no checkpoint given: exporting {title} {shown}")
+    say(args, f"no checkpoint given: exporting {title} {shown}")
     return shown
 
 
-def _progress(total: int) -> Callable[[int], object]:
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None)
+def _weights_progress(progress: Progress) -> Callable[[int], Callable[[int], object]]:
+    """How far the weights are, for the pipeline: it is told their bytes, and then those that are done."""
 
-    def advance(done: int) -> None:
-        bar.update(done)
-        if bar.n >= total:
-            bar.close()
+    def begin(total: int) -> Callable[[int], object]:
+        task = progress.begin("weights", total, unit="B")
 
-    return advance
+        def advance(done: int) -> None:
+            task.advance(done)
+            if task.done >= total:
+                task.end()
+
+        return advance
+
+    return begin

@@ -22,6 +22,7 @@ from trt_runtime.config import GenerationConfig
 from trt_runtime.examples import Example, is_right
 from trt_runtime.generator import Generator
 from trt_runtime.model import Model
+from trt_runtime.progress import SILENT, Progress
 from trt_runtime.sequence import Sequence as Row
 from trt_runtime.sequence import Step
 
@@ -119,10 +120,16 @@ def threads_of(parameters: int) -> int | None:
     return 1 if parameters < _SMALL else None
 
 
-def decode(model: Model, examples: Sequence[Example], config: GenerationConfig) -> list[Decoded]:
+def decode(
+    model: Model,
+    examples: Sequence[Example],
+    config: GenerationConfig,
+    progress: Progress = SILENT,
+    what: str = "decoding prompts",
+) -> list[Decoded]:
     """The examples, one at a time."""
     made = []
-    for example in examples:
+    for example in progress.each(examples, what):
         row = model.sequence(example.prompt, config)
         Generator(model.backend, [row]).run()
         useful = row.prompt_length + row.num_useful
@@ -153,24 +160,25 @@ def window_of(canvas: Canvas, rows: Array) -> Window:
     return Window(ids, np.arange(length)[None], np.zeros(1, np.int64), np.array([length]), rows[None].astype(np.int64))
 
 
-def expect(model: Model, examples: Sequence[Example]) -> Expected:
+def expect(model: Model, examples: Sequence[Example], progress: Progress = SILENT) -> Expected:
     """Run the model as it is. Raises DllmError for a prompt that it cannot take."""
     facts = model.manifest.decoding
     config = GenerationConfig().resolved(model.manifest)
     assert config.block_length is not None
-    decoded = decode(model, examples, config)
+    decoded = decode(model, examples, config, progress, "gate: decoding prompts with the model as it was")
     drawn, vocabulary = canvases(decoded, config.block_length, facts.mask_token_id), model.manifest.model.vocab_size
     most = max(1, _MOST_ROWS // (vocabulary * config.block_length))
     drawn = drawn[:: -(-len(drawn) // most)]
-    return Expected(config, decoded, drawn, [_log_probabilities(model, canvas) for canvas in drawn])
+    seen = progress.each(drawn, "gate: canvases of the model as it was")
+    return Expected(config, decoded, drawn, [_log_probabilities(model, canvas) for canvas in seen])
 
 
-def measure(model: Model, expected: Expected, match: str) -> Quality:
+def measure(model: Model, expected: Expected, match: str, progress: Progress = SILENT) -> Quality:
     """The quantised model beside what was expected of it; `match` is how answers are compared (examples.MATCHES)."""
-    divergence, best = _divergence(model, expected)
-    commits = [_forced(model, done, expected.config) for done in expected.decoded]
+    divergence, best = _divergence(model, expected, progress)
+    commits = [_forced(model, done, expected.config) for done in progress.each(expected.decoded, "gate: commits, forced")]
     number, tokens, same = (sum(column) for column in zip(*commits, strict=True))
-    again = decode(model, [done.example for done in expected.decoded], expected.config)
+    again = decode(model, [done.example for done in expected.decoded], expected.config, progress, "gate: decoding prompts again")
     pairs = list(zip(again, expected.decoded, strict=True))
     judged = [(mine, theirs) for mine, theirs in pairs if theirs.example.answers is not None]
     right = [[is_right(done.text or "", done.example, match) for done in pair] for pair in judged]
@@ -183,10 +191,11 @@ def measure(model: Model, expected: Expected, match: str) -> Quality:
     )  # fmt: skip
 
 
-def _divergence(model: Model, expected: Expected) -> tuple[Array, Array]:
+def _divergence(model: Model, expected: Expected, progress: Progress) -> tuple[Array, Array]:
     """KL of each masked row in nats, and whether its best token is the same."""
     divergence, same = [], []
-    for canvas, before in zip(expected.canvases, expected.log_probabilities, strict=True):
+    canvases = progress.each(expected.canvases, "gate: canvases")
+    for canvas, before in zip(canvases, expected.log_probabilities, strict=True):
         now = _log_probabilities(model, canvas)
         divergence.append((np.exp(before) * (before - now)).sum(-1))
         same.append(before.argmax(-1) == now.argmax(-1))

@@ -27,6 +27,8 @@ from trt_runtime.examples import Example
 from trt_runtime.manifest import Manifest
 from trt_runtime.model import Model
 from trt_runtime.plan import LAYOUTS, Work, memory
+from trt_runtime.progress import SILENT
+from trt_runtime.progress import Progress as Line
 
 _CALIBRATING = 32  # prompts at most
 
@@ -59,8 +61,9 @@ def export(
     how: QuantizeConfig,
     progress: Progress,
     note: Callable[[str], object] = lambda text: None,
+    shown: Line = SILENT,
 ) -> Manifest:
-    """Write a quantised artifact at `config.out`; `note` is told the quality. Raises DllmError, also where the gate is not passed, and
+    """Write a quantised artifact at `config.out`; `note` is told the quality, `shown` says how far the gate is. Raises DllmError, also where the gate is not passed, and
     then leaves nothing."""
     kind = quantization.find(how.scheme, how.target)
     _check(config, how, kind)
@@ -68,14 +71,15 @@ def export(
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
         note(f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used")
-    prepared = Prepared() if how.data is None else _prepare(config, how, source, kind, examples.read(how.data))
+    prepared = Prepared() if how.data is None else _prepare(config, how, source, kind, examples.read(how.data), shown)
     scheme = kind(config.dtype, prepared.calibration)
 
     def complete(directory: Path, manifest: Manifest) -> Manifest:
         assert manifest.quantization is not None
         facts = replace(manifest.quantization, calibration=prepared.calibrated_on)
         if prepared.expected is not None:
-            measured = _measure(directory, config, kind(_dtype_here(config), prepared.calibration), prepared.expected, how.match)
+            scheme_here = kind(_dtype_here(config), prepared.calibration)
+            measured = _measure(directory, config, scheme_here, prepared.expected, how.match, shown)
             if missed := list(measured.failures()):
                 raise DllmError(
                     f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; take another scheme, or "
@@ -111,7 +115,9 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
         raise DllmError(f"--quantize {kind.name} needs prompts {why}: give a file of them with --data (DATA=...).")
 
 
-def _prepare(config: ExportConfig, how: QuantizeConfig, source: Source, kind: type[Scheme], held: list[Example]) -> Prepared:
+def _prepare(
+    config: ExportConfig, how: QuantizeConfig, source: Source, kind: type[Scheme], held: list[Example], shown: Line
+) -> Prepared:
     """Run an fp32 twin of the checkpoint."""
     if not (how.gate or kind.is_calibrated):
         return Prepared()
@@ -126,17 +132,19 @@ def _prepare(config: ExportConfig, how: QuantizeConfig, source: Source, kind: ty
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.out.name}.twin-", dir=config.out.parent) as temporary:
         twin = Path(temporary) / "fp32"
-        pipeline.export(replace(config, out=twin, dtype="fp32", head=contract.HEADS[0]), lambda total: lambda done: None)
+        with shown.task("writing the model as it is, in fp32, beside which the quantised one is judged"):
+            pipeline.export(replace(config, out=twin, dtype="fp32", head=contract.HEADS[0]), lambda total: lambda done: None)
         model = _opened(twin)
-        expected = quality.expect(model, held[split:] or held) if how.gate else None
-        decoded = quality.decode(model, held[:split], GenerationConfig().resolved(model.manifest))
-        facts_of, block = model.manifest.decoding, GenerationConfig().resolved(model.manifest).block_length
+        expected = quality.expect(model, held[split:] or held, shown) if how.gate else None
+        base = GenerationConfig().resolved(model.manifest)
+        decoded = quality.decode(model, held[:split], base, shown, "decoding prompts to calibrate on")
+        facts_of, block = model.manifest.decoding, base.block_length
         model.close()
         if not kind.is_calibrated:
             return Prepared(expected=expected)
         assert block is not None
         drawn = quality.canvases(decoded, block, facts_of.mask_token_id)
-        observed = calibration.observe(twin, source, drawn)
+        observed = calibration.observe(twin, source, shown.each(drawn, "calibrating on canvases"))
     said = {"prompts": split, "canvases": len(drawn), "mask_ratios": list(quality.RATIOS)}
     return Prepared(observed, said, expected)
 
@@ -146,19 +154,19 @@ def _dtype_here(config: ExportConfig) -> str:
     return "fp32" if config.dtype == "bf16" else config.dtype
 
 
-def _measure(directory: Path, config: ExportConfig, scheme: Scheme, expected: Expected, match: str) -> Quality:
+def _measure(directory: Path, config: ExportConfig, scheme: Scheme, expected: Expected, match: str, shown: Line) -> Quality:
     """The artifact in `directory`, or, if it cannot run here, one like it in fp32."""
     if scheme.dtype == config.dtype:
-        return _judged(directory, expected, match)
+        return _judged(directory, expected, match, shown)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         twin = Path(temporary) / scheme.dtype
         pipeline.export(replace(config, out=twin, dtype=scheme.dtype), lambda total: lambda done: None, scheme=scheme)
-        return _judged(twin, expected, match)
+        return _judged(twin, expected, match, shown)
 
 
-def _judged(artifact: Path, expected: Expected, match: str) -> Quality:
+def _judged(artifact: Path, expected: Expected, match: str, shown: Line) -> Quality:
     model = _opened(artifact)
-    measured = quality.measure(model, expected, match)
+    measured = quality.measure(model, expected, match, shown)
     model.close()
     return measured
 

@@ -11,7 +11,7 @@ bf16 artifact is verified through an fp32 twin, exported from the same checkpoin
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,11 +57,11 @@ class Stage:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
 
 
-def verify(artifact: Path, checkpoint: str | None = None) -> Iterator[Stage]:
-    """The stages, as they finish. After the last, the result is written into the manifest. Raises DllmError."""
+def verify(artifact: Path, checkpoint: str | None = None, doing: Callable[[str], object] = lambda what: None) -> Iterator[Stage]:
+    """The stages, as they finish; `doing` is told what runs now. After the last, the result is written into the manifest. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     stages, made = [], _stages if manifest.quantization is None else _quantized_stages
-    for stage in made(artifact, checkpoint, manifest):
+    for stage in made(artifact, checkpoint, manifest, doing):
         stages.append(stage)
         yield stage
     _write(artifact, manifest, stages)
@@ -85,9 +85,12 @@ def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[laye
         return layers.compare(runnable, reference, calls, verify_graphs.exposed)
 
 
-def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Iterator[Stage]:
+def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest, doing: Callable[[str], object]) -> Iterator[Stage]:
+    doing("opening the reference" + (" and exporting an fp32 twin" if manifest.model.dtype == "bf16" else ""))
     with opened(artifact, checkpoint) as (runnable, reference):
+        doing("weights: comparing every tensor with the checkpoint's")
         yield _weights(artifact, reference.source, manifest)
+        doing("range, logits and cache: running both graphs and the reference")
         worst, engine = verify_graphs.compare(runnable, reference)
         dtype = engine.manifest.model.dtype
         yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
@@ -98,13 +101,17 @@ def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Itera
         measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
                     "allowed for logits": allowed}  # fmt: skip
         yield Stage("cache", cache_ok, measured)
+        doing("decode: recording cases with the reference, and following them")
         yield _decode(engine, reference, manifest, dtype)
 
 
-def _quantized_stages(artifact: Path, checkpoint: str | None, manifest: Manifest) -> Iterator[Stage]:
+def _quantized_stages(
+    artifact: Path, checkpoint: str | None, manifest: Manifest, doing: Callable[[str], object]
+) -> Iterator[Stage]:
     """What is quantised is not to agree within rounding: its weights and graphs must be those that this version makes of the checkpoint, and
     the gate of the export must have been passed."""
     source = source_of(manifest, checkpoint, artifact)
+    doing("weights: quantising the checkpoint again, and comparing every tensor")
     yield _weights(artifact, source, manifest)
     assert manifest.quantization is not None
     if different := _different_facts(source, artifact, manifest):

@@ -11,8 +11,7 @@ import pytest
 from conftest import DEMO, GOLDENS
 from test_trt_runtime_model import PLAN, PROMPT, demo_task
 
-from trt_runtime import cli, render
-from trt_runtime.config import GenerationConfig
+from trt_runtime import cli
 from trt_runtime.model import load
 
 
@@ -66,28 +65,38 @@ def test_stream_to_a_pipe_prints_finished_text_once(demo_artifact, capsys):
     assert demo_task.is_right(printed.strip(), PLAN) and "\x1b" not in printed
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_stream_to_a_terminal_shows_masks_turning_into_text(demo_artifact, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "70")
-    screen = _Terminal()
-    text = render.show_stream(load(demo_artifact), PROMPT, GenerationConfig(), out=screen)
-    frames = screen.getvalue().split("\x1b[J")[1:]
-    assert len(frames) > 5
-    assert frames[0].count("░") > 20 and "░" not in frames[-1]
-    assert frames[-1].strip() == text and demo_task.is_right(text, PLAN)
-    assert "\x1b[1;32m" in frames[1]
-
-
 def test_chat_answers_line_by_line(demo_artifact, capsys, monkeypatch):
-    lines = iter([PROMPT, "/new", "clean hall with mop", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    """An empty line is nothing, /new and /reset begin a new conversation, and the prompt is shown to nobody who does not type."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n/new\n\n/nwe\nclean hall with mop\n"))
     assert run("chat", demo_artifact, "--single-turn") == 0
-    answers = capsys.readouterr().out.strip().splitlines()
+    printed = capsys.readouterr()
+    answers = printed.out.strip().splitlines()
     assert len(answers) == 2 and demo_task.is_right(answers[0], PLAN)
+    assert "error: unknown command '/nwe': did you mean '/new'?" in printed.err and "a new conversation" in printed.err
+
+
+def test_chat_takes_commands(demo_artifact, capsys, monkeypatch):
+    for ending in ("/exit", "/quit"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"/help\n{ending}\nclean hall with mop\n"))
+        assert run("chat", demo_artifact) == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in ("/help", "/reset", "/new", "/exit", "/quit")) and "[{" not in said
+
+
+def test_chat_keeps_the_conversation_until_it_is_reset(demo_artifact, monkeypatch):
+    from trt_runtime.model import Model
+
+    asked, stream = [], Model.stream
+
+    def listening(self, prompts, config=None, *, raw=False):
+        asked.append(prompts[0])
+        return stream(self, [[prompts[0][-1]]], config, raw=raw)
+
+    monkeypatch.setattr(Model, "stream", listening)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("clean hall with mop\nclean hall with mop\n/reset\nclean hall with mop\n"))
+    assert run("chat", demo_artifact) == 0
+    assert [len(messages) for messages in asked] == [1, 3, 1]
+    assert asked[1][1] == {"role": "assistant", "content": '[{"do": "clean", "in": "hall", "with": "mop"}]'}
 
 
 def test_info_says_what_an_artifact_is(demo_artifact, capsys):
@@ -155,6 +164,8 @@ def test_bench_measures_variants(demo_artifact, tmp_path, capsys):
         (["--checkpoint", "x"], "--checkpoint goes with --backend torch"),
         (["--ids", "1,x"], "--ids is '1,x'"),
         (["--stream", "--json"], "leave out --json"),
+        (["--speculate", "2147483648"], "--speculate is 2147483648, expected at most"),
+        (["--speculate", "100000"], "speculate is 100000, expected 1"),
     ],
 )
 def test_generate_refuses(demo_artifact, capsys, arguments, said):

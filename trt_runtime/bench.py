@@ -29,6 +29,7 @@ from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.config import CACHES, GenerationConfig
 from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.model import Model, Prompt
+from trt_runtime.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def options_of(args: argparse.Namespace) -> Options:
                    args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint, tuple(args.beside), dtypes)  # fmt: skip
 
 
-def run(model: Model, options: Options) -> dict[str, Any]:
+def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str, Any]:
     """All figures of a benchmark: machine, versions, settings, and a row a variant."""
     prompts = _prompts(model, options)
     variants = _variants(model, options)
@@ -105,16 +106,20 @@ def run(model: Model, options: Options) -> dict[str, Any]:
         chosen = own if held.backend.name != "torch" else {name: variants[name] for name in names}
         entries |= {f"{label} {name}": (held, config) for name, config in chosen.items()}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
-    for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
-        for name, (held, config) in entries.items():
-            sample = _measure(held, prompts, config) if repeat else _measure(held, prompts[:1], _one_block(config))
-            if repeat:
-                samples[name].append(sample)
+    with progress.task("", len(entries) * (options.repeats + 1)) as task:
+        for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
+            for name, (held, config) in entries.items():
+                task.doing(f"measuring {name}, round {repeat} of {options.repeats}" if repeat else f"warming up {name}")
+                sample = _measure(held, prompts, config) if repeat else _measure(held, prompts[:1], _one_block(config))
+                task.advance()
+                if repeat:
+                    samples[name].append(sample)
     rows = [_row(name, taken) for name, taken in samples.items()]
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
     config = next(iter(variants.values()))
-    memory = {label: _peak_memory(held, label, options, config) for label, held in opened.items()}
+    each = progress.each(opened, "measuring memory")
+    memory = {label: _peak_memory(opened[label], label, options, config) for label in each}
     return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids"),
                                                                         "beside": [path.name for path in options.beside]},
             "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,

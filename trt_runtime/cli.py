@@ -1,68 +1,64 @@
-"""The command line `dllm-trt`: generate, chat, serve, triton-repo; the others are in cli_artifact.py and cli_measure.py."""
+"""The command line `dllm-trt`: its entry, serve and triton-repo; the others are in cli_generate.py, cli_artifact.py and cli_measure.py.
+
+Nothing heavy is imported before a command runs: an interrupt is one line from the first moment on.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
 
-from trt_runtime import advice, backends, cli_artifact, cli_measure, examples, render
-from trt_runtime.cli_options import add_backend, add_decoding, backend_options, config_of, open_model
-from trt_runtime.errors import DllmError, check_counts
-from trt_runtime.model import Model, Prompt, Result
+TYPE_CHECKING = False  # the same in `typing`, whose import takes longer than all of this file
+if TYPE_CHECKING:
+    import argparse
+
+    from trt_runtime.cli_parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130 interrupted."""
-    parser = _parser()
+    try:
+        from trt_runtime import program
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    return program.run(_run, argv)
+
+
+def _run(argv: list[str] | None) -> int:
+    from trt_runtime import program
+
+    with program.importing(at_once=argv is None):
+        from trt_runtime import cli_parser
+
+        parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on prompts that stand behind an option
     if any(item.startswith("-") and item != "-" for item in rest) or (rest and not hasattr(args, "prompt")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.refuse(rest)
     if rest:
         args.prompt += rest
-    try:
-        command: Callable[[argparse.Namespace], int] = args.run
-        status = command(args)
-        sys.stdout.flush()
-        return status
-    except DllmError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
-    except UnicodeError as error:
-        print(f"error: a text cannot be read or written ({error}): use UTF-8 (PYTHONUTF8=1).", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}: check the path, the disk and the rights.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return cli_parser.execute(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dllm-trt", description="Decode diffusion LLMs from an exported artifact.")
+def _parser() -> Parser:
+    from pathlib import Path
+
+    from trt_runtime import cli_artifact, cli_generate, cli_measure, cli_parser
+    from trt_runtime.cli_options import add_backend
+
+    parser = cli_parser.Parser(
+        prog="dllm-trt",
+        description="Decode diffusion LLMs from an exported artifact.",
+        epilog="'dllm-trt COMMAND --help' lists a command's options, with an example. 'python -m export' makes artifacts.",
+    )
+    parser.add_argument("--version", action=cli_parser.Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    cli_generate.add(commands)
 
-    generate = cli_artifact.command(commands, "generate", _generate, "complete one or several prompts")
-    generate.add_argument("prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input")
-    generate.add_argument("--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)")
-    generate.add_argument("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
-    generate.add_argument("--stream", action="store_true", help="show the block being unmasked in place")
-    generate.add_argument("--json", action="store_true", help="print the results as JSON")
-    add_decoding(generate)
-
-    chat = cli_artifact.command(commands, "chat", _chat, "talk to the model, a line at a time")
-    chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
-    add_decoding(chat)
-
-    serve = cli_artifact.command(commands, "serve", _serve, "serve OpenAI's API over HTTP")
+    serve = cli_parser.command(
+        commands, "serve", _serve, "serve OpenAI's API over HTTP", example="artifacts/llada-demo --port 8000"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0 takes a free one)")
     serve.add_argument("--name", help="the model's name in requests (default: the artifact's directory)")
@@ -79,92 +75,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
     add_backend(serve)
+    cli_parser.add_output(serve)
 
-    triton = cli_artifact.command(commands, "triton-repo", _triton_repo, "write a model repository for Triton Inference Server")
+    triton = cli_parser.command(
+        commands, "triton-repo", _triton_repo, "write a model repository for Triton Inference Server",
+        example="artifacts/llada-demo model-repository",
+    )  # fmt: skip
     triton.add_argument("out", type=Path, help="the repository's directory")
     triton.add_argument("--name", help="the model's name (default: the artifact's directory)")
     triton.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
     triton.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
     add_backend(triton)
+    cli_parser.add_output(triton)
 
     cli_artifact.add(commands)
     cli_measure.add(commands)
     return parser
 
 
-def _generate(args: argparse.Namespace) -> int:
-    prompts: list[Prompt] = []
-    for text in args.prompt:
-        prompts += [line for _, line in examples.split_lines(sys.stdin.read())] if text == "-" else [text]
-    prompts += [_ids(text) for text in args.ids]
-    if not prompts:
-        raise DllmError("no prompt: give one or more, or '-' for standard input.")
-    if args.stream and (args.json or len(prompts) > 1):
-        raise DllmError("--stream shows one prompt and no JSON: leave out --json, or give one prompt.")
-    model = open_model(args)
-    _warn_of_unknown_words(model, prompts)
-    if args.stream:
-        render.show_stream(model, prompts[0], config_of(args, model.manifest), raw=args.raw)
-        return 0
-    results = model.generate(prompts, config_of(args, model.manifest), raw=args.raw)
-    if args.json:
-        print(json.dumps([_as_json(result) for result in results], indent=1))
-        return 0
-    for prompt, result in zip(prompts, results, strict=True):
-        if len(results) > 1:
-            print(f"> {prompt}")
-        print(render.answer(model, result, whole=args.infill))
-        print(render.summary(result), file=sys.stderr)
-    return 0
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DllmError(f"--ids is {text!r}, expected token ids with commas, like 12,7,300.") from error
-
-
-def _as_json(result: Result) -> dict[str, object]:
-    return {**asdict(replace(result, trace=[])), "tokens_per_forward": result.tokens_per_forward,
-            "trace": [step.with_confidence() for step in result.trace]}  # fmt: skip
-
-
-def _warn_of_unknown_words(model: Model, prompts: list[Prompt]) -> None:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if model.tokenizer and (words := [w for text in texts for w in model.tokenizer.unknown_words(text)]):
-        print(f"warning: not in the model's vocabulary: {', '.join(dict.fromkeys(words))}", file=sys.stderr)
-
-
-def _chat(args: argparse.Namespace) -> int:
-    model = open_model(args)
-    if model.tokenizer is None or not model.tokenizer.has_chat_template:
-        raise DllmError(f"{args.artifact}: has no chat template: use 'dllm-trt generate'.")
-    config = config_of(args, model.manifest)
-    config.resolved(model.manifest)
-    print("an empty line or Ctrl-D ends, /new begins a new conversation", file=sys.stderr)
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return 0
-        if not line:
-            return 0
-        if line == "/new":
-            messages = []
-            continue
-        _warn_of_unknown_words(model, [line])
-        kept = [] if args.single_turn else messages
-        try:
-            result = render.show_stream(model, [*kept, {"role": "user", "content": line}], config)
-        except DllmError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": result or ""}]
-
-
 def _serve(args: argparse.Namespace) -> int:
+    from trt_runtime import advice, backends
+    from trt_runtime.cli_options import backend_options, open_model
+    from trt_runtime.errors import DllmError, check_counts
+
     serving = backends.import_tool("trt_runtime.server.serve", "serve", advice.install("serve"))
     check_counts(args, "slots", "max_body", "max_length", "lanes", "ray")
     if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
@@ -197,6 +130,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _triton_repo(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from trt_runtime.cli_options import backend_options
+    from trt_runtime.errors import check_counts
     from trt_runtime.server import triton_repo
 
     check_counts(args, "slots", "max_length")

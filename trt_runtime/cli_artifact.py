@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 from trt_runtime import advice, backends, devices, engine, manifest, next_steps, render
 from trt_runtime import plan as planning
+from trt_runtime.cli_parser import add_output, command, hint, progress_of, report, say
 
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
     """Add the commands to the parser's subcommands."""
-    info = command(commands, "info", _info, "what an artifact is")
-    info.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    info = command(commands, "info", _info, "what an artifact is", example="artifacts/llada-demo --check")
+    add_output(info, "the manifest")
     info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
 
-    plan = command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT")
+    plan = command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT",
+                   "checkpoints/llada-demo --device l4 --batch 8")  # fmt: skip
     plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
     plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
     most = planning.DEFAULT_LENGTH
@@ -26,13 +28,12 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
     plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
     plan.add_argument("--quantize", help="of a checkpoint: what an export with --quantize would take (w8a8, int4, fp8, int8-sq)")
-    plan.add_argument("--json", action="store_true", help="print the forecast as JSON")
+    add_output(plan, "the forecast")
 
-    doctor = commands.add_parser("doctor", help="what this machine can do", description="What this machine can do.")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.set_defaults(run=_doctor)
+    doctor = command(commands, "doctor", _doctor, "what this machine can do", "-")
+    add_output(doctor, "the findings")
 
-    build = command(commands, "build", _build, "build TensorRT engines")
+    build = command(commands, "build", _build, "build TensorRT engines", example="artifacts/llada-demo --max-batch 4")
     base = engine.BuildConfig()
     build.add_argument("--backend", default=base.backend, help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx")
     build.add_argument(
@@ -54,37 +55,23 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     build.add_argument("--plugins", action="store_true", help="put the kernels of plugins/ in the place of layers")
     build.add_argument("--inspect", action="store_true", help="also write what the builder made of each layer, as JSON")
     build.add_argument("--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)")
+    add_output(build, "the engines' files")
 
-    verify = command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest")
+    verify = command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest",
+                     example="artifacts/llada-demo")  # fmt: skip
     verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
     verify.add_argument(
         "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
     )
-
-
-def command(  # type: ignore[no-untyped-def]
-    commands, name: str, run: Callable[[argparse.Namespace], int], text: str, takes: str = ""
-) -> argparse.ArgumentParser:
-    """A subcommand that takes an artifact, or what `takes` names."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    if takes:
-        parser.add_argument(
-            "model", metavar=takes, help="an artifact, a checkpoint's directory (config.json is enough), or a hub id"
-        )
-    else:
-        parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
-    parser.set_defaults(run=run)
-    return parser
+    add_output(verify, "the result")
 
 
 def _info(args: argparse.Namespace) -> int:
-    facts = manifest.load(args.artifact, check_hashes=args.check)
-    if args.json:
-        print((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"), end="")
-    else:
-        print(render.describe(args.artifact, facts))
-        if args.check:
-            print(f"hashes     {len(facts.files)} files as in the manifest")
+    with progress_of(args).task(f"reading {args.artifact}"):
+        facts = manifest.load(args.artifact, check_hashes=args.check)
+    checked = f"\nhashes     {len(facts.files)} files as in the manifest" if args.check else ""
+    written = json.loads((args.artifact / manifest.FILE_NAME).read_text(encoding="utf-8"))
+    report(args, written, render.describe(args.artifact, facts) + checked)
     return 0
 
 
@@ -93,35 +80,41 @@ def _build(args: argparse.Namespace) -> int:
         args.backend, args.layout, tuple(name for name in args.target.split(",") if name), args.max_batch, args.max_length,
         args.block_length, args.max_rows, args.optimization_level, args.strip, args.plugins, args.inspect,
     )  # fmt: skip
-    directory = engine.build(args.artifact, args.out, config)
-    for file in sorted(directory.glob(f"*{engine.SUFFIX}")):
-        print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
-    next_steps.hint(next_steps.after_build(args.artifact, args.backend, args.out))
+    with progress_of(args).task(f"building engines of {args.artifact}"):
+        directory = engine.build(args.artifact, args.out, config)
+    files = {str(file): file.stat().st_size for file in sorted(directory.glob(f"*{engine.SUFFIX}"))}
+    value = {"directory": str(directory), "engines": [{"file": file, "bytes": size} for file, size in files.items()]}
+    report(args, value, "\n".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in files.items()))
+    hint(args, next_steps.after_build(args.artifact, args.backend, args.out))
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                              dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
-    print(text)
-    if not args.json:
-        next_steps.hint(next_steps.after_plan(args.model, made, args.device))
+    with progress_of(args).task(f"reading {args.model}"):
+        text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
+                                  dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
+    report(args, made, text)
+    hint(args, next_steps.after_plan(args.model, made, args.device))
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from trt_runtime import doctor
 
-    text, healthy, mends = doctor.run(as_json=args.json)
-    print(text)
-    if not args.json:
-        next_steps.hint(next_steps.after_doctor(healthy, mends))
+    with progress_of(args).task("looking at packages, GPU and disk"):
+        text, healthy, mends = doctor.run(as_json=args.json)
+    report(args, json.loads(text) if args.json else None, text)
+    hint(args, next_steps.after_doctor(healthy, mends))
     return 0 if healthy else 1
 
 
 def _verify(args: argparse.Namespace) -> int:
     mend = advice.tool("export", "ort", "reference")
-    tool = backends.import_tool("export.cli", "verify", mend)
-    backends.import_tool("export.verify", "verify", mend)
+    with progress_of(args).task("loading PyTorch and the exporter"):
+        tool = backends.import_tool("export.cli", "verify", mend)
+        backends.import_tool("export.verify", "verify", mend)
     run = tool.verify_layers if args.layers else tool.verify
-    return 0 if run(args.artifact, args.checkpoint) else 1
+    passed, value = run(args.artifact, args.checkpoint, say=lambda line: say(args, line), progress=progress_of(args))
+    if args.json:
+        report(args, value, "")
+    return 0 if passed else 1

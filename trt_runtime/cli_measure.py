@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
-from trt_runtime import advice, backends, cli_artifact, examples, replay, tolerances
+from trt_runtime import advice, backends, examples, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime.cli_options import add_backend, add_decoding, config_of, open_model, write_json
+from trt_runtime.cli_parser import add_output, command, progress_of, report, say
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.model import Model
@@ -16,9 +18,9 @@ from trt_runtime.model import Model
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
     """Add the commands to the parser's subcommands."""
-    again = cli_artifact.command(commands, "replay", _replay, "run recorded decode cases and compare, or record some")
+    again = command(commands, "replay", _replay, "run recorded decode cases and compare, or record some",
+                    example="artifacts/llada-demo checkpoints/llada-demo/cases.json")  # fmt: skip
     again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
-    again.add_argument("--output", type=Path, metavar="OUT.json", help="write what came out of each case")
     again.add_argument(
         "--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts"
     )
@@ -26,8 +28,10 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
     again.add_argument("--exact", action="store_true", help="count AMBIGUOUS differences as mismatches")
     add_backend(again)
+    add_output(again, "what was compared", "write what came out of each case")
 
-    bench = cli_artifact.command(commands, "bench", _bench, "measure caches and parallel unmasking side by side")
+    bench = command(commands, "bench", _bench, "measure caches and parallel unmasking side by side",
+                    example="artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt")  # fmt: skip
     bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
     bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
     bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
@@ -45,14 +49,13 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     )
     bench.add_argument("--beside", type=Path, action="append", default=[], metavar="ARTIFACT",
                        help="another artifact of the same model, quantised, say, that runs the same variants (may be repeated)")  # fmt: skip
-    bench.add_argument("--output", type=Path, metavar="OUT.json", help="write all figures")
     add_backend(bench)
+    add_output(bench, "all figures", "write all figures")
 
     _add_eval(commands)
 
-    tuning = cli_artifact.command(
-        commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts"
-    )
+    tuning = command(commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts",
+                     example="artifacts/llada-demo --data checkpoints/llada-demo/prompts.txt")  # fmt: skip
     tuning.add_argument("--data", type=Path, required=True, help="a prompt a line, or lines of JSON with prompt and answers")
     tuning.add_argument("--max-drop", type=float, default=1.0, help="points of right answers that may be lost (default 1)")
     tuning.add_argument(
@@ -64,12 +67,13 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     tuning.add_argument(
         "--write", action="store_true", help="note the choice in the artifact: it holds where the user gives no options"
     )
-    tuning.add_argument("--output", type=Path, metavar="OUT.json", help="write all trials")
     add_backend(tuning)
+    add_output(tuning, "the choice and all trials", "write all trials")
 
 
 def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
-    evaluate = cli_artifact.command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness")
+    evaluate = command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness",
+                       example="artifacts/llada-demo --tasks demo_plan --include-path benchmarks/tasks --chat --limit 40")  # fmt: skip
     evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
     evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
                           help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
@@ -92,8 +96,8 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     evaluate.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="let tasks run the code that the model writes (HumanEval, MBPP)"
     )
-    evaluate.add_argument("--output", type=Path, metavar="OUT.json", help="write all results and settings")
     add_decoding(evaluate)
+    add_output(evaluate, "all results and settings", "write all results and settings")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -108,20 +112,21 @@ def _replay(args: argparse.Namespace) -> int:
     cases = decode_cases.read_cases(args.cases) if args.cases else decode_cases.random_cases(facts, args.count, args.seed)
     ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
     if len(ours) < len(cases):
-        print(f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
+        say(args, f"left out: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
     if not ours:
         raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
     if args.record is not None:
-        write_json(args.record, replay.record(model.backend, ours))
-        print(f"recorded {len(ours)} cases in {args.record}")
+        shown = progress_of(args).each(ours, f"recording cases on {model.backend.name}")
+        write_json(args.record, replay.record(model.backend, shown))
+        report(args, {"recorded": len(ours), "file": str(args.record)}, f"recorded {len(ours)} cases in {args.record}")
         return 0
     return _compare(args, model, ours)
 
 
 def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Case]) -> int:
     dtype = model.manifest.model.dtype
-    results, wrong, near, excused = [], 0, 0, 0
-    for case in cases:
+    results, wrong, near, excused, differences = [], 0, 0, 0, list[dict[str, object]]()
+    for case in progress_of(args).each(cases, "replaying cases"):
         done = replay.replay(model.backend, case)
         results.append(replay.with_confidence(done))
         found = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
@@ -130,7 +135,8 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
         if not replay.must_match(case, dtype):
             excused += 1
             continue
-        print(found)
+        say(args, str(found))
+        differences.append(asdict(found))
         ambiguous = found.ambiguous and not args.exact
         near, wrong = near + ambiguous, wrong + (not ambiguous)
     if args.output is not None:
@@ -138,18 +144,21 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:
         raise DllmError("no case says what to expect (output, trace): nothing was compared; give --output to keep the results.")
-    print(f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
-          f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
+    value = {"cases": len(cases), "backend": model.backend.name, "dtype": dtype, "expecting": expecting, "mismatches": wrong,
+             "ambiguous": near, "excused": excused, "differences": differences}  # fmt: skip
+    report(args, value, f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
+           f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
     return 1 if wrong else 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     from trt_runtime import bench
 
-    report = bench.run(open_model(args), bench.options_of(args))
-    print(bench.table(report))
+    options = bench.options_of(args)
+    measured = bench.run(open_model(args), options, progress_of(args))
     if args.output is not None:
-        write_json(args.output, report)
+        write_json(args.output, measured)
+    report(args, measured, bench.table(measured))
     return 0
 
 
@@ -170,10 +179,10 @@ def _eval(args: argparse.Namespace) -> int:
                                    args.gen_kwargs, args.confirm_run_unsafe_code)  # fmt: skip
     if args.confirm_run_unsafe_code:  # the metric that runs code asks for this as well
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    report = evaluation.run(harness, tasks, settings)
-    print(evaluation.table(report))
+    found = evaluation.run(harness, tasks, settings)
+    report(args, found, evaluation.table(found))
     if args.output is not None:
-        write_json(args.output, report)
+        write_json(args.output, found)
     return 0
 
 
@@ -188,16 +197,17 @@ def _tune(args: argparse.Namespace) -> int:
     held = examples.read(args.data)[: args.count]
     model = open_model(args)
     base = GenerationConfig(gen_length=args.gen_length, block_length=args.block_length)
-    report = tune.run(model, held, base, max_drop=args.max_drop, match=args.match, tell=lambda line: print(line, flush=True))
+    with progress_of(args).task("trying ways of decoding"):
+        found = tune.run(model, held, base, max_drop=args.max_drop, match=args.match, tell=lambda line: say(args, line))
     words = " ".join(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in report["options"].items()
-    )
-    print(
-        f"{report['speedup']:.2f} times the baseline's tokens/s, {report['right']} of {report['examples']} right (baseline {report['baseline_right']}): {words}"
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in found["options"].items()
     )
     if args.output is not None:
-        write_json(args.output, report)
+        write_json(args.output, found)
     if args.write:
-        tune.write(args.artifact, report["options"])
-        print(f"noted in {args.artifact / 'manifest.json'}")
+        tune.write(args.artifact, found["options"])
+    report(args, found, f"{found['speedup']:.2f} times the baseline's tokens/s, {found['right']} of {found['examples']} right "
+           f"(baseline {found['baseline_right']}): {words}")  # fmt: skip
+    if args.write:
+        say(args, f"noted in {args.artifact / 'manifest.json'}")
     return 0

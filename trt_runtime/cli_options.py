@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from trt_runtime import backends
+from trt_runtime.cli_parser import as_json, progress_of
 from trt_runtime.config import CACHES, POLICIES, GenerationConfig, configured
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.manifest import Manifest
@@ -17,7 +17,8 @@ from trt_runtime.model import Model, load
 MAX_THREADS = 1024
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+def add_backend(command: argparse.ArgumentParser) -> None:
+    parser = command.add_argument_group("backend")
     parser.add_argument("--backend", default="ort", help=f"what runs the model: {', '.join(backends.names())} (default ort)")
     parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
     parser.add_argument("--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)")
@@ -26,8 +27,9 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> None:
+def add_decoding(command: argparse.ArgumentParser) -> None:
     default = GenerationConfig()
+    parser = command.add_argument_group("decoding")
     parser.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
     parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     parser.add_argument("--cache", help=f"{', '.join(CACHES)} (default {default.cache})")
@@ -40,6 +42,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="of the policy 'dynamic': how far the threshold falls (default 0.3)")
     parser.add_argument("--low-threshold", type=float, help="of 'localleap', 'hierarchy', 'slowfast' (default 0.6)")
     parser.add_argument("--speculate", type=int, help="steps that one call may verify, without changing the answer (default 1)")
+    parser = command.add_argument_group("caches")
     parser.add_argument(
         "--refresh-every", type=int, help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)"
     )
@@ -48,6 +51,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--suffix", type=int, help="masks behind the block that a forward sees (default all)")
     parser.add_argument("--suffix-decay", action="store_true", default=None, help="take those of --suffix at growing distances")
+    parser = command.add_argument_group("schedules and sampling")
     parser.add_argument(
         "--steps", type=int, help="of a schedule: forwards in all (default one token a forward); bounds 'threshold'"
     )
@@ -56,6 +60,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="of a Dream: keep the most probable tokens up to this sum")
     parser.add_argument("--top-k", type=int, help="of a Dream: keep this many tokens")
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
+    parser = command.add_argument_group("the end and gaps")
     parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
     parser.add_argument(
         "--hold-back-eos",
@@ -64,7 +69,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help="commit an end token only when nothing else is left in the block",
     )
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
-    add_backend(parser)
+    add_backend(command)
 
 
 # options that only some backends take
@@ -73,7 +78,9 @@ _BACKEND_OPTIONS = {"threads": ("ort", "torch"), "device": ("ort", "tensorrt", "
 
 
 def open_model(args: argparse.Namespace) -> Model:
-    return load(args.artifact, args.backend, **backend_options(args))
+    options = backend_options(args)
+    with progress_of(args).task(f"opening {args.artifact}"):
+        return load(args.artifact, args.backend, **options)
 
 
 def backend_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +116,6 @@ def config_of(args: argparse.Namespace, manifest: Manifest) -> GenerationConfig:
 
 def write_json(path: Path, value: object) -> None:
     try:
-        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        path.write_text(as_json(value, indent=None) + "\n", encoding="utf-8")
     except OSError as error:
         raise DllmError(f"{path}: cannot be written ({error.strerror}): give another path.") from error

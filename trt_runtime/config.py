@@ -23,6 +23,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 MAX_STEPS = 100_000
+MAX_SPECULATE = 256  # every one is a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
 }  # fmt: skip
@@ -159,8 +160,8 @@ class GenerationConfig:
             raise DllmError("suffix_decay goes with suffix: say how many masks behind the block are seen.")
 
     def _check_sampling(self, sampling: str) -> None:
-        if self.speculate < 1:
-            raise DllmError(f"speculate is {self.speculate}, expected a whole number from 1 (1 verifies nothing).")
+        if not 1 <= self.speculate <= MAX_SPECULATE:
+            raise DllmError(f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}.")
         draws = self.temperature > 0 or self.alg_temp > 0 or self.policy == "origin" or self.top_p < 1 or self.top_k is not None
         if self.speculate > 1 and draws:
             raise DllmError(

@@ -56,7 +56,7 @@ def packages() -> tuple[Package, ...]:
         Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", tool("export")),
         Package("onnxscript", "onnxscript", "0.6", "1", "export", tool("export")),
         Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", tool("export")),
-        Package("tqdm", "tqdm", "4.66", "5", "export", tool("export")),
+        Package("wcwidth", "wcwidth", "0.2.13", "1", "runtime: --stream, chat", package("wcwidth"), needed=True),
         Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", tool("export")),
         Package("torch", "torch", "2.6", "3", "verify, the reference", tool("reference")),
         Package("transformers", "transformers", "5.8", "6", "verify, the reference", tool("reference")),
@@ -106,7 +106,7 @@ def summary(found: list[Finding]) -> str:
     can = [name for name, needs in (
         ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
         ("build TensorRT-RTX engines", {"tensorrt-rtx-cu13-bindings", "onnx"}),
-        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "tqdm"}),
+        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes"}),
         ("verify", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "torch", "transformers", "provider CPUExecutionProvider"}),
     ) if needs <= good]  # fmt: skip
     return f"This machine can: {', '.join(can) or 'nothing yet; mend the failures first'}."

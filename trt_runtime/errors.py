@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+TYPE_CHECKING = False  # imports nothing, so that the command line begins at once
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class DllmError(Exception):
@@ -29,6 +30,8 @@ def shown(value: object, most: int = 60) -> str:
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> DllmError:
     """The error for a name outside a registry: the nearest known name, all that exist, and how to go on."""
+    import difflib
+
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean '{near[0]}'?" if near else ""

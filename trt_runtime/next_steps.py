@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,6 @@ from trt_runtime.manifest import ORT_CPU, TENSORRT, Manifest
 
 _DEMO = ("take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop", "llada-demo")
 _PROMPT = "Why is the sky blue?"
-
-
-def hint(command: str | None) -> None:
-    """Print a command that comes next, if there is one."""
-    if command is not None:
-        print(f"next: {command}", file=sys.stderr)
 
 
 def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:

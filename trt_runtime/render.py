@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
+from trt_runtime import screen
 from trt_runtime.config import GenerationConfig
 from trt_runtime.manifest import Manifest, Quantization
 from trt_runtime.model import Model, Prompt, Result, Update
 
 _MASK = "░"
-_DIM, _BRIGHT, _PLAIN, _UP, _CLEAR = "\x1b[2m", "\x1b[1;32m", "\x1b[0m", "\x1b[{}A", "\x1b[J"
 
 
 def summary(result: Result) -> str:
@@ -35,54 +39,130 @@ def answer(model: Model, result: Result, *, whole: bool) -> str:
     return model.tokenizer.decode(result.canvas) if model.tokenizer else " ".join(map(str, result.canvas))
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during an answer. text: what of it stood before the first gap, and is on the screen; None without a tokenizer."""
+
+    def __init__(self, text: str | None) -> None:
+        super().__init__()
+        self.text = text
+
+
 def show_stream(
-    model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None
+    model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None, quiet: bool = False
 ) -> str | None:
-    """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is printed once."""
+    """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is printed once. `quiet`: without the
+    line about forwards and seconds. Ctrl-C ends the answer before the next forward, marks it, and raises Stopped."""
     out = out or sys.stdout
-    begin, shown, lines = time.perf_counter(), "", 0
-    last: Update | None = None
-    for last in model.stream([prompt], config, raw=raw):
-        if out.isatty():
-            text, lines = _canvas(model, last, lines)
-            out.write(text)
-        elif last.committed is not None:
-            # a character whose bytes end in the next block reads as U+FFFD until then
-            whole = last.committed if last.finished else last.committed.rstrip("\ufffd")
-            out.write(whole[len(shown) :])
-            shown = whole
-        out.flush()
-    assert last is not None
-    if out.isatty():
-        out.write((_UP.format(lines) if lines else "") + "\r" + _CLEAR + (last.committed or " ".join(map(str, last.tokens))))
-    elif last.committed is None:
-        out.write(" ".join(map(str, last.tokens)))
-    out.write("\n")
-    seconds = time.perf_counter() - begin
-    print(f"[{last.nfe} forwards, {seconds:.2f} s]", file=sys.stderr)
+    begin = time.perf_counter()
+    live = screen.Live(out) if screen.is_terminal(out) else None
+    shown, last = "", cast("Update | None", None)
+    try:
+        with _CtrlC() as ctrl_c, screen.unechoed() if live is not None else nullcontext():
+            for last in model.stream([prompt], config, raw=raw):
+                if live is not None:
+                    live.show(*_spans(model, last))
+                elif last.committed is not None:
+                    # a character whose bytes end in the next block reads as U+FFFD until then
+                    whole = last.committed if last.finished else last.committed.rstrip("\ufffd")
+                    out.write(whole[len(shown) :])
+                    out.flush()
+                    shown = whole
+                if ctrl_c.came:
+                    break
+        assert last is not None
+        text = last.committed if last.finished else _settled(model, last)
+        final = text if text is not None else " ".join(map(str, last.tokens))
+        mark = "" if last.finished else " [stopped]"
+        if live is not None:
+            live.finish(final + mark)
+        else:
+            out.write((final[len(shown) :] if final.startswith(shown) else "") + mark + "\n")
+            out.flush()
+        live = None
+    finally:
+        if live is not None:
+            live.abandon()
+    if not last.finished:
+        raise Stopped(text)
+    if not quiet:
+        print(f"[{_plural(last.nfe, 'forward', 's')}, {time.perf_counter() - begin:.2f} s]", file=sys.stderr)
     return last.committed
 
 
-def _canvas(model: Model, update: Update, lines: int) -> tuple[str, int]:
-    """The escape sequences that draw a canvas over the last one of `lines` lines, and the lines that it takes."""
-    import shutil
+class _CtrlC:
+    """Notes the first Ctrl-C inside the block, for the answer to end where it can; a second one interrupts at once."""
 
-    width = max(20, shutil.get_terminal_size().columns - 1)
-    mask = model.manifest.decoding.mask_token_id
+    def __init__(self) -> None:
+        self.came = False
+        self.before: Any = None
+
+    def __enter__(self) -> _CtrlC:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, *_: object) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+
+
+def _settled(model: Model, update: Update) -> str | None:
+    """The text before the first gap, which no later forward changes; None without a tokenizer."""
+    if model.tokenizer is None:
+        return None
+    tokens = _useful(model, update)
+    gap = tokens.index(mask) if (mask := model.manifest.decoding.mask_token_id) in tokens else len(tokens)
+    return model.tokenizer.decode(tokens[:gap]).rstrip("\ufffd")
+
+
+def _useful(model: Model, update: Update) -> list[int]:
+    """The generated tokens before the first end token."""
     ends = [i for i, token in enumerate(update.tokens) if token in model.manifest.decoding.eos_token_ids]
-    drawn, column, rows = "", 0, 0
-    for i, token in enumerate(update.tokens[: min(ends, default=len(update.tokens))]):
-        piece = _MASK if token == mask else _piece(model, token)
-        style = _DIM if token == mask else _BRIGHT if i in update.changed else _PLAIN
-        if column + len(piece) > width:
-            drawn, column, rows = drawn + "\n", 0, rows + 1
-        drawn, column = drawn + style + piece + _PLAIN, column + len(piece)
-    return (_UP.format(lines) if lines else "") + "\r" + _CLEAR + drawn, rows
+    return update.tokens[: min(ends, default=len(update.tokens))]
 
 
-def _piece(model: Model, token: int) -> str:
-    text = model.tokenizer.decode([token]) if model.tokenizer else f"{token} "
-    return "".join(character if character.isprintable() else " " for character in text)
+def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
+    """An update as styled text, masks as shaded cells and what is new bright, and how many characters of it never change again."""
+    tokens, mask, changed = _useful(model, update), model.manifest.decoding.mask_token_id, set(update.changed)
+    gap = tokens.index(mask) if mask in tokens else len(tokens)
+    spans = _styled(model, tokens[:gap], 0, changed, is_whole=update.finished)
+    settled = sum(len(text) for text, _ in spans)
+    for is_mask, group in itertools.groupby(range(gap, len(tokens)), key=lambda i: tokens[i] == mask):
+        at = list(group)
+        if is_mask:
+            spans.append((_MASK * len(at), screen.DIM))
+        else:
+            spans += _styled(model, tokens[at[0] : at[-1] + 1], at[0], changed, is_whole=True)
+    return spans, settled
+
+
+def _styled(model: Model, tokens: list[int], first: int, changed: set[int], *, is_whole: bool) -> list[screen.Span]:
+    """A run of tokens, which begins at position `first`, decoded together: a tokenizer may join what two tokens mean. Unless it `is_whole`,
+    what is left of a character whose other bytes are still to come is left out."""
+
+    def text_of(end: int) -> str:
+        if model.tokenizer is None:
+            return "".join(f"{token} " for token in tokens[:end])
+        return screen.clean(model.tokenizer.decode(tokens[:end]))
+
+    text = text_of(len(tokens))
+    text = text if is_whole else text.rstrip("\ufffd")
+    spans, done = list[screen.Span](), 0
+    for is_new, group in itertools.groupby(range(len(tokens)), key=lambda i: first + i in changed):
+        last = list(group)[-1]
+        until = len(text) if last == len(tokens) - 1 else min(len(text), len(text_of(last + 1)))
+        if until > done:
+            spans.append((text[done:until], screen.BRIGHT if is_new else screen.PLAIN))
+            done = until
+    return spans
 
 
 def describe(path: Path, manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import advice
+from trt_runtime import advice, program
 from trt_runtime.backends.base import Backend
 from trt_runtime.errors import DllmError, unknown
 
@@ -47,6 +47,7 @@ def import_tool(module: str, what: str, mend: str) -> Any:
     if tool != __package__.split(".")[0] and (checkout / tool / "__init__.py").is_file() and str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     try:
-        return importlib.import_module(module)
+        with program.importing():
+            return importlib.import_module(module)
     except ImportError as error:
         raise DllmError(f"{what} needs a package that is missing ({error}): {mend}.") from error
