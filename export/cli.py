@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         report(args, made | {"verified": verified}, "")
     if passed:
-        cli_parser.hint(args, next_steps.of_artifact(out, manifest))
+        cli_parser.hint(args, lambda: next_steps.of_artifact(out, manifest))
     return 0 if passed else 1
 
 

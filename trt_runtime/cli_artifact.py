@@ -85,7 +85,7 @@ def _build(args: argparse.Namespace) -> int:
     files = {str(file): file.stat().st_size for file in sorted(directory.glob(f"*{engine.SUFFIX}"))}
     value = {"directory": str(directory), "engines": [{"file": file, "bytes": size} for file, size in files.items()]}
     report(args, value, "\n".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in files.items()))
-    hint(args, next_steps.after_build(args.artifact, args.backend, args.out))
+    hint(args, lambda: next_steps.after_build(args.artifact, args.backend, args.out))
     return 0
 
 
@@ -94,7 +94,7 @@ def _plan(args: argparse.Namespace) -> int:
         text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
                                   dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
     report(args, made, text)
-    hint(args, next_steps.after_plan(args.model, made, args.device))
+    hint(args, lambda: next_steps.after_plan(args.model, made, args.device))
     return 0
 
 
@@ -104,7 +104,7 @@ def _doctor(args: argparse.Namespace) -> int:
     with progress_of(args).task("looking at packages, GPU and disk"):
         text, healthy, mends = doctor.run(as_json=args.json)
     report(args, json.loads(text) if args.json else None, text)
-    hint(args, next_steps.after_doctor(healthy, mends))
+    hint(args, lambda: next_steps.after_doctor(healthy, mends))
     return 0 if healthy else 1
 
 

@@ -169,10 +169,10 @@ def note(args: argparse.Namespace, line: str) -> None:
         progress_of(args).say(line, sys.stderr)
 
 
-def hint(args: argparse.Namespace, command: str | None) -> None:
+def hint(args: argparse.Namespace, command_of: Callable[[], str | None]) -> None:
     """Tell which command comes next, unless the user is a program."""
-    if command is not None and not args.json:
-        note(args, f"next: {command}")
+    if not args.json and not args.quiet and (found := command_of()) is not None:
+        note(args, f"next: {found}")
 
 
 def say(args: argparse.Namespace, line: str) -> None:
