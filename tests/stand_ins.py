@@ -99,8 +99,16 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, index):
         return 1000 * (index + 1)
 
-    def create_execution_context(self, strategy):
-        return Context(self)
+    def create_execution_context(self, given):
+        """By an allocation strategy, or, as TensorRT-RTX has it, by a runtime configuration."""
+        made = Context(self)
+        if isinstance(given, RuntimeConfig):
+            assert given.strategy.name == "USER_MANAGED" and given.cache is not None
+            made.graphs = given.cuda_graph_strategy.name
+        return made
+
+    def create_runtime_config(self):
+        return RuntimeConfig()
 
     def run(self, shapes, addresses):
         self.cuda.executions += 1
@@ -108,6 +116,39 @@ class Engine:
         for name, made in zip(self.outputs, self.session.run(self.outputs, given), strict=True):
             assert self.cuda.holds("device", addresses[name], made.nbytes), name
             view(addresses[name], made.shape, self.kinds[name])[...] = made
+
+
+class RuntimeCache:
+    """What TensorRT-RTX compiled: a byte for every context that ran with it."""
+
+    def __init__(self):
+        self.data = b""
+
+    def deserialize(self, data):
+        if data.strip(b"k"):
+            return False
+        self.data = data
+        return True
+
+    def serialize(self):
+        return self.data + b"k"
+
+    def reset(self):
+        self.data = b""
+
+
+class RuntimeConfig:
+    strategy = cache = cuda_graph_strategy = None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
 
 
 SOURCES86 = {"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2, "JIT_CONVOLUTIONS": 4}
@@ -137,6 +178,9 @@ class Settings:
 
     def set_flag(self, flag):
         self.flags.append(flag.name)
+
+    def clear_flag(self, flag):
+        self.flags = [name for name in self.flags if name != flag.name] + [f"no {flag.name}"]
 
     def create_timing_cache(self, data):
         return types.SimpleNamespace(data=data)
@@ -242,6 +286,14 @@ class Context86(Context):
         object.__setattr__(self, "scratch" if name == "device_memory" else name, value)
 
 
+def pieces(reader):
+    """What a stream reader gives: as TensorRT reads, a header, then the whole, in as many calls as the reader needs."""
+    header = reader.read(16, 0)
+    assert len(header) == 16 and reader.seek(0, reader.where.SET)
+    while piece := reader.read(1 << 40, 0):
+        yield piece
+
+
 def tensorrt(cuda: Cuda, rtx):
     """A package `tensorrt` that parses as TensorRT-RTX does, and whose engines are those above. `rtx`: tensorrt_rtx_bindings."""
 
@@ -285,9 +337,9 @@ def tensorrt(cuda: Cuda, rtx):
         def __init__(self, logger):
             self.engine_host_code_allowed = False
 
-        def deserialize_cuda_engine(self, data):
+        def deserialize_cuda_engine(self, given):
             assert not self.engine_host_code_allowed
-            facts = json.loads(data)
+            facts = json.loads(given if isinstance(given, bytes) else b"".join(pieces(given)))
             opened = Engine(cuda, facts["graph"], facts["profiles"])
             opened.stripped = "STRIP_PLAN" in facts["flags"]
             opened.create_engine_inspector = lambda: types.SimpleNamespace(
@@ -296,7 +348,15 @@ def tensorrt(cuda: Cuda, rtx):
             return opened
 
     held = {name: getattr(rtx, name) for name in ("ILogger", "IProgressMonitor", "NetworkDefinitionCreationFlag", "BuilderFlag",
-            "ProfilingVerbosity", "LayerType", "ExecutionContextAllocationStrategy", "LayerInformationFormat", "IAttentionInputLayer")}  # fmt: skip
+            "ProfilingVerbosity", "LayerType", "ExecutionContextAllocationStrategy", "LayerInformationFormat", "IAttentionInputLayer", "SeekPosition")}  # fmt: skip
+
+    class StreamReader:  # the real one is not made without a driver
+        where = rtx.SeekPosition
+
+        def __init__(self):
+            pass
+
+    held |= {"IStreamReaderV2": StreamReader}
     return types.SimpleNamespace(**held, Builder=Builder, OnnxParser=Parser, Runtime=Runtime, Refitter=Refitter,
                                  OnnxParserRefitter=ParserRefitter, nptype=lambda kind: kind, __version__="11.4.0.106")  # fmt: skip
 
@@ -331,12 +391,19 @@ def tensorrt86(cuda: Cuda, rtx):
             return Engine86(super().deserialize_cuda_engine(data))
 
     flags = ("FP16", "OBEY_PRECISION_CONSTRAINTS", "TF32")
-    for name in ("IProgressMonitor", "ExecutionContextAllocationStrategy", "OnnxParserRefitter"):
+    for name in ("IProgressMonitor", "ExecutionContextAllocationStrategy", "OnnxParserRefitter", "IStreamReaderV2"):
         delattr(package, name)
     vars(package).update(Builder=Builder, OnnxParser=parser, Runtime=Runtime, Settings=Settings86, __version__="8.6.1", float32=rtx.float32,
                          float16=rtx.float16, NetworkDefinitionCreationFlag=types.SimpleNamespace(EXPLICIT_BATCH=0),
                          BuilderFlag=types.SimpleNamespace(**{name: types.SimpleNamespace(name=name) for name in flags}),
                          TacticSource=types.SimpleNamespace(**SOURCES86))  # fmt: skip
+    return package
+
+
+def tensorrt_rtx(cuda: Cuda, rtx):
+    """The same as TensorRT-RTX: it records CUDA graphs by itself."""
+    package = tensorrt(cuda, rtx)
+    package.CudaGraphStrategy, package.__version__ = rtx.CudaGraphStrategy, "1.7.1.116"
     return package
 
 

@@ -24,18 +24,24 @@ _STUB = "\n".join(
                  "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
                  "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins")
 )  # fmt: skip
-FILES = ["builder.py", "engine.py", "backends/tensorrt.py"]
+FILES = ["builder.py", "engine.py", "backends/tensorrt.py", "backends/tensorrt_engines.py"]
 # what our variables hold, where attributes of TensorRT's objects are used
 _OBJECTS = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "settings": "IBuilderConfig",
             "shapes": "IOptimizationProfile", "layer": "ILayer", "tensor": "ITensor", "context": "IExecutionContext",
-            "opened": "ICudaEngine", "inspector": "EngineInspector", "refitter": "Refitter", "filler": "OnnxParserRefitter", "known": "NetworkDefinitionCreationFlag"}  # fmt: skip
+            "opened": "ICudaEngine", "inspector": "EngineInspector", "refitter": "Refitter", "filler": "OnnxParserRefitter", "known": "NetworkDefinitionCreationFlag",
+            "runtime_config": "IRuntimeConfig", "runtime_cache": "IRuntimeCache", "strategies": "CudaGraphStrategy"}  # fmt: skip
 _ATTRIBUTES = {
     "_trt": "",
+    "trt": "",
     "_runtime": "Runtime",
     "engine": "ICudaEngine",
 }  # the same for attributes of ours: held.engine.num_io_tensors
 # of TensorRT-RTX alone: used only with targets, which TensorRT refuses (BuildConfig.checked)
-_RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
+# or by its own class and workarounds
+_RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability", "CudaGraphStrategy",
+             "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "CudaGraphStrategy.DISABLED", "BuilderFlag.REQUIRE_USER_ALLOCATION",
+             "IRuntimeConfig.cuda_graph_strategy", "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache",
+             "IRuntimeCache.serialize", "IRuntimeCache.deserialize", "IRuntimeCache.reset"}  # fmt: skip
 # of TensorRT 8 alone: used only where the newer name is missing, or by a workaround for versions before 10
 _OLD_ONLY = {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
              "TacticSource.CUBLAS", "TacticSource.CUBLAS_LT", "TacticSource.CUDNN", "ILayer.precision", "ILayer.set_output_type",

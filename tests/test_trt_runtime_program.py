@@ -328,7 +328,7 @@ def test_tune_reports_json(demo_artifact, tmp_path, capsys, monkeypatch):
 def test_build_reports_json(tmp_path, capsys, monkeypatch):
     from trt_runtime import engine
 
-    def built(artifact, out, config):
+    def built(artifact, out, config, note):
         out.mkdir()
         print("what a library says on standard output")
         (out / f"x{engine.SUFFIX}").write_bytes(b"123")

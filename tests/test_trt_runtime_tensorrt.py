@@ -14,9 +14,11 @@ from test_export_graphs import window
 
 from trt_runtime import builder, cuda, engine, replay
 from trt_runtime import manifest as manifests
-from trt_runtime.backends import open_backend
+from trt_runtime.backends import open_backend, tensorrt_engines
+from trt_runtime.backends import tensorrt as tensorrt_backend
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.backends.tensorrt import TensorRTBackend
+from trt_runtime.backends.tensorrt import TensorRTBackend, TensorRTRTXBackend
+from trt_runtime.backends.tensorrt_engines import Engines
 from trt_runtime.config import GenerationConfig
 from trt_runtime.engine import BuildConfig
 from trt_runtime.errors import DllmError
@@ -140,7 +142,7 @@ def test_engines_of_something_else_are_not_opened(gpu, tiny_artifact, tiny_engin
     def opened(*_):
         raise AssertionError("an engine was deserialised before its hash was checked")
 
-    monkeypatch.setattr(TensorRTBackend, "_open", opened)
+    monkeypatch.setattr(Engines, "_open", opened)
     with pytest.raises(DllmError, match="was changed since it was built"):
         TensorRTBackend(tiny_artifact, engines=tiny_engines)
 
@@ -151,7 +153,7 @@ def test_stripped_engines_get_their_weights_back(gpu, tiny_artifact, tmp_path):
     assert {"STRIP_PLAN", "REFIT_IDENTICAL"} <= set(facts["flags"]) and "DETAILED" in facts["verbosity"]
     assert json.loads((made / "shared.layers.json").read_text())["Layers"] == []
     backend = TensorRTBackend(tiny_artifact, engines=tmp_path)
-    assert not backend._engines[0].engine.stripped
+    assert not backend._engines.all[0].engine.stripped
 
 
 def test_the_timing_cache_serves_the_next_build(gpu, tiny_artifact, tmp_path):
@@ -262,14 +264,15 @@ def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, g
 
 
 @pytest.mark.parametrize(("package", "version", "expected"), [
-    ("tensorrt", "8.6.1", {"types are constraints", "may be missing"}), ("tensorrt", "10.13.3.9", set()),
-    ("tensorrt", "10.16.1.11", {"take it apart"}), ("tensorrt", "11.4.0.106", {"take it apart"}), ("tensorrt-rtx", "1.7.1.116", {"take it apart"}),
+    ("tensorrt", "8.6.1", {"types are constraints", "may be missing"}), ("tensorrt", "10.13.3.9", {"TF32"}),
+    ("tensorrt", "10.16.1.11", {"TF32", "taken apart"}), ("tensorrt", "11.4.0.106", {"TF32", "taken apart"}),
+    ("tensorrt-rtx", "1.7.1.116", {"TF32", "taken apart", "the caller allocates"}),
 ])  # fmt: skip
 def test_workarounds_are_of_their_versions(package, version, expected):
     from types import SimpleNamespace
 
     found = builder.workarounds(package, SimpleNamespace(__version__=version))
-    assert len(found) == len(expected) and all(any(item.why.endswith(end) for end in expected) for item in found)
+    assert len(found) == len(expected) and all(any(end in item.why for end in expected) for item in found)
 
 
 def test_the_memory_of_a_cache_and_its_recorded_steps_are_used_again(gpu, tiny_artifact, tiny_engines):
@@ -303,12 +306,114 @@ def test_a_recorded_step_has_a_context_that_nothing_else_changes(gpu, tiny_artif
     assert gpu.launches == 6
 
 
-def test_a_step_that_cannot_be_recorded_is_run_as_it_stands(gpu, tiny_artifact, tiny_engines, monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_run_as_it_stands(gpu, tiny_artifact, tiny_engines, monkeypatch, caplog):
     backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
     monkeypatch.setattr(gpu, "cudaGraphInstantiate", lambda graph, flags: (gpu.Code.cudaErrorInvalidValue, None))
     cache, step = backend.new_cache(1, 64), window(np.arange(5)[None], 9, [30])
     made = [backend.refine(cache, slice(0, 1), step).confidence for _ in range(5)]
-    assert gpu.launches == 0 and all((one == made[0]).all() for one in made)
+    assert gpu.launches == 0 and all((one == made[0]).all() for one in made) and gpu.executions == 5
+    assert len(backend.unrecorded) == 1
+    assert len([line for line in caplog.messages if "1 rows by 5 positions cannot be recorded" in line]) == 1
+
+
+def test_nothing_is_bound_while_a_step_is_recorded(gpu, tiny_artifact, tiny_engines, monkeypatch):
+    """Shapes and addresses are set before: setting them inside a capture may be refused, and changes nothing that is replayed."""
+    for name in ("set_input_shape", "set_tensor_address"):
+        real = getattr(stand_ins.Context, name)
+
+        def outside(self, *given, real=real):
+            assert self.cuda.captured is None, "bound inside a capture"
+            return real(self, *given)
+
+        monkeypatch.setattr(stand_ins.Context, name, outside)
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    cache, step = backend.new_cache(1, 64), window(np.arange(5)[None], 9, [30])
+    for _ in range(3):
+        backend.refine(cache, slice(0, 1), step)
+    assert gpu.launches == 1
+
+
+def test_steps_that_are_long_unused_give_their_contexts_back(gpu, tiny_artifact, tiny_engines, monkeypatch):
+    monkeypatch.setattr(tensorrt_backend, "_MOST_STEPS", 2)
+    backend, oracle = TensorRTBackend(tiny_artifact, engines=tiny_engines), OrtBackend(tiny_artifact, threads=1)
+    caches = [item.new_cache(1, 64) for item in (backend, oracle)]
+    for _ in range(3):
+        for size in (3, 4, 5):
+            step = window(np.arange(size)[None], 9, [30])
+            mine, theirs = (item.refine(cache, slice(0, 1), step) for item, cache in zip((backend, oracle), caches, strict=True))
+            assert np.abs(mine.confidence - theirs.confidence).max() < 1e-5
+    assert len([step for step in caches[0].buffers.steps.values() if step is not None]) == 2
+
+
+def test_an_engine_is_read_in_pieces(gpu, tiny_artifact, tiny_engines, monkeypatch):
+    """It is never whole in host memory; a TensorRT that knows no stream reader gets the bytes."""
+    most = []
+    monkeypatch.setattr(tensorrt_engines, "PIECE", 100)
+    real = stand_ins.pieces
+    monkeypatch.setattr(stand_ins, "pieces", lambda reader: (most.append(len(piece)) or piece for piece in real(reader)))
+    backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
+    size = (backend.directory / "shared.engine").stat().st_size
+    assert max(most) == 100 and sum(most) == size and len(most) == -(-size // 100)
+    backend.close()
+    most.clear()
+    package = engine.load("tensorrt")
+    monkeypatch.delattr(package, "IStreamReaderV2")
+    TensorRTBackend(tiny_artifact, engines=tiny_engines).close()
+    assert not most
+
+
+@pytest.fixture
+def on_rtx(gpu, monkeypatch):
+    """TensorRT-RTX over the stand-ins."""
+    package = stand_ins.tensorrt_rtx(gpu, rtx)
+    monkeypatch.setattr(engine, "load", lambda backend: package)
+    return gpu
+
+
+def test_tensorrt_rtx_records_by_itself_and_keeps_what_it_compiled(on_rtx, tiny_artifact, tmp_path):
+    config = replace(SIZES, backend="tensorrt-rtx", max_length=64)
+    made = engine.build(tiny_artifact, tmp_path, config)
+    assert "REQUIRE_USER_ALLOCATION" in json.loads((made / "shared.engine").read_text())["flags"]
+    oracle = OrtBackend(tiny_artifact, threads=1)
+    for start in range(2):
+        backend = TensorRTRTXBackend(tiny_artifact, engines=tmp_path)
+        caches = [item.new_cache(2, 64) for item in (backend, oracle)]
+        full, step = window(np.arange(40)[None], rows=np.arange(8)[None]), window(np.arange(5)[None], 9, [30])
+        for item, cache in zip((backend, oracle), caches, strict=True):
+            item.prefix(cache, slice(0, 1), full)
+        for _ in range(4):
+            mine, theirs = (item.refine(cache, slice(0, 1), step) for item, cache in zip((backend, oracle), caches, strict=True))
+            assert np.abs(mine.confidence - theirs.confidence).max() < 1e-5
+        known = [step.context for step in caches[0].buffers.steps.values() if step is not None]
+        assert [context.graphs for context in known] == ["WHOLE_GRAPH_CAPTURE"]
+        assert {context.graphs for held in backend._engines.all for context in held.contexts.values()} == {"DISABLED"}
+        assert on_rtx.launches == 0 and on_rtx.captured is None
+        del known, caches, mine, theirs
+        backend.close()
+        (kept,) = made.glob("*.runtime-cache")
+        assert kept.read_bytes() == b"k" * (start + 1)  # the second run began with what the first had compiled
+    kept.write_bytes(b"damaged")
+    backend = TensorRTRTXBackend(tiny_artifact, engines=tmp_path)
+    backend.refine(backend.new_cache(1, 64), slice(0, 1), step)
+    backend.close()
+    assert kept.read_bytes() == b"k"
+
+
+def test_engines_on_a_disk_that_cannot_be_written_are_used_all_the_same(on_rtx, tiny_artifact, tmp_path, monkeypatch):
+    engine.build(tiny_artifact, tmp_path, replace(SIZES, backend="tensorrt-rtx", max_length=64))
+    monkeypatch.setattr(
+        tensorrt_engines.atomic, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
+    backend = TensorRTRTXBackend(tiny_artifact, engines=tmp_path)
+    backend.refine(backend.new_cache(1, 64), slice(0, 1), window(np.arange(5)[None], 9, [30]))
+    backend.close()
+
+
+def test_fp32_engines_compute_in_fp32(gpu, golden_checkpoint, tmp_path):
+    for dtype in ("fp32", "fp16"):
+        artifact = export_quietly(golden_checkpoint, tmp_path / dtype, dtype=dtype)
+        made = engine.build(artifact, tmp_path / "engines", replace(SIZES, max_length=64))
+        assert ("no TF32" in json.loads((made / "shared.engine").read_text())["flags"]) == (dtype == "fp32")
 
 
 def test_the_engines_that_fit_best_are_taken(gpu, tiny_artifact, tmp_path, monkeypatch):
@@ -353,4 +458,5 @@ def test_another_thread_uses_the_same_gpu(gpu, monkeypatch):
     other.start()
     other.join()
     device.allocate(16)
-    assert [index for _, index in set_to] == [0, 0, 0] and set_to[1][0] != set_to[0][0] == set_to[2][0]
+    # every time: the number of a thread that has ended is given to another one
+    assert {index for _, index in set_to} == {0} and len(set_to) >= 3 and other.ident in {thread for thread, _ in set_to}

@@ -171,9 +171,18 @@ def with_capacity(graph: Path, capacity: int) -> bytes:
 
 def _decompose_attention(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     for layer in _layers(network):
-        if dtype == "fp32" and layer.type == trt.LayerType.ATTENTION_INPUT:
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
+
+
+def _user_allocation(trt: Any, network: Any, settings: Any, dtype: str) -> None:
+    settings.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def _no_tf32(trt: Any, network: Any, settings: Any, dtype: str) -> None:
+    if dtype == "fp32":
+        settings.clear_flag(trt.BuilderFlag.TF32)
 
 
 def _types_by_flags(trt: Any, network: Any, settings: Any, dtype: str) -> None:
@@ -197,10 +206,16 @@ def _no_cublas(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     settings.set_tactic_sources(settings.get_tactic_sources() & ~sum(1 << int(source) for source in without))
 
 
-_FUSED = "fp32 attention has no fused kernel: the builder must be allowed to take it apart"
+_FUSED = "attention that finds no fused kernel may be taken apart: otherwise the build fails"
+_EXACT = "fp32 is fp32: by default products of fp32 are rounded to TF32 (16-bit models lose nothing by that: their numbers fit)"
 WORKAROUNDS = (
     Workaround(_FUSED, _decompose_attention, since=(10, 16)),
     Workaround(_FUSED, _decompose_attention, package="tensorrt-rtx", since=(1, 7)),
+    Workaround(_EXACT, _no_tf32, since=(10, 0)),
+    Workaround(_EXACT, _no_tf32, package="tensorrt-rtx", since=(1, 7)),
+    Workaround(
+        "CUDA graphs need working memory that the caller allocates", _user_allocation, package="tensorrt-rtx", since=(1, 7)
+    ),
     Workaround("networks are not strongly typed: types are constraints", _types_by_flags, before=(10, 0)),
     Workaround("cuBLAS and cuDNN are not needed, and may be missing", _no_cublas, before=(10, 0)),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trt_runtime import advice, backends, devices, engine, manifest, next_steps, render
 from trt_runtime import plan as planning
-from trt_runtime.cli_parser import add_output, command, hint, progress_of, report, say
+from trt_runtime.cli_parser import add_output, command, hint, note, progress_of, report, say
 
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
@@ -81,7 +81,7 @@ def _build(args: argparse.Namespace) -> int:
         args.block_length, args.max_rows, args.optimization_level, args.strip, args.plugins, args.inspect,
     )  # fmt: skip
     with progress_of(args).task(f"building engines of {args.artifact}"):
-        directory = engine.build(args.artifact, args.out, config)
+        directory = engine.build(args.artifact, args.out, config, lambda text: note(args, f"warning: {text}"))
     files = {str(file): file.stat().st_size for file in sorted(directory.glob(f"*{engine.SUFFIX}"))}
     value = {"directory": str(directory), "engines": [{"file": file, "bytes": size} for file, size in files.items()]}
     report(args, value, "\n".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in files.items()))

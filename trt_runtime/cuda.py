@@ -10,7 +10,6 @@ import ctypes
 import importlib
 import math
 import re
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ class Device:
             raise DllmError(f"no GPU can be used ({error}): {_mend()}.") from error
         if not 0 <= index < count:
             raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_mend()}.")
-        self.index, self._thread = index, -1
+        self.index = index
         self.enter()
         self.facts = self._facts(index)
         self.stream = int(self._do("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
@@ -119,10 +118,8 @@ class Device:
         return Facts(name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}")
 
     def enter(self) -> None:
-        """Make this the device of the calling thread: CUDA keeps one for each."""
-        if self._thread != threading.get_ident():
-            self._thread = threading.get_ident()
-            self._do("cudaSetDevice", self.index)
+        """Make this the device of the calling thread: CUDA keeps one for each. Every time: a thread's number is used again by another."""
+        self._do("cudaSetDevice", self.index)
 
     def _do(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; its result. Raises DllmError for an error code."""

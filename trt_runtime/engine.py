@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import advice, atomic, builder, cuda
+from trt_runtime import advice, atomic, builder, cuda, fused_attention
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.builder import Job, Profile, version_of
@@ -142,8 +142,9 @@ def key_of(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
-    """The engines of an artifact, built, or found if they are there already. Returns their directory. Raises DllmError."""
+def build(artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], object] = lambda text: None) -> Path:
+    """The engines of an artifact, built, or found if they are there already. Returns their directory; `note` is told what a user should know of
+    engines that were built. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     manifests.check_runs_on_gpu(manifest, str(artifact))
     config, trt = config.checked(manifest), load(config.backend)
@@ -158,25 +159,36 @@ def build(artifact: Path, out: Path, config: BuildConfig) -> Path:
         return directory
     timing = out / f"{TIMING}-{trt.__version__}-sm{gpu.compute_capability if gpu else 0}"
     with atomic.sealed(directory) as made:
-        seconds = {}
+        seconds, attention = {}, {}
         for plan in plans(config):
             job = Job(plan.name, artifact / manifest.graphs[plan.role].file, plan.role, plan.profiles, config.capacity, config.targets,
                       config.optimization_level, config.strip, config.inspect, edit)  # fmt: skip
             begin = time.perf_counter()
-            held = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
-            engine, held = builder.serialised(job, manifest, config.backend, trt, held)
-            (made / (plan.name + SUFFIX)).write_bytes(engine)
-            seconds[plan.name] = round(time.perf_counter() - begin, 2)
-            if held is not None:
-                atomic.replace(timing, held)
-            if config.inspect:
-                (made / (plan.name + ".layers.json")).write_text(_inspected(made / (plan.name + SUFFIX), trt), encoding="utf-8")
+            kernels_of = _build_one(job, made / (plan.name + SUFFIX), manifest, config, trt, timing)
+            seconds[plan.name], attention[plan.name] = round(time.perf_counter() - begin, 2), fused_attention.as_list(kernels_of)
+            if complaint := fused_attention.complaint(kernels_of, manifest.model.dtype, plan.name):
+                note(complaint)
         for name, text in ptx.items():
             (made / name).write_text(text, encoding="utf-8")
         files = {file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file))) for file in sorted(made.iterdir())}
-        facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds}
+        facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds,
+                 "attention": attention}  # fmt: skip
         (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return directory
+
+
+def _build_one(
+    job: Job, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
+) -> dict[fused_attention.Kernel, int]:
+    """Build an engine into a file; returns what became of its attention. `timing`: the timing cache, which is read and replaced."""
+    learnt = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
+    engine, learnt = builder.serialised(job, manifest, config.backend, trt, learnt)
+    file.write_bytes(engine)
+    if learnt is not None:
+        atomic.replace(timing, learnt)
+    if config.inspect:
+        file.with_suffix(".layers.json").write_text(_inspected(file, trt), encoding="utf-8")
+    return fused_attention.found(engine)
 
 
 def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ Shape letters as in contract.py.
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from trt_runtime import builder, contract, cuda, engine, steps
+from trt_runtime import contract, cuda, engine, steps
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
 from trt_runtime.backends.commit_kernel import CommitKernel
-from trt_runtime.builder import Profile
+from trt_runtime.backends.tensorrt_engines import Engines, Opened, RTXEngines
 from trt_runtime.contract import TensorSpec
 from trt_runtime.errors import DllmError
 from trt_runtime.policies import CommitRule
@@ -29,28 +31,15 @@ from trt_runtime.steps import Committed
 
 Arrays = dict[str, npt.NDArray[Any]]
 Shape = tuple[int, int, int]  # B, S, R of a call
-
-
-@dataclass
-class _Engine:
-    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed. `tensors` are
-    the names that it knows: a prefix engine of the legacy lowering has no caches."""
-
-    name: str
-    role: str
-    profiles: list[Profile]
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    tensors: set[str]
-    engine: Any
-    contexts: dict[int, Any] = field(default_factory=dict)
+_MOST_STEPS = 64  # of a cache that are kept with a context of their own
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Call:
     """A call whose inputs stand ready in pinned memory: where its small tensors lie, and how much of each arena they take."""
 
-    held: _Engine
+    held: Opened
     index: int
     shape: Shape
     given: Arrays
@@ -65,13 +54,21 @@ class _Call:
         return self.held.name, self.index, self.shape
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that comes again: a context that nothing else uses, its shapes and addresses set; and what was recorded of it (None where the package records by
+    itself, or nothing can be recorded)."""
+
+    context: Any
+    graph: cuda.Graph | None
+
+
 @dataclass
 class _Buffers:
-    """Caches of a model by name; recorded steps by what they depend on (None: seen once, or not to be recorded), each with the context
-    that it was recorded from, which nothing else uses."""
+    """Caches of a model by name; and steps by what they depend on, the latest last (None: seen once)."""
 
     caches: dict[str, cuda.Memory]
-    graphs: dict[tuple[Any, ...], tuple[cuda.Graph, Any] | None] = field(default_factory=dict)
+    steps: OrderedDict[tuple[Any, ...], _Step | None] = field(default_factory=OrderedDict)
 
 
 class TensorRTBackend(Backend):
@@ -83,6 +80,7 @@ class TensorRTBackend(Backend):
     """
 
     name: ClassVar[str] = "tensorrt"
+    _opener: ClassVar[type[Engines]] = Engines
 
     def __init__(
         self,
@@ -96,7 +94,7 @@ class TensorRTBackend(Backend):
         length: int = 1,
     ) -> None:
         self.manifest, self.steps_per_look = manifests.load(artifact), steps_per_look
-        self._artifact, self._trt = artifact, engine.load(self.name)
+        self._trt = engine.load(self.name)
         self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
         wanted = engine.circumstances(self.manifest, self.name, self._trt, self._device.facts)
         self.directory = engine.find(Path(engines), wanted, engine.Needs(batch, length, steps_per_look > 1))
@@ -104,17 +102,13 @@ class TensorRTBackend(Backend):
         if built_for.get("strip"):
             manifests.load(artifact, check_hashes=True)  # its weights go into the engine
         self.capacity: int = built_for["capacity"]
-        self._logger = builder.Logger(self._trt)
-        self._runtime = self._trt.Runtime(self._logger.made)
-        self._engines = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
-        self.max_batch = max(profile.batch[2] for held in self._engines for profile in held.profiles)
-        self._scratch = self._device.allocate(
-            max(_scratch_bytes(held, i) for held in self._engines for i in range(len(held.profiles)))
-        )
+        self._engines = self._opener(self.directory, artifact, self.manifest, self._trt, self._device, built_for)
+        self._logger = self._engines.logger
+        self.max_batch = max(profile.batch[2] for held in self._engines.all for profile in held.profiles)
         self._inputs, self._outputs = self._arena(outputs=False), self._arena(outputs=True)
         self._fresh = self._fresh_rows()
         self._pool: dict[tuple[int, int], _Buffers] = {}
-        self._unrecorded: set[tuple[Any, ...]] = set()
+        self.unrecorded: set[tuple[Any, ...]] = set()  # steps that could not be recorded, by name, profile and shape
         kernel = built_for["plugins"].get("commit")
         self._commit = (
             CommitKernel(self._device, kernel, (self.directory / kernel["file"]).read_bytes(), self.max_batch) if kernel else None
@@ -136,9 +130,8 @@ class TensorRTBackend(Backend):
     def close(self) -> None:
         self._device.synchronize()
         self._pool.clear()
-        for held in self._engines:
-            held.contexts.clear()
-        del self._engines, self._runtime, self._scratch, self._inputs, self._outputs, self._fresh, self._commit
+        self._engines.close()
+        del self._engines, self._inputs, self._outputs, self._fresh, self._commit
 
     def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
         return self._run("prefix", cache, slots, window, want_logits)
@@ -159,7 +152,7 @@ class TensorRTBackend(Backend):
                 for name in wanted:
                     self._device.download(call.made[name], call.out[name])
 
-        self._queue(work, call, cache.buffers, (*call.key, slots.start, want_logits) if role == "refine" else None)
+        self._queue(work, call, cache, slots, (*call.key, slots.start, want_logits) if role == "refine" else None)
         self._device.synchronize()
         asked, kinds = window.logit_rows.shape[1], {"token": np.int64}
         stats: dict[str, Any] = {name: call.made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
@@ -179,7 +172,7 @@ class TensorRTBackend(Backend):
             kernel.queue(held, call.into["input_ids"], call.shape[1], call.out["token"], call.out["confidence"])
 
         for _ in range(steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_look)):
-            self._queue(step, call, cache.buffers, (*call.key, slots.start, "commit"))
+            self._queue(step, call, cache, slots, (*call.key, slots.start, "commit"))
         self._device.download(call.given["input_ids"], call.into["input_ids"])
         kernel.end(held)
         self._device.synchronize()
@@ -204,36 +197,55 @@ class TensorRTBackend(Backend):
 
     def _execute(self, call: _Call, context: Any, cache: Cache, slots: slice, window: Window) -> None:
         """Queue one execution, between the inputs and the statistics on the device."""
-        self._bind(call.held, context, call.shape, call.into | call.out, cache, slots)
         if not context.execute_async_v3(self._device.stream):
             raise DllmError(f"TensorRT failed in the engine '{call.held.name}': {self._logger.last or 'no message'}")
         if not self.manifest.dims.writes_caches:
             self._write_rows(cache, slots, window)
 
-    def _queue(self, work: Callable[[Any], None], call: _Call, buffers: _Buffers, key: tuple[Any, ...] | None) -> None:
-        """Queue work: the first time as it stands, the second time with a context of its own, behind which it is recorded (TensorRT asks
-        for a run in the same shapes before), then as a CUDA graph. Rows that the host counts (legacy lowering) go elsewhere each time and
-        are not recorded; nor is what refuses to be."""
-        recorded = buffers.graphs.get(key) if key is not None else None
-        if recorded is not None:
-            self._device.launch(recorded[0])
+    def _queue(self, work: Callable[[Any], None], call: _Call, cache: Cache, slots: slice, key: tuple[Any, ...] | None) -> None:
+        """Queue work: as it stands, or, where a key says that it may come again, from the second time on as a CUDA graph. Rows that the host
+        counts (legacy lowering) go elsewhere each time and are not recorded."""
+        steps_of: OrderedDict[tuple[Any, ...], _Step | None] = cache.buffers.steps
+        if key is None or not self._cuda_graphs or not self.manifest.dims.writes_caches or key not in steps_of:
+            context = self._engines.context(call.held, call.index)
+            self._bind(call, context, cache, slots)
+            work(context)
+            if key is not None:
+                steps_of[key] = None
             return
-        is_second = key in buffers.graphs and key not in self._unrecorded
-        context = self._new_context(call.held, call.index) if is_second else self._context(call.held, call.index)
-        work(context)
-        if key is None or not self._cuda_graphs or not self.manifest.dims.writes_caches:
-            return
-        buffers.graphs.setdefault(key, None)
-        if is_second:
-            try:
-                buffers.graphs[key] = (self._device.record(lambda: work(context)), context)
-            except DllmError:  # some layers cannot be captured; the run before it was good
-                self._unrecorded.add(key)
+        made = steps_of.pop(key)
+        if made is None:
+            made = self._run_and_record(work, call, cache, slots)
+        elif made.graph is not None:
+            self._device.launch(made.graph)
+        else:
+            work(made.context)
+        steps_of[key] = made  # the latest last
+        with_context = [known for known, step in steps_of.items() if step is not None]
+        for oldest in with_context[:-_MOST_STEPS]:
+            self._device.synchronize()  # it may be under way
+            del steps_of[oldest]
 
-    def _choose(self, role: str, shape: Shape) -> tuple[_Engine, int]:
+    def _run_and_record(self, work: Callable[[Any], None], call: _Call, cache: Cache, slots: slice) -> _Step:
+        """Run a step in a context of its own, whose shapes and addresses are set once, before anything is recorded."""
+        context = self._engines.new_context(call.held, call.index, recorded=True)
+        self._bind(call, context, cache, slots)
+        work(context)
+        if self._engines.records_itself or call.key in self.unrecorded:
+            return _Step(context, None)
+        self._device.synchronize()  # TensorRT asks for a run in the same shapes before
+        try:
+            return _Step(context, self._device.record(lambda: work(context)))
+        except DllmError as error:  # some layers cannot be captured; the run before it was good
+            self.unrecorded.add(call.key)
+            _LOG.warning("%s: a step of %d rows by %d positions cannot be recorded as a CUDA graph, and is queued layer by layer: %s",
+                         self.directory, *call.shape[:2], error)  # fmt: skip
+            return _Step(context, None)
+
+    def _choose(self, role: str, shape: Shape) -> tuple[Opened, int]:
         """The engine and the narrowest profile that take a call of B rows, S rows of the window and R rows asked for."""
         fitting = []
-        for held in self._engines:
+        for held in self._engines.all:
             for index, profile in enumerate(held.profiles):
                 limits = (profile.batch[2], profile.rows[2], profile.asked[2])
                 if (held.role == role or held.name == engine.SHARED) and all(n <= m for n, m in zip(shape, limits, strict=True)):
@@ -247,23 +259,9 @@ class TensorRTBackend(Backend):
         _, index, held = min(fitting, key=lambda item: item[0])
         return held, index
 
-    def _context(self, held: _Engine, index: int) -> Any:
-        if index not in held.contexts:
-            held.contexts[index] = self._new_context(held, index)
-        return held.contexts[index]
-
-    def _new_context(self, held: _Engine, index: int) -> Any:
-        """A context for a profile. All share one working memory, for they run one after the other."""
-        context = _bare_context(held.engine, self._trt)
-        if context is not None:
-            _set_scratch(context, self._scratch)
-        if context is None or not context.set_optimization_profile_async(index, self._device.stream):
-            raise DllmError(f"TensorRT gave no context for '{held.profiles[index].name}': {self._logger.last or 'no message'}")
-        self._device.synchronize()
-        return context
-
-    def _bind(self, held: _Engine, context: Any, shape: Shape, small: dict[str, int], cache: Cache, slots: slice) -> None:
+    def _bind(self, call: _Call, context: Any, cache: Cache, slots: slice) -> None:
         """Shapes of the inputs and the address of every tensor: the caches' are those of the first slot, the same in and out."""
+        held, shape, small = call.held, call.shape, call.into | call.out
         sizes = dict(zip("BSR", shape, strict=True)) | {"C": self.capacity}
         dims = self.manifest.dims
         for spec in held.inputs:
@@ -286,39 +284,7 @@ class TensorRTBackend(Backend):
                 target = memory.address + ((slots.start + i) * heads * self.capacity + int(start)) * self._row_bytes
                 self._device.copy_rows(target, pitch, fresh.address + i * heads * piece, piece, piece, heads)
 
-    def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> _Engine:
-        file = self.directory / (name + engine.SUFFIX)
-        opened = self._runtime.deserialize_cuda_engine(file.read_bytes())
-        if opened is None:
-            raise DllmError(
-                f"{file}: TensorRT {self._trt.__version__} does not open it ({self._logger.last or 'no message'}): build it again."
-            )
-        role = "prefix" if name == "prefix" else "refine"
-        if built_for.get("strip"):
-            self._refit(opened, role)
-        listed = [Profile(row["name"], tuple(row["batch"]), tuple(row["rows"]), tuple(row["asked"])) for row in profiles]
-        dims = self.manifest.dims
-        inputs, outputs = contract.inputs(role, dims), contract.outputs(role, dims, self.manifest.head)
-        expected = {spec.name for spec in (*inputs, *outputs)}
-        names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
-        if names != expected or opened.num_optimization_profiles != len(listed):
-            raise DllmError(f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again.")
-        return _Engine(name, role, listed, inputs, outputs, names, opened)
-
-    def _refit(self, opened: Any, role: str) -> None:
-        """Put the artifact's weights into an engine that was built without."""
-        graph = self._artifact / self.manifest.graphs[role].file
-        refitter = self._trt.Refitter(opened, self._logger.made)
-        filler = self._trt.OnnxParserRefitter(refitter, self._logger.made)
-        if (
-            not filler.refit_from_bytes(builder.with_capacity(graph, self.capacity), str(graph))
-            or not refitter.refit_cuda_engine()
-        ):
-            raise DllmError(
-                f"{graph}: its weights do not go into the engine ({self._logger.last or 'no message'}): build it without --strip."
-            )
-
-    def _small(self, specs: list[TensorSpec], held: _Engine, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    def _small(self, specs: list[TensorSpec], held: Opened, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Element type and shape of what is no cache. TensorRT 8 has int32 where the graph says int64."""
         sizes = dict(zip("BSR", shape, strict=True))
         return {spec.name: (np.dtype(self._trt.nptype(held.engine.get_tensor_dtype(spec.name))),
@@ -328,7 +294,7 @@ class TensorRTBackend(Backend):
     def _arena(self, outputs: bool) -> cuda.Arena:
         """Room for the small inputs or outputs in the largest shapes of the profiles."""
         size = 0
-        for held in self._engines:
+        for held in self._engines.all:
             for profile in held.profiles:
                 shape = (profile.batch[2], profile.rows[2], profile.asked[2])
                 size = max(size, cuda.Arena.size_of(self._small(held.outputs if outputs else held.inputs, held, shape)))
@@ -338,7 +304,7 @@ class TensorRTBackend(Backend):
         """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
         if self.manifest.dims.writes_caches:
             return []
-        rows = max(profile.batch[2] * profile.rows[2] for held in self._engines for profile in held.profiles)
+        rows = max(profile.batch[2] * profile.rows[2] for held in self._engines.all for profile in held.profiles)
         size = rows * self.manifest.model.num_kv_heads * self._row_bytes
         return [self._device.allocate(size) for _ in contract.returned_names(self.manifest.dims)]
 
@@ -352,28 +318,8 @@ class TensorRTRTXBackend(TensorRTBackend):
     """The same on TensorRT-RTX."""
 
     name: ClassVar[str] = "tensorrt-rtx"
+    _opener: ClassVar[type[Engines]] = RTXEngines
 
 
 def _is_cache(spec: TensorSpec) -> bool:
     return "." in spec.name
-
-
-def _scratch_bytes(held: _Engine, index: int) -> int:
-    """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
-    if hasattr(held.engine, "get_device_memory_size_for_profile_v2"):
-        return int(held.engine.get_device_memory_size_for_profile_v2(index))
-    return int(held.engine.device_memory_size)
-
-
-def _bare_context(opened: Any, trt: Any) -> Any:
-    """A context without working memory of its own."""
-    if hasattr(trt, "ExecutionContextAllocationStrategy"):
-        return opened.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    return opened.create_execution_context_without_device_memory()
-
-
-def _set_scratch(context: Any, scratch: cuda.Memory) -> None:
-    if hasattr(context, "set_device_memory"):
-        context.set_device_memory(scratch.address, scratch.size)
-    else:
-        context.device_memory = scratch.address

@@ -1,0 +1,57 @@
+"""What attention became in an engine: read from the engine's own bytes, which hold the source and the launch arguments of kernels that are compiled
+when it runs (TensorRT-RTX), or the names of compiled ones (TensorRT).
+
+A 16-bit attention that finds no fused kernel is taken apart: right, but slow, and without a word from the builder. One that sums in fp16 is less exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# the call that sets up a fused kernel: types of input, output and sums, addresses and sizes, then the scale
+_CALL = re.compile(rb"\.initialize\(DATA_TYPE_(\w+), DATA_TYPE_\w+, DATA_TYPE_(\w+), ([^()]{1,400})\)")
+_SCALE = re.compile(rb"(-?0x[0-9a-f.]+p[+-]?\d+)f")
+_NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # what TensorRT calls compiled ones
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kind of fused attention kernel. dtype: of q, k and v; sums: of the scores and their product with v; scale: what scores are multiplied by in the
+    kernel. None: the engine does not say."""
+
+    dtype: str | None
+    sums: str | None
+    scale: float | None
+
+
+def found(engine: Any) -> dict[Kernel, int]:
+    """Fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each stands there. Empty: there is none."""
+    data = memoryview(engine)
+    kernels: Counter[Kernel] = Counter()
+    for call in _CALL.finditer(data):
+        scale = _SCALE.search(call[3])
+        kernels[
+            Kernel(call[1].decode().lower(), call[2].decode().lower(), float.fromhex(scale[1].decode()) if scale else None)
+        ] += 1
+    if not kernels and (named := len(set(match[0] for match in _NAMES.finditer(data)))):
+        kernels[Kernel(None, None, None)] = named
+    return dict(kernels)
+
+
+def as_list(kernels: dict[Kernel, int]) -> list[dict[str, Any]]:
+    """For engine.json."""
+    return [asdict(kernel) | {"count": count} for kernel, count in sorted(kernels.items(), key=str)]
+
+
+def complaint(kernels: dict[Kernel, int], dtype: str, name: str) -> str:
+    """What a user should know of an engine's attention; empty if all is well. dtype: of the artifact."""
+    if dtype == "fp32":
+        return ""  # no package has a fused kernel for it
+    if not kernels:
+        return f"{name}: no fused attention kernel was found in the engine: attention is taken apart, right but slow"
+    if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):
+        return f"{name}: attention sums in 16 bits: expect confidences to differ; verify with 'dllm-trt replay'"
+    return ""
