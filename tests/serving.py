@@ -12,11 +12,11 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
 from conftest import ROOT
 
 from trt_runtime.server.answers import Options
 from trt_runtime.server.app import create_app
+from trt_runtime.server.serve import Server
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 OTHERS = [
@@ -30,9 +30,11 @@ OTHERS = [
 @contextmanager
 def serving(model, **options):
     """A server in a thread, on a free port."""
-    app = create_app(model, Options(**{"name": "demo", "max_length": 192} | options))
+    options = Options(**{"name": "demo", "max_length": 192} | options)
+    app = create_app(model, options)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = Server(app, options)
+    server.config.timeout_graceful_shutdown = 5
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
     thread.start()
     try:

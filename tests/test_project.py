@@ -24,9 +24,11 @@ WHEEL = [
     "trt_runtime/config.py",
     "trt_runtime/contract.py", "trt_runtime/cuda.py", "trt_runtime/devices.py", "trt_runtime/doctor.py", "trt_runtime/engine.py", "trt_runtime/errors.py", "trt_runtime/evaluation.py", "trt_runtime/examples.py", "trt_runtime/generator.py", "trt_runtime/likelihood.py", "trt_runtime/manifest.py",
     "trt_runtime/model.py", "trt_runtime/plan.py", "trt_runtime/policies.py", "trt_runtime/py.typed", "trt_runtime/render.py",
-    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/limits.py",
-    "trt_runtime/server/metrics.py", "trt_runtime/server/page.html", "trt_runtime/server/replicas.py", "trt_runtime/server/requests.py", "trt_runtime/server/serve.py", "trt_runtime/server/triton_model.py",
-    "trt_runtime/server/triton_repo.py", "trt_runtime/server/worker.py", "trt_runtime/speculation.py", "trt_runtime/steps.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py", "trt_runtime/tune.py",
+    "trt_runtime/replay.py", "trt_runtime/sampling.py", "trt_runtime/scheduler.py", "trt_runtime/sequence.py", "trt_runtime/server/__init__.py", "trt_runtime/server/answers.py", "trt_runtime/server/app.py", "trt_runtime/server/connections.py", "trt_runtime/server/cors.py", "trt_runtime/server/errors.py",
+    "trt_runtime/server/limits.py", "trt_runtime/server/mailbox.py", "trt_runtime/server/messages.py", "trt_runtime/server/metrics.py", "trt_runtime/server/neutral.py", "trt_runtime/server/page.html",
+    "trt_runtime/server/preparing.py", "trt_runtime/server/prompts.py", "trt_runtime/server/replicas.py", "trt_runtime/server/requests.py", "trt_runtime/server/room.py", "trt_runtime/server/serve.py",
+    "trt_runtime/server/stops.py", "trt_runtime/server/streams.py", "trt_runtime/server/triton_model.py", "trt_runtime/server/triton_repo.py", "trt_runtime/server/worker.py",
+    "trt_runtime/speculation.py", "trt_runtime/steps.py", "trt_runtime/templates.py", "trt_runtime/tokenizer.py", "trt_runtime/tolerances.py", "trt_runtime/tune.py",
 ]  # fmt: skip
 
 
