@@ -25,7 +25,7 @@ from trt_runtime.examples import read
 from trt_runtime.model import Model
 from trt_runtime.server import cors
 from trt_runtime.server.answers import Options
-from trt_runtime.server.app import create_app, most_open
+from trt_runtime.server.app import STOP_SECONDS, create_app, most_open
 from trt_runtime.server.connections import protocol, room_for
 from trt_runtime.server.limits import is_local_name
 
@@ -58,7 +58,7 @@ def run(model: Model, options: Options, host: str, port: int) -> int:
     )
     said = f"{options.name} ({model.backend.name}, {options.slots} slots of {longest:,} tokens{why})"
     status = run_app(app, listen(host, port), said, options, options.slots + options.most_queued)
-    if not app.state.worker.stop(0.0):
+    if not app.state.worker.stop(STOP_SECONDS):
         end("a forward does not end: the process ends without it")
     return status
 
@@ -133,6 +133,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(_Calm())
         await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it out then
+            await self.lifespan.shutdown()
 
 
 class _Calm:

@@ -101,12 +101,13 @@ class Worker:
 
     def stop(self, seconds: float | None = None) -> bool:
         """End the threads; jobs that are open get an error. False if one does not end within `seconds`."""
-        for lane in self._lanes:
+        begun = [lane for lane in self._lanes if lane.thread.ident is not None]
+        for lane in begun:
             lane.commands.put(None)
         deadline = None if seconds is None else time.monotonic() + seconds
-        for lane in self._lanes:
+        for lane in begun:
             lane.thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        return not any(lane.thread.is_alive() for lane in self._lanes)
+        return not any(lane.thread.is_alive() for lane in begun)
 
     def longest_forward(self) -> float:
         """Seconds that the longest of the forwards under way has taken so far."""
