@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError  # noqa: E402
 
 from trt_runtime import cli  # noqa: E402
 from trt_runtime.config import GenerationConfig  # noqa: E402
-from trt_runtime.server.replicas import Front  # noqa: E402
+from trt_runtime.server.replicas import Front, Replica  # noqa: E402
 
 
 class Handle:
@@ -84,6 +84,32 @@ HEAD, DIED = (200, [(b"content-type", b"text/event-stream")]), ActorDiedError()
 def test_an_answer_that_has_not_begun_is_asked_of_another():
     handle = Handle([DIED], [HEAD, DIED], [HEAD, b"a", b"b"])
     assert _ask(handle) == (200, b"ab") and len(handle.asked) == 3 and len(set(map(id, handle.asked))) == 1
+
+
+def test_an_answer_without_a_body_is_passed_on():
+    """A redirect, as of a path with a slash at its end."""
+    assert _ask(Handle([(307, [(b"location", b"/v1/models")])])) == (307, b"")
+
+
+def test_a_replica_whose_forward_does_not_end_is_replaced(model):
+    from trt_runtime.server.answers import Options
+    from trt_runtime.server.app import create_app
+
+    replica = object.__new__(Replica)
+    replica.app = create_app(model, Options(name="demo", max_length=192, timeout=0.5))
+    worker = replica.app.state.worker
+    worker.start()
+    try:
+        replica.check_health()
+        worker._lanes[0].busy_since = 0.0  # as if since the machine was started
+        with pytest.raises(RuntimeError, match="a forward has been running"):
+            replica.check_health()
+        worker._lanes[0].busy_since = None
+        replica.check_health()
+    finally:
+        worker.stop()
+    with pytest.raises(RuntimeError, match="not running"):
+        replica.check_health()
 
 
 def test_an_answer_that_has_begun_ends_with_an_error():
@@ -175,6 +201,9 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
         text = httpx.get(f"{url}/metrics").text  # all that was answered is counted, also by replicas that are gone
         assert float(text.split('dllm_answers_total{end="done"} ')[1].split()[0]) >= load.good and "dllm_slots 8.0" in text
         assert httpx.post(f"{url}/v1/chat/completions", json={"model": "x"}).status_code == 400
+        redirect = httpx.post(f"{url}/v1/chat/completions/", json={"model": "x"})
+        assert redirect.status_code == 307 and redirect.headers["location"].endswith("/v1/chat/completions")
+        assert httpx.get(f"{url}/health/").status_code in (200, 307)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0 and not _replicas()
     finally:

@@ -19,18 +19,20 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
-from serving import PROMPT, process_of, serving, until  # noqa: E402
+import itertools
 
-from trt_runtime import manifest as manifests  # noqa: E402
-from trt_runtime.errors import DllmError  # noqa: E402
-from trt_runtime.model import Update  # noqa: E402
-from trt_runtime.server import room  # noqa: E402
-from trt_runtime.server.connections import room_for  # noqa: E402
-from trt_runtime.server.errors import Failure, clipped, spoken  # noqa: E402
-from trt_runtime.server.limits import is_local_name  # noqa: E402
-from trt_runtime.server.mailbox import Mailbox  # noqa: E402
-from trt_runtime.server.preparing import Preparing  # noqa: E402
-from trt_runtime.server.serve import _Calm  # noqa: E402
+from serving import PROMPT, process_of, serving, until
+
+from trt_runtime import manifest as manifests
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Update
+from trt_runtime.server import room
+from trt_runtime.server.connections import room_for
+from trt_runtime.server.errors import Failure, clipped, spoken
+from trt_runtime.server.limits import is_local_name
+from trt_runtime.server.mailbox import Mailbox
+from trt_runtime.server.preparing import Preparing
+from trt_runtime.server.serve import _Calm
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
 
@@ -87,7 +89,7 @@ def test_tokenising_leaves_the_interpreter_to_others(model):
     held = list(counts)
     counts.append(None)
     other.join()
-    assert max(b - a for a, b in zip(held, held[1:], strict=False)) < 0.5 * held[-1] and len(held) > 5
+    assert max(b - a for a, b in itertools.pairwise(held)) < 0.5 * held[-1] and len(held) > 5
 
 
 def test_errors_say_little_of_what_was_sent(demo):
@@ -313,9 +315,33 @@ def test_a_body_in_single_bytes_does_not_hold_up_others(model):
 
 
 def test_this_machine_by_its_names():
-    for host in ("localhost", "LOCALHOST", "localhost.", "Localhost.:8000", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "localhost:", "127.0.0.2"):
+    for host in (
+        "localhost",
+        "LOCALHOST",
+        "localhost.",
+        "Localhost.:8000",
+        "127.0.0.1",
+        "127.0.0.1:8000",
+        "[::1]",
+        "[::1]:8000",
+        "localhost:",
+        "127.0.0.2",
+    ):
         assert is_local_name(host), host
-    for host in ("", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]", "10.0.0.1", "0.0.0.0", "localhost:80:80", "[::1", "evil:1@localhost", "localhost..", "::"):
+    for host in (
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[::2]",
+        "10.0.0.1",
+        "0.0.0.0",
+        "localhost:80:80",
+        "[::1",
+        "evil:1@localhost",
+        "localhost..",
+        "::",
+    ):
         assert not is_local_name(host), host
 
 
@@ -399,7 +425,9 @@ def test_a_panic_is_of_its_request_alone(model, monkeypatch):
         held.is_down = "decode"
         for stream in (False, True):
             answer = _post(url, CHAT | {"stream": stream})
-            assert answer.status_code == (200 if stream else 500) and "server_error" in answer.text and "unwrap" not in answer.text
+            assert (
+                answer.status_code == (200 if stream else 500) and "server_error" in answer.text and "unwrap" not in answer.text
+            )
         held.is_down = "nothing"
         assert _post(url, CHAT).status_code == 200 and worker.is_alive and worker.num_open == 0
 
@@ -471,7 +499,6 @@ def test_what_never_ends_does_not_hold_the_process(demo_artifact, tmp_path):
         file.write_text(ENDLESS)
     manifest = json.loads((artifact / "manifest.json").read_text())
 
-
     entry = manifest["files"][str(file.relative_to(artifact))]
     entry.update(size=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     (artifact / "manifest.json").write_text(json.dumps(manifest))
@@ -497,7 +524,7 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
     assert length % 64 == 0 and (length + 64) * each * 8 <= 0.5 * 8 * each * 10_000 < (length + 64 + 64) * each * 8
     assert room.longest_canvas(facts, 8, None, free=1 << 60) == 131_072 == room.longest_canvas(facts, 8, None, free=0)
     assert room.longest_canvas(facts, 8, 500, free=1) == 500 and room.longest_canvas(facts, 8, 10**9, free=1) == 131_072
-    with pytest.raises(DllmError, match="--slots.*--max-length"):
+    with pytest.raises(DllmError, match=r"--slots.*--max-length"):
         room.longest_canvas(facts, 8, None, free=8 * each * 100)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (10 << 40, 10 << 40))
     assert 0 < room.free_memory() <= 10 << 40
@@ -506,7 +533,9 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
 def test_the_start_line_says_what_was_chosen(demo_artifact, monkeypatch, capsys):
     from trt_runtime import cli
 
-    monkeypatch.setattr("trt_runtime.server.serve.run_app", lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0)
+    monkeypatch.setattr(
+        "trt_runtime.server.serve.run_app", lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0
+    )
     one = room.cache_bytes(manifests.load(demo_artifact).model, room.Work(1, 1, 1))
     monkeypatch.setattr("trt_runtime.server.room.free_memory", lambda: 2 * one * (64 + 128))
     assert cli.main(["serve", str(demo_artifact), "--port", "0", "--slots", "1", "--threads", "1"]) == 0
@@ -524,7 +553,9 @@ def test_keys_origins_and_the_open_door(demo_artifact, monkeypatch, capsys):
     monkeypatch.setattr("trt_runtime.server.serve.run", lambda model, options, host, port: held.update(options=options) or 0)
     monkeypatch.setenv("DLLM_API_KEY", "a, b,c")
     assert cli.main(["serve", str(demo_artifact)]) == 0 and held["options"].api_key == ("a", "b", "c")
-    assert cli.main(["serve", str(demo_artifact), "--api-key", "x,y", "--api-key", "z", "--cors", "*", "--cors", "http://h:1"]) == 0
+    assert (
+        cli.main(["serve", str(demo_artifact), "--api-key", "x,y", "--api-key", "z", "--cors", "*", "--cors", "http://h:1"]) == 0
+    )
     assert held["options"].api_key == ("x,y", "z") and held["options"].cors == ("*", "http://h:1")
     assert len(held["options"].examples) == 3
     for wrong in (["--api-key", "a", "--api-key", ""], ["--cors", "localhost"], ["--cors", "http://h/path"], ["--cors", ""]):
@@ -543,4 +574,3 @@ def test_several_keys(model):
     with serving(model, api_key=("one", "two")) as (url, _):
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("one,two", 401), ("onetwo", 401)):
             assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status, key
-

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
-from openai.types import completion_create_params  # noqa: E402
-from openai.types.chat import completion_create_params as chat_create_params  # noqa: E402
-from serving import PROMPT, serving  # noqa: E402
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from serving import PROMPT, serving
 
-from trt_runtime.config import GenerationConfig  # noqa: E402
-from trt_runtime.server.requests import OPTIONS, ChatRequest, CompletionRequest  # noqa: E402
-from trt_runtime.server.stops import Cutter  # noqa: E402
+from trt_runtime.config import GenerationConfig
+from trt_runtime.server.requests import OPTIONS, ChatRequest, CompletionRequest
+from trt_runtime.server.stops import Cutter
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]}
 TEXT = {"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8}

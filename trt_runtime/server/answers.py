@@ -16,6 +16,7 @@ from trt_runtime.server.errors import Failure
 from trt_runtime.server.mailbox import Mailbox
 from trt_runtime.server.prompts import Asked
 from trt_runtime.server.requests import Common
+from trt_runtime.server.room import SHARE
 from trt_runtime.server.stops import Cutter
 from trt_runtime.server.worker import Busy, Event, Job, Worker
 
@@ -28,7 +29,7 @@ class Options:
     """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in seconds, sizes in bytes.
 
     api_key: a key that clients must send, or several of them. cors: origins whose pages may ask. examples: prompts that the page offers.
-    header_seconds: for the head of a request. only_local: answer to this machine's names alone.
+    header_seconds, prompt_seconds: for the head of a request, and to make its token ids. memory_share: of the free memory, for caches. only_local: answer to this machine's names alone.
     """
 
     name: str
@@ -44,6 +45,13 @@ class Options:
     examples: tuple[str, ...] = ()
     header_seconds: float = 10.0
     prompt_seconds: float = 10.0
+    memory_share: float = SHARE
+
+
+def check_count(worker: Worker, count: int) -> None:
+    """Raise Failure for more answers than the server ever takes at a time, before anything is made of them."""
+    if count > (most := worker.slots + worker.most_queued):
+        raise Failure(429, f"the queue is full: this server takes {most} answers at a time: ask for fewer.", code="queue_full")
 
 
 class Answer:
@@ -80,9 +88,7 @@ class Answer:
         try:
             self.worker.submit(self.jobs)
         except Busy:
-            most = self.worker.slots + self.worker.most_queued
-            advice = f"this server takes {most} answers at a time, ask for fewer" if len(self.jobs) > most else "try again later"
-            raise Failure(429, f"the queue is full: {advice}.", code="queue_full") from None
+            raise Failure(429, "the queue is full: try again later.", code="queue_full") from None
 
     def cancel(self, why: str = "left") -> None:
         for job in self.jobs:

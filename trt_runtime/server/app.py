@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from trt_runtime import __version__
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model
-from trt_runtime.server.answers import CHAT, TEXT, Answer, Options
+from trt_runtime.server.answers import CHAT, TEXT, Answer, Options, check_count
 from trt_runtime.server.cors import allow
 from trt_runtime.server.errors import Failure, body_of, clipped, headers_of, is_fault, spoken
 from trt_runtime.server.limits import Limits
@@ -85,7 +85,7 @@ class _Route(APIRoute):
 def create_app(model: Model, options: Options) -> FastAPI:
     """The application over an opened model. The worker lives from startup to shutdown. Raises DllmError."""
     metrics = Metrics()
-    longest = longest_of(model, options.slots, options.max_length)
+    longest = longest_of(model, options.slots, options.max_length, options.memory_share)
     worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued, lanes=options.lanes)
 
     @contextlib.asynccontextmanager
@@ -110,7 +110,8 @@ def create_app(model: Model, options: Options) -> FastAPI:
     allow(app, options.cors)
     preparing = Preparing(seconds=options.prompt_seconds)
     _errors(app, metrics)
-    _status(app, worker, options, preparing)
+    app.state.trouble = lambda: _trouble(worker, options, preparing)
+    _status(app, worker, options)
     _models(app, options, metrics)
     _completions(app, worker, options, preparing)
     return app
@@ -198,7 +199,16 @@ def _said(error: RequestValidationError) -> tuple[str, str | None]:
     return f"{name or 'the body'}: {said}.", name
 
 
-def _status(app: FastAPI, worker: Worker, options: Options, preparing: Preparing) -> None:
+def _trouble(worker: Worker, options: Options, preparing: Preparing) -> str | None:
+    """Why no request is answered any more; None while all is well."""
+    if not worker.is_alive:
+        return "the worker is not running."
+    if (taken := worker.longest_forward()) > options.timeout:
+        return f"a forward has been running for {taken:.0f} s: start the server again."
+    return "the threads that prepare prompts do not end: start the server again." if preparing.is_stuck else None
+
+
+def _status(app: FastAPI, worker: Worker, options: Options) -> None:
     @app.get("/health", responses=_RESPONSES)
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -207,12 +217,8 @@ def _status(app: FastAPI, worker: Worker, options: Options, preparing: Preparing
     @app.get("/ready", responses=_RESPONSES)
     async def ready() -> dict[str, Any]:
         """Whether it takes requests, and answers them."""
-        if not worker.is_alive:
-            raise Failure(503, "the worker is not running.")
-        if (taken := worker.longest_forward()) > options.timeout:
-            raise Failure(503, f"a forward has been running for {taken:.0f} s: start the server again.", code="stuck")
-        if preparing.is_stuck:
-            raise Failure(503, "the threads that prepare prompts do not end: start the server again.", code="stuck")
+        if (trouble := app.state.trouble()) is not None:
+            raise Failure(503, trouble)
         return {"status": "ready", "open": worker.num_open, "slots": options.slots}
 
     @app.get("/version", responses=_RESPONSES)
@@ -251,7 +257,8 @@ def _models(app: FastAPI, options: Options, metrics: Metrics) -> None:
 def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Preparing) -> None:
     model = worker.model
 
-    async def answered(kind: str, body: Common, request: Request) -> Response:
+    async def answered(kind: str, body: Common, request: Request, prompts: int = 1) -> Response:
+        check_count(worker, prompts * body.choices)
         rows = await preparing.run(asked, model, body, worker.max_length)
         return await _answer(Answer(kind, body, rows, worker, options), request)
 
@@ -269,7 +276,7 @@ def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Prep
         _check_model(body.model, options)
         if (body.prompt is None) == (body.template is None):
             raise Failure(400, "give prompt or template, one of them.", "prompt")
-        return await answered(TEXT, body, request)
+        return await answered(TEXT, body, request, max(1, len(body.prompts())))
 
 
 def _check_model(name: str, options: Options) -> None:

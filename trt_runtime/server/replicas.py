@@ -71,8 +71,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Ray. Raises if this replica is to be replaced."""
-        if not self.app.state.worker.is_alive:
-            raise RuntimeError("the worker is not running")
+        if (trouble := self.app.state.trouble()) is not None:
+            raise RuntimeError(trouble)
 
     async def __call__(self, asked: Asked) -> AsyncIterator[Any]:
         sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -306,7 +306,13 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
         num_replicas=count, max_ongoing_requests=most, max_queued_requests=most, health_check_period_s=1, logging_config=_QUIET,
         graceful_shutdown_timeout_s=options.timeout, ray_actor_options={**needs, "runtime_env": {"env_vars": environment}},
     )  # fmt: skip
-    behind = replace(options, api_key=None, only_local=False, cors=())  # the front has asked already
+    behind = replace(
+        options,
+        api_key=None,
+        only_local=False,
+        cors=(),
+        memory_share=options.memory_share / (1 if "num_gpus" in needs else count),
+    )  # the front has asked already
 
     def deploy() -> Any:
         return serve.run(deployment.bind(setup, behind), name=name, route_prefix=None)

@@ -18,16 +18,16 @@ SPARE = 64  # rows of a slot beyond its canvas (scheduler.py)
 _STEP, _LEAST = 64, 64
 
 
-def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int | None = None) -> int:
-    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into SHARE of the `free` bytes (default: those
+def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE) -> int:
+    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a share of the `free` bytes (default: those
     of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits."""
     if asked is not None:
         return min(asked, facts.max_length)
     free = free_memory() if free is None else free
     each = cache_bytes(facts, Work(slots, 1, 1))
-    if not free or each * (facts.max_length + SPARE) <= SHARE * free:
+    if not free or each * (facts.max_length + SPARE) <= share * free:
         return facts.max_length
-    length = (int(SHARE * free / each) - SPARE) // _STEP * _STEP
+    length = (int(share * free / each) - SPARE) // _STEP * _STEP
     if length < min(_LEAST, facts.max_length):
         raise DllmError(
             f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and {free / 2**20:,.0f} MiB are free: give fewer --slots, "
@@ -36,11 +36,11 @@ def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int |
     return min(length, facts.max_length)
 
 
-def longest_of(model: Model, slots: int, asked: int | None) -> int:
+def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
     """The same for an opened model, in the memory of its device; engines hold what they were built for. Raises DllmError."""
     backend = model.backend
     on_cpu = backend.name == "torch" or getattr(backend, "device", None) == "cpu"
-    longest = longest_canvas(model.manifest.model, slots, asked, free_memory() if on_cpu else _of_gpu())
+    longest = longest_canvas(model.manifest.model, slots, asked, free_memory() if on_cpu else _of_gpu(), share)
     capacity = getattr(backend, "capacity", None)
     return longest if asked is not None or capacity is None else max(1, min(longest, capacity - SPARE))
 
