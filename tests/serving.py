@@ -35,6 +35,7 @@ def serving(model, **options):
     listening = socket.create_server(("127.0.0.1", 0))
     server = Server(app, options)
     server.config.timeout_graceful_shutdown = 5
+    app.state.worker.connections = server.server_state.connections  # for tests to look at
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
     thread.start()
     try:
@@ -61,11 +62,11 @@ def chat(client, prompt=PROMPT, **options):
     )
 
 
-def process_of(demo_artifact, *options):
+def process_of(demo_artifact, *options, program=None):
+    """A server as a process, and its address; `program`: Python that is run in the place of the command."""
     command = [
         sys.executable,
-        "-m",
-        "trt_runtime.cli",
+        *(["-m", "trt_runtime.cli"] if program is None else ["-c", program]),
         "serve",
         str(demo_artifact),
         "--port",

@@ -130,8 +130,9 @@ def test_a_client_that_leaves_is_told_to_the_replica():
     assert _ask(handle, leaves=True) == (None, b"") and handle.cancelled == 1
 
 
-def _replicas():
-    found = subprocess.run(["pgrep", "-f", "ServeReplica:dllm-trt"], capture_output=True, text=True, check=False)
+def _replicas(front):
+    """Processes of the replicas of one front: other tests may have theirs on this machine."""
+    found = subprocess.run(["pgrep", "-f", f"ServeReplica:dllm-trt-{front}:"], capture_output=True, text=True, check=False)
     return {int(line) for line in found.stdout.split()}
 
 
@@ -185,17 +186,17 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
     try:
         load = Load(url, expected)
         load.wait(20)
-        before = _replicas()
+        before = _replicas(process.pid)
         os.kill(min(before), signal.SIGKILL)
         load.wait(40)
         assert load.cut <= 6  # streams that had begun in the replica that was killed
         until(lambda: httpx.get(f"{url}/ready").json().get("replicas") == {"RUNNING": 2}, seconds=30)
-        cut, old = load.cut, _replicas()
+        cut, old = load.cut, _replicas(process.pid)
         process.send_signal(signal.SIGHUP)
         until(lambda: any("are replaced" in line for line in lines), seconds=60)
-        until(lambda: not old & _replicas(), seconds=30)
+        until(lambda: not old & _replicas(process.pid), seconds=30)
         load.wait(20)
-        assert load.cut == cut and len(_replicas()) == 2
+        assert load.cut == cut and len(_replicas(process.pid)) == 2
         load.end()
         assert load.wrong == [] and load.good > 80
         text = httpx.get(f"{url}/metrics").text  # all that was answered is counted, also by replicas that are gone
@@ -205,7 +206,7 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
         assert redirect.status_code == 307 and redirect.headers["location"].endswith("/v1/chat/completions")
         assert httpx.get(f"{url}/health/").status_code in (200, 307)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0 and not _replicas()
+        assert process.wait(60) == 0 and not _replicas(process.pid)
     finally:
         process.kill()
         process.wait()

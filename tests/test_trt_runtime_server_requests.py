@@ -124,6 +124,12 @@ def test_json_by_any_name(demo):
             raw = json.dumps(TEXT | {field: "@"}).replace('"@"', number).encode()
             answer = httpx.post(f"{demo[0]}/v1/completions", content=raw, headers={"content-type": "application/json"})
             assert answer.status_code == 400, (field, number, answer.text)
+        hint = {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": "@"}]}]
+        }  # anything is taken there
+        raw = json.dumps({"model": "demo"} | hint).replace('"@"', number).encode()
+        answer = httpx.post(f"{demo[0]}/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "not JSON" in answer.json()["error"]["message"]
 
 
 def test_the_answer_gets_the_room_that_is_left(demo, model):

@@ -149,7 +149,7 @@ class _Calm:
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         said, now = str(context.get("message")), time.monotonic()
         if now - self.last.get(said, -1.0) >= 1.0:
-            self.last = {said: now}
+            self.last = {other: last for other, last in self.last.items() if now - last < 1.0} | {said: now}
             loop.default_exception_handler(context)
 
 
