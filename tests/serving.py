@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
 from conftest import ROOT
 
 from trt_runtime.server.answers import Options
@@ -84,3 +86,19 @@ def process_of(demo_artifact, *options, program=None):
         if found := re.match(r"http://\S+?/v1", line):
             return process, found[0].removesuffix("/v1")
     raise AssertionError("the server did not start")
+
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
+
+
+def post(url, body, path="chat/completions"):
+    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+
+
+def connect(url):
+    return socket.create_connection(("127.0.0.1", httpx.URL(url).port))
+
+
+def sent(body, path="chat/completions"):
+    raw = json.dumps(body).encode()
+    return f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw
