@@ -124,8 +124,8 @@ def measure(artifact: Path, prompts: list[str], slots: int, repeats: int, count:
 
 
 BAD: list[tuple[bytes | dict[str, Any], int]] = [
-    (b"{", 400), (b"\x00\xff", 400), (b"[" * 5000, 400), (b"{" + b" " * (1 << 20) + b"}", 413), ({"model": "gpt"}, 404), ({"tools": []}, 400),
-    ({"max_tokens": 10**9}, 400), ({"max_tokens": -1}, 400), ({"threshold": 7}, 400), ({"messages": []}, 400), ({"n": 99}, 400), ({"seed": -3}, 400),
+    (b"{", 400), (b"\x00\xff", 400), (b"[" * 5000, 400), (b"{" + b" " * (1 << 20) + b"}", 413), ({"model": "gpt"}, 404), ({"tools": [{}]}, 400),
+    ({"max_tokens": 1.5}, 400), ({"max_tokens": -1}, 400), ({"threshold": 7}, 400), (b'{"temperature": NaN}', 400), ({"messages": []}, 400), ({"n": 99}, 400), ({"seed": -3}, 400),
     ({"stop": [""]}, 400), ({"cache": "all"}, 400), ({"policy": "x" * 1000}, 400),     ({"messages": [{"role": "user", "content": "clean hall with mop " * 400}]}, 400), ({"messages": [{"role": "user", "content": 7}]}, 400),
 ]  # fmt: skip
 
@@ -137,6 +137,8 @@ VALUES: list[Any] = [
     -1,
     3,
     1e308,
+    float("nan"),
+    float("inf"),
     "",
     "a",
     "\u0000",

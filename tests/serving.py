@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -12,11 +13,12 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
+import httpx
 from conftest import ROOT
 
 from trt_runtime.server.answers import Options
 from trt_runtime.server.app import create_app
+from trt_runtime.server.serve import Server
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 OTHERS = [
@@ -30,9 +32,12 @@ OTHERS = [
 @contextmanager
 def serving(model, **options):
     """A server in a thread, on a free port."""
-    app = create_app(model, Options(**{"name": "demo", "max_length": 192} | options))
+    options = Options(**{"name": "demo", "max_length": 192} | options)
+    app = create_app(model, options)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = Server(app, options)
+    server.config.timeout_graceful_shutdown = 5
+    app.state.worker.connections = server.server_state.connections  # for tests to look at
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
     thread.start()
     try:
@@ -59,11 +64,11 @@ def chat(client, prompt=PROMPT, **options):
     )
 
 
-def process_of(demo_artifact, *options):
+def process_of(demo_artifact, *options, program=None):
+    """A server as a process, and its address; `program`: Python that is run in the place of the command."""
     command = [
         sys.executable,
-        "-m",
-        "trt_runtime.cli",
+        *(["-m", "trt_runtime.cli"] if program is None else ["-c", program]),
         "serve",
         str(demo_artifact),
         "--port",
@@ -81,3 +86,19 @@ def process_of(demo_artifact, *options):
         if found := re.match(r"http://\S+?/v1", line):
             return process, found[0].removesuffix("/v1")
     raise AssertionError("the server did not start")
+
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
+
+
+def post(url, body, path="chat/completions"):
+    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+
+
+def connect(url):
+    return socket.create_connection(("127.0.0.1", httpx.URL(url).port))
+
+
+def sent(body, path="chat/completions"):
+    raw = json.dumps(body).encode()
+    return f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw

@@ -214,7 +214,6 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
         (["--steps", "20", "--policy", "factor"], "'threshold' or a schedule"),
         (["--steps", "8"], "at least one step a block"),
         (["--alg-temp", "0.5"], "alg_temp is 0.5 with policy 'threshold'"),
-        (["--top-p", "0.5"], "top_p and top_k: this model samples by Gumbel noise"),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--steps", "2", "--policy", "fixed"], "at least one step a block"),

@@ -171,8 +171,10 @@ def test_top_p_and_top_k_and_alg_temp(golden_backend, golden_artifact):
     model = rt.Model(golden_artifact, golden_backend)
     base = rt.GenerationConfig(gen_length=16, block_length=8, stop_at_eos=False)
     if golden_backend.manifest.decoding.sampling == "gumbel":
-        with pytest.raises(rt.DllmError, match="Gumbel"):
-            model.generate([[1]], replace(base, top_k=3))
+        greedy, filtered = (model.generate([[1, 2, 3]], replace(base, top_k=k, top_p=p))[0] for k, p in ((None, 1.0), (1, 0.1)))
+        assert greedy.trace == filtered.trace  # at temperature 0 they change nothing
+        hot = [model.generate([[1, 2, 3]], replace(base, temperature=5.0, seed=3, top_p=p))[0].tokens for p in (1e-9, 1.0)]
+        assert hot[0] != hot[1]
     else:
         greedy = model.generate([[1, 2, 3]], replace(base, block_length=None, cache="none", policy="fixed"))[0].tokens
         only = replace(base, block_length=None, temperature=5.0, top_k=1, cache="none", policy="fixed", seed=3)

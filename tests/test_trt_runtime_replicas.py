@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError  # noqa: E402
 
 from trt_runtime import cli  # noqa: E402
 from trt_runtime.config import GenerationConfig  # noqa: E402
-from trt_runtime.server.replicas import Front  # noqa: E402
+from trt_runtime.server.replicas import Front, Replica  # noqa: E402
 
 
 class Handle:
@@ -86,6 +86,32 @@ def test_an_answer_that_has_not_begun_is_asked_of_another():
     assert _ask(handle) == (200, b"ab") and len(handle.asked) == 3 and len(set(map(id, handle.asked))) == 1
 
 
+def test_an_answer_without_a_body_is_passed_on():
+    """A redirect, as of a path with a slash at its end."""
+    assert _ask(Handle([(307, [(b"location", b"/v1/models")])])) == (307, b"")
+
+
+def test_a_replica_whose_forward_does_not_end_is_replaced(model):
+    from trt_runtime.server.answers import Options
+    from trt_runtime.server.app import create_app
+
+    replica = object.__new__(Replica)
+    replica.app = create_app(model, Options(name="demo", max_length=192, timeout=0.5))
+    worker = replica.app.state.worker
+    worker.start()
+    try:
+        replica.check_health()
+        worker._lanes[0].busy_since = 0.0  # as if since the machine was started
+        with pytest.raises(RuntimeError, match="a forward has been running"):
+            replica.check_health()
+        worker._lanes[0].busy_since = None
+        replica.check_health()
+    finally:
+        worker.stop()
+    with pytest.raises(RuntimeError, match="not running"):
+        replica.check_health()
+
+
 def test_an_answer_that_has_begun_ends_with_an_error():
     handle = Handle([HEAD, b"data: 1\n\n", DIED], [HEAD, b"never"])
     status, body = _ask(handle)
@@ -104,8 +130,9 @@ def test_a_client_that_leaves_is_told_to_the_replica():
     assert _ask(handle, leaves=True) == (None, b"") and handle.cancelled == 1
 
 
-def _replicas():
-    found = subprocess.run(["pgrep", "-f", "ServeReplica:dllm-trt"], capture_output=True, text=True, check=False)
+def _replicas(front):
+    """Processes of the replicas of one front: other tests may have theirs on this machine."""
+    found = subprocess.run(["pgrep", "-f", f"ServeReplica:dllm-trt-{front}:"], capture_output=True, text=True, check=False)
     return {int(line) for line in found.stdout.split()}
 
 
@@ -159,24 +186,27 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
     try:
         load = Load(url, expected)
         load.wait(20)
-        before = _replicas()
+        before = _replicas(process.pid)
         os.kill(min(before), signal.SIGKILL)
         load.wait(40)
         assert load.cut <= 6  # streams that had begun in the replica that was killed
         until(lambda: httpx.get(f"{url}/ready").json().get("replicas") == {"RUNNING": 2}, seconds=30)
-        cut, old = load.cut, _replicas()
+        cut, old = load.cut, _replicas(process.pid)
         process.send_signal(signal.SIGHUP)
         until(lambda: any("are replaced" in line for line in lines), seconds=60)
-        until(lambda: not old & _replicas(), seconds=30)
+        until(lambda: not old & _replicas(process.pid), seconds=30)
         load.wait(20)
-        assert load.cut == cut and len(_replicas()) == 2
+        assert load.cut == cut and len(_replicas(process.pid)) == 2
         load.end()
         assert load.wrong == [] and load.good > 80
         text = httpx.get(f"{url}/metrics").text  # all that was answered is counted, also by replicas that are gone
         assert float(text.split('dllm_answers_total{end="done"} ')[1].split()[0]) >= load.good and "dllm_slots 8.0" in text
         assert httpx.post(f"{url}/v1/chat/completions", json={"model": "x"}).status_code == 400
+        redirect = httpx.post(f"{url}/v1/chat/completions/", json={"model": "x"})
+        assert redirect.status_code == 307 and redirect.headers["location"].endswith("/v1/chat/completions")
+        assert httpx.get(f"{url}/health/").status_code in (200, 307)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0 and not _replicas()
+        assert process.wait(60) == 0 and not _replicas(process.pid)
     finally:
         process.kill()
         process.wait()

@@ -6,9 +6,9 @@ import numpy as np
 import oracle
 import pytest
 
-from trt_runtime.manifest import CATEGORICAL
+from trt_runtime.manifest import CATEGORICAL, GUMBEL
 from trt_runtime.policies import RowStats
-from trt_runtime.sampling import Sampler, filtered
+from trt_runtime.sampling import Sampler, filtered, gumbel_propose
 
 NOTHING = RowStats(*(np.zeros(0),) * 4)
 
@@ -48,3 +48,35 @@ def test_drawn_tokens_follow_their_probabilities_and_the_mask_is_never_drawn():
     assert np.allclose(np.bincount(stats.token, minlength=5) / 20_000, expected, atol=0.015)
     assert expected[2] == 0 and np.allclose(stats.confidence, expected[stats.token])
     assert np.allclose(stats.margin, np.sort(expected)[-1] - np.sort(expected)[-2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gumbel_noise_among_what_the_filters_keep(seed):
+    """A naive restatement: softmax(logits / T) says what top_p, then top_k keep; the best of logits + T * noise among those is taken, and its
+    confidence is that of the whole vocabulary without temperature."""
+    rng = np.random.default_rng(seed)
+    dropped = 0
+    for _ in range(1000):
+        size = int(rng.integers(2, 20))
+        logits = rng.normal(size=(1, size)) * rng.choice([0.5, 3.0])
+        top_p, top_k = float(rng.choice([0.1, 0.5, 0.9, 1.0])), rng.choice([None, 1, 3])
+        temperature, mask = float(rng.choice([0.3, 1.0, 2.0])), int(rng.integers(0, size + 1))
+        draw = int(rng.integers(0, 2**31))
+        noise = -np.log(-np.log(np.random.default_rng(draw).random((1, size))))[0]
+        allowed = [i for i in range(size) if i != mask]
+        weights = [np.exp(logits[0, i] / temperature) if i != mask else 0.0 for i in range(size)]
+        kept = oracle.kept_tokens([w / sum(weights) for w in weights], top_p, top_k)
+        expected = max((i for i in allowed if i in kept), key=lambda i: logits[0, i] + temperature * noise[i])
+        dropped += expected != max(allowed, key=lambda i: logits[0, i] + temperature * noise[i])
+        stats = RowStats(*(np.zeros(1),) * 4)
+        made = Sampler(GUMBEL, temperature, top_p, top_k).propose(logits, stats, mask, np.random.default_rng(draw))
+        assert made.token[0] == expected
+        assert np.isclose(made.confidence[0], np.exp(logits[0, expected]) / np.exp(logits[0]).sum())
+    assert dropped > 100  # the filters decided
+
+
+def test_filters_change_nothing_of_a_llada_without_temperature():
+    assert not Sampler(GUMBEL, 0.0, 0.5, 3).needs_logits and Sampler(CATEGORICAL, 0.0, 0.5, None).needs_logits
+    logits = np.random.default_rng(0).normal(size=(50, 9))
+    token, _ = gumbel_propose(logits, np.full((50, 9), 0.5), 0.0, 9, filtered(logits, 0.0, 0.2, 1, 9) > 0)
+    assert (token == logits.argmax(-1)).all()

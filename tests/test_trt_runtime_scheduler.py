@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +12,8 @@ from trt_runtime import cases as decode_cases
 from trt_runtime import replay
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
-from trt_runtime.generator import Generator
-from trt_runtime.model import rules_of
+from trt_runtime.generator import Generator, Wanted
+from trt_runtime.model import load, rules_of
 from trt_runtime.scheduler import Scheduler
 from trt_runtime.sequence import Sequence
 
@@ -50,6 +51,61 @@ def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
     assert [(t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets] == expected
     assert max(ticket.waited for ticket in tickets) <= slots + 1 + 4
     assert slots == 1 or (shared > 300 and idle > 20)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_several_steps_a_call_come_out_as_one_at_a_time(golden_artifact, count):
+    """Requests whose rules a backend can follow and others, in company: the same answers and traces in fewer calls; each tick tells of all its steps."""
+    backend = load(golden_artifact, "ort", threads=1).backend
+    rng = np.random.default_rng(count)
+    more = [
+        {},
+        {"policy": "factor", "factor": 1.5},
+        {"policy": "fixed"},
+        {"policy": "entropy"},
+        {"policy": "threshold", "temperature": 5.0},
+    ]
+    makers = [_sequence(backend.manifest, rng, **{**more[i % 5 if i > 40 else i % 3], "threshold": 0.9}) for i in range(80)]
+    expected = [_alone(backend, make()) for make in makers]
+    forwards = sum(len(trace) for _, trace in expected)
+    calls, several, real, real_steps = [], [], backend.refine, backend.refine_steps
+    backend.steps_per_look = count
+    backend.refine = lambda *args, **options: calls.append(1) or real(*args, **options)
+
+    def stepping(cache, slots, window, rules):
+        several.append(len(rules))
+        return real_steps(cache, slots, window, rules)
+
+    backend.refine_steps = stepping
+    scheduler, told, tickets = Scheduler(backend, 5, 48, spare=48), {}, []
+
+    def step(ticket):
+        told.setdefault(ticket.number, []).append(len(ticket.sequence.trace))
+
+    while len(tickets) < len(makers) or not scheduler.is_idle:
+        if len(tickets) < len(makers):
+            tickets.append(scheduler.submit(makers[len(tickets)](), step))
+        scheduler.tick()
+    assert [(t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets] == expected
+    assert len(several) > 20 and max(several) > 1 and len(several) + len(calls) < 0.8 * forwards
+    assert all(told[t.number][-1] == len(t.sequence.trace) for t in tickets)
+    assert any(b - a > 1 for counts in told.values() for a, b in pairwise(counts))
+
+
+def test_idle_rows_between_those_of_several_steps_hold_no_mask(golden_artifact):
+    """Also where the mask is token 0, which idle rows are filled with otherwise."""
+    backend = load(golden_artifact, "ort", threads=1).backend
+    rng = np.random.default_rng(7)
+    fixed = {"gen_length": 24, "block_length": 8, "cache": "dual", "threshold": 0.99, "stop_at_eos": False}
+    scheduler = Scheduler(backend, 3, 64)
+    tickets = [scheduler.submit(_sequence(backend.manifest, rng, **fixed)()) for _ in range(3)]
+    while any(ticket.sequence.state.step == 0 for ticket in tickets):
+        scheduler.tick()
+    group = [Wanted(i, tickets[i].sequence, tickets[i].sequence.next_forward()) for i in (0, 2)]
+    assert set(scheduler._window(group).input_ids[1]) == {0}
+    for ticket in (tickets[0], tickets[2]):
+        ticket.sequence.rules = replace(ticket.sequence.rules, mask_token_id=0)
+    assert set(scheduler._window(group).input_ids[1]) == {1}
 
 
 def test_all_goldens_in_company(golden_backend, golden_cases):

@@ -204,6 +204,30 @@ def test_metrics_count_forwards_and_tokens(demo, client):
     assert metric("dllm_slots") == 4 and metric("dllm_time_to_first_block_seconds_count") > 0
 
 
+def test_several_steps_a_look(model, monkeypatch):
+    """The same answers, streamed and whole; every forward and every token is told and counted once."""
+    alone = model.generate([PROMPT], GenerationConfig())[0]
+    monkeypatch.setattr(model.backend, "steps_per_look", 4)
+    calls, real = [], model.backend.refine_steps
+    monkeypatch.setattr(model.backend, "refine_steps", lambda *args: calls.append(1) or real(*args))
+    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
+    with serving(model) as (url, _):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == alone.text and answer["usage"]["nfe"] == alone.nfe
+        assert 0 < len(calls) < alone.nfe
+        streamed = httpx.post(
+            f"{url}/v1/chat/completions", json=body | {"stream": True, "stream_options": {"provisional": True}}, timeout=60
+        ).text
+        events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+        cells = [position for event in events if "provisional" in event for position, *_ in event["provisional"]["cells"]]
+        committed = [position - len(model.encode(PROMPT)) for step in alone.trace for position in step.positions]
+        assert sorted(cells) == sorted(committed) and answer["usage"]["committed_tokens"] == len(committed)
+        assert "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"]) == alone.text
+        text = httpx.get(f"{url}/metrics").text
+        counted = sum(float(number) for number in re.findall(r"^dllm_forwards_total\{.*\} (\S+)", text, re.M))
+        assert counted == 2 * alone.nfe and f"dllm_committed_tokens_total {2.0 * len(committed)}" in text
+
+
 def test_the_example_of_the_document_runs(model, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S)
     with serving(model, name="llada-demo") as (url, _):

@@ -19,14 +19,14 @@ pytest.importorskip("openai")
 from serving import PROMPT, process_of, serving, until
 
 BAD = [
-    ({"tools": []}, 400, "tools", "does not honour"), ({"logit_bias": {}}, 400, "logit_bias", "does not honour"),
+    ({"tools": [{}]}, 400, "tools", "does not honour"), ({"logit_bias": {"5": 3}}, 400, "logit_bias", "does not honour"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty", ""), ({"max_tokens": 0}, 400, "max_tokens", ""), ({"max_tokens": "9"}, 400, "max_tokens", ""),
     ({"model": "gpt"}, 404, "model", "this server has 'demo'"), ({"messages": []}, 400, "messages", ""), ({"messages": "x"}, 400, "messages", ""),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", ""), ({"threshold": 2.0}, 400, None, "threshold is 2.0"),
     ({"threshold": 0.5, "policy": "fixed"}, 400, None, "goes with policy"), ({"policy": "best"}, 400, None, "unknown policy 'best'"),
-    ({"max_tokens": 10_000}, 400, None, "more than the model"), ({"n": 2}, 400, None, "all choices would be the same"),
-    ({"stop": ["a"] * 5}, 400, None, "stop has 5"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
-    ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 0.5}, 400, None, "top_p"),
+    ({"messages": [{"role": "user", "content": "clean hall with mop " * 60}]}, 400, "prompt", "shorten the prompt to 191"), ({"n": 2}, 400, None, "all choices would be the same"),
+    ({"stop": ["a"] * 65}, 400, None, "stop has 65"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
+    ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 1.5}, 400, None, "top_p"),
     ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"stop": 5}, 400, "stop", ""), ({"steps": 1}, 400, None, "steps is 1"),
 ]  # fmt: skip
 

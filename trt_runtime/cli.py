@@ -66,14 +66,24 @@ def _parser() -> Parser:
     serve.add_argument(
         "--lanes", type=int, default=1, help="threads that make forwards, on a CPU, each for its share of the slots (default 1)"
     )
-    serve.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
+    serve.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of prompt and answer (default: the model's most, or what half of the free memory holds)",
+    )
     serve.add_argument("--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)")
     serve.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request (default 1 MiB)")
     serve.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)")
     serve.add_argument(
         "--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)"
     )
-    serve.add_argument("--api-key", help="ask clients for this key (better: the environment variable DLLM_API_KEY)")
+    serve.add_argument(
+        "--api-key", action="append", help="ask clients for this key, or one of several (better: DLLM_API_KEY, with commas)"
+    )
+    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this origin ask ('*': all)")
+    serve.add_argument(
+        "--examples", type=Path, metavar="FILE", help="prompts that the page offers (default: prompts.txt beside the checkpoint)"
+    )
     add_backend(serve)
     cli_parser.add_output(serve)
 
@@ -84,7 +94,7 @@ def _parser() -> Parser:
     triton.add_argument("out", type=Path, help="the repository's directory")
     triton.add_argument("--name", help="the model's name (default: the artifact's directory)")
     triton.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
-    triton.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: the model's most)")
+    triton.add_argument("--max-length", type=int, help="tokens of prompt and answer (default as for serve)")
     add_backend(triton)
     cli_parser.add_output(triton)
 
@@ -104,29 +114,38 @@ def _serve(args: argparse.Namespace) -> int:
         raise DllmError(
             f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
         )
-    key = args.api_key if args.api_key is not None else os.environ.get("DLLM_API_KEY") or None
-    if key is not None and (not key or not key.isascii() or key != key.strip()):
-        raise DllmError("the API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
+    serving.cors.check(tuple(args.cors))
     options = serving.Options(
         args.name or args.artifact.resolve().name,
-        args.slots,
-        args.lanes,
-        args.max_length,
-        args.queue,
-        key,
-        args.max_body,
-        args.timeout,
+        slots=args.slots,
+        lanes=args.lanes,
+        max_length=args.max_length,
+        most_queued=args.queue,
+        api_key=_api_keys(args.api_key),
+        most_body=args.max_body,
+        timeout=args.timeout,
+        cors=tuple(args.cors),
+        examples=serving.examples(args.artifact, args.examples),
     )
     on_cpu = args.backend == "torch" or (args.backend == "ort" and args.device in (None, "cpu"))
     if args.threads is None and on_cpu and (parts := args.lanes * (args.ray or 1)) > 1:
         args.threads = max(1, (os.cpu_count() or 1) // parts)
     if args.ray is None:
-        serving.run(open_model(args), options, args.host, args.port)
-        return 0
+        return int(serving.run(open_model(args), options, args.host, args.port))
     replicas = backends.import_tool("trt_runtime.server.replicas", "serve --ray", advice.install("serve", "ray"))
     setup = replicas.Setup(str(args.artifact.resolve()), args.backend, backend_options(args))
-    replicas.run(setup, options, args.host, args.port, args.ray)
-    return 0
+    return int(replicas.run(setup, options, args.host, args.port, args.ray))
+
+
+def _api_keys(given: list[str] | None) -> tuple[str, ...] | None:
+    """The keys that clients may send: those given, else those of the environment, with commas between them. Raises DllmError."""
+    from trt_runtime.errors import DllmError
+
+    held = os.environ.get("DLLM_API_KEY") or None
+    keys = given if given is not None else [key.strip() for key in held.split(",")] if held else []
+    if any(not key or not key.isascii() or key != key.strip() for key in keys):
+        raise DllmError("an API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
+    return tuple(keys) or None
 
 
 def _triton_repo(args: argparse.Namespace) -> int:

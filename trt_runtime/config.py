@@ -76,8 +76,8 @@ class GenerationConfig:
         None is one token a forward. With 'threshold' a bound: no more than an even share and what earlier steps left over.
     alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score / alg_temp).
     temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits / temperature).
-    top_p, top_k: for a Dream, keep the most probable tokens up to a sum of top_p, and the top_k best. Drawing and filtering
-        need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
+    top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0 they change nothing but a Dream's
+        confidences. Drawing and filtering need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
     seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
     stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
     hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other candidate is left in the block.
@@ -162,8 +162,8 @@ class GenerationConfig:
     def _check_sampling(self, sampling: str) -> None:
         if not 1 <= self.speculate <= MAX_SPECULATE:
             raise DllmError(f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}.")
-        draws = self.temperature > 0 or self.alg_temp > 0 or self.policy == "origin" or self.top_p < 1 or self.top_k is not None
-        if self.speculate > 1 and draws:
+        filters = sampling == CATEGORICAL and (self.top_p < 1 or self.top_k is not None)
+        if self.speculate > 1 and (self.draws or filters):
             raise DllmError(
                 "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy 'origin': leave one of them out."
             )
@@ -179,10 +179,13 @@ class GenerationConfig:
             raise DllmError(f"top_p is {self.top_p}, expected above 0 and at most 1 (1 keeps every token).")
         if self.top_k is not None and self.top_k < 1:
             raise DllmError(f"top_k is {self.top_k}, expected a whole number from 1.")
-        if sampling != CATEGORICAL and (self.top_p < 1 or self.top_k is not None):
-            raise DllmError("top_p and top_k: this model samples by Gumbel noise (LLaDA), which has neither: leave them out.")
         if self.seed < 0:
             raise DllmError(f"seed is {self.seed}, expected a whole number from 0.")
+
+    @property
+    def draws(self) -> bool:
+        """Whether an answer depends on the seed."""
+        return self.temperature > 0 or self.alg_temp > 0 or self.policy == "origin"
 
     def _check_types(self) -> None:
         for item in fields(self):

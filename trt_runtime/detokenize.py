@@ -51,6 +51,11 @@ class Detokenizer:
         text = self._raw(list(ids), skip_special=True).rstrip("\ufffd")
         return _clean(text[: _settled_length(text)]) if self._cleans else text
 
+    def spelled(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens as they are written."""
+        text = self._raw(list(ids), skip_special=False)
+        return _clean(text) if self._cleans else text
+
     def piece(self, token: int) -> str:
         """The text of one token, special tokens as they are written."""
         return self._raw([token], skip_special=False)

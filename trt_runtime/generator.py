@@ -66,28 +66,11 @@ class Generator:
             self.step()
 
     def _run(self, group: list[Wanted], instead: Mapping[int, Written]) -> None:
-        if self.backend.steps_per_look > 1 and not instead:
-            rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
-            if len(rules) == len(group):
-                self._run_steps(group, rules)
-                return
-        run_group(self.backend, self.cache, group, assemble(group), instead)
-
-    def _run_steps(self, group: list[Wanted], rules: list[CommitRule]) -> None:
-        """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended."""
-        window = assemble(group)
-        columns = np.arange(max(rule.limit for rule in rules))
-        shift = group[0].sequence.rules.logit_shift
-        logit_rows = np.minimum(np.maximum(columns - shift, 0), window.input_ids.shape[1] - 1)
-        made = self.backend.refine_steps(
-            self.cache, slots_of(group), replace(window, logit_rows=np.tile(logit_rows, (len(group), 1))), rules
-        )
-        for wanted, ids, step in zip(group, made.ids, made.step, strict=True):
-            for number in range(int(step.max()) + 1):
-                columns = np.flatnonzero(step == number)
-                wanted.sequence.follow(wanted.forward.start + columns, ids[columns])
-                if wanted.sequence.is_finished:
-                    break
+        rules = commit_rules(self.backend, group) if not instead else None
+        if rules is not None:
+            run_steps(self.backend, self.cache, group, assemble(group), rules)
+        else:
+            run_group(self.backend, self.cache, group, assemble(group), instead)
 
 
 def slots_of(group: list[Wanted]) -> slice:
@@ -106,6 +89,37 @@ def run_group(
     for wanted in group:
         row = propose(wanted, stats, wanted.slot - slots.start)
         wanted.sequence.commit(wanted.forward, row, forced.get(wanted.slot))
+
+
+def commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | None:
+    """The rules by which the backend may make several steps of a group in one call; None where it takes one at a time, or a row has no rule."""
+    if backend.steps_per_look == 1:
+        return None
+    rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
+    return rules if len(rules) == len(group) else None
+
+
+def run_steps(backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]) -> None:
+    """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended.
+
+    `window` has a row for every slot, the group's or not: rows that are not hold no mask, and commit nothing.
+    """
+    slots = slots_of(group)
+    at = [wanted.slot - slots.start for wanted in group]
+    columns = np.arange(max(rule.limit for rule in rules))
+    shift = group[0].sequence.rules.logit_shift
+    logit_rows = np.minimum(np.maximum(columns - shift, 0), window.input_ids.shape[1] - 1)
+    every = [CommitRule("threshold", 1, 1.0)] * len(window.input_ids)
+    for index, rule in zip(at, rules, strict=True):
+        every[index] = rule
+    made = backend.refine_steps(cache, slots, replace(window, logit_rows=np.tile(logit_rows, (len(every), 1))), every)
+    for index, wanted in zip(at, group, strict=True):
+        ids, step = made.ids[index], made.step[index]
+        for number in range(int(step.max()) + 1):
+            chosen = np.flatnonzero(step == number)
+            wanted.sequence.follow(wanted.forward.start + chosen, ids[chosen])
+            if wanted.sequence.is_finished:
+                break
 
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:

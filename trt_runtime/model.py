@@ -91,6 +91,7 @@ class Update:
     confidence: list[float | None]
     block: tuple[int, int]
     finished: bool
+    settled: int = 0  # tokens of the generated part that `committed` is the text of
 
     def __repr__(self) -> str:
         return (
@@ -259,12 +260,13 @@ class Model:
         in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
-        committed = self._text(row.canvas[first : min(settled, useful)], is_whole=row.is_finished)
-        rest = row.canvas[min(settled, useful) : useful]
+        settled = min(settled, useful)
+        committed = self._text(row.canvas[first:settled], is_whole=row.is_finished)
+        rest = row.canvas[settled:useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
                       [p - first for step in made for p in step.positions], [c for step in made for c in step.confidence],
-                      (block[0] - first, block[1] - first), row.is_finished)  # fmt: skip
+                      (block[0] - first, block[1] - first), row.is_finished, max(0, settled - first))  # fmt: skip
 
     def text(self, ids: np.ndarray[Any, Any]) -> str:
         """The text of token ids, special tokens left out. Raises DllmError without a tokenizer."""

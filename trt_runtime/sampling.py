@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from trt_runtime.manifest import GUMBEL
-from trt_runtime.policies import Floats, Ints, RowStats
+from trt_runtime.policies import Bools, Floats, Ints, RowStats
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph's statistics give already.
 
-    gumbel: argmax(logits - T ln(-ln u)); the confidence is un-tempered, over the whole vocabulary (LLaDA).
+    gumbel: argmax(logits - T ln(-ln u)), which draws from softmax(logits / T); with filters, among the tokens that top_p, then top_k keep of
+    that distribution. The confidence is un-tempered, over the whole vocabulary (LLaDA). At T = 0 it is the best token, which filters keep.
     categorical: the logits are divided by T and filtered by top_p, then top_k; the token is drawn from what is left (T = 0: the
     best), and all statistics are those of that distribution (Dream).
     """
@@ -29,12 +30,19 @@ class Sampler:
 
     @property
     def needs_logits(self) -> bool:
-        return self.temperature > 0 or self.top_p < 1 or self.top_k is not None
+        return self.temperature > 0 or (self.kind != GUMBEL and self._filters)
+
+    @property
+    def _filters(self) -> bool:
+        return self.top_p < 1 or self.top_k is not None
 
     def propose(self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator) -> RowStats:
         """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is never proposed."""
         if self.kind == GUMBEL:
-            token, confidence = gumbel_propose(logits, rng.random(logits.shape), self.temperature, mask_token_id)
+            kept = None
+            if self._filters:
+                kept = filtered(logits, self.temperature, self.top_p, self.top_k, mask_token_id) > 0
+            token, confidence = gumbel_propose(logits, rng.random(logits.shape), self.temperature, mask_token_id, kept)
             return RowStats(token, confidence, stats.runner_up, stats.entropy, best=stats.confidence)
         return self._categorical(logits, mask_token_id, rng)
 
@@ -52,10 +60,12 @@ class Sampler:
         return RowStats(token.astype(np.int64), confidence, pair[:, 0], entropy, best=pair[:, 1])
 
 
-def gumbel_propose(logits: Floats, uniform: Floats, temperature: float, mask_token_id: int) -> tuple[Ints, Floats]:
+def gumbel_propose(
+    logits: Floats, uniform: Floats, temperature: float, mask_token_id: int, kept: Bools | None = None
+) -> tuple[Ints, Floats]:
     """Tokens and their un-tempered probabilities from logits [R, V] and noise uniform in [0, 1): argmax(logits - T ln(-ln u)).
 
-    The mask token is never proposed but keeps its share of the softmax.
+    The mask token is never proposed but keeps its share of the softmax; so do tokens outside `kept` [R, V].
     """
     wide = logits.astype(np.float64)
     if temperature > 0:
@@ -65,6 +75,8 @@ def gumbel_propose(logits: Floats, uniform: Floats, temperature: float, mask_tok
         noisy = wide.copy()
     if mask_token_id < noisy.shape[-1]:
         noisy[:, mask_token_id] = -np.inf
+    if kept is not None:
+        noisy[~kept] = -np.inf
     token = noisy.argmax(-1)
     weights = np.exp(wide - wide.max(-1, keepdims=True))
     probability = np.take_along_axis(weights, token[:, None], -1)[:, 0] / weights.sum(-1)

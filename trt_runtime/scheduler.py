@@ -1,6 +1,7 @@
 """Continuous batching: requests join and leave the slots of one cache between forwards.
 
-Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer.
+Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer; or the several refine
+steps that the backend makes in one call (steps_per_look), where all rows of the group decide by rules that it can follow.
 
 1. Slots go to requests in the order in which they came.
 2. A tick makes the forward that more rows want, or, once a row has waited a few ticks, that row's; every row that can share it does.
@@ -20,7 +21,7 @@ import numpy as np
 
 from trt_runtime.backends.base import Backend, Window
 from trt_runtime.errors import DllmError
-from trt_runtime.generator import Wanted, assemble, groups, run_group, slots_of
+from trt_runtime.generator import Wanted, assemble, commit_rules, groups, run_group, run_steps, slots_of
 from trt_runtime.sequence import Sequence
 
 _STEP = 16  # rows by which a cache grows and shrinks
@@ -85,7 +86,7 @@ class Scheduler:
         self._release(ticket)
 
     def tick(self) -> list[Ticket]:
-        """Place what waits, make one forward, and return the requests that it moved (none if there is nothing to do)."""
+        """Place what waits, make one forward (or several steps in one call), and return the requests that it moved (none if there is nothing to do)."""
         for slot in (slot for slot, held in enumerate(self.rows) if held is None):
             if self.queue:
                 ticket = self.queue.popleft()
@@ -96,7 +97,11 @@ class Scheduler:
             return []
         self.tick_number += 1
         group = self._group(wanted)
-        run_group(self.backend, self.cache, group, self._window(group))
+        rules = commit_rules(self.backend, group)
+        if rules is not None:
+            run_steps(self.backend, self.cache, group, self._window(group), rules)
+        else:
+            run_group(self.backend, self.cache, group, self._window(group))
         moved = [held for row in group if (held := self.rows[row.slot])]
         for held in moved:
             held.waited = max(held.waited, self.tick_number - held.served)
@@ -163,8 +168,8 @@ class Scheduler:
         if len(group) == count:
             return made
         at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]
-        idle = np.full(count, self.cache.capacity - size)
-        full = Window(np.zeros((count, size), np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
+        idle, no_mask = np.full(count, self.cache.capacity - size), int(group[0].sequence.rules.mask_token_id == 0)
+        full = Window(np.full((count, size), no_mask, np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
                       np.zeros((count, made.logit_rows.shape[1]), np.int64))  # fmt: skip
         for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
             getattr(full, name)[at] = getattr(made, name)

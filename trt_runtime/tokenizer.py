@@ -90,6 +90,26 @@ class Tokenizer:
         """What of the text of token ids stays as it is, whatever tokens follow: a prefix of every decode() of more."""
         return self._detokenizer.settled(ids)
 
+    def spelled(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens as they are written."""
+        return self._detokenizer.spelled(ids)
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The special tokens, as they are written."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special and token.content)
+
+    def surely_exceeds(self, text: str, most: int) -> bool:
+        """Whether a text has more than `most` tokens, judged by its beginning alone; False where that does not tell.
+
+        Tokens near the end of the beginning may be others in the whole text: they are not counted.
+        """
+        begin = text[: 8 * most + 4096]
+        if len(begin) == len(text):
+            return False
+        return sum(end <= len(begin) - 256 for _, end in self._encoding(begin).offsets) > most
+
     def piece(self, token: int) -> str:
         """The text of one token, special tokens as they are written."""
         return self._detokenizer.piece(token)
@@ -145,9 +165,10 @@ class Tokenizer:
 
     def _encoding(self, text: str) -> Any:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            # not encode, which holds the interpreter's lock meanwhile
+            return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         except TypeError as error:  # lone surrogates: bytes that are not UTF-8
-            raise DllmError(f"the prompt {text!r} is not valid Unicode: give it in UTF-8.") from error
+            raise DllmError(f"the prompt {text[:80]!r} is not valid Unicode: give it in UTF-8.") from error
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:

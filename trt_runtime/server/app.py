@@ -9,31 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from trt_runtime import __version__
-from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model
-from trt_runtime.sequence import Sequence
-from trt_runtime.server.answers import CHAT, TEXT, Answer, Failure, Options, events, whole
+from trt_runtime.server.answers import CHAT, TEXT, Answer, Options, check_count
+from trt_runtime.server.cors import allow
+from trt_runtime.server.errors import Failure, body_of, clipped, headers_of, is_fault, spoken
 from trt_runtime.server.limits import Limits
 from trt_runtime.server.metrics import Metrics
-from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, Mask
+from trt_runtime.server.neutral import NAMES
+from trt_runtime.server.preparing import Preparing
+from trt_runtime.server.prompts import asked
+from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest
+from trt_runtime.server.room import longest_of
+from trt_runtime.server.streams import Streamed, whole
 from trt_runtime.server.worker import Broken, Worker
 
-RETRY_SECONDS = 1
+STOP_SECONDS = 2.0  # that a forward under way may take at the end
 _REFUSALS = {400: "a field that is missing, wrong or not honoured", 401: "no key, or a wrong one", 403: "another host's name", 404: "no such model or path",
-             408: "the body did not come", 413: "the body is too large", 429: "the queue is full", 500: "a forward failed", 503: "the server is stopping",
+             408: "the body did not come", 413: "the body is too large", 429: "the queue is full", 500: "a forward failed", 503: "the server is stopping, or stuck",
              504: "no answer in time"}  # fmt: skip
 _ERROR: dict[str, Any] = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message", "type"], "properties": {
     "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}  # fmt: skip
@@ -42,23 +48,51 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
                                                    "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
-_KINDS = ("str", "int", "float", "bool", "Mask")
+_KINDS = ("str", "int", "float", "bool", "Mask", "body")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 
+class _Json(Request):
+    """A request whose JSON has no numbers but JSON's: NaN and what is too large for a float are none."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = json.loads(await self.body(), parse_constant=_no_number, parse_float=_finite)
+        return self._json
+
+
+def _no_number(text: str) -> Any:
+    raise json.JSONDecodeError("not a number of JSON", text, 0)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if value - value == 0 else _no_number(text)
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handler(_Json(request.scope, request.receive))
+
+        return handled
+
+
 def create_app(model: Model, options: Options) -> FastAPI:
-    """The application over an opened model. The worker lives from startup to shutdown."""
+    """The application over an opened model. The worker lives from startup to shutdown. Raises DllmError."""
     metrics = Metrics()
-    longest = min(options.max_length or model.manifest.model.max_length, model.manifest.model.max_length)
+    longest = longest_of(model, options.slots, options.max_length, options.memory_share)
     worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued, lanes=options.lanes)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(worker.stop, STOP_SECONDS)
 
     app = FastAPI(
         docs_url=None,
@@ -68,14 +102,24 @@ def create_app(model: Model, options: Options) -> FastAPI:
         description=(__doc__ or "").split("\n")[0],
         lifespan=lifespan,
     )
+    app.router.route_class = _Route
     app.state.worker = worker
     _document(app, options.name)
-    app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local,
-                       count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+    app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local, timeout=options.timeout,
+                       most_open=most_open(options), count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+    allow(app, options.cors)
+    preparing = Preparing(seconds=options.prompt_seconds)
     _errors(app, metrics)
-    _status(app, worker, options, metrics)
-    _completions(app, model, worker, options)
+    app.state.trouble = lambda: _trouble(worker, options, preparing)
+    _status(app, worker, options)
+    _models(app, options, metrics)
+    _completions(app, worker, options, preparing)
     return app
+
+
+def most_open(options: Options) -> int:
+    """Requests that may be open at a time: those that have a place, and some that are refused."""
+    return 256 + 4 * (options.slots + options.most_queued)
 
 
 def _document(app: FastAPI, name: str) -> None:
@@ -94,57 +138,77 @@ def _document(app: FastAPI, name: str) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _problem(failure: Failure, more: Mapping[str, str] | None = None) -> JSONResponse:
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
-    message = failure.message.encode("utf-8", "backslashreplace").decode()  # JSON may bring half of a character
-    body = {"error": {"message": message, "type": kind, "param": failure.param, "code": failure.code}}
-    headers = {"Retry-After": str(RETRY_SECONDS)} if failure.status in (429, 503) else {}
-    return JSONResponse(body, failure.status, headers | dict(more or {}))
+def _problem(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(body_of(status, message, param, code), status, dict(headers_of(status)))
 
 
 def _errors(app: FastAPI, metrics: Metrics) -> None:
-    def answer(failure: Failure, more: Mapping[str, str] | None = None) -> JSONResponse:
-        metrics.errors.labels(str(failure.status)).inc()
-        return _problem(failure, more)
+    def answer(
+        status: int, message: str, param: str | None = None, code: str | None = None, more: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        metrics.errors.labels(str(status)).inc()
+        made = _problem(status, message, param, code)
+        made.headers.update(more or {})
+        return made
 
     @app.exception_handler(Broken)
     async def broken(request: Request, error: Broken) -> JSONResponse:
-        return answer(Failure(error.status, str(error)))
+        return answer(error.status, str(error))
 
     @app.exception_handler(Failure)
     async def failure(request: Request, error: Failure) -> JSONResponse:
-        return answer(error)
+        return answer(error.status, error.message, error.param, error.code)
 
     @app.exception_handler(DllmError)
     async def refused(request: Request, error: DllmError) -> JSONResponse:
-        return answer(Failure(400, str(error)))
+        return answer(400, spoken(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return answer(Failure(400, "the body is not JSON."))
-        # what stands behind a field's name and places in lists are the kinds that a value may have
-        name = (
-            ".".join(str(part) for part in first["loc"] if part != "body" and part not in _KINDS and "[" not in str(part)) or None
-        )
-        kind = "this server does not honour it: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-        said = f"{name or 'the body'}: {kind}."
-        return answer(Failure(400, said, name))
+        return answer(400, *_said(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(Failure(error.status_code, str(error.detail)), error.headers)
+        return answer(error.status_code, str(error.detail), more=error.headers)
+
+    @app.exception_handler(MemoryError)
+    async def memory(request: Request, error: MemoryError) -> JSONResponse:
+        return answer(503, "the server has no memory for this request: ask for less, or try again later.")
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
-        return answer(Failure(500, f"the server failed ({type(error).__name__}): its log says more."))
+        return answer(500, f"the server failed ({type(error).__name__}): its log says more.")
 
 
-def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) -> None:
-    facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
+def _said(error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong with a body, and the field."""
+    found = error.errors()
+    first = next(
+        (one for one in found if one["type"] == "value_error"), found[0]
+    )  # ours says more than 'should be a valid string'
+    if first["type"] == "json_invalid":
+        return "the body is not JSON.", None
+    # what stands behind a field's name and places in lists are the kinds that a value may have
+    names = [clipped(str(part), 80) for part in first["loc"] if part not in _KINDS and "[" not in str(part)]
+    if names and names[0] in NAMES:
+        return f"{names[0]}: this server does not honour it: leave it out.", names[0]
+    name = ".".join(names) or None
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        said = "this server does not honour it: leave it out"
+    return f"{name or 'the body'}: {said}.", name
 
+
+def _trouble(worker: Worker, options: Options, preparing: Preparing) -> str | None:
+    """Why no request is answered any more; None while all is well."""
+    if not worker.is_alive:
+        return "the worker is not running."
+    if (taken := worker.longest_forward()) > options.timeout:
+        return f"a forward has been running for {taken:.0f} s: start the server again."
+    return "the threads that prepare prompts do not end: start the server again." if preparing.is_stuck else None
+
+
+def _status(app: FastAPI, worker: Worker, options: Options) -> None:
     @app.get("/health", responses=_RESPONSES)
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -152,14 +216,27 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
 
     @app.get("/ready", responses=_RESPONSES)
     async def ready() -> dict[str, Any]:
-        """Whether it takes requests."""
-        if not worker.is_alive:
-            raise Failure(503, "the worker is not running.")
+        """Whether it takes requests, and answers them."""
+        if (trouble := app.state.trouble()) is not None:
+            raise Failure(503, trouble)
         return {"status": "ready", "open": worker.num_open, "slots": options.slots}
+
+    @app.get("/version", responses=_RESPONSES)
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _models(app: FastAPI, options: Options, metrics: Metrics) -> None:
+    facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
+
+    @app.get("/examples", include_in_schema=False)
+    async def examples() -> dict[str, Any]:
+        """Prompts that the page offers."""
+        return {"examples": list(options.examples)}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_RESPONSES)
     async def prometheus() -> PlainTextResponse:
@@ -169,90 +246,65 @@ def _status(app: FastAPI, worker: Worker, options: Options, metrics: Metrics) ->
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [facts]}
 
-    @app.get("/v1/models/{name}", responses=_RESPONSES)
+    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
     async def one(name: str) -> dict[str, Any]:
-        if name != options.name:
-            raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
+        if not name:
+            return await models()
+        _check_model(name, options)
         return facts
 
 
-def _completions(app: FastAPI, model: Model, worker: Worker, options: Options) -> None:
+def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Preparing) -> None:
+    model = worker.model
+
+    async def answered(kind: str, body: Common, request: Request, prompts: int = 1) -> Response:
+        check_count(worker, prompts * body.choices)
+        rows = await preparing.run(asked, model, body, worker.max_length)
+        return await _answer(Answer(kind, body, rows, worker, options), request)
+
     @app.post("/v1/chat/completions", response_model=None, responses=_RESPONSES | _STREAMS)
-    async def chat(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
+    async def chat(body: ChatRequest, request: Request) -> Response:
         """A conversation, continued."""
-        _check_model(body, options)
+        _check_model(body.model, options)
         if model.tokenizer is None or not model.tokenizer.has_chat_template:
             raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
-        messages = [{"role": item.role, "content": item.content} for item in body.messages]
-        rows = await asyncio.to_thread(_rows, model, messages, body, body.config(model.manifest))
-        return await _answer(Answer(CHAT, body, rows, worker, options), request)
+        return await answered(CHAT, body, request)
 
     @app.post("/v1/completions", response_model=None, responses=_RESPONSES | _STREAMS)
-    async def complete(body: CompletionRequest, request: Request) -> JSONResponse | StreamingResponse:
-        """A text, continued; or a template, filled."""
-        _check_model(body, options)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """A text, continued; or a gap, or a template, filled."""
+        _check_model(body.model, options)
         if (body.prompt is None) == (body.template is None):
             raise Failure(400, "give prompt or template, one of them.", "prompt")
-        if body.template is not None:
-            if body.length() is not None or (body.stream_options is not None and body.stream_options.provisional):
-                raise Failure(
-                    400,
-                    "a template says itself how much is filled, and has no provisional text: leave out max_tokens and provisional.",
-                    "template",
-                )
-            ids = await asyncio.to_thread(_template, model, body.template, worker.max_length)
-            rows = _rows(model, ids, body, body.config(model.manifest, infill=True))
-        else:
-            rows = await asyncio.to_thread(_rows, model, body.prompt, body, body.config(model.manifest))
-        return await _answer(Answer(TEXT, body, rows, worker, options), request)
+        return await answered(TEXT, body, request, max(1, len(body.prompts())))
 
 
-def _check_model(body: Common, options: Options) -> None:
-    if body.model != options.name:
-        raise Failure(404, f"model is '{body.model[:80]}', this server has '{options.name}'.", "model", "model_not_found")
+def _check_model(name: str, options: Options) -> None:
+    if name != options.name:
+        raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
 
 
-def _rows(model: Model, prompt: Any, body: Common, config: GenerationConfig) -> list[Sequence]:
-    body.stops()
-    return [
-        model.sequence(prompt, replace(config, seed=config.seed + i), raw=body.__class__ is CompletionRequest)
-        for i in range(body.n)
-    ]
-
-
-def _template(model: Model, parts: list[str | Mask], longest: int) -> list[int]:
-    """Token ids of a template: fixed text, and as many mask tokens as each gap wants. Raises DllmError."""
-    if not any(isinstance(part, Mask) for part in parts):
-        raise DllmError('template has no gap: give at least one {"mask": N}.')
-    if model.tokenizer is None:
-        raise DllmError("this model has no tokenizer: templates need one.")
-    mask = model.manifest.decoding.mask_token_id
-    ids: list[int] = []
-    for part in parts:
-        if len(ids) + (part.mask if isinstance(part, Mask) else 0) > longest:
-            raise DllmError(f"template has more than {longest} tokens, which is what this server takes: shorten it.")
-        ids += [mask] * part.mask if isinstance(part, Mask) else model.tokenizer.encode(part) if part else []
-    return ids
-
-
-async def _answer(answer: Answer, request: Request) -> JSONResponse | StreamingResponse:
+async def _answer(answer: Answer, request: Request) -> Response:
     answer.submit()
-    if answer.body.stream:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(answer), media_type="text/event-stream", headers=headers)
+    if answer.body.is_stream:
+        return Streamed(answer)
     gone = asyncio.create_task(_until_gone(request))
     work = asyncio.create_task(whole(answer))
     try:
         await asyncio.wait({gone, work}, timeout=answer.options.timeout, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            return JSONResponse(work.result())
+            return JSONResponse(work.result(), headers=answer.headers)
         if not gone.done():
             answer.cancel("timeout")
         raise Failure(
             499 if gone.done() else 504, f"no answer within {answer.options.timeout:g} s: lower max_tokens, or try again."
         )
+    except BaseException as error:
+        if isinstance(error, Exception) or not is_fault(error):
+            raise
+        raise Broken("the tokenizer failed: the server's log says more.") from error
     finally:
-        answer.cancel()
+        answer.release()
         for task in (gone, work):
             task.cancel()
 

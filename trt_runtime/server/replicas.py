@@ -30,6 +30,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUn
 
 from trt_runtime import manifest
 from trt_runtime.errors import DllmError
+from trt_runtime.server.errors import body_of, headers_of
 
 METRICS_PATH = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for where processes put what they count
 _LOG = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Ray. Raises if this replica is to be replaced."""
-        if not self.app.state.worker.is_alive:
-            raise RuntimeError("the worker is not running")
+        if (trouble := self.app.state.trouble()) is not None:
+            raise RuntimeError(trouble)
 
     async def __call__(self, asked: Asked) -> AsyncIterator[Any]:
         sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -174,13 +175,15 @@ class Front:
                         await send({"type": "http.response.start", "status": head[0], "headers": head[1]})
                         begun = True
                     await send({"type": "http.response.body", "body": part, "more_body": True})
+                if not begun and head is not None:  # an answer without a body: a redirect
+                    await send({"type": "http.response.start", "status": head[0], "headers": head[1]})
                 await send({"type": "http.response.body", "body": b""})
                 return
             except asyncio.CancelledError:
                 answer.cancel()
                 raise
             except BackPressureError:
-                await _send_error(send, 429, "the queue is full: try again later.", "rate_limit_error", "queue_full")
+                await _send_error(send, 429, "the queue is full: try again later.", "queue_full")
                 return
             except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
                 _LOG.warning(
@@ -198,9 +201,9 @@ class Front:
     async def _lost(self, send: Any, begun: bool) -> None:
         said = "the replica that answered was lost: try again."
         if not begun:
-            await _send_error(send, 503, said, "server_error")
+            await _send_error(send, 503, said)
             return
-        await send({"type": "http.response.body", "body": b"data: " + _error(said, "server_error") + b"\n\n"})
+        await send({"type": "http.response.body", "body": b"data: " + _error(500, said) + b"\n\n"})
 
     async def health(self) -> tuple[int, str, bytes]:
         return 200, "application/json", b'{"status":"ok"}'
@@ -214,7 +217,7 @@ class Front:
             for state, count in one.replica_states.items()
         }
         if not states.get("RUNNING"):
-            return 503, "application/json", _error("no replica is running: try again.", "server_error")
+            return 503, "application/json", _error(503, "no replica is running: try again.")
         return 200, "application/json", json.dumps({"status": "ready", "open": self.num_open, "replicas": states}).encode()
 
     async def metrics(self) -> tuple[int, str, bytes]:
@@ -238,8 +241,8 @@ async def _until_gone(receive: Any) -> None:
         pass
 
 
-def _error(message: str, kind: str, code: str | None = None) -> bytes:
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+def _error(status: int, message: str, code: str | None = None) -> bytes:
+    return json.dumps(body_of(status, message, code=code)).encode()
 
 
 async def _send(send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
@@ -247,12 +250,17 @@ async def _send(send: Any, status: int, headers: list[tuple[bytes, bytes]], body
     await send({"type": "http.response.body", "body": body})
 
 
-async def _send_error(send: Any, status: int, message: str, kind: str, code: str | None = None) -> None:
-    await _send(send, status, [(b"content-type", b"application/json"), (b"retry-after", b"1")], _error(message, kind, code))
+async def _send_error(send: Any, status: int, message: str, code: str | None = None) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        *((name.encode(), value.encode()) for name, value in headers_of(status).items()),
+    ]
+    await _send(send, status, headers, _error(status, message, code))
 
 
-def run(setup: Setup, options: Any, host: str, port: int, count: int) -> None:
-    """Serve with `count` replicas until a signal, on a Ray that is started here, or on the one at RAY_ADDRESS. Raises DllmError."""
+def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
+    """Serve with `count` replicas until a signal, on a Ray that is started here, or on the one at RAY_ADDRESS. Returns the exit status. Raises
+    DllmError."""
     manifest.load(Path(setup.artifact))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = os.environ.get("RAY_ADDRESS", "local")
@@ -271,7 +279,7 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         name = f"dllm-trt-{os.getpid()}"
         stack.callback(serve.shutdown if where == "local" else lambda: serve.delete(name))
-        _serve(setup, options, host, port, count, name, needs)
+        return _serve(setup, options, host, port, count, name, needs)
 
 
 def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
@@ -285,7 +293,8 @@ def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
     return {"num_gpus": 1.0, "num_cpus": 1.0} if on_gpu else {"num_cpus": each}
 
 
-def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: str, needs: dict[str, float]) -> None:
+def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: str, needs: dict[str, float]) -> int:
+    from trt_runtime.server.cors import allowed
     from trt_runtime.server.limits import Limits
     from trt_runtime.server.metrics import Metrics
     from trt_runtime.server.serve import is_local, listen, run_app
@@ -297,7 +306,13 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
         num_replicas=count, max_ongoing_requests=most, max_queued_requests=most, health_check_period_s=1, logging_config=_QUIET,
         graceful_shutdown_timeout_s=options.timeout, ray_actor_options={**needs, "runtime_env": {"env_vars": environment}},
     )  # fmt: skip
-    behind = replace(options, api_key=None, only_local=False)  # the front has asked already
+    behind = replace(
+        options,
+        api_key=None,
+        only_local=False,
+        cors=(),
+        memory_share=options.memory_share / (1 if "num_gpus" in needs else count),
+    )  # the front has asked already
 
     def deploy() -> Any:
         return serve.run(deployment.bind(setup, behind), name=name, route_prefix=None)
@@ -309,13 +324,7 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
         raise DllmError(
             f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see why."
         ) from error
-    app = Limits(
-        front, options.most_body, options.api_key, is_local(host), lambda status: metrics.errors.labels(str(status)).inc()
-    )
-    run_app(
-        app,
-        listening,
-        f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)",
-        options.timeout,
-        count * most,
-    )
+    limits = Limits(front, most_body=options.most_body, api_key=options.api_key, only_local=is_local(host), timeout=options.timeout,
+                    most_open=256 + 4 * count * most, count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+    said = f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)"
+    return run_app(allowed(limits, options.cors), listening, said, options, count * most)

@@ -1,80 +1,102 @@
-"""What a request may say. A field that is not honoured is refused by its name, never ignored.
-
-Fields of OpenAI's API that change nothing at their neutral value are taken at that value alone.
-"""
+"""What a request may say. A field that is not honoured is refused by its name, never ignored (neutral.py has those of OpenAI's API)."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from trt_runtime.config import GenerationConfig, configured
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
+from trt_runtime.server.messages import Message
+from trt_runtime.server.neutral import Neutral, NeutralChat, NeutralCompletion, Strict, Whole
 
-MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 4, 256
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, LONGEST_STOP = 16, 256, 64, 256
+LARGEST_SEED = 2**63 - 1
+_OTHERWISE = {"suffix": "suffix_masks"}  # options that OpenAI's API has another field of the same name for
+_CLOSED = {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}  # not for clients, or said otherwise
+OPTIONS = {item.name: _OTHERWISE.get(item.name, item.name) for item in fields(GenerationConfig) if item.name not in _CLOSED}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def _plain_prompt(given: Any) -> Any:
+    """A prompt, or a list of them, all of one kind; token ids may be written as 5.0. One error, however long the list is."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, list) and len(given) > MOST_PROMPTS and isinstance(given[0], (str, list)):
+        raise ValueError(f"has {len(given)} prompts, expected up to {MOST_PROMPTS}")
+    if isinstance(given, list) and given and all(isinstance(item, str) for item in given):
+        return given
+    if isinstance(given, list) and given and all(isinstance(item, list) for item in given):
+        return [_ids(item) for item in given]
+    return _ids(given)
 
 
-class Mask(_Model):
+def _ids(given: Any) -> list[int]:
+    if not isinstance(given, list) or not all(
+        type(item) is int or (isinstance(item, float) and item.is_integer()) for item in given
+    ):
+        raise ValueError("expected a text, a list of token ids, or a list of texts or of such lists")
+    return [int(item) for item in given]
+
+
+Name = Annotated[str, Field(max_length=64)]
+
+
+class Mask(Strict):
     """A gap of a template: `mask` tokens to fill."""
 
-    mask: int = Field(ge=1, le=4096)
+    mask: Whole = Field(ge=1, le=4096)
 
 
-class StreamOptions(_Model):
+class StreamOptions(Strict):
     """include_usage: a last chunk with the counts. provisional: what is unmasked in the running block, as chunks without choices."""
 
-    include_usage: bool = False
-    provisional: bool = False
+    include_usage: bool | None = None
+    provisional: bool | None = None
+    include_obfuscation: Annotated[bool, Field(le=False)] | None = Field(default=None, description="false alone")
 
 
-class Message(_Model):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Common(_Model):
+class Common(Neutral):
     """What both kinds of completion take."""
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1, description="tokens to generate (default: the model's gen_length)")
+    max_tokens: Whole | None = Field(default=None, ge=1, description="tokens to generate (default: the model's gen_length)")
     temperature: float | None = Field(default=None, description="0 (default) takes the best token")
     top_p: float | None = None
-    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
-    seed: int | None = Field(default=None, ge=0)
-    stop: str | list[str] | None = None
-    stream: bool = False
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Whole | None = Field(default=None, ge=0, le=LARGEST_SEED, description="default: another one for each request")
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     # of diffusion models
     threshold: float | None = Field(default=None, description="of the policy 'threshold'")
-    policy: str | None = None
+    policy: Name | None = None
     factor: float | None = Field(default=None, description="of the policy 'factor'")
     gamma: float | None = Field(default=None, description="of the policy 'eb'")
     alpha: float | None = Field(default=None, description="of the policy 'dynamic'")
     low_threshold: float | None = Field(default=None, description="of 'localleap', 'hierarchy' and 'slowfast'")
-    refresh_every: int | None = Field(default=None, ge=0, description="blocks from one rebuilt cache to the next")
-    refresh_window: int | None = Field(
+    refresh_every: Whole | None = Field(default=None, ge=0, description="blocks from one rebuilt cache to the next")
+    refresh_window: Whole | None = Field(
         default=None, ge=0, description="positions around a block that begins without a rebuilt cache"
     )
-    suffix: int | None = Field(default=None, ge=0, description="masks behind the block that a forward sees")
-    suffix_decay: bool | None = Field(default=None, description="take those of suffix at growing distances")
-    hold_back_eos: bool | None = Field(
-        default=None, description="commit an end token only when nothing else is left in the block"
-    )
-    steps: int | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
-    block_length: int | None = Field(default=None, ge=1)
-    cache: str | None = Field(default=None, description="none, prefix or dual")
-    top_k: int | None = None
-    # taken at their neutral values alone
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
-    logprobs: Literal[False] | None = None
+    suffix_masks: Whole | None = Field(default=None, ge=0, description="masks behind the block that a forward sees")
+    suffix_decay: bool | None = Field(default=None, description="take those of suffix_masks at growing distances")
+    hold_back_eos: bool | None = Field(default=None, description="commit end tokens only when nothing else is left in the block")
+    steps: Whole | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
+    block_length: Whole | None = Field(default=None, ge=1)
+    cache: Name | None = Field(default=None, description="none, prefix or dual")
+    top_k: Whole | None = Field(default=None, ge=-1, description="-1 and 0 keep every token")
+
+    @property
+    def choices(self) -> int:
+        """Choices of each prompt."""
+        return self.n or 1
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
 
     def stops(self) -> list[str]:
         """The stop strings. Raises DllmError."""
@@ -86,26 +108,26 @@ class Common(_Model):
         return found
 
     def length(self) -> int | None:
+        """Tokens to generate, if the request says so."""
         return self.max_tokens
 
-    def config(self, manifest: Manifest, *, infill: bool = False) -> GenerationConfig:
-        """The options of a generation, not yet checked against the model. Raises DllmError."""
-        if self.n > 1 and not self.temperature:
+    def config(self, manifest: Manifest) -> GenerationConfig:
+        """The options of a generation, but for its length and the gaps; not yet checked against the model. Raises DllmError."""
+        if self.choices > 1 and not self.temperature:
             raise DllmError(
                 f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
             )
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
-        own = {item.name for item in fields(GenerationConfig)} - {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}
-        given: dict[str, Any] = {name: value for name in own if (value := getattr(self, name)) is not None}
-        if (length := self.length()) is not None:
-            given["gen_length"] = length
-        return configured(given | ({"infill": True, "gen_length": self.length() or 0} if infill else {}), manifest)
+        given = {name: value for name, field in OPTIONS.items() if (value := getattr(self, field, None)) is not None}
+        if self.top_k in (-1, 0):
+            del given["top_k"]
+        return configured(given, manifest)
 
 
-class ChatRequest(Common):
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
+class ChatRequest(Common, NeutralChat):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, description="the newer name of max_tokens")
 
     def length(self) -> int | None:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -113,10 +135,22 @@ class ChatRequest(Common):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionRequest(Common):
-    """A prompt as text or token ids, or a template of fixed text and gaps, which are filled."""
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+Ids = Annotated[list[list[int]], Field(min_length=1, max_length=MOST_PROMPTS)]
 
-    prompt: str | list[int] | None = None
-    template: list[str | Mask] | None = Field(default=None, min_length=1, max_length=1024)
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+
+class CompletionRequest(Common, NeutralCompletion):
+    """A prompt as text or token ids, or several of them; or a template of fixed text and gaps, which are filled.
+
+    suffix: a text behind the gap of max_tokens tokens that is filled; the answer is what stands in the gap.
+    """
+
+    prompt: Annotated[str | list[int] | Texts | Ids | None, BeforeValidator(_plain_prompt)] = None
+    suffix: str | None = None
+    template: Annotated[list[str | Mask], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+
+    def prompts(self) -> list[Any]:
+        """The prompts, in the order of their choices."""
+        if isinstance(self.prompt, list) and (not self.prompt or isinstance(self.prompt[0], (str, list))):
+            return list(self.prompt)
+        return [self.prompt]

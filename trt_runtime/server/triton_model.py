@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from trt_runtime.config import configured
 from trt_runtime.model import Update, load
 from trt_runtime.server.metrics import Metrics
+from trt_runtime.server.room import longest_of
 from trt_runtime.server.worker import Event, Job, Worker
 
 
@@ -27,7 +28,7 @@ class TritonPythonModel:
         settings = json.loads(held["dllm"]["string_value"])
         path = f"{args['model_repository']}/{args['model_version']}/artifact"
         self.model = load(path, settings["backend"], **settings["options"])
-        longest = min(settings["max_length"] or self.model.manifest.model.max_length, self.model.manifest.model.max_length)
+        longest = longest_of(self.model, settings["slots"], settings["max_length"])
         self.worker = Worker(self.model, Metrics(), slots=settings["slots"], max_length=longest, most_queued=1 << 20)
         self.worker.start()
 

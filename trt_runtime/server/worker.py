@@ -18,6 +18,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.model import Model, Update
 from trt_runtime.scheduler import Scheduler, Ticket
 from trt_runtime.sequence import Sequence
+from trt_runtime.server.errors import is_fault
 from trt_runtime.server.metrics import Metrics
 
 Event = Update | Exception | None
@@ -47,12 +48,13 @@ class Lane:
         self.scheduler = scheduler
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=run, args=(self,), name=name, daemon=True)
+        self.busy_since: float | None = None  # when the forward under way began, of time.monotonic
 
 
 @dataclass(eq=False)
 class Job:
     """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or with an exception;
-    `wants_updates`: each update, else the last alone."""
+    `wants_updates`: each update, else the last alone. `is_held`: it counts as open until it is released, however slowly a client reads it."""
 
     sequence: Sequence
     deliver: Callable[[Event], None]
@@ -62,9 +64,11 @@ class Job:
     block: tuple[int, int] | None = None
     told: int = 0
     blocks: int = 0
+    counted: int = 0
     begin: float = field(default_factory=time.perf_counter)
     last: float = 0.0
     is_open: bool = True
+    is_held: bool = False
 
 
 class Worker:
@@ -79,6 +83,7 @@ class Worker:
         self.model, self.metrics = model, metrics
         self.slots, self.max_length, self.most_queued = slots, max_length, most_queued
         self._open: set[Job] = set()
+        self._held: set[Job] = set()
         self._lock = threading.Lock()
         self._lanes = [
             Lane(
@@ -94,12 +99,20 @@ class Worker:
         for lane in self._lanes:
             lane.thread.start()
 
-    def stop(self) -> None:
-        """End the threads; jobs that are open get an error."""
-        for lane in self._lanes:
+    def stop(self, seconds: float | None = None) -> bool:
+        """End the threads; jobs that are open get an error. False if one does not end within `seconds`."""
+        begun = [lane for lane in self._lanes if lane.thread.ident is not None]
+        for lane in begun:
             lane.commands.put(None)
-        for lane in self._lanes:
-            lane.thread.join()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for lane in begun:
+            lane.thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(lane.thread.is_alive() for lane in begun)
+
+    def longest_forward(self) -> float:
+        """Seconds that the longest of the forwards under way has taken so far."""
+        begun = [since for lane in self._lanes if (since := lane.busy_since) is not None]
+        return max((time.monotonic() - since for since in begun), default=0.0)
 
     @property
     def is_alive(self) -> bool:
@@ -107,7 +120,14 @@ class Worker:
 
     @property
     def num_open(self) -> int:
-        return len(self._open)
+        """Answers that are not done, or not delivered."""
+        with self._lock:
+            return len(self._open | self._held)
+
+    def release(self, jobs: list[Job]) -> None:
+        """What was held is delivered, or given up."""
+        with self._lock:
+            self._held.difference_update(jobs)
 
     def submit(self, jobs: list[Job]) -> None:
         """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds, Stopping at the end."""
@@ -117,11 +137,12 @@ class Worker:
             if job.sequence.length > self.max_length:
                 raise DllmError(
                     f"prompt and answer are {job.sequence.length} tokens, this server takes {self.max_length}: shorten the prompt, "
-                    "lower max_tokens, or serve with a larger --max-length."
+                    "or lower max_tokens."
                 )
         with self._lock:
-            if len(self._open) + len(jobs) > self.slots + self.most_queued:
+            if len(self._open | self._held) + len(jobs) > self.slots + self.most_queued:
                 raise Busy
+            self._held.update(job for job in jobs if job.is_held)
             for job in jobs:
                 held = Counter(other.lane for other in self._open)
                 job.lane = min(self._lanes, key=lambda lane: held[lane] / len(lane.scheduler.rows))
@@ -158,8 +179,10 @@ class Worker:
     def _stepped(self, job: Job) -> None:
         try:
             self._step(job)
-        except Exception:  # of one answer: the others go on
-            self._fail(job)
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+            self._fail(job)  # of one answer: the others go on
 
     def _fail(self, job: Job) -> None:
         """End an answer for the exception that is being handled."""
@@ -170,8 +193,10 @@ class Worker:
 
     def _step(self, job: Job) -> None:
         row, metrics = job.sequence, self.metrics
-        metrics.forwards.labels(row.trace[-1].kind).inc()
-        metrics.committed.inc(len(row.trace[-1].positions))
+        for step in row.trace[job.counted :]:  # one, or those that the device made without a look
+            metrics.forwards.labels(step.kind).inc()
+            metrics.committed.inc(len(step.positions))
+        job.counted = len(row.trace)
         is_new = row.block != job.block
         now = time.perf_counter()
         if is_new:
@@ -198,11 +223,17 @@ class Worker:
         try:
             while self._drain(lane):
                 try:
+                    lane.busy_since = time.monotonic()
                     lane.scheduler.tick()
-                except Exception:  # a forward failed: the rows in slots are lost, those that wait and the server are not
+                except BaseException as error:
+                    if not is_fault(error):
+                        raise
+                    # a forward failed: the rows in slots are lost, those that wait and the server are not
                     for job in self._jobs(lane):
                         if job.ticket is not None and job.ticket.slot is not None:
                             self._fail(job)
+                finally:
+                    lane.busy_since = None
         finally:
             for job in self._jobs(lane):
                 self._close(job, Stopping("the server is stopping: try again."))

@@ -1,0 +1,85 @@
+"""What a server is started with: memory, keys, origins, an open door."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import replace
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+
+from serving import serving
+
+from trt_runtime import manifest as manifests
+from trt_runtime.errors import DllmError
+from trt_runtime.server import room
+
+
+def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypatch):
+    facts = replace(model.manifest.model, max_length=131_072)
+    each = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * 4
+    length = room.longest_canvas(facts, 8, None, free=8 * each * 10_000)
+    assert length % 64 == 0 and (length + 64) * each * 8 <= 0.5 * 8 * each * 10_000 < (length + 64 + 64) * each * 8
+    assert room.longest_canvas(facts, 8, None, free=1 << 60) == 131_072 == room.longest_canvas(facts, 8, None, free=0)
+    assert room.longest_canvas(facts, 8, 500, free=1) == 500 and room.longest_canvas(facts, 8, 10**9, free=1) == 131_072
+    with pytest.raises(DllmError, match=r"--slots.*--max-length"):
+        room.longest_canvas(facts, 8, None, free=8 * each * 100)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (10 << 40, 10 << 40))
+    assert 0 < room.free_memory() <= 10 << 40
+
+
+def test_the_start_line_says_what_was_chosen(demo_artifact, monkeypatch, capsys):
+    from trt_runtime import cli
+
+    monkeypatch.setattr(
+        "trt_runtime.server.serve.run_app", lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0
+    )
+    one = room.cache_bytes(manifests.load(demo_artifact).model, room.Work(1, 1, 1))
+    monkeypatch.setattr("trt_runtime.server.room.free_memory", lambda: 2 * one * (64 + 128))
+    assert cli.main(["serve", str(demo_artifact), "--port", "0", "--slots", "1", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 slots of 128 tokens" in said and "what half of the free memory holds" in said
+    assert cli.main(["serve", str(demo_artifact), "--port", "0", "--slots", "64", "--threads", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "--slots" in said and "--max-length" in said and len(said.splitlines()) == 1
+
+
+def test_keys_origins_and_the_open_door(demo_artifact, monkeypatch, capsys):
+    from trt_runtime import cli
+
+    held = {}
+    monkeypatch.setattr("trt_runtime.server.serve.run", lambda model, options, host, port: held.update(options=options) or 0)
+    monkeypatch.setenv("DLLM_API_KEY", "a, b,c")
+    assert cli.main(["serve", str(demo_artifact)]) == 0 and held["options"].api_key == ("a", "b", "c")
+    assert (
+        cli.main(["serve", str(demo_artifact), "--api-key", "x,y", "--api-key", "z", "--cors", "*", "--cors", "http://h:1"]) == 0
+    )
+    assert held["options"].api_key == ("x,y", "z") and held["options"].cors == ("*", "http://h:1")
+    assert len(held["options"].examples) == 3
+    for wrong in (["--api-key", "a", "--api-key", ""], ["--cors", "localhost"], ["--cors", "http://h/path"], ["--cors", ""]):
+        assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv("DLLM_API_KEY", "a,,b")
+    assert cli.main(["serve", str(demo_artifact)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"), [("0.0.0.0", None, True), ("0.0.0.0", ("k",), False), ("127.0.0.1", None, False)]
+)
+def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
+    from trt_runtime.server import serve
+
+    monkeypatch.setattr(serve.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(serve.signal, "signal", lambda number, handler: None)
+    assert serve.run_app(None, serve.listen(host, 0), "demo", serve.Options("demo", api_key=key), 8) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("warning:") and "--api-key" in line for line in lines] == ([True, False] if warns else [False])
+
+
+def test_several_keys(model):
+    with serving(model, api_key=("one", "two")) as (url, _):
+        for key, status in (("one", 200), ("two", 200), ("three", 401), ("one,two", 401), ("onetwo", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status, key

@@ -1,0 +1,35 @@
+"""Pages of other origins that may ask this server; none unless its operator names them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+
+from trt_runtime.errors import DllmError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\\s]+")
+
+
+def check(origins: tuple[str, ...]) -> None:
+    """Raise DllmError for what is no origin."""
+    for origin in origins:
+        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+            raise DllmError(f"--cors is '{origin[:80]}', expected an origin like http://localhost:3000, or '*' for all.")
+
+
+def _options(origins: tuple[str, ...]) -> dict[str, Any]:
+    return {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"],
+            "expose_headers": ["x-dllm-seed", "retry-after"]}  # fmt: skip
+
+
+def allow(app: Any, origins: tuple[str, ...]) -> None:
+    """Let pages of these origins ask a FastAPI application. Around all else, so that a preflight, which has no key, is answered."""
+    if origins:
+        app.add_middleware(CORSMiddleware, **_options(origins))
+
+
+def allowed(app: Any, origins: tuple[str, ...]) -> Any:
+    """The same for a plain application."""
+    return CORSMiddleware(app, **_options(origins)) if origins else app
