@@ -98,8 +98,9 @@ def main() -> None:
             )
         else:
             checkpoint = str(manifests.load(args.artifact).source["checkpoint"])
+        without = {"without": os.environ[cpu_without.NOTED]} if cpu_without.NOTED in os.environ else {}
         report = {
-            "machine": machine(),
+            "machine": machine() | without,
             "exact as it is": {name: int8.is_exact(name, {}) for name in int8.PROBES},
             "rows": measure(made, checkpoint),
         }

@@ -95,6 +95,7 @@ def test_a_panic_is_of_its_request_alone(model, monkeypatch):
     with serving(model) as (url, worker):
         held = Tokenizer()
         monkeypatch.setattr(model.tokenizer, "_tokenizer", held)
+        monkeypatch.setattr(model.tokenizer._detokenizer, "_tokenizer", held)
         answer = post(url, CHAT)
         assert answer.status_code == 400 and "tokenizer fails" in answer.json()["error"]["message"]
         held.is_down = "decode"
