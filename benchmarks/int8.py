@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def main() -> None:
             )
         else:
             checkpoint = str(manifests.load(args.artifact).source["checkpoint"])
-        without = {"without": os.environ[cpu_without.NOTED]} if cpu_without.NOTED in os.environ else {}
+        without = {"without": os.environ["DLLM_CPU_WITHOUT"]} if "DLLM_CPU_WITHOUT" in os.environ else {}
         report = {
             "machine": machine() | without,
             "exact as it is": {name: int8.is_exact(name, {}) for name in int8.PROBES},

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 UNABLE = 3
+NOTED = "DLLM_CPU_WITHOUT"  # in the command's environment: what is left out, for measurements to note
 # set -> bits to clear of leaf 7: (subleaf 0: ebx, ecx, edx), (subleaf 1: eax, edx)
 _AMX = ((0, 0, 1 << 22 | 1 << 24 | 1 << 25), (1 << 21, 1 << 8))
 _VNNI = ((0, 1 << 11, 1 << 2 | 1 << 3), (1 << 4, 1 << 4 | 1 << 5 | 1 << 10 | 1 << 19))
@@ -91,7 +92,7 @@ def main() -> int:
             print(f"error: no gcc, or it failed ({error}): install it to leave instruction sets out.", file=sys.stderr)
             return UNABLE
         preload = " ".join(filter(None, [str(made), os.environ.get("LD_PRELOAD")]))
-        return subprocess.run(command, env={**os.environ, "LD_PRELOAD": preload}, check=False).returncode
+        return subprocess.run(command, env={**os.environ, "LD_PRELOAD": preload, NOTED: args.sets}, check=False).returncode
 
 
 if __name__ == "__main__":
