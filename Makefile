@@ -33,7 +33,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 # what the tests need: PyTorch and transformers for the reference, TensorRT-RTX (which builds without a GPU), and the linters
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -e '.[export,ort,reference,rtx,kernels,serve,ray,eval,bench,dev]'
+	$(PIP) -e '.[export,ort,reference,rtx-cu13,debug,kernels,serve,ray,eval,bench,dev]'
 	@touch $@
 
 demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measure what caches and parallel unmasking bring

@@ -117,3 +117,19 @@ class _Cuda:
 def test_gpus_are_asked_through_the_driver(monkeypatch, cuda, expected):
     monkeypatch.setattr(doctor, "ctypes", types.SimpleNamespace(**{**vars(doctor.ctypes), "CDLL": lambda name: cuda}))
     assert [(finding.what, finding.status, finding.said) for finding in doctor._gpu()] == expected
+
+
+def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
+    """cuda-bindings of CUDA 13 on a driver of CUDA 12: every call would fail."""
+    monkeypatch.setattr(doctor, "bindings_major", lambda: 13)
+    found = doctor._driver(12040)
+    assert found.status == doctor.WARNING and "CUDA 12.4, and cuda-bindings is of CUDA 13" in found.said and "cuda-bindings<13" in found.mend
+    assert doctor._driver(13000).status == doctor.OK
+    monkeypatch.setattr(doctor, "bindings_major", lambda: None)
+    assert doctor._driver(12040).status == doctor.OK
+
+
+@pytest.mark.parametrize(("driver", "extra"), [(12, "trt-cu12"), (13, "trt-cu13"), (0, "trt-cu13")])
+def test_the_extra_of_the_drivers_cuda_is_advised(monkeypatch, driver, extra):
+    monkeypatch.setattr(doctor, "_driver_cuda", lambda: driver)
+    assert extra in next(package.mend for package in doctor.packages() if package.name == "tensorrt")

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, export_quietly
 
 from export.verify_graphs import exposed
-from trt_runtime import cli, devices, plan
+from trt_runtime import cli, devices, engine, plan
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.plan import LAYOUTS, Work
@@ -159,3 +159,19 @@ def test_devices_are_found_by_name():
     assert devices.find("cpu").memory > devices.GIB
     with pytest.raises(DllmError, match="did you mean 'h200'"):
         devices.find("h20")
+
+
+def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
+    """A TensorRT before 10.7 holds the engine's file whole beside its weights: of LLaDA-8B that is more than an Orin of 32 GB has."""
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["llada-8b"][0]))
+    facts = plan.model_of(str(tmp_path), "bf16").facts
+    work, shared = plan.Work(1, 1280, 32), next(layout for layout in plan.LAYOUTS if layout.label == "trt shared")
+    orin, thor, card = (devices.DEVICES[name] for name in ("orin-32g", "thor", "l4"))
+    assert plan.opening_bytes(facts, shared, orin) == plan.memory(facts, work, shared).weights > 16e9
+    assert plan.opening_bytes(facts, shared, thor) == engine.PIECE and plan.opening_bytes(facts, shared, card) == 0
+    assert plan.opening_bytes(facts, plan.LAYOUTS[0], orin) == 0
+    said = plan.verdict(facts, work, orin, shared)
+    assert said.startswith("does not fit") and "holds the engine's file whole beside its weights" in said
+    assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(
+        facts, work, devices.DEVICES["orin-64g"], shared
+    ).startswith("fits")

@@ -11,7 +11,9 @@ import stand_in_cuda
 import stand_ins
 from conftest import export_quietly
 from test_export_graphs import window
+from tiny import write_checkpoint
 
+from export import families
 from trt_runtime import builder, cuda, engine, replay
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import open_backend, tensorrt_engines
@@ -23,6 +25,7 @@ from trt_runtime.config import GenerationConfig
 from trt_runtime.engine import BuildConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.model import load
+from trt_runtime.scheduler import Scheduler
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings")
 SIZES = BuildConfig(max_batch=4, max_length=256, block_length=64, max_rows=256)
@@ -127,6 +130,56 @@ def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tm
         TensorRTBackend(tiny_artifact, engines=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("longest", [128, 4096])
+def test_serving_starts_with_the_documented_engines(gpu, tmp_path, longest):
+    """As deploy/Dockerfile.gpu builds and serves: no length is given. The slots take what the engines hold less the scheduler's spare rows, and never
+    more than the model; a request is answered."""
+    from fastapi.testclient import TestClient
+
+    from trt_runtime.server.answers import Options
+    from trt_runtime.server.app import create_app
+
+    checkpoint = write_checkpoint(families.find("llada"), tmp_path / "checkpoint", model={"max_sequence_length": longest})
+    artifact = export_quietly(checkpoint, tmp_path / "artifact")
+    made = engine.build(artifact, tmp_path / "engines", BuildConfig(max_batch=8))
+    capacity = json.loads((made / "engine.json").read_text())["built_for"]["capacity"]
+    assert capacity == {128: 192, 4096: 2048}[longest]
+    with load(artifact, "tensorrt", engines=tmp_path / "engines") as model:
+        app = create_app(model, Options("tiny", slots=8))
+        assert app.state.worker.max_length == {128: 128, 4096: 2048 - 64}[longest]
+        with TestClient(app, base_url="http://localhost") as client:
+            answer = client.post("/v1/completions", json={"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 16})
+            assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
+            too_long = client.post("/v1/completions", json={"model": "tiny", "prompt": [5] * 5000, "max_tokens": 16})
+            assert too_long.status_code == 400 and str(app.state.worker.max_length) in too_long.json()["error"]["message"]
+
+
+def test_the_length_that_a_message_asks_for_can_be_built(gpu, tmp_path):
+    """A server that asks for the model's longest canvas needs spare rows beyond it: the engines may have them."""
+    checkpoint = write_checkpoint(families.find("llada"), tmp_path / "checkpoint")
+    artifact = export_quietly(checkpoint, tmp_path / "artifact")
+    engine.build(artifact, tmp_path / "engines", BuildConfig(max_length=64, block_length=8))
+    backend = TensorRTBackend(artifact, engines=tmp_path / "engines")
+    with pytest.raises(DllmError, match="a canvas of 192 tokens: the engines hold 64: build them with --max-length 192"):
+        Scheduler(backend, 2, 128)
+    engine.build(artifact, tmp_path / "longer", BuildConfig(max_length=192, block_length=8))
+    Scheduler(TensorRTBackend(artifact, engines=tmp_path / "longer"), 2, 128)
+
+
+def test_a_driver_that_is_older_than_the_bindings_is_named_with_the_remedy(gpu, monkeypatch):
+    code = stand_in_cuda.enum.IntEnum("Code", {"cudaErrorInsufficientDriver": 35})
+    monkeypatch.setattr(gpu, "cudaGetDeviceCount", lambda: (code.cudaErrorInsufficientDriver, None))
+    monkeypatch.setattr(gpu, "cudaDriverGetVersion", lambda: (gpu.Code.cudaSuccess, 12040))
+    monkeypatch.setattr(cuda, "bindings_major", lambda: 13)
+    with pytest.raises(
+        DllmError, match=r"cuda-bindings is of CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and rtx-cu12"
+    ):
+        cuda.Device()
+    monkeypatch.setattr(cuda, "bindings_major", lambda: 12)
+    with pytest.raises(DllmError, match="and a driver; 'dllm-trt doctor' says what is there"):
+        cuda.Device()
+
+
 def test_engines_of_something_else_are_not_opened(gpu, tiny_artifact, tiny_engines, monkeypatch):
     (directory,) = (path.parent for path in tiny_engines.glob("*/engine.json"))
     facts = json.loads((directory / "engine.json").read_text())
@@ -171,7 +224,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
     """The real cuda-python, which says why on a machine without a driver; the stand-in, with no device; no package at all."""
     made, _ = stand_ins.install(monkeypatch, rtx)
     made.devices = 0
-    with pytest.raises(DllmError, match="GPU 0 was asked for, this machine has 0: install NVIDIA's cuda-python"):
+    with pytest.raises(DllmError, match="GPU 0 was asked for, this machine has 0: install NVIDIA's cuda-bindings"):
         cuda.Device()
     with pytest.raises(DllmError, match="engines are built on the GPU that runs them: GPU 0"):
         engine.build(tiny_artifact, tmp_path, SIZES)
@@ -348,7 +401,7 @@ def test_steps_that_are_long_unused_give_their_contexts_back(gpu, tiny_artifact,
 def test_an_engine_is_read_in_pieces(gpu, tiny_artifact, tiny_engines, monkeypatch):
     """It is never whole in host memory; a TensorRT that knows no stream reader gets the bytes."""
     most = []
-    monkeypatch.setattr(tensorrt_engines, "PIECE", 100)
+    monkeypatch.setattr(engine, "PIECE", 100)
     real = stand_ins.pieces
     monkeypatch.setattr(stand_ins, "pieces", lambda reader: (most.append(len(piece)) or piece for piece in real(reader)))
     backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import math
 import re
 import weakref
@@ -25,7 +26,7 @@ ALIGNMENT = 256  # bytes: what TensorRT asks of every address it is given
 
 
 def _mend() -> str:
-    return f"install NVIDIA's cuda-python ({advice.package('cuda-python')}) and a driver; 'dllm-trt doctor' says what is there"
+    return f"install NVIDIA's cuda-bindings ({advice.package('cuda-bindings')}, of the CUDA that the driver runs) and a driver; 'dllm-trt doctor' says what is there"
 
 
 def _bindings() -> tuple[Any, Any]:
@@ -87,6 +88,14 @@ class Arena:
         return sum(aligned(dtype.itemsize * math.prod(shape)) for dtype, shape in tensors.values())
 
 
+def bindings_major() -> int | None:
+    """The CUDA major version of cuda-bindings; None where it is not installed as a package."""
+    try:
+        return int(importlib.metadata.version("cuda-bindings").split(".")[0])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
 def aligned(size: int) -> int:
     """The next size at which something else may begin."""
     return -(-size // ALIGNMENT) * ALIGNMENT
@@ -104,7 +113,7 @@ class Device:
         try:
             count = self._do("cudaGetDeviceCount")
         except DllmError as error:
-            raise DllmError(f"no GPU can be used ({error}): {_mend()}.") from error
+            raise DllmError(f"no GPU can be used ({error}): {self._remedy(error)}.") from error
         if not 0 <= index < count:
             raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_mend()}.")
         self.index = index
@@ -116,6 +125,18 @@ class Device:
         found, version = self._do("cudaGetDeviceProperties", index), int(self._do("cudaDriverGetVersion"))
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         return Facts(name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}")
+
+    def _remedy(self, error: DllmError) -> str:
+        """What to do where the GPU cannot be used: most often cuda-bindings is of a newer CUDA than the driver runs."""
+        with contextlib.suppress(DllmError):
+            driver, bindings = int(self._do("cudaDriverGetVersion")) // 1000, bindings_major()
+            if "InsufficientDriver" in str(error) and bindings is not None and 0 < driver < bindings:
+                older = advice.package(f"cuda-bindings<{driver + 1}")
+                return (
+                    f"cuda-bindings is of CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras trt-cu{driver} and rtx-cu{driver} hold that), "
+                    "or update the driver (CUDA 13 needs 580 or newer)"
+                )
+        return _mend()
 
     def enter(self) -> None:
         """Make this the device of the calling thread: CUDA keeps one for each. Every time: a thread's number is used again by another."""

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Device:
     """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s; TFLOPS.
 
     A rate of None is not known: no time is forecast. rate8: of 8-bit products, of a CPU. compute_capability: of a GPU, as 89 for 8.9.
+    shared: whether host and GPU have one memory. reads_whole: whether its TensorRT (before 10.7) holds an engine's file whole in host memory while it opens it.
     """
 
     name: str
@@ -46,12 +47,22 @@ class Device:
     is_cpu: bool = False
     rate8: float | None = None
     compute_capability: int = 0
+    shared: bool = False
+    reads_whole: bool = False
 
 
 def _gpu(name: str, capability: int, gib: float, bandwidth: float, rate16: float, rate32: float, reserved: float = 0.7) -> Device:
     return Device(name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32, compute_capability=capability)
 
 
+def _jetson(
+    name: str, capability: int, gib: float, bandwidth: float, rate16: float, rate32: float, *, reads_whole: bool
+) -> Device:
+    made = _gpu(name, capability, gib, bandwidth, rate16, rate32, reserved=4)
+    return replace(made, shared=True, reads_whole=reads_whole)
+
+
+# Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7)
 # memory of data-centre cards and Jetsons as the driver reports it; GeForce cards as named (the driver reports up to 2 % less)
 DEVICES = {
     "a100-40g": _gpu("A100 40 GB", 80, 39.4, 1555, 312, 19.5),
@@ -59,14 +70,14 @@ DEVICES = {
     "h100": _gpu("H100 SXM", 90, 79.6, 3350, 989.4, 66.9),
     "h200": _gpu("H200 SXM", 90, 140.4, 4800, 989.4, 66.9),
     "l4": _gpu("L4", 89, 22.5, 300, 121, 30.3),
-    "orin-32g": _gpu("Jetson AGX Orin 32 GB", 87, 29.9, 204.8, 26.6, 3.3, reserved=4),
-    "orin-64g": _gpu("Jetson AGX Orin 64 GB", 87, 61.3, 204.8, 42.5, 5.3, reserved=4),
+    "orin-32g": _jetson("Jetson AGX Orin 32 GB", 87, 29.9, 204.8, 26.6, 3.3, reads_whole=True),
+    "orin-64g": _jetson("Jetson AGX Orin 64 GB", 87, 61.3, 204.8, 42.5, 5.3, reads_whole=True),
     "rtx-4090": _gpu("GeForce RTX 4090", 89, 24.0, 1008, 165.2, 82.6),
     "rtx-5070": _gpu("GeForce RTX 5070", 120, 12.0, 672, 61.7, 30.9),
     "rtx-5070-ti": _gpu("GeForce RTX 5070 Ti", 120, 16.0, 896, 87.9, 43.9),
     "rtx-5080": _gpu("GeForce RTX 5080", 120, 16.0, 960, 112.6, 56.3),
     "rtx-5090": _gpu("GeForce RTX 5090", 120, 32.0, 1792, 209.5, 104.8),
-    "thor": _gpu("Jetson AGX Thor (T5000)", 110, 122.8, 273, 259, 8.1, reserved=4),
+    "thor": _jetson("Jetson AGX Thor (T5000)", 110, 122.8, 273, 259, 8.1, reads_whole=False),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_runtime import advice, processor
+from trt_runtime.cuda import bindings_major
 from trt_runtime.devices import GIB, meminfo
 
 PYTHONS = ((3, 10), (3, 13))
@@ -38,6 +39,23 @@ class Package:
     purpose: str
     mend: str
     needed: bool = False
+    others: tuple[str, ...] = ()  # names that it may be installed by as well
+
+
+def _by_driver(kind: str) -> str:
+    """How to install what comes in a form for each CUDA: by the major version that the driver runs."""
+    driver = _driver_cuda()
+    return advice.install(f"{kind}-cu{12 if driver == 12 else 13}") + ("" if driver else f" (a driver of CUDA 12: {kind}-cu12)")
+
+
+def _driver_cuda() -> int:
+    """The CUDA major version that the driver runs; 0 where there is none."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value // 1000
 
 
 def packages() -> tuple[Package, ...]:
@@ -49,9 +67,10 @@ def packages() -> tuple[Package, ...]:
         Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", package("jinja2>=3.1.6"), needed=True),
         Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", install("ort")),
         Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", install("ort-gpu")),
-        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", install("trt") + " (tensorrt is on NVIDIA's index)"),
-        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", install("rtx")),
-        Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", install("trt")),
+        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", _by_driver("trt"), others=("tensorrt-cu13", "tensorrt-cu12")),
+        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _by_driver("rtx"),
+                others=("tensorrt-rtx-cu12-bindings",)),
+        Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", _by_driver("trt")),
         Package("onnx", "onnx", "1.21", "2", "export", tool("export")),
         Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", tool("export")),
         Package("onnxscript", "onnxscript", "0.6", "1", "export", tool("export")),
@@ -60,7 +79,7 @@ def packages() -> tuple[Package, ...]:
         Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", tool("export")),
         Package("torch", "torch", "2.6", "3", "verify, the reference", tool("reference")),
         Package("transformers", "transformers", "5.8", "6", "verify, the reference", tool("reference")),
-        Package("polygraphy", "polygraphy", "0.49", "1", "debugging engines", package("polygraphy")),
+        Package("polygraphy", "polygraphy", "0.50.3", "1", "debugging engines", install("debug")),
     )  # fmt: skip
 
 
@@ -128,7 +147,7 @@ def _packages() -> Iterator[Finding]:
 
 def package_finding(package: Package) -> Finding:
     """A package's version against the support table, and whether it can be imported."""
-    version = _version(package.name)
+    version = next(filter(None, map(_version, (package.name, *package.others))), None)
     if version is None:
         status = FAILURE if package.needed else ABSENT
         return Finding(package.name, status, f"not installed; for: {package.purpose}", package.mend)
@@ -166,11 +185,21 @@ def _gpu() -> Iterator[Finding]:
                       "check nvidia-smi; in a container, start it with --gpus all")  # fmt: skip
         return
     cuda.cuDriverGetVersion(ctypes.byref(version))
-    yield Finding("NVIDIA driver", OK, f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+    yield _driver(version.value)
     for index in range(number.value):
         yield Finding("GPU", OK, _describe_gpu(cuda, index))
     if not number.value:
         yield Finding("GPU", ABSENT, "the driver has no device", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+
+
+def _driver(version: int) -> Finding:
+    """Whether the installed cuda-bindings run on it: theirs must not be of a newer CUDA."""
+    driver, bindings = version // 1000, bindings_major()
+    said = f"CUDA {driver}.{version % 1000 // 10}"
+    if bindings is None or bindings <= driver:
+        return Finding("NVIDIA driver", OK, said)
+    return Finding("NVIDIA driver", WARNING, f"{said}, and cuda-bindings is of CUDA {bindings}: no call will work",
+                   f"{advice.package(f'cuda-bindings<{driver + 1}')}, or update the driver")  # fmt: skip
 
 
 def _describe_gpu(cuda: Any, index: int) -> str:

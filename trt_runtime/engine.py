@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import advice, atomic, builder, cuda, fused_attention
+from trt_runtime import advice, atomic, builder, contract, cuda, fused_attention
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.builder import Job, Profile, version_of
@@ -29,6 +29,7 @@ from trt_runtime.manifest import FileFacts, Manifest
 FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
 LAYOUTS = SHARED, SPLIT = ("shared", "split")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # compute capabilities that TensorRT-RTX builds for
+PIECE = 256 << 20  # bytes of an engine's file that are in host memory at a time while it is opened (from TensorRT 10.7 on)
 CAPACITY_STEP = 64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
 # the modules that a backend's package may be called, and the extra that installs it
 _MODULES = {"tensorrt": (("tensorrt",), "trt"), "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx")}
@@ -83,7 +84,8 @@ class BuildConfig:
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
                 raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX is not asked to.")
-        length = min(self.max_length, manifest.model.max_length)
+        # a scheduler's slots are longer than the longest canvas by its spare rows
+        length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         block = min(self.block_length, length)
         return replace(self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length))
 

@@ -18,7 +18,7 @@ from trt_runtime import advice, contract, plan_text
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool
 from trt_runtime.devices import DEVICES, Device, find, size_text
-from trt_runtime.engine import SCHEME_FROM
+from trt_runtime.engine import PIECE, SCHEME_FROM
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.manifest import ORT_CPU, TENSORRT, ModelFacts, Quantization
 
@@ -112,6 +112,20 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
     return Memory(weights, cache_bytes(facts, work), activations, statistics)
 
 
+def opening_bytes(facts: ModelFacts, layout: Layout, device: Device) -> int:
+    """Host memory that opening an engine takes beside its weights on the device, where both are one memory: the engine's file, in pieces (from
+    TensorRT 10.7 on) or whole."""
+    if not device.shared or not layout.label.startswith("trt"):
+        return 0
+    return memory(facts, Work(1, 1, 1), layout).weights // layout.copies if device.reads_whole else PIECE
+
+
+def needed_bytes(facts: ModelFacts, work: Work, layout: Layout, device: Device) -> int:
+    """Memory at the peak on a device: while it opens the model, or in a prefix pass, whichever takes more."""
+    parts = memory(facts, work, layout, on_cpu=device.is_cpu)
+    return max(parts.total, parts.weights + opening_bytes(facts, layout, device))
+
+
 def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
     """Of one row of the batch: linear layers over `rows`, attention of `rows` to `keys`, and the last layer and head on `asked`."""
     hidden, wide = facts.hidden_size, facts.num_heads * facts.head_dim
@@ -189,10 +203,16 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
     """A sentence: whether it fits, and what to change if it does not."""
 
     def needed(facts: ModelFacts, work: Work) -> int:
-        return memory(facts, work, layout, on_cpu=device.is_cpu).total
+        return needed_bytes(facts, work, layout, device)
 
     free, all_of_it = device.memory - device.reserved, needed(facts, work)
-    what = f"{layout.name} on {device.name}"
+    opening = opening_bytes(facts, layout, device)
+    why = (
+        ""
+        if opening <= PIECE
+        else f" (opening it: this TensorRT holds the engine's file whole beside its weights, {size_text(opening)} more)"
+    )
+    what = f"{layout.name} on {device.name}{why}"
     if all_of_it <= free:
         return f"fits: {what} needs {size_text(all_of_it)} of {size_text(free)}."
     short = f"does not fit: {what} needs {size_text(all_of_it)} of {size_text(free)}"
@@ -201,7 +221,7 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
         return f"{short}; {fitting} would."
     least = needed(facts, replace(work, batch=1, length=min(work.length, _SHORTEST)))
     enough = [d.name for d in sorted(DEVICES.values(), key=lambda d: d.memory)
-              if memory(facts, work, layout).total <= d.memory - d.reserved]  # fmt: skip
+              if needed_bytes(facts, work, layout, d) <= d.memory - d.reserved]  # fmt: skip
     other = f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
     one = ", or one engine instead of two" if layout.copies > 1 else ""
     return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {size_text(least)}: {other}{one}."
@@ -257,8 +277,9 @@ def report(facts: ModelFacts, work: Work, names: list[str], quantised: Quantizat
         "devices": {device.name: {
             "memory": device.memory, "prefix_pass_seconds": time_of(device, work.length),
             "refine_step_seconds": time_of(device, min(work.block_length, work.length)),
-            "fits": {layout.label: memory(facts, work, layout, on_cpu=device.is_cpu).total <= device.memory - device.reserved
+            "fits": {layout.label: needed_bytes(facts, work, layout, device) <= device.memory - device.reserved
                      for layout in layouts[device.name]},
+            "opening": {layout.label: opening_bytes(facts, layout, device) for layout in layouts[device.name]},
             "rates": {"measured": device.is_cpu, "bandwidth": device.bandwidth, "fp32": device.rate32, "16 bit": device.rate16,
                       "8 bit": device.rate8},
         } for device in devices},

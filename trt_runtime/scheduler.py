@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trt_runtime.backends.base import Backend, Window
+from trt_runtime.contract import SPARE_ROWS
 from trt_runtime.errors import DllmError
 from trt_runtime.generator import Wanted, assemble, commit_rules, groups, run_group, run_steps, slots_of
 from trt_runtime.sequence import Sequence
@@ -54,7 +55,7 @@ class Scheduler:
     time (Backend.resized), the cache is as long as the requests in its slots need, and `max_length` and `spare` are the most.
     """
 
-    def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = 64) -> None:
+    def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = SPARE_ROWS) -> None:
         self.backend, self.max_length, self.spare = backend, max_length, spare
         self.cache = backend.new_cache(slots, max_length + spare)
         self.rows: list[Ticket | None] = [None] * slots

@@ -20,7 +20,6 @@ from trt_runtime.contract import TensorSpec
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
 
-PIECE = 256 << 20  # bytes of an engine that are in host memory at a time while it is read
 CACHE_SUFFIX = ".runtime-cache"
 _LOG = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
                 trt.IStreamReaderV2.__init__(self)
 
             def read(self, size: int, stream: int) -> bytes:
-                return held.read(min(size, PIECE))
+                return held.read(min(size, engine.PIECE))
 
             def seek(self, offset: int, where: Any) -> bool:
                 whence = {trt.SeekPosition.SET: os.SEEK_SET, trt.SeekPosition.CUR: os.SEEK_CUR, trt.SeekPosition.END: os.SEEK_END}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trt_runtime import devices
+from trt_runtime.contract import SPARE_ROWS
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import ModelFacts
 from trt_runtime.model import Model
 from trt_runtime.plan import Work, cache_bytes
 
 SHARE = 0.5  # of the memory that is free once the model is open: the rest is for activations, answers and others
-SPARE = 64  # rows of a slot beyond its canvas (scheduler.py)
 _STEP, _LEAST = 64, 64
 
 
@@ -25,9 +25,9 @@ def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int |
         return min(asked, facts.max_length)
     free = free_memory() if free is None else free
     each = cache_bytes(facts, Work(slots, 1, 1))
-    if not free or each * (facts.max_length + SPARE) <= share * free:
+    if not free or each * (facts.max_length + SPARE_ROWS) <= share * free:
         return facts.max_length
-    length = (int(share * free / each) - SPARE) // _STEP * _STEP
+    length = (int(share * free / each) - SPARE_ROWS) // _STEP * _STEP
     if length < min(_LEAST, facts.max_length):
         raise DllmError(
             f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and {free / 2**20:,.0f} MiB are free: give fewer --slots, "
@@ -42,7 +42,7 @@ def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE
     on_cpu = backend.name == "torch" or getattr(backend, "device", None) == "cpu"
     longest = longest_canvas(model.manifest.model, slots, asked, free_memory() if on_cpu else _of_gpu(), share)
     capacity = getattr(backend, "capacity", None)
-    return longest if asked is not None or capacity is None else max(1, min(longest, capacity - SPARE))
+    return longest if asked is not None or capacity is None else max(1, min(longest, capacity - SPARE_ROWS))
 
 
 def free_memory() -> int:
