@@ -67,7 +67,7 @@ lint: $(VENV)/.dev ## ruff, mypy, import rules
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
-	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/render_system.py
+	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/reports/system.py
 
 frontier: $(VENV)/.dev ## accuracy against tokens a forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no

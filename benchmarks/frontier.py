@@ -20,8 +20,8 @@ from typing import Any
 sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tools"))
 
 import demo_task
-import render
 from demo_prompts import SEED, held_out
+from reports.marks import insert
 
 import trt_runtime as rt
 from trt_runtime.bench import machine
@@ -156,7 +156,7 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results" / "frontier.json"
     results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(report, ROOT / "docs" / "frontier")
-    render.insert(ROOT / "docs" / "benchmarks.md", BEGIN, END, table(report))
+    insert(ROOT / "docs" / "benchmarks.md", BEGIN, END, table(report))
 
 
 if __name__ == "__main__":

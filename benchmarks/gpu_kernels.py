@@ -60,7 +60,7 @@ def _copy_ms(count: int, settings: Any) -> float:
 
 def measured_ceilings(settings: Any) -> tuple[float, float] | None:
     """Copy GB/s and bf16 TFLOPS of the ceilings stage, if it ran."""
-    file = Path(settings.out) / "gpu-ceilings.json"
+    file = Path(settings.out) / "ceilings.json"
     held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "copy" not in held or "matmul_bf16" not in held:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -175,12 +176,23 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
     rows = speeds(backend, settings, note)
     longest = next(row for row in rows if row["canvas"] == settings.canvases[-1] and row["batch"] == 1)
     note(tokens_per_second=tokens_per_second(backend, settings), tokens_per_second_at_schedule=at_the_schedule(longest, settings))
-    backend.model, backend.dtype = backend.model.float(), torch.float32
-    wide = outputs(backend, settings)
+    wide = outputs(_widened(backend, settings, note), settings)
     arrays = {f"{tag} {role} {name}": getattr(stats, name) for tag, made in ((settings.dtype, same), ("fp32", wide))
               for role, stats in made.items() for name in (*STATISTICS, "token")}  # fmt: skip
     np.savez(Path(settings.work) / "torch.npz", **arrays)
     note(parity=parity(same, settings, "torch"))
+
+
+def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
+    """The same in fp32: what parity is measured from. On the host where the GPU does not hold it."""
+    from export.reference import TorchBackend
+
+    needed = 4.5 * backend.manifest.model.parameters
+    if settings.is_twin or torch.cuda.mem_get_info()[1] > needed:
+        backend.model, backend.dtype = backend.model.float(), torch.float32
+        return backend
+    note(fp32_on="the host: the GPU's memory does not hold the model in fp32")
+    return TorchBackend(settings.artifact, device="cpu", dtype="fp32")
 
 
 class _StaticCache:
@@ -275,30 +287,56 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
     note(tokens_per_second_looking_every_4=tokens_per_second(backend, settings))
 
 
-def tensorrt(settings: Any, note: Callable[..., None]) -> None:
-    """TensorRT, or else TensorRT-RTX: build, parity, speeds (the twin: TensorRT-RTX builds for SM89, and nothing is run)."""
-    from trt_runtime import backends, engine
+def _package(settings: Any) -> str | None:
+    """TensorRT, or else TensorRT-RTX, where it is installed and takes this GPU (the twin: TensorRT-RTX alone, which builds without one)."""
+    from trt_runtime import engine
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
     package = next((name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)), None)
     if package == "tensorrt-rtx" and not settings.is_twin:
         major, minor = torch.cuda.get_device_capability()
         package = package if f"sm{major}{minor}" in engine.TARGETS else None
-    if package is None or (settings.is_twin and package != "tensorrt-rtx"):
+    return None if settings.is_twin and package != "tensorrt-rtx" else package
+
+
+def build(settings: Any, note: Callable[..., None]) -> None:
+    """Engines of the model, for this GPU (the twin: for SM89)."""
+    from trt_runtime import engine
+
+    package = _package(settings)
+    if package is None:
         note(skipped="TensorRT is not installed here")
         return
     config = engine.BuildConfig(package, targets=("sm89",) if settings.is_twin else (), max_batch=max(settings.batches),
                                 max_length=settings.canvases[-1], block_length=settings.block_length)  # fmt: skip
-    engines, begin = Path(settings.work) / "engines", time.perf_counter()
-    made = engine.build(settings.artifact, engines, config)
-    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: engine.load(package).__version__},
-         engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")))  # fmt: skip
-    if settings.is_twin:
+    said: list[str] = []
+    begin = time.perf_counter()
+    made = engine.build(settings.artifact, Path(settings.work) / "engines", config, said.append)
+    facts = json.loads((made / engine.FILE_NAME).read_text(encoding="utf-8"))
+    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: engine.load(package).__version__}, said=said,
+         attention=facts["attention"], engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")))  # fmt: skip
+
+
+def tensorrt(settings: Any, note: Callable[..., None]) -> None:
+    """The engines that were built: parity, speeds, memory, and what could not be recorded as a CUDA graph (the twin runs none)."""
+    from trt_runtime import backends
+
+    package, engines = _package(settings), Path(settings.work) / "engines"
+    if package is None or settings.is_twin:
+        note(skipped="the twin runs no engine" if settings.is_twin else "TensorRT is not installed here")
         return
-    before = memory(settings)
-    measure(backends.open_backend(package, settings.artifact, engines=engines), settings, note, package)
+    if not list(engines.glob("*/engine.json")):
+        note(skipped="no engines: the stage 'build' did not make them")
+        return
+    before, begin = memory(settings), time.perf_counter()
+    backend = backends.open_backend(package, settings.artifact, engines=engines)
+    note(
+        load_seconds=round(time.perf_counter() - begin, 1),
+        host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    measure(backend, settings, note, package)
     after = memory(settings)
-    note(memory_bytes=after - before if after is not None and before is not None else None)
+    note(memory_bytes=after - before if after is not None and before is not None else None, unrecorded=len(backend.unrecorded))
 
 
 def tensorrt86(settings: Any, note: Callable[..., None]) -> None:

@@ -9,7 +9,7 @@ variants   `dllm-trt bench`: all variants in turn, in one process, medians; two 
 scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, beside the roofline: multiplications at the rate of
            the machine's own matrix products (measured in the same run), or reading the weights at the bandwidth of a copy, whichever is longer
 llama-cpp  llama.cpp's diffusion example on the same prompts, canvas, steps and threads; its binary and model file are the user's
-Results: system-*.json under --output; benchmarks/render_system.py makes the tables and plots of docs/benchmarks.md.
+Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of docs/benchmarks.md.
 """
 
 from __future__ import annotations

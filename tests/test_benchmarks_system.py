@@ -16,8 +16,8 @@ from export.quantize import QuantizeConfig
 from trt_runtime import cli
 
 sys.path.append(str(ROOT / "benchmarks"))
-import render_system
 import system
+from reports import system as render_system
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, m
     (results / variants.name).write_text(variants.read_text())
     (results / "system-scaling.json").write_text(json.dumps({**scaling, "rates": {"1": scaling["rates"][1]}}))
     document.write_text(f"before\n{render_system.BEGIN}\nold\n{render_system.END}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["render_system.py", "--results", str(results), "--document", str(document)])
+    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(results), "--document", str(document)])
     render_system.main()
     text = document.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
@@ -173,6 +173,6 @@ def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, m
         for name in ("system", "system-scaling")
         for suffix in ("png", "svg")
     )
-    monkeypatch.setattr(sys, "argv", ["render_system.py", "--results", str(tmp_path), "--document", str(document)])
+    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(tmp_path), "--document", str(document)])
     with pytest.raises(SystemExit, match="run 'make bench' first"):
         render_system.main()

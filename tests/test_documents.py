@@ -27,9 +27,8 @@ LESS = {
 ELSEWHERE = {
     "full_size.py",
     "load.py",
-    "render.py",
+    "gpu.py",
     "system.py",
-    "render_system.py",
     "record_decoding.py",
     "frontier.py",
 }  # tested on their own, or only their options

@@ -123,7 +123,11 @@ def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
     """cuda-bindings of CUDA 13 on a driver of CUDA 12: every call would fail."""
     monkeypatch.setattr(doctor, "bindings_major", lambda: 13)
     found = doctor._driver(12040)
-    assert found.status == doctor.WARNING and "CUDA 12.4, and cuda-bindings is of CUDA 13" in found.said and "cuda-bindings<13" in found.mend
+    assert (
+        found.status == doctor.WARNING
+        and "CUDA 12.4, and cuda-bindings is of CUDA 13" in found.said
+        and "cuda-bindings<13" in found.mend
+    )
     assert doctor._driver(13000).status == doctor.OK
     monkeypatch.setattr(doctor, "bindings_major", lambda: None)
     assert doctor._driver(12040).status == doctor.OK

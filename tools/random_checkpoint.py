@@ -55,6 +55,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
         "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "mlp_hidden_size": 2304, "vocab_size": 32000,
         "embedding_size": 32000, "mask_token_id": 31999, "eos_token_id": 31998, "pad_token_id": 31998,
     }, "fp32"),
+    "llada-1.5b": (_LLADA_8B | {"d_model": 2048, "n_layers": 20, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 5632}, "bf16"),
     "llada-8b": (_LLADA_8B, "bf16"),
     "dream-7b": (_DREAM_7B, "bf16"),
     "llada-8b-2layers": (_LLADA_8B | {"n_layers": 2}, "bf16"),  # full width: what runs on a machine of 24 GiB, with PyTorch beside

@@ -1,48 +1,94 @@
-"""The results of gpu_report.py as a table and a plot in the documents.
+"""Reports of gpu_report.py as a table and a plot in the documents; of several GPUs, side by side.
 
-    python benchmarks/render.py                                    # benchmarks/results/gpu-*.json -> docs/benchmarks.md, docs/gpu-report.svg
-    python benchmarks/render.py --results DIR --document FILE.md   # elsewhere; the plot goes beside the document
+    python benchmarks/reports/gpu.py                                     # benchmarks/results/gpu-report-*.json -> docs/benchmarks.md, docs/gpu-report.svg
+    python benchmarks/reports/gpu.py mine.json theirs.json --print       # merged, on standard output
+    python benchmarks/reports/gpu.py --document FILE.md                  # elsewhere; the plot goes beside the document
 
-The table takes the place of what stands between the two marks of the document. Needs matplotlib (the `bench` extra).
+The table takes the place of what stands between the two marks of the document. The plot (of the first report) needs matplotlib (the `bench` extra).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from marks import ROOT, insert
+
 BEGIN, END = "<!-- gpu-report: begin -->", "<!-- gpu-report: end -->"
-PLOT = "gpu-report.svg"
-# result file and key in it -> the name of a row
+PLOT, FORMAT, VERSION = "gpu-report.svg", "dllm-trt gpu report", 1
+# stage and key in its result -> the name of a row
 ROWS = (("torch", "", "PyTorch, eager"), ("torch_graph", "graph", "PyTorch, CUDA graph (*)"),
         ("torch_graph", "compiled_graph", "PyTorch, compiled, CUDA graph (*)"), ("ort", "", "ONNX Runtime"), ("tensorrt", "", "TensorRT"))  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where gpu-*.json lie")
+    parser.add_argument(
+        "reports", nargs="*", type=Path, help="files that make gpu-report wrote (default: those under benchmarks/results)"
+    )
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the document with the two marks")
+    parser.add_argument("--print", action="store_true", help="print the tables, and change no document")
     args = parser.parse_args()
-    results = {
-        file.stem.removeprefix("gpu-"): json.loads(file.read_text(encoding="utf-8")) for file in args.results.glob("gpu-*.json")
-    }
-    if "environment" not in results:
-        raise SystemExit(f"error: {args.results}: no gpu-environment.json there: run 'make gpu-report' on a GPU machine first.")
-    insert(args.document, BEGIN, END, table(results))
-    plot(results, args.document.parent / PLOT)
+    files = args.reports or sorted((ROOT / "benchmarks" / "results").glob("gpu-report-*.json"))
+    if not files:
+        raise SystemExit("error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine first.")
+    reports = [read(file) for file in files]
+    text = "\n\n".join([*([merged(reports)] if len(reports) > 1 else []), *map(table, reports)])
+    if args.print:
+        print(text)
+        return
+    insert(
+        args.document,
+        BEGIN,
+        END,
+        f"{text}\n\n![refine step and prefix pass of each variant, and the machine's own limit]({PLOT})",
+    )
+    plot(reports[0], args.document.parent / PLOT)
     print(f"{args.document} and {args.document.parent / PLOT} written")
 
 
-def insert(document: Path, begin: str, end: str, made: str) -> None:
-    """Put `made` between the two marks of a document."""
-    text = document.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"error: {document}: has not the marks {begin} and {end} once each: put them where the table goes.")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    document.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
+def read(file: Path) -> dict[str, Any]:
+    """The stages of a report, by name. Exits with a line for what is none."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if held.get("format") != FORMAT or held.get("format_version") != VERSION:
+            raise ValueError(f"its format is {held.get('format')!r}, version {held.get('format_version')!r}")
+        stages: dict[str, Any] = held["stages"]
+        stages["environment"]["machine"]["versions"]  # what every table begins with
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(
+            f"error: {file}: is no report of 'make gpu-report' ({error}): give one, or make one on a GPU machine."
+        ) from error
+    return stages
+
+
+def device_of(results: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    environment = results["environment"]
+    return environment.get("gpu", {}).get("name") or f"no GPU (the CPU twin), {environment['machine']['cpu']}"
+
+
+def merged(reports: list[dict[str, Any]]) -> str:
+    """One row a GPU and variant. What was measured with another model stands in another row, never in one comparison."""
+    lines = [
+        "| device | model | variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | parity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for results in reports:
+        settings = results["environment"]["settings"]
+        for name, row in longest(results):
+            stage = next(stage for stage, _, known in ROWS if known == name)
+            passed = results.get(stage, {}).get("parity", {}).get("passed")
+            cells = [device_of(results), f"{settings['preset']} {settings['dtype']}, canvas {settings['canvases'][-1]}", name, f"{row['refine_ms']:.2f}",
+                     _share(row, "refine"), f"{row['prefix_ms']:.2f}", _share(row, "prefix"), _number(row.get("tokens_per_second_at_schedule")),
+                     "-" if passed is None else "passed" if passed else "FAILED"]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def longest(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -74,7 +120,7 @@ def table(results: dict[str, Any]) -> str:
     """Machine, speeds beside eager PyTorch of the same run, parity, and what failed or was left out."""
     environment = results["environment"]
     settings, machine = environment["settings"], environment["machine"]
-    where = environment.get("gpu", {}).get("name") or f"no GPU (the CPU twin), {machine['cpu']}"
+    where = device_of(results)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit {str(environment['commit'])[:10]}. "
              f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block {settings['block_length']}, batch 1; "
@@ -112,7 +158,7 @@ def table(results: dict[str, Any]) -> str:
             )
         if reason := held.get("failed") or held.get("skipped"):
             lines.append(f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: {reason.splitlines()[-1][:200]}.")
-    return "\n".join([*lines, "", f"![refine step and prefix pass of each variant, and the machine's own limit]({PLOT})"])
+    return "\n".join(lines)
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

@@ -1,7 +1,7 @@
 """The results of system.py as tables and plots in the documents.
 
-    python benchmarks/render_system.py                                    # benchmarks/results/system-*.json -> docs/benchmarks.md, docs/system*.png, .svg
-    python benchmarks/render_system.py --results DIR --document FILE.md   # elsewhere; the plots go beside the document
+    python benchmarks/reports/system.py                                    # benchmarks/results/system-*.json -> docs/benchmarks.md, docs/system*.png, .svg
+    python benchmarks/reports/system.py --results DIR --document FILE.md   # elsewhere; the plots go beside the document
 
 Tables take the place of what stands between the two marks of the document. Needs matplotlib (the `bench` extra).
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from render import ROOT, insert
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from marks import ROOT, insert
 
 BEGIN, END = "<!-- system: begin -->", "<!-- system: end -->"
 _VARIANTS = {"vanilla": "no cache, one token a forward", "none": "no cache", "prefix": "prefix cache", "dual": "dual cache"}
