@@ -28,6 +28,8 @@ ELSEWHERE = {
     "full_size.py",
     "load.py",
     "gpu.py",
+    "int8.py",
+    "cpu_without.py",
     "system.py",
     "record_decoding.py",
     "frontier.py",

@@ -82,7 +82,7 @@ def hub():
 
 
 def _export(hub, tmp_path, checkpoint, out):
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home"),
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home"),
                                 "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     command = [sys.executable, "-m", "export", "--checkpoint", checkpoint, "--out", str(tmp_path / out), "--verify", "no"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

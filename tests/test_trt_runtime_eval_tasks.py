@@ -283,7 +283,7 @@ def test_what_is_drawn_is_the_tasks_unless_the_command_line_says(model):
         drawn({"do_sample": True, "temperature": 0.4}, temperature=0.7) == 0.7
         and drawn({"do_sample": False}, temperature=0.7) == 0.7
     )
-    with pytest.raises(DllmError, match=r"top_p.*The task asks for temperature 0.2, top_p 0.9 \(--gen-kwargs"):
-        drawn({"do_sample": True, "temperature": 0.2, "top_p": 0.9})
+    with pytest.raises(DllmError, match=r"top_p.*The task asks for temperature 0.2, top_p 1.5 \(--gen-kwargs"):
+        drawn({"do_sample": True, "temperature": 0.2, "top_p": 1.5})
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)
     assert harness._config_of({"max_new_tokens": 24}).gen_length == 24

@@ -154,3 +154,20 @@ def test_the_tool_passes_on_the_exit_status_and_refuses_nonsense():
     assert done.returncode in (7, cpu_without.UNABLE)
     assert subprocess.run([*tool, "vnni", "--", "no-such-command"], check=False, capture_output=True).returncode == 2
     assert subprocess.run([*tool, "sse2", "--", "true"], check=False, capture_output=True).returncode == 2
+
+
+def test_the_benchmark_measures_every_spelling(tmp_path, monkeypatch, capsys):
+    """On the demo model, one round: times and errors of each, and what is exact here."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    import int8 as benchmark
+
+    artifact = export_quietly(DEMO, tmp_path / "fp32")
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(sys, "argv", ["int8.py", "--artifact", str(artifact), "--output", str(tmp_path / "out.json")])
+    benchmark.main()
+    report = json.loads((tmp_path / "out.json").read_text())
+    rows = {(row["spelling"], row["precision"]): row for row in report["rows"]}
+    assert list(rows) == [("fp32", "0"), ("w8a8", "0"), ("w8a8", "1"), ("w7a8", "0"), ("int8", "0"), ("int4", "0")]
+    assert all(row["prefix_ms"] > row["refine_ms"] > 0 for row in rows.values()) and rows["fp32", "0"]["error"] == 0
+    assert 0 < rows["w8a8", "1"]["error"] < rows["w7a8", "0"]["error"]  # seven bits round more
+    assert report["machine"]["instruction_sets"] and "w7a8" in capsys.readouterr().out
