@@ -216,15 +216,11 @@ class Decoder:
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))
 
     def _rows(self, window: Window, cache: ir.Value | None, positions: ir.Value) -> _Rows:
-        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len.
-
-        The prefix graph tells its valid keys by position, not by Range: TensorRT-RTX 1.7 fails on a Range over a free size
-        beside a cache write ("uses before defs").
-        """
+        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len."""
         op = self.op
         length = op.Unsqueeze(window.kv_len, [1])
         if cache is None or window.write_index is None:
-            valid = [op.Less(window.position_ids, length)]
+            valid = [self.lowering.valid_rows(op, window.input_ids, length)]
         else:
             valid = self.lowering.valid_keys(op, cache, window.input_ids, op.Unsqueeze(window.write_index, [1]), length)
         pieces = [op.Where(piece, self.constants[0], self.constants[1]) for piece in valid]

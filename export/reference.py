@@ -8,7 +8,7 @@ Shape letters: B rows of the call, S rows of the window, R rows asked for, C cap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from export import decoder as decoders
 from export import pipeline
 from export.checkpoint import StoredTensor
 from export.families.base import hf_name
-from trt_runtime import advice
+from trt_runtime import advice, contract
 from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.errors import DllmError
@@ -85,6 +85,16 @@ class TorchBackend(Backend):
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
         zeros = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * model.num_layers)]
         return Cache(batch, capacity, list(zip(zeros[::2], zeros[1::2], strict=True)))
+
+    def read_cache(self, cache: Cache, slots: slice) -> dict[str, np.ndarray[Any, Any]]:
+        tensors = [tensor for pair in cache.buffers for tensor in pair]
+        names = contract.cache_names("cache", self.manifest.dims)
+        return {name: tensor[slots].float().cpu().numpy().copy() for name, tensor in zip(names, tensors, strict=True)}
+
+    def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        tensors = [tensor for pair in cache.buffers for tensor in pair]
+        for name, tensor in zip(contract.cache_names("cache", self.manifest.dims), tensors, strict=True):
+            tensor[slots] = torch.from_numpy(np.ascontiguousarray(arrays[name], np.float32)).to(tensor)
 
     def close(self) -> None:
         del self.model

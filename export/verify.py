@@ -73,7 +73,7 @@ def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, Torch
     manifest = manifests.load(artifact)
     reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=quality.threads_of(manifest.model.parameters))
     with tempfile.TemporaryDirectory() as temporary:
-        yield artifact if manifest.model.dtype != "bf16" else _fp32_twin(manifest, checkpoint, Path(temporary)), reference
+        yield artifact if manifest.model.dtype != "bf16" else fp32_twin(manifest, checkpoint, Path(temporary)), reference
 
 
 def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
@@ -230,7 +230,8 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
     return {**said, **facts}
 
 
-def _fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
+def fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
+    """The artifact's checkpoint exported in fp32: what stands for a bf16 artifact on a CPU."""
     name, ignored, mask = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
     config = pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored, mask_token=mask)

@@ -109,7 +109,9 @@ def calls_of(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Wi
     kv_len = np.array([length, max(start + 1, length - 3)])
     edited = rng.integers(0, facts.model.vocab_size, (2, min(4, length - start)))
     valid = (np.arange(length) < kv_len[:, None])[..., None]
-    return window(canvas, 0, kv_len), window(edited, start, kv_len), valid
+    full = window(canvas, 0, kv_len)
+    full.position_ids[~valid[..., 0]] = 0  # what padding holds must not matter
+    return full, window(edited, start, kv_len), valid
 
 
 def window(ids: Array, start: int, kv_len: Array) -> Window:

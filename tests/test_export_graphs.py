@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import GOLDENS
+from conftest import GOLDENS, export_quietly
 from safetensors.numpy import load_file
 
 from export import graphs, lint
@@ -162,6 +162,28 @@ def test_rows_asked_for_are_those_rows(tiny_artifact):
     rows = np.array([[3, 15, 0], [7, 7, 2]])
     some = logits(backend, backend.new_cache(2, 16), window(ids, rows=rows))
     assert np.abs(some - everything[[[0], [1]], rows]).max() < 1e-5
+
+
+@pytest.mark.parametrize("lowering", contract.LOWERINGS)
+def test_padding_is_told_by_its_rows_and_not_by_its_positions(tiny_checkpoint, tmp_path, lowering):
+    """Rows of unequal length in one prefix pass, and rows whose positions skip some (a bounded suffix): the prefix graph gives what each row gives alone,
+    whatever stands in the padding."""
+    artifact = export_quietly(tiny_checkpoint, tmp_path / "artifact", lowering=lowering, head="logits")
+    backend = OrtBackend(artifact, threads=1, role="prefix")
+    rng, lengths = np.random.default_rng(0), np.array([9, 14, 12])
+    ids = rng.integers(0, 100, (3, 14))
+    positions = np.tile(np.arange(14), (3, 1))
+    positions[2, 8:12] = [20, 21, 40, 60]  # gaps, far beyond the number of rows
+    for filler in (0, 13, 100):
+        held, at = ids.copy(), positions.copy()
+        for row, length in enumerate(lengths):
+            held[row, length:], at[row, length:] = filler % 90, filler
+        call = Window(held, at, np.zeros(3, np.int64), lengths, np.tile(np.arange(4), (3, 1)))
+        together = backend.prefix(backend.new_cache(3, 14), slice(0, 3), call, want_logits=True)
+        for row, length in enumerate(lengths):
+            one = Window(held[row : row + 1, :length], at[row : row + 1, :length], np.zeros(1, np.int64), lengths[row : row + 1], np.arange(4)[None])
+            alone = backend.prefix(backend.new_cache(1, 14), slice(0, 1), one, want_logits=True)
+            assert np.abs(together.logits[row] - alone.logits[0]).max() < 1e-4
 
 
 def test_graphs_declare_the_contract(tiny_artifact):

@@ -54,11 +54,12 @@ def tiny_engines(gpu, tiny_artifact, tmp_path):
     return tmp_path / "engines"
 
 
+@pytest.mark.parametrize("layout", engine.LAYOUTS)
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
-def test_batches_larger_than_the_engines_take_are_split(gpu, golden_checkpoint, tmp_path, lowering):
+def test_batches_larger_than_the_engines_take_are_split(gpu, golden_checkpoint, tmp_path, lowering, layout):
     """Five ragged rows by engines for two at a time, in slots beyond the first: the same tokens as on ONNX Runtime."""
     artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering)
-    engine.build(artifact, tmp_path, replace(SIZES, max_batch=2, max_length=64, max_rows=None, block_length=8))
+    engine.build(artifact, tmp_path, replace(SIZES, max_batch=2, max_length=64, max_rows=None, block_length=8, layout=layout))
     models = [load(artifact, "ort", threads=1), load(artifact, "tensorrt", engines=tmp_path)]
     assert models[1].backend.max_batch == 2
     rng = np.random.default_rng(0)
@@ -230,7 +231,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
         engine.build(tiny_artifact, tmp_path, SIZES)
     monkeypatch.undo()
     monkeypatch.setattr(cuda.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(DllmError, match=r"a package that is missing .cuda.bindings.runtime.: install NVIDIA's cuda-python"):
+    with pytest.raises(DllmError, match=r"a package that is missing .cuda.bindings.runtime.: install NVIDIA's cuda-bindings"):
         cuda.Device()
 
 

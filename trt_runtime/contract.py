@@ -7,7 +7,7 @@ Shape letters: B batch, S rows of the window, R rows asked for, C capacity of th
 | `input_ids` | int64 [B, S] | tokens of the window |
 | `position_ids` | int64 [B, S] | absolute positions |
 | `write_index` | int64 [B] | cache row where the window's keys and values are written (refine only; prefix writes at 0) |
-| `kv_len` | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: keys at positions from kv_len on) |
+| `kv_len` | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: rows of the window from kv_len on, which are padding) |
 | `logit_rows` | int64 [B, R] | rows of the window whose statistics are wanted |
 | `cache_key.{i}`, `cache_value.{i}` | model dtype [B, H, C, D] | keys after RoPE, and values (legacy: not in the prefix graph) |
 

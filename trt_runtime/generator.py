@@ -144,7 +144,8 @@ def assemble(group: list[Wanted]) -> Window:
     size = max(row.rows for row in group)
     wanted_rows = max(len(row.forward.candidates) for row in group)
     ids = np.zeros((len(group), size), np.int64)
-    position_ids = np.zeros((len(group), size), np.int64)
+    # prefix graphs of earlier exports tell padding by its positions: it must not lie before kv_len
+    position_ids = np.tile(np.arange(size, dtype=np.int64), (len(group), 1))
     logit_rows = np.zeros((len(group), wanted_rows), np.int64)
     start = np.array([row.forward.start for row in group], np.int64)
     for i, row in enumerate(group):

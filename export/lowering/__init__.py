@@ -34,6 +34,9 @@ class Lowering(Protocol):
         """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to attend to, and the tensor
         that the graph returns: the cache written at row `write_index` [B], or `new`."""
 
+    def valid_rows(self, op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
+        """Which rows of a window [B, S] are no padding: the first kv_len [B, 1] of each, whatever their positions."""
+
     def valid_keys(
         self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
     ) -> list[ir.Value]:

@@ -36,6 +36,10 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return op.Concat(cache, new, axis=2), new
 
 
+def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
+    return op.Less(op.Range(0, size(op, window, 1), 1), kv_len)
+
+
 def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
     size_of_window = size(op, window, 1)
     held = op.Range(0, size(op, cache, 2), 1)  # [C]

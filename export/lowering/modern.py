@@ -27,6 +27,11 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return written, written
 
 
+def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
+    """By a running count: TensorRT-RTX 1.7 fails on a Range over a free size beside a cache write ("uses before defs")."""
+    return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), 1), kv_len)
+
+
 def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
     return [op.Less(op.Range(0, size(op, cache, 2), 1), kv_len)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -57,6 +57,19 @@ class Cache:
     buffers: Any
 
 
+def widened(array: np.ndarray[Any, Any], dtype: str) -> Floats:
+    """Numbers of a cache in float32. dtype: of contract.DTYPES; bf16 stands in uint16."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else array.astype(np.float32)
+
+
+def narrowed(array: Floats, dtype: str) -> np.ndarray[Any, Any]:
+    """The reverse, rounded to the nearest, ties to even."""
+    if dtype != "bf16":
+        return array.astype({"fp32": np.float32, "fp16": np.float16}[dtype])
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
     """`cache`, whose buffers go into `pool` when it is given up, by batch and capacity: memory of a GPU takes long to get. The pool holds
     those of one cache.
@@ -100,6 +113,15 @@ class Backend(ABC):
     def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
         """Give `slots` the rows of the slot `source`. False where the backend cannot."""
         return False
+
+    def read_cache(self, cache: Cache, slots: slice) -> dict[str, Floats]:
+        """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names: for comparisons. Raises DllmError where a backend
+        cannot."""
+        raise DllmError(f"the backend {self.name} does not show its caches.")
+
+    def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Floats]) -> None:
+        """Put what `read_cache` gives into the cache, rounded to its dtype. Raises DllmError where a backend cannot."""
+        raise DllmError(f"the backend {self.name} does not take caches.")
 
     @abstractmethod
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import onnxruntime as ort
 from trt_runtime import advice, contract, cuda, steps
 from trt_runtime import manifest as manifests
 from trt_runtime.backends import import_tool, int8
-from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
+from trt_runtime.backends.base import Backend, Cache, Stats, Window, narrowed, pooled, widened
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.policies import CommitRule
@@ -125,6 +125,21 @@ class OrtBackend(Backend):
         for array in cache.buffers.arrays.values():
             array[slots] = array[source]
         return self.device == "cpu"
+
+    def read_cache(self, cache: Cache, slots: slice) -> dict[str, Any]:
+        dtype, held = self.manifest.model.dtype, cache.buffers
+        whole = held.arrays or {name: value.numpy() for name, value in held.values.items()}
+        return {name: widened(array[slots], dtype) for name, array in whole.items()}
+
+    def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Any]) -> None:
+        dtype, held = self.manifest.model.dtype, cache.buffers
+        for name, array in arrays.items():
+            if held.arrays:
+                held.arrays[name][slots] = narrowed(array, dtype)
+                continue
+            whole = held.values[name].numpy()
+            whole[slots] = narrowed(array, dtype)
+            held.values[name].update_inplace(whole)
 
     def close(self) -> None:
         self._pool.clear()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from trt_runtime import contract, cuda, engine, steps
 from trt_runtime import manifest as manifests
-from trt_runtime.backends.base import Backend, Cache, Stats, Window, pooled
+from trt_runtime.backends.base import Backend, Cache, Stats, Window, narrowed, pooled, widened
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.backends.tensorrt_engines import Engines, Opened, RTXEngines
 from trt_runtime.contract import TensorSpec
@@ -126,6 +126,29 @@ class TensorRTBackend(Backend):
         return pooled(
             Cache(batch, self.capacity, buffers or _Buffers({name: self._device.allocate(size) for name in names})), self._pool
         )
+
+    def read_cache(self, cache: Cache, slots: slice) -> dict[str, Any]:
+        made = {}
+        for name, memory in cache.buffers.caches.items():
+            array, offset = self._rows_of(slots)
+            self._device.download(array, memory.address + offset)
+            made[name] = array
+        self._device.synchronize()
+        return {name: widened(array, self.manifest.model.dtype) for name, array in made.items()}
+
+    def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Any]) -> None:
+        held, (_, offset) = {}, self._rows_of(slots)
+        for name, array in arrays.items():
+            held[name] = np.ascontiguousarray(narrowed(array, self.manifest.model.dtype))
+            self._device.upload(cache.buffers.caches[name].address + offset, held[name])
+        self._device.synchronize()  # until then the arrays have to stay
+
+    def _rows_of(self, slots: slice) -> tuple[npt.NDArray[Any], int]:
+        """An array for the rows of `slots` in a cache, and how far they lie from its beginning."""
+        model = self.manifest.model
+        kind = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[model.dtype]
+        shape = (slots.stop - slots.start, model.num_kv_heads, self.capacity, model.head_dim)
+        return np.empty(shape, kind), slots.start * model.num_kv_heads * self.capacity * self._row_bytes
 
     def close(self) -> None:
         self._device.synchronize()

@@ -1,0 +1,181 @@
+"""A directory in which Polygraphy's command line works on an artifact at once: graphs, real calls, what they gave, shapes, tolerances, commands.
+
+Nothing of Polygraphy is imported here. The files under files/ are copied as they are; settings.sh and facts.json are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.debug import record
+from export.debug.record import Array, Call
+from trt_runtime import __version__, atomic, builder, contract
+from trt_runtime import manifest as manifests
+from trt_runtime.backends.base import Backend
+from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.config import GenerationConfig
+from trt_runtime.errors import DllmError
+from trt_runtime.manifest import Manifest
+
+_FILES = Path(__file__).with_name("files")
+_PROMPTS = (7, 12, 9)  # tokens of the random prompts: ragged rows
+_GENERATED, _BLOCK = 24, 8
+
+
+@dataclass(frozen=True)
+class KitConfig:
+    """prompts: token ids; None draws some. count: recorded calls of each role. link: hard-link the weights. reference: also record PyTorch's outputs
+    (None: where it is installed). checkpoint: of the reference and of a bf16 artifact's twin; None takes the manifest's."""
+
+    prompts: list[list[int]] | None = None
+    count: int = 3
+    link: bool = False
+    reference: bool | None = None
+    checkpoint: str | None = None
+
+
+def write(artifact: Path, out: Path, config: KitConfig, note: Callable[[str], object] = lambda text: None) -> list[Call]:
+    """Write the kit to a new directory. Returns the recorded calls. Raises DllmError."""
+    manifest = manifests.load(artifact)
+    if not manifest.dims.writes_caches:
+        raise DllmError(
+            f"{artifact}: is of the legacy lowering: Polygraphy's kit is for modern graphs: export it with --lowering modern."
+        )
+    if manifest.quantization is not None and manifest.quantization.target == manifests.ORT_CPU:
+        raise DllmError(
+            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT does not read: take the artifact without --quantize."
+        )
+    if out.exists() and any(out.iterdir()):
+        raise DllmError(f"{out}: is there already: remove it, or choose another directory.")
+    with runnable(artifact, manifest, config.checkpoint) as twin:
+        backend = OrtBackend(twin, threads=1)
+        calls = record.decode(backend, config.prompts or prompts(manifest), decoding(manifest), config.count)
+        backend.close()
+        theirs = _reference(twin, calls, config, note)
+    with atomic.sealed(out, overwrite=False) as made:
+        write_graphs(artifact, manifest, calls[0].capacity, made, link=config.link)
+        _save(made, calls, "windows", "expected")
+        if theirs is not None:
+            _save(made, theirs, None, "expected-pytorch")
+        dtype = manifest.model.dtype
+        facts = {
+            "artifact": artifact.resolve().name,
+            "dtype": dtype,
+            "capacity": calls[0].capacity,
+            "calls": len(calls),
+            "dllm-trt": __version__,
+        }
+        (made / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (made / "settings.sh").write_text(settings(calls, dtype), encoding="utf-8")
+        for file in sorted(_FILES.iterdir()):
+            if file.is_file():
+                shutil.copy(file, made / file.name)
+    return calls
+
+
+@contextmanager
+def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iterator[Path]:
+    """The artifact as ONNX Runtime computes it here: a bf16 one as its fp32 twin."""
+    if manifest.model.dtype != "bf16":
+        yield artifact
+        return
+    from export.verify import fp32_twin
+
+    with tempfile.TemporaryDirectory() as temporary:
+        yield fp32_twin(manifest, checkpoint, Path(temporary))
+
+
+def prompts(manifest: Manifest) -> list[list[int]]:
+    """Random prompts of unequal lengths, of ordinary tokens."""
+    facts, rng = manifest.decoding, np.random.default_rng(0)
+    special = {facts.mask_token_id, facts.pad_token_id, *facts.eos_token_ids}
+    ordinary = np.array([token for token in range(min(manifest.model.vocab_size, 4096)) if token not in special])
+    room = max(1, manifest.model.max_length - _GENERATED)
+    return [rng.choice(ordinary, min(length, room)).tolist() for length in _PROMPTS]
+
+
+def decoding(manifest: Manifest) -> GenerationConfig:
+    """A short decoding with both caches, so that prefix passes and refine steps come."""
+    length = min(_GENERATED, manifest.model.max_length - 1)
+    return GenerationConfig(gen_length=length, block_length=min(_BLOCK, length), cache="dual", stop_at_eos=False)
+
+
+def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *, link: bool) -> None:
+    """Both graphs with the capacity written in, beside their weights."""
+    for role in contract.ROLES:
+        (out / f"{role}.onnx").write_bytes(builder.with_capacity(artifact / manifest.graphs[role].file, capacity))
+    for name in manifest.files:
+        if name.endswith((".data", ".safetensors")):
+            (os.link if link else shutil.copyfile)((artifact / name).resolve(), out / name)
+
+
+def settings(calls: list[Call], dtype: str) -> str:
+    """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how far each output may be off."""
+    lines = [
+        "# Shapes of the recorded calls and tolerances (trt_runtime/tolerances.py), for run.sh. Made by dllm-trt polygraphy."
+    ]
+    for role in contract.ROLES:
+        ours = [call for call in calls if call.role == role]
+        seen = {name: np.array([call.inputs[name].shape for call in ours]) for name in ours[0].inputs}
+        for kind, shapes in (("MIN", {name: held.min(0) for name, held in seen.items()}), ("OPT", {name: held.max(0) for name, held in seen.items()}),
+                             ("MAX", {name: held.max(0) for name, held in seen.items()}), ("FIRST", {name: held[0] for name, held in seen.items()})):  # fmt: skip
+            lines.append(
+                _array(f"{role.upper()}_{kind}", (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items()))
+            )
+        limits = record.allowed(ours, dtype)
+        lines.append(_array(f"{role.upper()}_ATOL", (f"{name}:{value:.6g}" for name, value in limits.items())))
+    return "\n".join(lines) + "\n"
+
+
+def _array(name: str, values: Iterator[str]) -> str:
+    """A shell array."""
+    return f"{name}=({' '.join(map(shlex.quote, values))})"
+
+
+def _save(out: Path, calls: list[Call], inputs: str | None, outputs: str) -> None:
+    numbers = dict.fromkeys(contract.ROLES, 0)
+    for call in calls:
+        name = f"{call.role}-{numbers[call.role]:04}.npz"
+        numbers[call.role] += 1
+        for folder, arrays in ((inputs, call.inputs), (outputs, call.outputs)):
+            if folder is not None:
+                (out / folder).mkdir(exist_ok=True)
+                np.savez(out / folder / name, **arrays)
+
+
+def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Callable[[str], object]) -> list[Call] | None:
+    """The same calls on PyTorch; None where it is not asked for, or not there."""
+    if config.reference is False:
+        return None
+    try:
+        from export.reference import TorchBackend
+
+        backend = TorchBackend(artifact, checkpoint=config.checkpoint, dtype="fp32", threads=1)
+    except (ImportError, DllmError) as error:
+        if config.reference:
+            raise DllmError(f"PyTorch's outputs cannot be recorded ({error}): leave --reference out.") from error
+        note(f"PyTorch's outputs are not recorded: {error}")
+        return None
+    made = [Call(call.role, call.inputs, replayed(backend, call)) for call in calls]
+    backend.close()
+    return made
+
+
+def replayed(backend: Backend, call: Call) -> dict[str, Array]:
+    """A call on another backend, from the caches that it found."""
+    batch = len(call.inputs["kv_len"])
+    cache, slots = backend.new_cache(batch, call.capacity), slice(0, batch)
+    backend.write_cache(cache, slots, {name: value for name, value in call.inputs.items() if name.startswith("cache_")})
+    want_logits = contract.LOGITS in call.outputs
+    stats = record.run(backend, call.role, cache, slots, record.window_of(call.inputs), want_logits=want_logits)
+    return record.outputs_of(stats, backend.read_cache(cache, slots), backend.manifest.dims)

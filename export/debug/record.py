@@ -1,0 +1,131 @@
+"""Real calls of a decoding, with the caches that they found and what they gave: what graphs and engines are compared on.
+
+Shape letters as in trt_runtime/contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from trt_runtime import contract, tolerances
+from trt_runtime.backends.base import Backend, Cache, Stats, Window
+from trt_runtime.config import GenerationConfig
+from trt_runtime.generator import Generator
+from trt_runtime.model import check_prompt, rules_of
+from trt_runtime.sequence import Sequence
+
+CAPACITY_STEP = 64
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a graph by the names of its contract. inputs: caches in float32, the rest int64. outputs: what the backend gave, token int64, the
+    rest float32 (logits where they were asked for)."""
+
+    role: str
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+    @property
+    def capacity(self) -> int:
+        return int(next(array.shape[2] for name, array in self.inputs.items() if name.startswith("cache_")))
+
+
+class Recording(Backend):
+    """A backend that notes its calls: those whose numbers are in `wanted`, or only how many of each role there were."""
+
+    name = "recording"
+
+    def __init__(self, inner: Backend, wanted: dict[str, set[int]] | None = None) -> None:
+        self.inner, self.manifest, self.max_batch, self.wanted = inner, inner.manifest, inner.max_batch, wanted
+        self.counts = dict.fromkeys(contract.ROLES, 0)
+        self.calls: list[Call] = []
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.inner.new_cache(batch, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._note("prefix", cache, slots, window)
+
+    def _refine(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        return self._note("refine", cache, slots, window)
+
+    def _note(self, role: str, cache: Cache, slots: slice, window: Window) -> Stats:
+        self.counts[role] += 1
+        is_wanted = self.wanted is not None and self.counts[role] - 1 in self.wanted[role]
+        caches = self.inner.read_cache(cache, slots) if is_wanted else {}
+        with_logits = is_wanted and self.manifest.head == contract.LOGITS
+        stats = run(self.inner, role, cache, slots, window, want_logits=with_logits)
+        if is_wanted:
+            small = {item.name: getattr(window, item.name) for item in fields(window)}
+            inputs = {
+                spec.name: caches.get(spec.name, small.get(spec.name)) for spec in contract.inputs(role, self.manifest.dims)
+            }
+            self.calls.append(Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims)))
+        return stats
+
+
+def run(backend: Backend, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+    """A call of a role."""
+    return (backend.prefix if role == "prefix" else backend.refine)(cache, slots, window, want_logits=want_logits)
+
+
+def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> dict[str, Array]:
+    """The outputs of a graph by their names, from what a backend gives."""
+    made = {name: getattr(stats, name) for name in contract.STATISTICS}
+    if stats.logits is not None:
+        made[contract.LOGITS] = stats.logits
+    return made | dict(
+        zip(contract.returned_names(dims), (caches[name] for name in contract.cache_names("cache", dims)), strict=True)
+    )
+
+
+def window_of(inputs: dict[str, Array]) -> Window:
+    """The window of a call, from the inputs of its graph."""
+    zeros = np.zeros(len(inputs["kv_len"]), np.int64)
+    return Window(
+        inputs["input_ids"], inputs["position_ids"], inputs.get("write_index", zeros), inputs["kv_len"], inputs["logit_rows"]
+    )
+
+
+def decode(backend: Backend, prompts: Rows[list[int]], config: GenerationConfig, count: int) -> list[Call]:
+    """Decode prompts as one batch, and return `count` calls of each role (or all, if there are fewer), spread over the decoding."""
+    whole = Recording(backend)
+    _run(whole, prompts, config)
+    wanted = {
+        role: set(np.linspace(0, number - 1, min(count, number)).astype(int).tolist()) for role, number in whole.counts.items()
+    }
+    again = Recording(backend, wanted)
+    _run(again, prompts, config)
+    return sorted(again.calls, key=lambda call: call.role)
+
+
+def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig) -> None:
+    resolved = config.resolved(backend.manifest)
+    for prompt in prompts:
+        check_prompt(prompt, resolved, backend.manifest)
+    rules = rules_of(resolved, backend.manifest)
+    Generator(backend, [Sequence(np.array(prompt, np.int64), rules, seed) for seed, prompt in enumerate(prompts)]).run()
+
+
+def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
+    """How far apart two correct computations may be, output by output: the table of trt_runtime/tolerances.py, relative ones by the largest value."""
+    largest: dict[str, float] = {}
+    for call in calls:
+        for name, value in call.outputs.items():
+            largest[name] = max(largest.get(name, 1.0), float(np.abs(value).max()))
+    logits, caches = tolerances.LOGITS[dtype], tolerances.CACHE[dtype]
+    kinds = {"token": 0.0, "confidence": tolerances.CONFIDENCE[dtype], "runner_up": tolerances.CONFIDENCE[dtype]}
+    return {
+        name: kinds[name] if name in kinds else (logits if name in (contract.LOGITS, "entropy") else caches) * size
+        for name, size in largest.items()
+    }
