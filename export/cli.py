@@ -241,7 +241,12 @@ def verify_layers(
 
 
 def verify(
-    artifact: Path, checkpoint: str | None, *, say: Callable[[str], object] = print, progress: Progress = SILENT
+    artifact: Path,
+    checkpoint: str | None,
+    *,
+    say: Callable[[str], object] = print,
+    progress: Progress = SILENT,
+    with_polygraphy: bool = False,
 ) -> tuple[bool, dict[str, Any]]:
     """Run the verification and say its stages; whether all passed, and what the manifest says of it."""
     with program.importing(), progress.task("loading PyTorch"):
@@ -250,7 +255,7 @@ def verify(
     passed, is_quantised = True, manifests.load(artifact).quantization is not None
     say(f"verifying {artifact} against {'its checkpoint' if is_quantised else 'the PyTorch reference'}")
     with progress.task("hashing the artifact's files") as task:
-        for stage in run_verification(artifact, checkpoint, task.doing):
+        for stage in run_verification(artifact, checkpoint, task.doing, with_polygraphy=with_polygraphy):
             say(f"  {stage}")
             passed = passed and stage.passed
     where = "" if is_quantised else f"; 'dllm-trt verify {artifact} --layers' shows where it begins"

@@ -27,9 +27,10 @@ import transformers
 from export import layers, pipeline, quality, quantization, verify_graphs, weights
 from export.quantization.base import Calibration, Scheme
 from export.reference import TorchBackend, origin, source_of
-from trt_runtime import contract, tolerances
+from trt_runtime import advice, contract, tolerances
 from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
+from trt_runtime.backends import import_tool
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.cases import random_cases
 from trt_runtime.errors import DllmError
@@ -57,14 +58,37 @@ class Stage:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
 
 
-def verify(artifact: Path, checkpoint: str | None = None, doing: Callable[[str], object] = lambda what: None) -> Iterator[Stage]:
-    """The stages, as they finish; `doing` is told what runs now. After the last, the result is written into the manifest. Raises DllmError."""
+def verify(
+    artifact: Path,
+    checkpoint: str | None = None,
+    doing: Callable[[str], object] = lambda what: None,
+    *,
+    with_polygraphy: bool = False,
+) -> Iterator[Stage]:
+    """The stages, as they finish; `doing` is told what runs now. with_polygraphy: one more, by Polygraphy's Comparator (export/debug/runners.py). After
+    the last, the result is written into the manifest. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     stages, made = [], _stages if manifest.quantization is None else _quantized_stages
+    if with_polygraphy and manifest.quantization is not None:
+        raise DllmError(f"{artifact}: is quantised, and not to agree with PyTorch output by output: leave --with-polygraphy out.")
     for stage in made(artifact, checkpoint, manifest, doing):
         stages.append(stage)
         yield stage
+    if with_polygraphy:
+        doing("polygraphy: the same calls on its runner, ours and PyTorch")
+        stages.append(_polygraphy(artifact, checkpoint))
+        yield stages[-1]
     _write(artifact, manifest, stages)
+
+
+def _polygraphy(artifact: Path, checkpoint: str | None) -> Stage:
+    mend = advice.install("debug")
+    runners = import_tool("export.debug.runners", "verify --with-polygraphy", mend)
+    with opened(artifact, checkpoint) as (runnable, reference):
+        engine = OrtBackend(runnable, threads=quality.threads_of(reference.manifest.model.parameters))
+        passed, measured, failure = runners.stage(runnable, engine, reference)
+        engine.close()
+    return Stage("polygraphy", passed, measured, failure)
 
 
 @contextmanager

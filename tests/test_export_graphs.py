@@ -181,7 +181,13 @@ def test_padding_is_told_by_its_rows_and_not_by_its_positions(tiny_checkpoint, t
         call = Window(held, at, np.zeros(3, np.int64), lengths, np.tile(np.arange(4), (3, 1)))
         together = backend.prefix(backend.new_cache(3, 14), slice(0, 3), call, want_logits=True)
         for row, length in enumerate(lengths):
-            one = Window(held[row : row + 1, :length], at[row : row + 1, :length], np.zeros(1, np.int64), lengths[row : row + 1], np.arange(4)[None])
+            one = Window(
+                held[row : row + 1, :length],
+                at[row : row + 1, :length],
+                np.zeros(1, np.int64),
+                lengths[row : row + 1],
+                np.arange(4)[None],
+            )
             alone = backend.prefix(backend.new_cache(1, 14), slice(0, 1), one, want_logits=True)
             assert np.abs(together.logits[row] - alone.logits[0]).max() < 1e-4
 

@@ -1,14 +1,18 @@
-"""The commands about artifacts, checkpoints and machines: info, plan, doctor, build, verify."""
+"""The commands about artifacts, checkpoints and machines: info, plan, doctor, build, verify, polygraphy."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import shlex
 from pathlib import Path
 
-from trt_runtime import advice, backends, devices, engine, manifest, next_steps, render
+from trt_runtime import advice, backends, contract, devices, engine, examples, manifest, next_steps, render
 from trt_runtime import plan as planning
 from trt_runtime.cli_parser import add_output, command, hint, note, progress_of, report, say
+from trt_runtime.errors import DllmError, check_counts
+from trt_runtime.tokenizer import Tokenizer
 
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
@@ -64,6 +68,21 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
         "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
     )
     add_output(verify, "the result")
+    verify.add_argument(
+        "--with-polygraphy", action="store_true", help="also compare recorded calls by Polygraphy's Comparator (debug extra)"
+    )
+
+    debug = command(commands, "polygraphy", _polygraphy, "write what Polygraphy's command line needs to work on the graphs",
+                    example="artifacts/llada-demo /tmp/kit")  # fmt: skip
+    debug.add_argument("out", type=Path, help="a new directory")
+    debug.add_argument("--prompts", type=Path, help="a file with one prompt a line to record (default: random token ids)")
+    debug.add_argument("--count", type=int, default=3, help="recorded calls of each graph (default 3)")
+    debug.add_argument(
+        "--link", action="store_true", help="hard-link the weights: no second copy, but the onnx package refuses links"
+    )
+    debug.add_argument("--no-reference", action="store_true", help="do not record PyTorch's outputs")
+    debug.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
+    add_output(debug, "what was written")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -113,8 +132,32 @@ def _verify(args: argparse.Namespace) -> int:
     with progress_of(args).task("loading PyTorch and the exporter"):
         tool = backends.import_tool("export.cli", "verify", mend)
         backends.import_tool("export.verify", "verify", mend)
-    run = tool.verify_layers if args.layers else tool.verify
+    if args.layers and args.with_polygraphy:
+        raise DllmError("--layers and --with-polygraphy are two ways to look: leave one of them out.")
+    run = tool.verify_layers if args.layers else functools.partial(tool.verify, with_polygraphy=args.with_polygraphy)
     passed, value = run(args.artifact, args.checkpoint, say=lambda line: say(args, line), progress=progress_of(args))
     if args.json:
         report(args, value, "")
     return 0 if passed else 1
+
+
+def _polygraphy(args: argparse.Namespace) -> int:
+    check_counts(args, "count")
+    kit = backends.import_tool("export.debug.kit", "polygraphy", advice.tool("export", "ort"))
+    prompts = None
+    if args.prompts is not None:
+        tokenizer = Tokenizer(args.artifact / (manifest.load(args.artifact).tokenizer or "tokenizer"))
+        texts = [example.prompt for example in examples.read(args.prompts)]
+        prompts = [text if isinstance(text, list) else tokenizer.encode(_rendered(tokenizer, text)) for text in texts]
+    config = kit.KitConfig(prompts, args.count, args.link, False if args.no_reference else None, args.checkpoint)
+    with progress_of(args).task(f"recording calls of {args.artifact}"):
+        calls = kit.write(args.artifact, args.out, config, lambda text: note(args, f"note: {text}"))
+    numbers = {role: sum(call.role == role for call in calls) for role in contract.ROLES}
+    said = f"{args.out}: both graphs, {', '.join(f'{number} {role} calls' for role, number in numbers.items())}, run.sh and README.md"
+    report(args, {"directory": str(args.out), "calls": numbers, "capacity": calls[0].capacity}, said)
+    hint(args, lambda: f"cd {shlex.quote(str(args.out))} && ./run.sh onnxrt")
+    return 0
+
+
+def _rendered(tokenizer: Tokenizer, text: str) -> str:
+    return tokenizer.render_chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text

@@ -150,7 +150,7 @@ def _save(out: Path, calls: list[Call], inputs: str | None, outputs: str) -> Non
         for folder, arrays in ((inputs, call.inputs), (outputs, call.outputs)):
             if folder is not None:
                 (out / folder).mkdir(exist_ok=True)
-                np.savez(out / folder / name, **arrays)
+                np.savez(out / folder / name, allow_pickle=False, **arrays)
 
 
 def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Callable[[str], object]) -> list[Call] | None:

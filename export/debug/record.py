@@ -67,9 +67,8 @@ class Recording(Backend):
         stats = run(self.inner, role, cache, slots, window, want_logits=with_logits)
         if is_wanted:
             small = {item.name: getattr(window, item.name) for item in fields(window)}
-            inputs = {
-                spec.name: caches.get(spec.name, small.get(spec.name)) for spec in contract.inputs(role, self.manifest.dims)
-            }
+            held = small | caches
+            inputs = {spec.name: held[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
             self.calls.append(Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims)))
         return stats
 

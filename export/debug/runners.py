@@ -1,6 +1,7 @@
 """Runners for Polygraphy's Comparator: any backend of ours (ONNX Runtime, TensorRT, the PyTorch reference) beside its own runners. Needs the `debug` extra.
 
     from polygraphy.comparator import Comparator
+from polygraphy.logger import G_LOGGER
     Comparator.run([BackendRunner(backend, "refine"), BackendRunner(reference, "refine")], data_loader=feeds(calls, "refine", "fp32"))
 
 A feed holds every input of a graph of the contract, caches too; what a runner gives are all of its outputs. Feeds are copied on the way in and out: one goes to
@@ -9,16 +10,23 @@ all runners.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
+from polygraphy.logger import G_LOGGER
 
-from export.debug.record import Array, Call, outputs_of, run, window_of
+from export.debug import kit
+from export.debug.record import Array, Call, allowed, decode, outputs_of, run, window_of
 from trt_runtime import contract
 from trt_runtime.backends.base import Backend
 
@@ -70,7 +78,8 @@ def feeds(calls: Iterable[Call], role: str, dtype: str) -> list[dict[str, Array]
 def differences(runners: list[BaseRunner], given: list[dict[str, Array]]) -> Iterator[tuple[str, str, int, dict[str, float]]]:
     """Run the runners over the same feeds, and compare each with the first one: its name, the first one's, the number of the feed, and the largest
     difference of each output. Tokens are compared by whether they differ."""
-    results = Comparator.run(runners, data_loader=given)
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it tells of every tensor on standard output
+        results = Comparator.run(runners, data_loader=given)
     first, *others = results.items()
     for name, made in others:
         for number, (mine, theirs) in enumerate(zip(made, first[1], strict=True)):
@@ -84,3 +93,37 @@ def differences(runners: list[BaseRunner], given: list[dict[str, Array]]) -> Ite
                     for key, a, b in pairs
                 },
             )
+
+
+def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, dict[str, Any], str]:
+    """Recorded calls of a decoding, both graphs, on three runners: the PyTorch reference, the artifact as our backend runs it, and the artifact's graphs as Polygraphy's own
+    OnnxrtRunner runs them. Whether all outputs agree as far as they must, what was measured, and the first that does not."""
+    manifest, dtype = engine.manifest, engine.manifest.model.dtype
+    calls = decode(engine, kit.prompts(manifest), kit.decoding(manifest), 3)
+    worst: dict[str, tuple[float, str]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        kit.write_graphs(artifact, manifest, calls[0].capacity, Path(temporary), link=False)
+        for role in contract.ROLES:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level, options.intra_op_num_threads = 3, 1
+            session = onnxruntime.InferenceSession(
+                str(Path(temporary) / f"{role}.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+            want_logits = manifest.head == contract.LOGITS
+            runners = [BackendRunner(reference, role, "PyTorch", want_logits=want_logits), BackendRunner(engine, role, "dllm-trt", want_logits=want_logits),
+                       OnnxrtRunner(session, name="OnnxrtRunner")]  # fmt: skip
+            limits = allowed([call for call in calls if call.role == role], dtype)
+            for name, _, number, found in differences(runners, feeds(calls, role, dtype)):
+                for key, value in found.items():
+                    if key != "token" and value / limits[key] >= worst.get(name, (-1.0, ""))[0]:
+                        worst[name] = (value / limits[key], f"{key} of {role} call {number}")
+    measured: dict[str, Any] = {
+        "calls": len(calls),
+        **{f"{name}, share of what is allowed": value for name, (value, _) in worst.items()},
+    }
+    failed = [
+        f"{name}: {where} is {value:.3g} times as far from PyTorch as it may be"
+        for name, (value, where) in worst.items()
+        if not value <= 1
+    ]
+    return not failed, measured, failed[0] if failed else ""

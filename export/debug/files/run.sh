@@ -77,8 +77,9 @@ reduce)
   check[0]=${POLYGRAPHY:-polygraphy}
   # without --fail-regex any failing check would count, also one that cannot run
   for mode in bisect linear; do
-    from=$([ "$mode" = bisect ] && file "$2" "$3" || echo "reduced-$2-bisect.onnx")
-    polygraphy debug reduce "$from" -o "reduced-$2-$mode.onnx" --mode "$mode" --load-inputs "all-$2.json" --model-input-shapes "${exact[@]}" \
+    from="reduced-$2-bisect.onnx" sizes=() # whose inputs have their shapes already
+    if [ "$mode" = bisect ]; then from=$(file "$2" "$3") sizes=(--model-input-shapes "${exact[@]}"); fi
+    polygraphy debug reduce "$from" -o "reduced-$2-$mode.onnx" --mode "$mode" --load-inputs "all-$2.json" "${sizes[@]}" \
       --fail-regex 'Difference exceeds tolerance' --check "${check[@]}"
   done
   polygraphy inspect model "reduced-$2-linear.onnx" --show layers ;;
