@@ -101,6 +101,7 @@ COMMANDS = {
         "doctor",
         "build",
         "verify",
+        "polygraphy",
         "replay",
         "bench",
         "eval",

@@ -197,7 +197,14 @@ def test_every_whole_number_has_an_upper_bound():
                 with pytest.raises(DllmError, match="expected at most"):
                     cli_parser.check(argparse.Namespace(**{action.dest: 1 << 64}))
                 checked += 1
-        words = {"plan": ["x"], "triton-repo": ["x", "y"], "replay": ["x", "y"], "doctor": [], "export": []}.get(name, ["x"])
+        words = {
+            "plan": ["x"],
+            "triton-repo": ["x", "y"],
+            "polygraphy": ["x", "y"],
+            "replay": ["x", "y"],
+            "doctor": [],
+            "export": [],
+        }.get(name, ["x"])
         words += {"eval": ["--tasks", "x"], "tune": ["--data", "x"]}.get(name, [])
         cli_parser.check(parser.parse_args(words))  # the defaults are in range
     assert checked > 60
