@@ -57,8 +57,8 @@ $(DEMO_DATA): | $(VENV)/.runtime
 engines: $(VENV)/.runtime ## artifact -> TensorRT engines, on the GPU that runs them: MODEL=llada|dream [OUT=dir] [ENGINES=dir] [BUILD='--max-batch 4']
 	$(BIN)/dllm-trt build $(or $(OUT),artifacts/$(if $(filter dream,$(MODEL)),dream_tiny,llada-demo)) --out $(ENGINES) $(BUILD)
 
-test: $(VENV)/.dev ## the tests, on a CPU
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## the tests, on a CPU, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 
 lint: $(VENV)/.dev ## ruff, mypy, import rules
 	$(BIN)/ruff check .
