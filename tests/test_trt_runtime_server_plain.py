@@ -60,6 +60,19 @@ def test_the_largest_seed_draws_as_many_choices_as_any(demo):
     assert post(demo[0], TEXT | {"prompt": ["clean hall", "tidy porch"], "seed": 2**63 - 1}, "completions").status_code == 200
 
 
+def test_several_choices_where_positions_are_drawn(demo):
+    body = CHAT | {"policy": "origin", "n": 3, "seed": 1}
+    answer = post(demo[0], body)
+    assert answer.status_code == 200 and len({choice["message"]["content"] for choice in answer.json()["choices"]}) > 1
+    assert "would be the same" in _said(post(demo[0], CHAT | {"n": 2}))
+    assert "would be the same" in _said(post(demo[0], CHAT | {"n": 2, "temperature": 1e-5}))
+
+
+def test_a_suffix_counts_and_is_said(demo):
+    said = _said(post(demo[0], {"model": "demo", "prompt": [9] * 191, "suffix": " and"}, "completions"))
+    assert "192 tokens with its suffix" in said
+
+
 def test_bodies_that_are_no_request(demo):
     url, good = demo[0], json.dumps(CHAT)
     for kind in ("multipart/form-data; boundary=x", "application/xml", "text/html", "nonsense", "application/octet-stream"):

@@ -93,6 +93,34 @@ def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
     assert [line.startswith("warning:") and "--api-key" in line for line in lines] == ([True, False] if warns else [False])
 
 
+def test_signals_end_a_server_that_is_starting_by_its_own_way(monkeypatch):
+    """Two of them at that moment tore down an event loop that was half made, with warnings of Python's."""
+    import signal
+
+    from trt_runtime.server import serve
+
+    def started(self, sockets):
+        sockets[0].close()
+        assert {signal.getsignal(number) for number in before} == {self.handle_exit}
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert self.should_exit and self.force_exit
+        signal.raise_signal(signal.SIGTERM)
+
+    class Timer:
+        def __init__(self, *given): ...
+        def start(self): ...
+
+    monkeypatch.setattr(serve.Server, "run", started)
+    monkeypatch.setattr(serve.threading, "Timer", Timer)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert serve.run_app(None, serve.listen("127.0.0.1", 0), "demo", serve.Options("demo"), 8) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_several_keys(model):
     with serving(model, api_key=("one", "two")) as (url, _):
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("one,two", 401), ("onetwo", 401)):

@@ -90,7 +90,7 @@ def _with_room(
     """As many tokens as are asked for, or as there is room for."""
     room = longest - len(ids) - len(tail or [])
     if room < 1:
-        raise too_long(f"{len(ids) + len(tail or [])} tokens", longest)
+        raise too_long(f"{len(ids) + len(tail or [])} tokens" + (" with its suffix" if tail else ""), longest)
     default = config.gen_length or model.manifest.decoding.defaults.get("gen_length", DEFAULT_GEN_LENGTH)
     return ids, min(body.length() or default, room), tail
 

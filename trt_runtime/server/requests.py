@@ -115,16 +115,17 @@ class Common(Neutral):
 
     def config(self, manifest: Manifest) -> GenerationConfig:
         """The options of a generation, but for its length and the gaps; not yet checked against the model. Raises DllmError."""
-        if self.choices > 1 and not self.temperature:
-            raise DllmError(
-                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
-            )
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
         given = {name: value for name, field in OPTIONS.items() if (value := getattr(self, field, None)) is not None}
         if self.top_k in (-1, 0):
             del given["top_k"]
-        return configured(given, manifest)
+        config = configured(given, manifest)
+        if self.choices > 1 and not config.draws:
+            raise DllmError(
+                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
+            )
+        return config
 
 
 class ChatRequest(Common, NeutralChat):
