@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-from serving import CHAT, connect, post, serving
+from serving import CHAT, connect, post, sent, serving, until
 
 TEXT = {"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8}
 
@@ -179,3 +180,30 @@ def test_trailers_without_end_are_cut_off_and_bodies_in_small_pieces_are_not(mod
             client.settimeout(20)
             assert client.recv(15) == b"HTTP/1.1 200 OK"
             client.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_client_that_leaves_after_several_requests_at_once_leaves_nothing_behind(model, monkeypatch, caplog):
+    gate, real = threading.Event(), model.backend.prefix
+    monkeypatch.setattr(model.backend, "prefix", lambda *given, **more: (gate.wait(30), real(*given, **more))[1])
+    with serving(model) as (url, worker):
+        try:
+            for stream in (False, True):
+                gate.clear()
+                with connect(url) as client:
+                    client.sendall(sent(CHAT | {"stream": stream}) * 3)
+                    until(lambda: worker.num_open == 1)
+                until(lambda: not worker._held)  # given up, while its first forward is under way
+                gate.set()
+                until(lambda: worker.num_open == 0)
+        finally:
+            gate.set()
+        assert (
+            worker.metrics.requests.labels("left")._value.get() == 2 and worker.metrics.requests.labels("done")._value.get() == 0
+        )
+        with connect(url) as client:  # who stays gets all answers, in their order
+            client.sendall(sent(CHAT) + b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            got = b""
+            while b'"version"' not in got:
+                got += client.recv(1 << 16)
+            assert got.index(b"chat.completion") < got.index(b'"version"')
+    assert "Exception" not in caplog.text

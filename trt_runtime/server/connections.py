@@ -39,6 +39,7 @@ class _Connection(HttpToolsProtocol):
     most = 1 << 16
     header_seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
+    _running: Any = None  # the request that is being answered; of several that came at once, `cycle` is the last
     _pending = 0  # bytes since a head, a part of a body or an end was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -49,9 +50,17 @@ class _Connection(HttpToolsProtocol):
             return
         self._expect_head()
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
