@@ -279,6 +279,7 @@ def test_what_is_drawn_is_the_tasks_unless_the_command_line_says(model):
     assert drawn({"do_sample": True, "temperature": 0.4}) == 0.4 and drawn({"temperature": 0.4}) == 0.4
     assert drawn({"do_sample": True}) == 1.0 and drawn({"do_sample": True, "temperature": 0}) == 0
     assert drawn({"do_sample": False, "temperature": 0.4}) == 0 and drawn({}) == 0
+    assert drawn({"do_sample": True, "temperature": 1e-5}) == 0 and drawn({"temperature": 0.001}) == 0.001
     assert (
         drawn({"do_sample": True, "temperature": 0.4}, temperature=0.7) == 0.7
         and drawn({"do_sample": False}, temperature=0.7) == 0.7

@@ -117,6 +117,7 @@ def test_prompts_as_ids_and_as_messages(model):
         ([], {}, "expected a list of one or more prompts"),
         ("text", {}, "expected a list of one or more prompts"),
         ([[5] * 200], {}, "together more than the model's 256: shorten the prompt to 160"),
+        ([[5]], {"gen_length": 256}, "together more than the model's 256: lower gen_length"),
         ([[5, 999]], {}, "token id 999, expected 0 to 191"),
         ([[5, 1, 7]], {}, "holds the mask token (1) at position 1"),
         ([[5]], {"threshold": 0}, "threshold is 0, expected above 0 and at most 1"),

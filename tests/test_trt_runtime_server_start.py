@@ -59,11 +59,25 @@ def test_keys_origins_and_the_open_door(demo_artifact, monkeypatch, capsys):
     )
     assert held["options"].api_key == ("x,y", "z") and held["options"].cors == ("*", "http://h:1")
     assert len(held["options"].examples) == 3
-    for wrong in (["--api-key", "a", "--api-key", ""], ["--cors", "localhost"], ["--cors", "http://h/path"], ["--cors", ""]):
+    for wrong in (["--api-key", "a", "--api-key", ""], ["--cors", "localhost"], ["--cors", "http://h/path"], ["--cors", ""],
+                  ["--name", ""], ["--name", " "], ["--name", "a\nb"], ["--name", "a\udcff"]):  # fmt: skip
         assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
         assert len(capsys.readouterr().err.splitlines()) == 1
     monkeypatch.setenv("DLLM_API_KEY", "a,,b")
     assert cli.main(["serve", str(demo_artifact)]) == 1
+
+
+def test_origins_as_browsers_send_them_are_taken_and_no_others():
+    from trt_runtime.errors import DllmError
+    from trt_runtime.server import cors
+
+    for good in ("http://localhost:3000", "https://www.site.test", "http://127.0.0.1:8080", "http://[::1]:3000", "tauri://localhost", "null", "*",
+                 "https://app-1.example.com:8443", "chrome-extension://abcs", "http://host:8080", "https://host:80"):  # fmt: skip
+        cors.check((good,))
+    for bad in ("localhost:3000", "http://localhost:3000/", "http://h/path", "http://a b", "http://a\tb", "https://*.site.test", "HTTP://h", "http://Host",
+                "http://a,http://b", "http://user@h", "http://h?x", "http://h#x", "http://", "", "http://h:80", "https://h:443"):  # fmt: skip
+        with pytest.raises(DllmError, match="--cors is"):
+            cors.check((good, bad))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,34 @@ def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
     assert serve.run_app(None, serve.listen(host, 0), "demo", serve.Options("demo", api_key=key), 8) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("warning:") and "--api-key" in line for line in lines] == ([True, False] if warns else [False])
+
+
+def test_signals_end_a_server_that_is_starting_by_its_own_way(monkeypatch):
+    """Two of them at that moment tore down an event loop that was half made, with warnings of Python's."""
+    import signal
+
+    from trt_runtime.server import serve
+
+    def started(self, sockets):
+        sockets[0].close()
+        assert {signal.getsignal(number) for number in before} == {self.handle_exit}
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert self.should_exit and self.force_exit
+        signal.raise_signal(signal.SIGTERM)
+
+    class Timer:
+        def __init__(self, *given): ...
+        def start(self): ...
+
+    monkeypatch.setattr(serve.Server, "run", started)
+    monkeypatch.setattr(serve.threading, "Timer", Timer)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert serve.run_app(None, serve.listen("127.0.0.1", 0), "demo", serve.Options("demo"), 8) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_several_keys(model):

@@ -158,6 +158,22 @@ def test_a_dumb_terminal_gets_plain_text(demo_artifact):
     assert "\x1b" not in session.terminal.received and session.terminal.text() == '[{"do": "clean", "in": "hall", "with": "mop"}]'
 
 
+def test_no_colour_where_the_user_wants_none(demo_artifact):
+    session = Session(*PROGRAM, "generate", demo_artifact, "clean hall with mop", "--stream", "-q", NO_COLOR="1")
+    assert session.end() == 0
+    assert "\x1b[1m" in session.terminal.received and "\x1b[1;3" not in session.terminal.received
+
+
+def test_unknown_words_move_nothing_and_are_few(demo_artifact, capsys):
+    from trt_runtime import cli
+
+    prompt = " ".join(["clean\x1b[2Jhall", "\x07", *(f"zz{i}" for i in range(50)), "w" * 5000])
+    assert cli.main(["generate", str(demo_artifact), "clean hall " + prompt, "--gen-length", "8"]) in (0, 1)
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert warning.startswith("warning: not in") and warning.endswith("more") and len(warning) < 1000
+    assert "\x1b" not in warning and "\x07" not in warning
+
+
 @pytest.fixture
 def talk(demo_artifact, tmp_path):
     """A conversation on a terminal."""

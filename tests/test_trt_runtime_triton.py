@@ -96,7 +96,7 @@ def test_the_configuration_says_what_triton_needs(repository):
 
 def test_bad_use_is_one_line(demo_artifact, repository, tmp_path, capsys):
     for command in ([str(demo_artifact), str(repository.parent), "--name", "demo"], [str(tmp_path), str(tmp_path)],
-                    [str(demo_artifact), str(tmp_path), "--name", "a b"], [str(demo_artifact), str(tmp_path), "--slots", "0"]):  # fmt: skip
+                    [str(demo_artifact), str(tmp_path), "--name", "a b"], [str(demo_artifact), str(tmp_path), "--name", ""], [str(demo_artifact), str(tmp_path), "--slots", "0"]):  # fmt: skip
         assert cli.main(["triton-repo", *command]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and "is there already" in lines[0] and not list(tmp_path.iterdir())
+    assert len(lines) == 5 and "is there already" in lines[0] and not list(tmp_path.iterdir())

@@ -115,6 +115,8 @@ def _serve(args: argparse.Namespace) -> int:
             f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
         )
     serving.cors.check(tuple(args.cors))
+    if args.name is not None and not (args.name.strip() and args.name.isprintable()):
+        raise DllmError("--name is empty, or has line breaks or other characters that cannot be shown: give another one.")
     options = serving.Options(
         args.name or args.artifact.resolve().name,
         slots=args.slots,

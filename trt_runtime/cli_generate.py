@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import cli_parser, examples, render
+from trt_runtime import cli_parser, examples, render, screen
 from trt_runtime.cli_options import add_decoding, config_of, open_model
 from trt_runtime.cli_parser import note, progress_of, report
 from trt_runtime.config import GenerationConfig
@@ -18,6 +18,7 @@ from trt_runtime.errors import DllmError, unknown
 from trt_runtime.model import Model, Prompt, Result
 
 _HISTORY_LINES = 1000
+_MOST_WORDS, _LONGEST_WORD = 20, 40  # of a warning: words, columns of each
 _COMMANDS = {"/help": "this list", "/reset": "begin a new conversation (also /new)", "/exit": "end (also /quit, Ctrl-D)"}
 _ALIASES = {"/new": "/reset", "/quit": "/exit"}
 
@@ -86,8 +87,10 @@ def _as_json(result: Result) -> dict[str, object]:
 
 def _warn_of_unknown_words(args: argparse.Namespace, model: Model, prompts: list[Prompt]) -> None:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if model.tokenizer and (words := [w for text in texts for w in model.tokenizer.unknown_words(text)]):
-        note(args, f"warning: not in the model's vocabulary: {', '.join(dict.fromkeys(words))}")
+    if model.tokenizer and (words := list(dict.fromkeys(w for text in texts for w in model.tokenizer.unknown_words(text)))):
+        named = ", ".join(screen.fitted(word, _LONGEST_WORD) for word in words[:_MOST_WORDS])
+        more = f" and {len(words) - _MOST_WORDS} more" if len(words) > _MOST_WORDS else ""
+        note(args, f"warning: not in the model's vocabulary: {named}{more}")
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -49,6 +49,11 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
     return GenerationConfig(**made)
 
 
+def effective_temperature(asked: float) -> float:
+    """Of a client or a task: what is above 0 and too small to draw with is a way to ask for the best token, so it counts as 0."""
+    return 0.0 if 0 < asked < MIN_TEMPERATURE else asked
+
+
 def check_options(given: Collection[str], policy: str) -> None:
     """Raise DllmError for an option of another policy than this one. `given`: names of options that the user gave."""
     for name in sorted({name for own in POLICIES.values() for name in own} & set(given)):

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from trt_runtime import likelihood
 from trt_runtime.bench import machine
-from trt_runtime.config import GenerationConfig
+from trt_runtime.config import GenerationConfig, effective_temperature
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.eval_errors import in_one_line, unsafe
 from trt_runtime.model import Model
@@ -165,6 +165,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:
         """What a task says of drawing, where the command line says nothing. do_sample without a temperature is temperature 1."""
         temperature, given = options.get("temperature"), {}
+        if isinstance(temperature, (int, float)):
+            temperature = effective_temperature(temperature)
         does = bool(temperature) if options.get("do_sample") is None else options["do_sample"]
         if does and not self.config.temperature:
             given["temperature"] = 1.0 if temperature is None else temperature

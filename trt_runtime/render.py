@@ -160,7 +160,7 @@ def _styled(model: Model, tokens: list[int], first: int, changed: set[int], *, i
         last = list(group)[-1]
         until = len(text) if last == len(tokens) - 1 else min(len(text), len(text_of(last + 1)))
         if until > done:
-            spans.append((text[done:until], screen.BRIGHT if is_new else screen.PLAIN))
+            spans.append((text[done:until], screen.bright() if is_new else screen.PLAIN))
             done = until
     return spans
 

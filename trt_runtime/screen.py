@@ -22,7 +22,7 @@ from typing import TextIO
 
 from wcwidth import wcwidth
 
-PLAIN, DIM, BRIGHT = "", "\x1b[2m", "\x1b[1;32m"
+PLAIN, DIM, BOLD, BRIGHT = "", "\x1b[2m", "\x1b[1m", "\x1b[1;32m"
 _RESET, _CLEAR, _HIDE, _SHOW = "\x1b[0m", "\x1b[J", "\x1b[?25l", "\x1b[?25h"
 _TAB = 8
 
@@ -61,6 +61,11 @@ class Row:
 def is_terminal(out: TextIO) -> bool:
     """Whether lines can be redrawn on `out`."""
     return out.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def bright() -> str:
+    """The style of what is new: in colour, unless the user wants none (no-color.org)."""
+    return BOLD if os.environ.get("NO_COLOR") else BRIGHT
 
 
 def size_of(out: TextIO) -> tuple[int, int]:

@@ -48,6 +48,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
                                                    "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
+_TOO_DEEP = "the body is nested too deeply: send a flatter one."
 _KINDS = ("str", "int", "float", "bool", "Mask", "body")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
@@ -59,7 +60,13 @@ class _Json(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = json.loads(await self.body(), parse_constant=_no_number, parse_float=_finite)
+            body = await self.body()
+            try:
+                self._json = json.loads(body, parse_constant=_no_number, parse_float=_finite)
+            except RecursionError:
+                raise HTTPException(400, _TOO_DEEP) from None
+            except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
+                raise json.JSONDecodeError(str(error), "", 0) from error
         return self._json
 
 
@@ -175,6 +182,10 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
     async def memory(request: Request, error: MemoryError) -> JSONResponse:
         return answer(503, "the server has no memory for this request: ask for less, or try again later.")
 
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError) -> JSONResponse:
+        return answer(400, _TOO_DEEP)
+
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
         return answer(500, f"the server failed ({type(error).__name__}): its log says more.")
@@ -183,11 +194,12 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
 def _said(error: RequestValidationError) -> tuple[str, str | None]:
     """What is wrong with a body, and the field."""
     found = error.errors()
-    first = next(
-        (one for one in found if one["type"] == "value_error"), found[0]
-    )  # ours says more than 'should be a valid string'
+    # ours says more than 'should be a valid string', and what lies deepest more than what it stands in might have been instead
+    first = max(found, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
     if first["type"] == "json_invalid":
         return "the body is not JSON.", None
+    if tuple(first["loc"]) == ("body",):
+        return "the body is not a JSON object: send one with the fields of the request.", None
     # what stands behind a field's name and places in lists are the kinds that a value may have
     names = [clipped(str(part), 80) for part in first["loc"] if part not in _KINDS and "[" not in str(part)]
     if names and names[0] in NAMES:
@@ -250,7 +262,7 @@ def _models(app: FastAPI, options: Options, metrics: Metrics) -> None:
     async def one(name: str) -> dict[str, Any]:
         if not name:
             return await models()
-        _check_model(name, options)
+        _check_model(name.removesuffix("/"), options)
         return facts
 
 

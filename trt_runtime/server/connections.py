@@ -1,4 +1,4 @@
-"""Connections as uvicorn has them, bounded in number and in the time that a request's head may take."""
+"""Connections as uvicorn has them, bounded in number, and in the time and the bytes that a request's head may take."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from trt_runtime.server.errors import body_of
+from trt_runtime.server.errors import body_of, headers_of
 
 ABORT = "dllm_trt.abort"  # of a scope: a function that drops the connection with what is unsent
 _RESERVED = 64  # descriptors for files and threads
+_MOST_HEAD = 64 << 10  # bytes of a head, or of what else is no body: chunks' extensions, trailers
+_REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 
 def protocol(most: int, header_seconds: float) -> type[asyncio.Protocol]:
@@ -37,27 +39,39 @@ class _Connection(HttpToolsProtocol):
     most = 1 << 16
     header_seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
+    _running: Any = None  # the request that is being answered; of several that came at once, `cycle` is the last
+    _pending = 0  # bytes since a head, a part of a body or an end was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.born = self.loop.time()
         if len(self.connections) > self.most and not self._make_room():
-            said = json.dumps(body_of(503, f"{self.most} connections are open already: try again later."))
-            head = f"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(said)}"
-            transport.write(f"{head}\r\n\r\n{said}".encode())
-            transport.close()
+            self._refuse(503, f"{self.most} connections are open already: try again later.")
             return
         self._expect_head()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._pending += len(data)
         super().data_received(data)
-        if self._is_idle and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._pending > _MOST_HEAD:
+            self._refuse(431, f"the head of the request is larger than {_MOST_HEAD} bytes: send less.")
+        elif self._is_idle:
             self._expect_head()  # something came that is no whole head
 
     def on_message_begin(self) -> None:
@@ -67,7 +81,30 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_came()
+        self._pending = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._pending = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no HTTP/1.1 request that can be read; the server speaks plain HTTP, no TLS.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """End the connection with an answer of OpenAI's form, or without one where another answer is under way."""
+        if not self._is_idle:
+            self.transport.abort()
+            return
+        said = json.dumps(body_of(status, message)).encode()
+        headers = {**headers_of(status), "connection": "close", "content-type": "application/json", "content-length": len(said)}
+        lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + said)
+        self.transport.close()
 
     @property
     def _is_idle(self) -> bool:

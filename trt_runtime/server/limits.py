@@ -18,8 +18,6 @@ _BODY_SECONDS = 30.0
 _LATE_SECONDS = 5.0  # beyond an answer's time, in which its end may be sent
 _PUBLIC = {"/", "/health", "/ready"}
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
-# types that clients send JSON with unless they are told otherwise; no type at all is another
-_LOOSE_TYPES = (b"text/plain", b"application/x-www-form-urlencoded")
 
 
 class Limits:
@@ -82,7 +80,7 @@ class Limits:
         async def replayed() -> Any:
             return waiting.pop() if waiting else await receive()
 
-        work = asyncio.ensure_future(self.app(_as_json(scope), replayed, send))
+        work = asyncio.ensure_future(self.app(_plain(scope), replayed, send))
         try:
             await asyncio.wait({work}, timeout=self.timeout + _LATE_SECONDS)
             if work.done():
@@ -132,10 +130,11 @@ def is_local_name(host: str) -> bool:
         return False
 
 
-def _as_json(scope: Any) -> Any:
-    """The request, whose body is JSON if nothing else is said."""
-    kinds = [value.split(b";")[0].strip().lower() for name, value in scope["headers"] if name == b"content-type"]
-    if scope["method"] != "POST" or (kinds and kinds[0] and kinds[0] not in _LOOSE_TYPES):
+def _plain(scope: Any) -> Any:
+    """The request as the routes take it: a body is JSON, whatever its type says, and HEAD is GET, whose body the connection leaves out."""
+    if scope["method"] == "HEAD":
+        return scope | {"method": "GET"}
+    if scope["method"] != "POST":
         return scope
     others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
     return scope | {"headers": [*others, (b"content-type", b"application/json")]}

@@ -10,7 +10,7 @@ from trt_runtime.config import DEFAULT_GEN_LENGTH, GenerationConfig
 from trt_runtime.model import Model
 from trt_runtime.sequence import Sequence
 from trt_runtime.server.errors import Failure
-from trt_runtime.server.requests import ChatRequest, Common, CompletionRequest, Mask
+from trt_runtime.server.requests import LARGEST_SEED, ChatRequest, Common, CompletionRequest, Mask
 from trt_runtime.tokenizer import Tokenizer
 
 
@@ -48,7 +48,7 @@ def asked(model: Model, body: Common, longest: int) -> Asked:
     made: list[Row] = []
     for number, (ids, gap, tail) in enumerate(_prompts(model, body, config, longest)):
         for _ in range(body.choices):
-            made.append(_row(model, replace(config, seed=config.seed + len(made)), number, ids, gap, tail))
+            made.append(_row(model, replace(config, seed=(config.seed + len(made)) % (LARGEST_SEED + 1)), number, ids, gap, tail))
     return Asked(made, config.seed if config.draws or body.seed is not None else None)
 
 
@@ -90,7 +90,7 @@ def _with_room(
     """As many tokens as are asked for, or as there is room for."""
     room = longest - len(ids) - len(tail or [])
     if room < 1:
-        raise too_long(f"{len(ids) + len(tail or [])} tokens", longest)
+        raise too_long(f"{len(ids) + len(tail or [])} tokens" + (" with its suffix" if tail else ""), longest)
     default = config.gen_length or model.manifest.decoding.defaults.get("gen_length", DEFAULT_GEN_LENGTH)
     return ids, min(body.length() or default, room), tail
 

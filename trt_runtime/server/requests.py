@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from trt_runtime.config import GenerationConfig, configured
+from trt_runtime.config import GenerationConfig, configured, effective_temperature
 from trt_runtime.errors import DllmError
 from trt_runtime.manifest import Manifest
 from trt_runtime.server.messages import Message
@@ -63,7 +63,9 @@ class Common(Neutral):
 
     model: str
     max_tokens: Whole | None = Field(default=None, ge=1, description="tokens to generate (default: the model's gen_length)")
-    temperature: float | None = Field(default=None, description="0 (default) takes the best token")
+    temperature: Annotated[float, AfterValidator(effective_temperature)] | None = Field(
+        default=None, description="0 (default), or less than 0.001, takes the best token"
+    )
     top_p: float | None = None
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Whole | None = Field(default=None, ge=0, le=LARGEST_SEED, description="default: another one for each request")
@@ -113,16 +115,17 @@ class Common(Neutral):
 
     def config(self, manifest: Manifest) -> GenerationConfig:
         """The options of a generation, but for its length and the gaps; not yet checked against the model. Raises DllmError."""
-        if self.choices > 1 and not self.temperature:
-            raise DllmError(
-                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
-            )
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
         given = {name: value for name, field in OPTIONS.items() if (value := getattr(self, field, None)) is not None}
         if self.top_k in (-1, 0):
             del given["top_k"]
-        return configured(given, manifest)
+        config = configured(given, manifest)
+        if self.choices > 1 and not config.draws:
+            raise DllmError(
+                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
+            )
+        return config
 
 
 class ChatRequest(Common, NeutralChat):

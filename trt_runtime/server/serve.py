@@ -167,8 +167,9 @@ def run_app(app: Any, listening: socket.socket, said: str, options: Options, mos
     host, port = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     server = Server(app, replace(options, slots=most, most_queued=0))
-    # before uvicorn listens to signals one ends it at once
-    signal.signal(signal.SIGTERM, server.handle_exit)
+    # before uvicorn listens to signals one ends it at once, and two do not tear its event loop down half-made
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
     if not is_local(host) and not options.api_key:
         print(
             f"warning: {where} is open to other machines, and no key is asked for: give --api-key, or DLLM_API_KEY.",
