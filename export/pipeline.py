@@ -117,6 +117,7 @@ def checked_facts(
 ) -> ModelFacts:
     """The same of a configuration that was read already; `where` names it in errors."""
     family, reader, decoder = understood(config, where)
+    token_names.check_agreed(config, generation_config, where)
     named = [held.get(key) for key in token_names.KEYS for held in (config, generation_config)]
     taken = [token for value in named for token in (value if isinstance(value, list) else [value])]
     free = (token for token in itertools.count() if token not in taken)

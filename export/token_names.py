@@ -30,6 +30,16 @@ def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
     return [key for key in KEYS if config.get(key) is None and generation_config.get(key) is None]
 
 
+def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any], where: str) -> None:
+    """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model was trained with."""
+    own, other = ([value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK)))
+    if own is not None and other is not None and own != other:
+        raise DllmError(
+            f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: take both files from one "
+            "checkpoint, or say which is right with --mask-token."
+        )
+
+
 def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> Found:
     """What has to be added to config.json so that all three are known. `given`: the mask token, as its text or its id, which comes before
     what the checkpoint says. Raises DllmError, which says how to give it, where nothing names the mask or an end token."""
@@ -42,7 +52,9 @@ def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> F
             found.notes.append(
                 f"the mask token is {found.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is {named!r}"
             )
-    elif named is not None and config.get(MASK) is None:
+    else:
+        check_agreed(config, generation_config, f"{checkpoint.path / 'config.json'}")
+    if given is None and named is not None and config.get(MASK) is None:
         found.ids[MASK] = named
         found.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
     for key in missing(config, generation_config):
@@ -71,7 +83,7 @@ class _Tokenizer:
 
 
 def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
-    token = int(given) if given.isascii() and given.isdigit() else None
+    token = int(given) if given.isascii() and given.isdigit() and len(given) < 20 else None
     if token is None:
         if tokenizer.opened is None:
             raise DllmError(f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's id.")

@@ -28,6 +28,8 @@ HARMLESS = {
     "max_length": 20, "do_sample": False, "temperature": 0.7, "top_p": 1.0, "num_beams": 1, "bad_words_ids": [[5]], "sep_token_id": 3,
     "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "is_causal": False,
     "layer_types": ["full_attention"] * 3, "use_sliding_window": False,
+    "attn_impl": "flash", "attention_backend": "FlashInfer", "attn_kernel": "fa3", "activation_checkpointing": True, "notes": "n",
+    "description": "d", "_doc": "e", "_README": "f",
 }  # fmt: skip
 SAID_NOTHING_OF = {
     "is_decoder",
@@ -63,7 +65,7 @@ def test_keys_that_compute_nothing_are_ignored_and_noted_once(family, tmp_path):
     {"strange": 0}, {"attention_window": 64}, {"final_logit_softcapping": 30.0}, {"quantization_config": {"bits": 4}}, {"is_causal": True},
     {"is_decoder": True}, {"pruned_heads": {"0": [1]}}, {"layer_types": ["full_attention", "sliding_attention"]}, {"num_experts": 4},
     {"commentary_heads": 2}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"use_qk_norm": True}, {"init_values": 1e-5},
-    {"gen_length": "x"}, {"attention_bias": True}, {"eos_token_id": 126}, {"mask_token_id": 500}, {"pad_token_id": "end"},
+    {"doc_mask": 1}, {"attn_kernel": "performer"}, {"attn_impl": 2}, {"notebooks": 1}, {"gen_length": "x"}, {"attention_bias": True}, {"eos_token_id": 126}, {"mask_token_id": 500}, {"pad_token_id": "end"},
 ])  # fmt: skip
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_plan_refuses_what_an_export_refuses(family, change, tmp_path):
@@ -161,6 +163,8 @@ def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
         ("99999", "the model has 0 to"),
         ("-3", "is no token of"),
         ("", "is no token of"),
+        ("\udcff", "is no token of"),
+        ("9" * 5000, "is no token of"),
     ):
         refused(path, tmp_path / "out", said, mask_token=given)
     refused(path, tmp_path / "out", "is also an end token", mask_token="<eos>")
@@ -168,6 +172,25 @@ def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
     refused(path, tmp_path / "out", "is the mask: give it with --mask-token", mask_token=None)
     refused(path, tmp_path / "out", "has no tokenizer that knows it: give the token's id", mask_token="<[MASK]>")
     refused(path, tmp_path / "out", "eos_token_id", "ends a text", mask_token=str(mask))
+
+
+def test_two_masks_of_the_checkpoint_are_a_contradiction(tiny, tmp_path):
+    path = tiny()
+    other = path / "generation_config.json"
+    for same in (126, [126]):
+        other.write_text(json.dumps({"mask_token_id": same}))
+        export_quietly(path, tmp_path / str(same))
+    other.write_text(json.dumps({"mask_token_id": 124}))
+    with pytest.raises(DllmError) as planned:
+        facts_of_checkpoint(str(path), "bf16")
+    refused(path, tmp_path / "out", str(planned.value), "is 126, generation_config.json says 124", "--mask-token")
+    assert manifests.load(export_quietly(path, tmp_path / "given", mask_token="124")).decoding.mask_token_id == 124
+
+
+def test_end_tokens_that_come_twice_count_once(tiny, tmp_path):
+    path = tiny()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [125, 3, 125]}))
+    assert manifests.load(export_quietly(path, tmp_path / "a")).decoding.eos_token_ids == (125, 3)
 
 
 def test_a_mask_that_is_given_comes_before_the_checkpoints(tmp_path):

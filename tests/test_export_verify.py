@@ -167,6 +167,24 @@ def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monk
         assert not all(row.passed for rows in bisect(artifact).values() for row in rows)
 
 
+@pytest.mark.parametrize(("relative", "passes"), [(2.0**-23, True), (-(2.0**-23), True), (1e-4, False), (np.nan, False)])
+def test_rotation_tables_may_differ_in_the_last_bit_of_their_frequencies(
+    golden_checkpoint, monkeypatch, tmp_path, relative, passes
+):
+    """As another processor computes them: an artifact travels."""
+
+    def other(config):
+        frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim) * (1 + relative)
+        angles = np.outer(np.arange(config.max_length), frequency)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "rope_tables", other)
+        artifact = export_quietly(golden_checkpoint, tmp_path / "a")
+    stage = next(iter(verify(artifact)))
+    assert (stage.name, stage.passed) == ("weights", passes), str(stage)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_no_false_alarm_on_a_golden_checkpoint(golden_checkpoint, tmp_path, dtype):
     _passes(export_quietly(golden_checkpoint, tmp_path / "artifact", dtype=dtype))

@@ -21,6 +21,9 @@ from trt_runtime import manifest as manifests
 from trt_runtime.backends.base import Window
 from trt_runtime.backends.ort import OrtBackend
 
+sys.path.append(str(ROOT / "tools"))
+import cpu_without
+
 LLADA = families.find("llada")
 
 
@@ -156,3 +159,26 @@ def test_graphs_of_full_size_models_pass_the_checker_by_path(tmp_path, preset, l
     assert all((made / f"{role}.onnx").stat().st_size < 1_000_000 for role in contract.ROLES)
     assert graphs.dims_of(source.decoder, dtype).num_kv_heads == {"llada-8b": 32, "dream-7b": 4}[preset]
     assert checkpoint.load(path).config == config and ConfigReader(config, "").config == config
+
+
+@pytest.mark.parametrize("sets", sorted(cpu_without.SETS))
+def test_rotation_tables_and_powers_are_the_same_on_every_processor(sets):
+    code = (
+        "import hashlib; import numpy as np; from export import portable; r = np.random.default_rng(0).random(1 << 16, np.float32) * 9;"
+        "print(hashlib.sha256(portable.power(r, 0.5).tobytes() + portable.power(r, 0.3).tobytes()).hexdigest());"
+        " from dataclasses import replace; from export import families, weights; from export.families.base import ConfigReader;"
+        "f = families.find('llada'); c = f.decoder(ConfigReader(f.tiny_config(), 'c'));"
+        "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, 128)"
+        " for t in weights.rope_tables(replace(c, rope_theta=base, head_dim=size, max_length=4096))))"
+    )
+    here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    made = subprocess.run(
+        [sys.executable, "tools/cpu_without.py", sets, "--", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    if made.returncode == cpu_without.UNABLE:
+        pytest.skip(f"this machine has no CPUID faulting, or no gcc: {made.stderr.strip()}")
+    assert made.stdout == here

@@ -78,7 +78,7 @@ def test_notes_that_no_reader_looks_at_may_lie_there(artifact):
         (artifact / name).parent.mkdir(parents=True, exist_ok=True)
         (artifact / name).write_text("x")
     manifests.load(artifact, check_hashes=True)
-    assert manifests.foreign_files(artifact) == []
+    assert list(manifests.foreign_files(artifact)) == []
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_a_cut_file_that_was_listed_anew_is_refused(artifact):
     refused(artifact, "the files are not of one export")
 
 
-@pytest.mark.parametrize("where", ["graph", "attribute", "subgraph", "sparse"])
+@pytest.mark.parametrize("where", ["graph", "attribute", "subgraph", "sparse", "function", "default", "training"])
 def test_weights_are_found_wherever_they_stand(artifact, where):
-    """Also in a node's attribute, the graph of a control flow node, or a sparse tensor."""
+    """Also in a node's attribute, the graph of a control flow node, a sparse tensor, a function's nodes or the defaults of its attributes."""
     tensor = onnx.TensorProto(name="t", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
     placed(tensor, location="elsewhere.data")
 
@@ -139,6 +139,12 @@ def test_weights_are_found_wherever_they_stand(artifact, where):
         elif where == "subgraph":
             inner = onnx.GraphProto(name="g", initializer=[tensor])
             model.graph.node.append(onnx.helper.make_node("If", ["c"], ["t"], then_branch=inner, else_branch=inner))
+        elif where == "function":
+            model.functions.add(name="F", domain="").node.append(onnx.helper.make_node("Constant", [], ["t"], value=tensor))
+        elif where == "default":
+            model.functions.add(name="F", domain="").attribute_proto.append(onnx.helper.make_attribute("value", tensor))
+        elif where == "training":
+            model.training_info.add().initialization.initializer.append(tensor)
         else:
             model.graph.sparse_initializer.add().values.CopyFrom(tensor)
 
@@ -205,6 +211,28 @@ def test_a_directory_of_links_to_an_artifact_runs(artifact, tmp_path):
     for path in artifact.iterdir():  # the tokenizer's directory as one link
         (there / path.name).symlink_to(path)
     assert load(there, threads=1).generate([PROMPT])[0].tokens == load(artifact, threads=1).generate([PROMPT])[0].tokens
+
+
+def test_files_are_looked_for_one_by_one_and_not_below_notes(artifact, tmp_path, monkeypatch):
+    """A link may lead to a whole file system."""
+    for i in range(50):
+        (tmp_path / "vast" / f"d{i:02}").mkdir(parents=True)
+        (tmp_path / "vast" / f"d{i:02}" / "f").touch()
+    walked, walk = [], os.walk
+
+    def counted(*given, **options):
+        for step in walk(*given, **options):
+            walked.append(step[0])
+            yield step
+
+    monkeypatch.setattr(os, "walk", counted)
+    (artifact / ".cache").symlink_to(tmp_path / "vast")
+    manifests.load(artifact)
+    assert not [where for where in walked if ".cache" in where]
+    (artifact / "other").symlink_to(tmp_path / "vast")
+    walked.clear()
+    refused(artifact, "other/d00/f: the manifest does not list it")
+    assert len([where for where in walked if "other" in where]) == 2
 
 
 def test_a_link_to_a_directory_above_ends(artifact):

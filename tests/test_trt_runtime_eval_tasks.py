@@ -120,16 +120,29 @@ def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_p
     for name[0], words in {
         "1": ["--batch", "1"], "4": ["--batch", "4"], "again": ["--batch", "4"], "two": ["--batch", "12"],
         "command line": ["--batch", "5", "--gen-kwargs", "do_sample=False", "--temperature", "1.5"],
-        "other seed": ["--batch", "4", "--temperature", "1.5", "--seed", "9"],
+        "other seed": ["--batch", "4", "--temperature", "1.5", "--seed", "9"], "seed alone": ["--batch", "3", "--seed", "9"],
     }.items():  # fmt: skip
         assert _eval(demo_artifact, "--tasks", "twin_humaneval_64", "--chat", *words) == 0
     assert len(drawn["1"]) == 12 and len(set(drawn["1"][:6])) >= 4 and len(set(drawn["1"][6:])) >= 4
     assert drawn["1"] == drawn["4"] == drawn["again"] == drawn["two"] == drawn["command line"] != drawn["other seed"]
+    assert drawn["other seed"] == drawn["seed alone"]  # of a task that draws by itself
     name[0] = "beside"
     out = tmp_path / "out.json"
     assert _eval(demo_artifact, "--tasks", "twin_gsm8k,twin_humaneval_64", "--chat", "--limit", "1", "--output", str(out)) == 0
     assert set(drawn["1"][:6]) <= set(drawn["beside"])
     assert json.loads(out.read_text())["results"]["twin_humaneval_64"]["texts,all"] == len(set(drawn["1"][:6]))
+
+
+def test_the_demo_task_takes_examples(demo_artifact):
+    assert cli.main(["eval", str(demo_artifact), "--tasks", "demo_plan", "--include-path", str(ROOT / "benchmarks" / "tasks"), "--num-fewshot", "2",
+                     "--limit", "1", "--gen-length", "32"]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("length", ["x", "1.5", "inf", "1e400", "True"])
+def test_a_length_of_the_task_that_is_no_number_is_told(demo_artifact, length, capsys):
+    assert _eval(demo_artifact, "--tasks", "twin_gsm8k", "--gen-kwargs", f"max_gen_toks={length}") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: max_gen_toks of the task is") and "expected a whole number" in said
 
 
 def test_take_first_takes_one_of_the_draws(demo_artifact, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,23 +58,33 @@ def sha256_of(path: Path) -> str:
 
 def unlisted(artifact: Path, listed: set[str]) -> Iterator[str]:
     """Files that are there and not listed, but for the manifest, one that is just being written, and notes that no reader looks at."""
-    for name in sorted(found(artifact)):
+    for name in found(artifact, _is_note):
         is_ours = name == FILE_NAME or (name.startswith(f".{FILE_NAME}.") and name.endswith(".tmp"))
-        if name not in listed and not is_ours and not any(fnmatch.fnmatch(name.lower(), note) for note in _NOTES):
+        if name not in listed and not is_ours and not _is_note(name):
             yield name
 
 
-def found(artifact: Path) -> Iterator[str]:
-    """Every file under a directory; a directory may be a link, as in the Hub's cache."""
+def _is_note(name: str) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), note) for note in _NOTES)
+
+
+def found(artifact: Path, passes_by: Callable[[str], bool] = lambda name: False) -> Iterator[str]:
+    """Every file under a directory, one by one as they are found; a directory may be a link, as in the Hub's cache (also to a whole file
+    system: whoever wants the first file waits for no more). `passes_by`: directories, with a slash behind, that are not looked into."""
     seen = set[tuple[int, int]]()  # so that a link to a directory above it ends
     for where, directories, names in os.walk(artifact, followlinks=True):
-        at = os.stat(where)
+        try:
+            at = os.stat(where)
+        except FileNotFoundError:  # a temporary directory of another process
+            continue
         if (at.st_dev, at.st_ino) in seen:
             directories.clear()
             continue
         seen.add((at.st_dev, at.st_ino))
-        for name in names:
-            yield (Path(where) / name).relative_to(artifact).as_posix()
+        inside = Path(where).relative_to(artifact)
+        directories[:] = sorted(name for name in directories if not passes_by(f"{(inside / name).as_posix()}/"))
+        for name in sorted(names):
+            yield (inside / name).as_posix()
 
 
 def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -> None:

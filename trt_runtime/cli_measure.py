@@ -171,7 +171,7 @@ def _eval(args: argparse.Namespace) -> int:
     if missing := [path for path in args.include_path if not path.is_dir()]:
         raise DllmError(f"--include-path is {missing[0]}: no such directory.")
     model = open_model(args)
-    config = config_of(args, model.manifest)
+    config = config_of(args, model.manifest, may_draw=True)  # a task may ask for it
     config.resolved(model.manifest)
     harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy, max_length=args.max_length,
                                  add_bos=args.add_bos, escape_until=args.escape_until)  # fmt: skip

@@ -106,9 +106,9 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def config_of(args: argparse.Namespace, manifest: Manifest) -> GenerationConfig:
-    """The options that were given, over those that were tuned for the artifact."""
-    if args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
+def config_of(args: argparse.Namespace, manifest: Manifest, *, may_draw: bool = False) -> GenerationConfig:
+    """The options that were given, over those that were tuned for the artifact. may_draw: whether something else than they may ask for draws."""
+    if not may_draw and args.seed is not None and not args.temperature and not args.alg_temp and args.policy != "origin":
         raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
     values = {item.name: getattr(args, item.name) for item in fields(GenerationConfig)}
     return configured({name: value for name, value in values.items() if value is not None}, manifest)

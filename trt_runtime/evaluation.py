@@ -153,8 +153,10 @@ class Harness(TemplateLM):  # type: ignore[misc]
                 "generation option of the task", strange[0], _HONOURED, "Leave it out (--gen-kwargs), or take another task."
             )
         config, given = self.config, self._drawing(options)
-        length = next((options[name] for name in _LENGTHS if options.get(name)), None)
+        name, length = next(((name, options[name]) for name in _LENGTHS if options.get(name)), ("", None))
         if config.gen_length is None and length is not None:
+            if isinstance(length, bool) or not isinstance(length, (int, float)) or not float(length).is_integer():
+                raise DllmError(f"{name} of the task is {length!r}, expected a whole number from 1 (--gen-kwargs overrides it).")
             given["gen_length"] = min(int(length), max(1, self.max_length // 2))  # the prompt needs room too
         try:
             return replace(config, **given).resolved(self.model.manifest)

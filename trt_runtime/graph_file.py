@@ -13,7 +13,8 @@ from trt_runtime.errors import DllmError
 
 # message -> field number -> message: the parts of onnx.proto3 in which tensors and nodes can stand
 _PARTS = {
-    "Model": {7: "Graph", 25: "Function"}, "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"}, "Function": {7: "Node"}, "Node": {5: "Attribute"},
+    "Model": {7: "Graph", 20: "Training", 25: "Function"}, "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
+    "Training": {1: "Graph", 2: "Graph"}, "Function": {7: "Node", 11: "Attribute"}, "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"}, "Sparse": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"}, "Entry": {},
 }  # fmt: skip

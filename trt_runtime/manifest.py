@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -258,13 +258,13 @@ def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Man
         write(change(held), artifact)
 
 
-def foreign_files(artifact: Path) -> list[str]:
+def foreign_files(artifact: Path) -> Iterator[str]:
     """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if the manifest is none."""
     try:
         listed = set(parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files)
     except (OSError, ValueError, RecursionError, DllmError):
-        return sorted(artifact_check.found(artifact))
-    return list(artifact_check.unlisted(artifact, listed))
+        return artifact_check.found(artifact)
+    return artifact_check.unlisted(artifact, listed)
 
 
 def _check_name(name: str, where: str) -> None:

@@ -45,12 +45,14 @@ class Tokenizer:
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name ('mask_token'); None if there is none."""
         text = self._special.get(name)
-        token: int | None = self._tokenizer.token_to_id(text) if text else None
-        return token
+        return self.id_of(text) if text else None
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its text; None if there is none."""
-        found: int | None = self._tokenizer.token_to_id(token)
+        try:
+            found: int | None = self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # lone surrogates: bytes that are not UTF-8
+            return None
         return found
 
     @property

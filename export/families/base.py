@@ -24,9 +24,9 @@ _COMPUTES_NOTHING = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"_*(attn|attention|experts)_implementation(_internal|_autoset)?", r"_?(use_)?(flash|flex)_?(attn|attention)(_?[234]|_varlen|_version|_2_enabled)?",
     r"(use_)?(sdpa|sdpa_attention|xformers|memory_efficient_attention|liger(_kernel)?|torch_compile|compile|fused_\w+|kernels)", r"fuse_\w+",
     # comments
-    r"[_$]*comments?([^a-z].*)?", r"_+(note|description|info|todo)s?([^a-z].*)?", r"(//|#).*", r"\$schema",
+    r"[_$]*comments?([^a-z].*)?", r"_+(note|description|info|todo|doc|readme)s?([^a-z].*)?", r"notes?|description|readme", r"(//|#).*", r"\$schema",
     # training
-    r"\w*dropout(_p|_prob|_rate)?", r"\w*_pdrop", r"layer_?drop", r"\w*gradient_checkpointing\w*", r"initializer_\w+",
+    r"\w*dropout(_p|_prob|_rate)?", r"\w*_pdrop", r"layer_?drop", r"\w*(gradient|activation)_checkpointing\w*", r"initializer_\w+",
     r"init_(std|fn|device|method|cutoff_factor)", r"(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params)",
     r"(loss_type|label_smoothing|learning_rate|weight_decay|max_grad_norm|warmup_\w+|skip_checkpoint|unsloth_\w+)",
     # what a forward returns besides, and how transformers runs it
@@ -39,6 +39,11 @@ _COMPUTES_NOTHING = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(return_dict_in_generate|remove_invalid_values|suppress_tokens|begin_suppress_tokens|forced_(bos|eos)_token_id|prefix)",
     r"(sep|cls|unk|decoder_start|additional_special)_tokens?_id", r"generation_config",
 ))  # fmt: skip
+# keys that may name another attention than softmax, unless their value is a kernel of it
+_KERNEL_KEY = re.compile(r"_*(attn|attention)_(impl|backend|kernel|type)", re.IGNORECASE)
+_KERNEL = re.compile(
+    r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|mem_efficient)([_-]?(attn|attention))?([_-]?[234])?"
+)
 _PLAIN_ROPE: tuple[Any, ...] = ({}, {"rope_type": "default"}, {"type": "default"}, {"type": "default", "rope_type": "default"})
 # keys that compute nothing at these values; another value stops the export
 _COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
@@ -116,7 +121,7 @@ class ConfigReader:
         ids = value if isinstance(value, list) else [value]
         if not ids or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
             raise DllmError(f"{self.where}: {key} is {value!r}, expected a token id or a list of them.")
-        return tuple(ids)
+        return tuple(dict.fromkeys(ids))
 
     def token_id(self, key: str, other: Mapping[str, Any]) -> int:
         """The one token id under `key`."""
@@ -134,7 +139,7 @@ class ConfigReader:
         if isinstance(kinds := self.config.get("layer_types"), list) and set(map(str, kinds)) <= {"full_attention"}:
             self._seen.add("layer_types")
         unread = [key for key, value in self.config.items() if key not in self._seen | set(ignored) and value is not None]
-        noted = [key for key in unread if any(pattern.fullmatch(key) for pattern in _COMPUTES_NOTHING)]
+        noted = [key for key in unread if _computes_nothing(key, self.config[key])]
         unknown = [key for key in unread if key not in noted]
         if strange := sorted(set(ignored) - set(self.config)):
             raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
@@ -144,6 +149,11 @@ class ConfigReader:
                 f"does not change what the model computes, export with {' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
             )
         return noted
+
+
+def _computes_nothing(key: str, value: Any) -> bool:
+    is_kernel = _KERNEL_KEY.fullmatch(key) and isinstance(value, str) and _KERNEL.fullmatch(value.lower())
+    return bool(is_kernel) or any(pattern.fullmatch(key) for pattern in _COMPUTES_NOTHING)
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from export import portable
 from export.decoder import layer_name
 from export.families.base import split_layer
 from export.linears import Initializer
@@ -136,4 +137,4 @@ class SmoothQuant(_Static):
         given = self.calibration.inputs[readers[0]]
         weights = np.max([self.calibration.weights[name] for name in readers], axis=0)
         least = np.float32(1e-5)
-        return np.maximum(given, least) ** np.float32(_STRENGTH) / np.maximum(weights, least) ** np.float32(1 - _STRENGTH)
+        return portable.power(np.maximum(given, least), _STRENGTH) / portable.power(np.maximum(weights, least), 1 - _STRENGTH)
