@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import DEMO, ROOT
 
+from export import checkpoint
 from trt_runtime import manifest as manifests
 
 pytest.importorskip("huggingface_hub")
@@ -115,3 +116,19 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
     done = _export(hub, tmp_path, "org/none", "out")
     assert done.returncode == 1 and done.stderr.startswith("error: org/none: no such directory, and not to be had from the hub")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_attempts_of_the_client_are_not_told(monkeypatch, capfd):
+    """Its warnings, one an attempt, would stand before the one line of the error; HF_HUB_VERBOSITY of the user's stays."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    hub_logging.set_verbosity_warning()
+    checkpoint._hub("org/none")
+    hub_logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+    assert "Retrying" not in capfd.readouterr().err
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "warning")
+    hub_logging.set_verbosity_warning()
+    checkpoint._hub("org/none")
+    hub_logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+    assert "Retrying" in capfd.readouterr().err

@@ -123,3 +123,21 @@ def test_no_message_has_an_installation_of_its_own():
                 continue
             texts = [node.value for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant)]
             assert not [text for text in texts if isinstance(text, str) and re.search(r"\bpip (un)?install\b", text)], path
+
+
+def test_a_package_that_does_not_load_is_named(monkeypatch, demo_artifact, capsys, tmp_path):
+    """Halves of a package of different versions raise other errors than ImportError; an error of this project's own modules keeps its traceback."""
+    folder = tmp_path / "site-packages" / "halves"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemError('the other half is of another version')")
+    (tmp_path / "user.py").write_text("import halves")
+    (tmp_path / "faulty.py").write_text("raise SystemError('a fault')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(folder.parent)
+    with pytest.raises(
+        DllmError,
+        match=r"^serve needs the package halves, which does not load \(SystemError: the other half .*--force-reinstall halves\.$",
+    ):
+        backends.import_tool("user", "serve", "install it")
+    with pytest.raises(SystemError, match="a fault"):
+        backends.import_tool("faulty", "serve", "install it")

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,3 +150,49 @@ def test_wrong_use_is_one_line(demo_artifact, capsys):
                         (["--tasks", "demo_plant", "--include-path", str(TASKS)], "did you mean 'demo_plan'"), (["--tasks", "x", "--threshold", "3"], "threshold is 3")):  # fmt: skip
         assert cli.main(["eval", str(demo_artifact), *wrong]) == 1
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_standard_error_holds_nothing_of_lm_eval(demo_artifact, quiet):
+    """Neither its bars nor advice on options that this command has not, where standard error is a pipe."""
+    done = subprocess.run(
+        [sys.executable, "-m", "trt_runtime.cli", "eval", str(demo_artifact), "--tasks", "demo_plan,demo_choice", "--include-path", str(TASKS),
+         "--chat", "--limit", "1", "--mc-samples", "1", *quiet], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "exact_match" in done.stdout, done.stderr
+    assert "it/s" not in done.stderr and "--metadata" not in done.stderr, done.stderr
+
+
+class _Told:
+    """A Progress that notes what it is told."""
+
+    def __init__(self):
+        self.counts = {}
+
+    @contextmanager
+    def task(self, what, total):
+        self.counts[what] = [0, total]
+
+        def advance(done):
+            self.counts[what][0] += done
+
+        yield SimpleNamespace(advance=advance)
+
+    def each(self, items, what):
+        with self.task(what, len(items)) as task:
+            for item in items:
+                yield item
+                task.advance(1)
+
+
+def test_progress_counts_answers_and_likelihoods(model):
+    told = _Told()
+    harness = evaluation.Harness(model, GenerationConfig(), batch=2, samples=1, check_greedy=False)
+    harness.progress = told
+    asked = [
+        SimpleNamespace(args=(ORDER, options)) for options in ({"until": []}, {"until": []}, {"until": []}, {"until": ["x"]})
+    ]
+    assert len(harness.generate_until(asked)) == 4
+    harness._loglikelihood_tokens([(None, [5, 6], [7])] * 3)
+    harness.loglikelihood_rolling([SimpleNamespace(args=(ORDER,))] * 2)
+    assert told.counts == {"answers": [4, 4], "likelihoods": [3, 3], "likelihoods of whole texts": [2, 2]}

@@ -13,6 +13,7 @@ pytest.importorskip("openai")
 
 from serving import serving
 
+from trt_runtime import cli
 from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.server import room
@@ -32,8 +33,6 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
 
 
 def test_the_start_line_says_what_was_chosen(demo_artifact, monkeypatch, capsys):
-    from trt_runtime import cli
-
     monkeypatch.setattr(
         "trt_runtime.server.serve.run_app", lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0
     )
@@ -125,3 +124,10 @@ def test_several_keys(model):
     with serving(model, api_key=("one", "two")) as (url, _):
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("one,two", 401), ("onetwo", 401)):
             assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status, key
+
+
+@pytest.mark.parametrize(("option", "value", "said"), [("--queue", "-1", "--queue is -1, expected from 0."), ("--port", "99999", "--port is 99999, expected 0 to 65535."),
+                                                       ("--timeout", "0", "--timeout is 0, expected above 0 and at most 86400 seconds.")])  # fmt: skip
+def test_the_option_that_is_wrong_is_named_alone(demo_artifact, capsys, option, value, said):
+    assert cli.main(["serve", str(demo_artifact), option, value]) == 1
+    assert capsys.readouterr().err == f"error: {said}\n"

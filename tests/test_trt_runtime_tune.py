@@ -69,6 +69,8 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small
     assert {trial["options"]["policy"] for trial in report["trials"]} == {"threshold", "eb", "prophet"}
     held = load_manifest(artifact, check_hashes=True)
     assert held.decoding.tuned == report["options"]
+    assert cli.main(["info", str(artifact)]) == 0
+    assert f"\ntuned      cache dual, block_length {report['options']['block_length']}, policy " in capsys.readouterr().out
     tuned = Model(artifact, model.backend)
     tuned.manifest = held
     prompt = demo_prompts.held_out(1)[0].prompt

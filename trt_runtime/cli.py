@@ -110,10 +110,10 @@ def _serve(args: argparse.Namespace) -> int:
 
     serving = backends.import_tool("trt_runtime.server.serve", "serve", advice.install("serve"))
     check_counts(args, "slots", "max_body", "max_length", "lanes", "ray")
-    if args.queue < 0 or not 0 <= args.port <= 65535 or not 0 < args.timeout <= 86_400:
-        raise DllmError(
-            f"--queue is {args.queue}, --port {args.port}, --timeout {args.timeout:g}: expected from 0, 0 to 65535, above 0 and at most 86400."
-        )
+    for name, is_right, expected in (("queue", args.queue >= 0, "from 0"), ("port", 0 <= args.port <= 65535, "0 to 65535"),
+                                     ("timeout", 0 < args.timeout <= 86_400, "above 0 and at most 86400 seconds")):  # fmt: skip
+        if not is_right:
+            raise DllmError(f"--{name} is {getattr(args, name):g}, expected {expected}.")
     serving.cors.check(tuple(args.cors))
     if args.name is not None and not (args.name.strip() and args.name.isprintable()):
         raise DllmError("--name is empty, or has line breaks or other characters that cannot be shown: give another one.")

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from trt_runtime import advice, backends, examples, replay, tolerances
+from trt_runtime import advice, backends, eval_notes, examples, replay, tolerances
 from trt_runtime import cases as decode_cases
 from trt_runtime.cli_options import add_backend, add_decoding, config_of, open_model, write_json
 from trt_runtime.cli_parser import add_output, command, progress_of, report, say
@@ -163,6 +163,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    eval_notes.prepare(quiet=args.quiet)
     evaluation = backends.import_tool("trt_runtime.evaluation", "eval", advice.install("eval"))
     check_counts(args, "limit", "batch", "mc_samples", "max_length")
     tasks = [name for name in args.tasks.split(",") if name]
@@ -175,6 +176,7 @@ def _eval(args: argparse.Namespace) -> int:
     config.resolved(model.manifest)
     harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy, max_length=args.max_length,
                                  add_bos=args.add_bos, escape_until=args.escape_until)  # fmt: skip
+    harness.progress = progress_of(args)
     settings = evaluation.Settings(tuple(args.include_path), args.defaults or not args.include_path, args.num_fewshot, args.limit, args.chat,
                                    args.gen_kwargs, args.confirm_run_unsafe_code)  # fmt: skip
     if args.confirm_run_unsafe_code:  # the metric that runs code asks for this as well

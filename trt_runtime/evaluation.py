@@ -25,6 +25,7 @@ from trt_runtime.config import GenerationConfig, effective_temperature
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.eval_errors import in_one_line, unsafe
 from trt_runtime.model import Model
+from trt_runtime.progress import SILENT, Progress
 from trt_runtime.tokenizer import Tokenizer
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one option, in lm-eval's order
@@ -60,6 +61,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     add_bos: whether texts get a BOS token: 'auto' (as the tokenizer says, and never before what a chat template wrote), 'yes' or 'no'.
     escape_until: leave answers whole, whatever stop strings a task has.
     """
+
+    progress: Progress = SILENT  # told of every answer and likelihood
 
     def __init__(
         self, model: Model, config: GenerationConfig, *, batch: int, samples: int, check_greedy: bool, max_length: int | None = None,
@@ -122,15 +125,17 @@ class Harness(TemplateLM):  # type: ignore[misc]
         """
         answers: list[str] = []
         repeats: Counter[str] = Counter()
-        for _, same in itertools.groupby((request.args for request in requests), key=lambda args: args[1]):
-            asked = list(same)  # a batch decodes in one way
-            for start in range(0, len(asked), self.batch):
-                part = asked[start : start + self.batch]
-                contexts, seeds = [context for context, _ in part], []
-                for context in contexts:
-                    seeds.append(_seed(self.config.seed, context, repeats[context]))
-                    repeats[context] += 1
-                answers += self._answers(contexts, seeds, part[0][1])
+        with self.progress.task("answers", len(requests)) as task:
+            for _, same in itertools.groupby((request.args for request in requests), key=lambda args: args[1]):
+                asked = list(same)  # a batch decodes in one way
+                for start in range(0, len(asked), self.batch):
+                    part = asked[start : start + self.batch]
+                    contexts, seeds = [context for context, _ in part], []
+                    for context in contexts:
+                        seeds.append(_seed(self.config.seed, context, repeats[context]))
+                        repeats[context] += 1
+                    answers += self._answers(contexts, seeds, part[0][1])
+                    task.advance(len(part))
         return answers
 
     def _answers(self, contexts: list[str], seeds: list[int], options: dict[str, Any]) -> list[str]:
@@ -189,9 +194,14 @@ class Harness(TemplateLM):  # type: ignore[misc]
         keeps = self._adds_bos and ids[0] == self.prefix_token_id and room > 1
         return [ids[0], *ids[1 - room :]] if keeps else ids[-room:]
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Of answers behind their contexts; `progress` shows how far it is, not lm-eval's bar."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
         found = []
-        for _, asked, target in requests:
+        for _, asked, target in self.progress.each(requests, "likelihoods"):
             context = self._fitting(asked, len(target), "take a task with shorter answers, or a larger --max-length")
             likely = self._likelihood(context, target)
             found.append((likely, self.check_greedy and likelihood.is_greedy(self.model, context, target)))
@@ -207,7 +217,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of `window` tokens that do not overlap."""
         totals = []
-        for (text,) in (request.args for request in requests):
+        for (text,) in self.progress.each([request.args for request in requests], "likelihoods of whole texts"):
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = list(get_rolling_token_windows(ids, self.prefix_token_id, self.window - 1, 1))
             self.figures.windows += len(windows)

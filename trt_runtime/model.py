@@ -322,11 +322,14 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise DllmError(f"the prompt holds token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
     if len(ids) + config.gen_length > model.max_length:
-        room = model.max_length - config.gen_length
-        advice = f"shorten the prompt to {room} tokens or lower gen_length" if room > 0 else "lower gen_length"
+        left, room = model.max_length - config.gen_length, model.max_length - len(ids)
+        mends = [
+            *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
+            *([f"lower gen_length to {room}"] if room > 0 else []),
+        ]
         raise DllmError(
             f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the model's "
-            f"{model.max_length}: {advice}."
+            f"{model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
         )
     if mask in ids and not config.infill:
         raise DllmError(

@@ -192,6 +192,8 @@ def describe(path: Path, manifest: Manifest) -> str:
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
         "verified": said,
     }
+    if decoding.tuned:
+        rows["tuned"] = ", ".join(f"{key} {value}" for key, value in decoding.tuned.items()) + " (where you give no options)"
     if manifest.quantization is not None:
         rows["quantised"] = _quantised(manifest.quantization)
     return "\n".join(f"{name:10} {text}" for name, text in rows.items())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
+import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +54,21 @@ def import_tool(module: str, what: str, mend: str) -> Any:
             return importlib.import_module(module)
     except ImportError as error:
         raise DllmError(f"{what} needs a package that is missing ({error}): {mend}.") from error
+    except Exception as error:  # of packages that do not fit one another, as pydantic's check of its other half
+        if (broken := _package_of(error)) is None:
+            raise
+        said = " ".join(str(error).split())
+        raise DllmError(
+            f"{what} needs the package {broken}, which does not load ({type(error).__name__}: {said}): install it again, "
+            f"{advice.pip()} install --force-reinstall {broken}."
+        ) from error
+
+
+def _package_of(error: BaseException) -> str | None:
+    """The installed package whose code raised, None for code of this project."""
+    raised = traceback.extract_tb(error.__traceback__)[-1].filename
+    _, found, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
+    name = inside.split(os.sep)[0].removesuffix(".py") if found else ""
+    if not name or name in ("trt_runtime", "export", "plugins"):
+        return None
+    return (metadata.packages_distributions().get(name) or [name])[0]
