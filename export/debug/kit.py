@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from export.debug import record
-from export.debug.record import Array, Call
+from export.debug.record import Call
 from trt_runtime import __version__, atomic, builder, contract
 from trt_runtime import manifest as manifests
-from trt_runtime.backends.base import Backend
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
@@ -166,16 +165,11 @@ def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Calla
             raise DllmError(f"PyTorch's outputs cannot be recorded ({error}): leave --reference out.") from error
         note(f"PyTorch's outputs are not recorded: {error}")
         return None
-    made = [Call(call.role, call.inputs, replayed(backend, call)) for call in calls]
+    made = [
+        Call(
+            call.role, call.inputs, record.replayed(backend, call.role, call.inputs, want_logits=contract.LOGITS in call.outputs)
+        )
+        for call in calls
+    ]
     backend.close()
     return made
-
-
-def replayed(backend: Backend, call: Call) -> dict[str, Array]:
-    """A call on another backend, from the caches that it found."""
-    batch = len(call.inputs["kv_len"])
-    cache, slots = backend.new_cache(batch, call.capacity), slice(0, batch)
-    backend.write_cache(cache, slots, {name: value for name, value in call.inputs.items() if name.startswith("cache_")})
-    want_logits = contract.LOGITS in call.outputs
-    stats = record.run(backend, call.role, cache, slots, record.window_of(call.inputs), want_logits=want_logits)
-    return record.outputs_of(stats, backend.read_cache(cache, slots), backend.manifest.dims)
