@@ -7,7 +7,6 @@ streamed, and may be used where they lie, without ever being loaded. Format: eig
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -92,7 +91,9 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
             f"{name}: no such directory; to download it from the hub, install huggingface_hub: {package('huggingface_hub')}."
         ) from error
     if "HF_HUB_VERBOSITY" not in os.environ:  # its client logs every attempt as a warning; what failed is told once, as an error
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        from huggingface_hub.utils import logging as client
+
+        client.set_verbosity_error()
     repo, _, revision = name.partition("@")
     return huggingface_hub, repo, revision or None
 

@@ -155,7 +155,7 @@ def test_what_the_readme_uses_is_installed_first():
     """The first line of a section installs the extras that its commands name, but for the reference, which their comments name."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it\n\n```\n")[1].split("```")[0]
     first, *rest = section.splitlines()
-    installed = set(re.fullmatch(r"\.venv/bin/pip install -e '\.\[([\w,]+)\]' *(#.*)?", first)[1].split(","))
+    installed = set(re.fullmatch(r"\.venv/bin/pip install -c constraints\.txt -e '\.\[([\w,]+)\]' *(#.*)?", first)[1].split(","))
     commands = {words[1] for line in rest if len(words := shlex.split(line, comments=True)) > 1}
     assert {"serve", "eval"} & commands <= installed
     named = set(re.findall(r"(\w+) extra", section))

@@ -7,7 +7,6 @@ import inspect
 import os
 import sys
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +70,6 @@ def _package_of(error: BaseException) -> str | None:
     name = inside.split(os.sep)[0].removesuffix(".py") if found else ""
     if not name or name in ("trt_runtime", "export", "plugins"):
         return None
+    from importlib import metadata  # milliseconds that only an error takes
+
     return (metadata.packages_distributions().get(name) or [name])[0]
