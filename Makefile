@@ -44,12 +44,15 @@ demo: $(VENV)/.runtime ## export the shipped model, prove it, ask it, and measur
 	@echo && echo "== 4. one prompt, block by block" && $(BIN)/dllm-trt generate $(DEMO) --stream "$$(sed -n 4p $(PROMPTS))"
 	@echo && echo "== 5. caches and parallel unmasking, side by side" && $(BIN)/dllm-trt bench $(DEMO) --prompts $(PROMPTS) --count 8
 
+# in a variable, so that make shows the command on one line
+EXPORT_ARGUMENTS = $(if $(or $(MODEL),$(CHECKPOINT)),$(if $(MODEL),--model $(MODEL)),--model llada) --dtype $(DTYPE) --head $(HEAD) \
+  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto) \
+  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(MASK_TOKEN),--mask-token '$(MASK_TOKEN)') \
+  $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
+  --match $(if $(DATA)$(CHECKPOINT),$(MATCH),json) --gate $(GATE))
+
 export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: CHECKPOINT=dir|hub id (its config.json says the model), or MODEL=llada|dream alone for a demo [DTYPE=fp32|fp16|bf16] [OUT=dir] [OVERWRITE=1] [MASK_TOKEN=token] [WEIGHTS=copy|link] [HEAD=statistics|logits] [VERIFY=0] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file [TARGET=ort-cpu|tensorrt] [MATCH=exact|json] [GATE=yes|no]]
-	$(BIN)/python -m export $(if $(or $(MODEL),$(CHECKPOINT)),$(if $(MODEL),--model $(MODEL)),--model llada) --dtype $(DTYPE) --head $(HEAD) \
-	  --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto) \
-	  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(MASK_TOKEN),--mask-token '$(MASK_TOKEN)') \
-	  $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
-	  --match $(if $(DATA)$(CHECKPOINT),$(MATCH),json) --gate $(GATE))
+	$(BIN)/python -m export $(EXPORT_ARGUMENTS)
 
 $(DEMO_DATA): | $(VENV)/.runtime
 	@mkdir -p $(dir $@) && $(BIN)/python tools/demo_prompts.py --tuning $@ --count 100

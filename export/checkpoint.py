@@ -84,6 +84,12 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
             f"{name}: no such directory, and not a hub id: give a checkpoint directory with config.json and "
             "*.safetensors, or a hub id like org/name."
         )
+    if (parent := Path(name).parent).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
+        held = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+        raise DllmError(
+            f"{name}: no such directory; in {parent} {'lies ' + ', '.join(held[:8]) if held else 'lies none'}. "
+            f"For the hub's repository of this name, give {name}@main."
+        )
     try:
         import huggingface_hub
     except ImportError as error:

@@ -27,7 +27,7 @@ import transformers
 from export import layers, pipeline, quality, quantization, verify_graphs, weights
 from export.quantization.base import Calibration, Scheme
 from export.reference import TorchBackend, origin, source_of
-from trt_runtime import advice, contract, tolerances
+from trt_runtime import advice, contract, render, tolerances
 from trt_runtime import manifest as manifests
 from trt_runtime import replay as replays
 from trt_runtime.backends import import_tool
@@ -52,9 +52,10 @@ class Stage:
     passed: bool
     measured: dict[str, Any]
     advice: str = ""
+    said: str = ""  # what was measured, in words; else the names and numbers themselves
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.measured.items())
+        shown = self.said or ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.measured.items())
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
 
 
@@ -143,7 +144,7 @@ def _quantized_stages(
     yield _canvases(artifact, manifest)
     measured = manifest.quantization.quality
     advice = "" if measured else "its quality was not measured: export it with --data and --gate yes"
-    yield Stage("quality", measured is not None, measured or {}, advice)
+    yield Stage("quality", measured is not None, measured or {}, advice, render.quality(measured) if measured else "")
 
 
 def _canvases(artifact: Path, manifest: Manifest) -> Stage:

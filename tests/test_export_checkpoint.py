@@ -288,6 +288,16 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert manifests.load(tmp_path / "demo").tokenizer == "tokenizer"
 
 
+def test_a_slip_in_a_directorys_name_is_no_hub_id(monkeypatch, tmp_path):
+    (tmp_path / "models" / "llada").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/lada", "./models/lada"):
+        with pytest.raises(DllmError, match=r"no such directory; in models lies llada\. .* give models/lada@main|not a hub id"):
+            checkpoint.locate(name)
+        with pytest.raises(DllmError, match="no such directory"):
+            checkpoint.config_of(name)
+
+
 def test_a_hub_id_without_a_network_is_one_clear_line(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -394,7 +394,9 @@ def test_every_scheme_passes_the_gate_on_the_demo_model(demo_data, tmp_path, kin
     )
     assert 0 < measured["kl_mean"] < tolerances.QUANTIZED_KL and measured["canvases"] == 4 * measured["examples"]
     assert (facts.calibration or {}).get("prompts") == (8 if kind.is_calibrated else None)
-    assert [stage.name for stage in verify.verify(artifact) if not stage.passed] == []
+    stages = list(verify.verify(artifact))
+    assert [stage.name for stage in stages if not stage.passed] == []
+    assert f"same token {100 * measured['same_token']:.1f} %, " in str(stages[-1])
 
 
 def test_a_quantised_artifact_is_one_of_ours_in_every_way(w8a8, capsys):

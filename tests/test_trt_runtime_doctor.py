@@ -9,8 +9,9 @@ import types
 import onnxruntime
 import pytest
 
-from trt_runtime import cli, doctor
+from trt_runtime import advice, cli, doctor, engine
 from trt_runtime.doctor import ABSENT, FAILURE, OK, WARNING, Package
+from trt_runtime.errors import DllmError
 
 
 def test_this_machine_is_healthy_and_every_flaw_has_its_mend(capsys):
@@ -135,5 +136,8 @@ def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
 
 @pytest.mark.parametrize(("driver", "extra"), [(12, "trt-cu12"), (13, "trt-cu13"), (0, "trt-cu13")])
 def test_the_extra_of_the_drivers_cuda_is_advised(monkeypatch, driver, extra):
-    monkeypatch.setattr(doctor, "_driver_cuda", lambda: driver)
+    monkeypatch.setattr(advice, "driver_cuda", lambda: driver)
     assert extra in next(package.mend for package in doctor.packages() if package.name == "tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(DllmError, match=extra):
+        engine.load("tensorrt")

@@ -27,7 +27,8 @@ BAD = [
     ({"messages": [{"role": "user", "content": "clean hall with mop " * 60}]}, 400, "prompt", "shorten the prompt to 191"), ({"n": 2}, 400, None, "all choices would be the same"),
     ({"stop": ["a"] * 65}, 400, None, "stop has 65"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
     ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 1.5}, 400, None, "top_p"),
-    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"stop": 5}, 400, "stop", ""), ({"steps": 1}, 400, None, "steps is 1"),
+    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"stop": 5}, 400, "stop", ""), ({"treshold": 0.5}, 400, "treshold", "did you mean 'threshold'?"),
+    ({"colour": 5}, 400, "colour", "does not honour"), ({"steps": 1}, 400, None, "steps is 1"),
 ]  # fmt: skip
 
 

@@ -105,6 +105,13 @@ def test_messages_as_clients_write_them(demo):
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], (messages, answer.text)
 
 
+def test_a_request_need_not_name_the_one_model(demo):
+    named, unnamed = (httpx.post(f"{demo[0]}/v1/completions", json=TEXT | {"model": name}).json() for name in ("demo", None))
+    assert named["choices"] == unnamed["choices"] and unnamed["model"] == "demo"
+    without = {key: value for key, value in TEXT.items() if key != "model"}
+    assert httpx.post(f"{demo[0]}/v1/completions", json=without).json()["choices"] == named["choices"]
+
+
 def test_json_by_any_name(demo):
     content = json.dumps(TEXT).encode()
     for kind in (

@@ -25,7 +25,9 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
     length = room.longest_canvas(facts, 8, None, free=8 * each * 10_000)
     assert length % 64 == 0 and (length + 64) * each * 8 <= 0.5 * 8 * each * 10_000 < (length + 64 + 64) * each * 8
     assert room.longest_canvas(facts, 8, None, free=1 << 60) == 131_072 == room.longest_canvas(facts, 8, None, free=0)
-    assert room.longest_canvas(facts, 8, 500, free=1) == 500 and room.longest_canvas(facts, 8, 10**9, free=1) == 131_072
+    assert room.longest_canvas(facts, 8, 500, free=1) == 500
+    with pytest.raises(DllmError, match="--max-length is 131073, expected up to 131072"):
+        room.longest_canvas(facts, 8, 131_073, free=1)
     with pytest.raises(DllmError, match=r"--slots.*--max-length"):
         room.longest_canvas(facts, 8, None, free=8 * each * 100)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (10 << 40, 10 << 40))

@@ -83,6 +83,16 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small
     )
 
 
+def test_the_baseline_is_kept_where_nothing_within_the_bound_is_faster(small, monkeypatch, tmp_path, demo_artifact, capsys):
+    monkeypatch.setattr(tune.Tuner, "is_within", lambda self, trial: False)
+    (tmp_path / "prompts.txt").write_text("clean hall with mop\n")
+    assert cli.main(["tune", str(demo_artifact), "--data", str(tmp_path / "prompts.txt"), "--threads", "1"]) == 0
+    assert (
+        "nothing within 1 points is faster than the baseline: 1 of 1 right: --cache dual --policy fixed"
+        in capsys.readouterr().out
+    )
+
+
 def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
     report = tune.run(

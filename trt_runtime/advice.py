@@ -5,6 +5,7 @@ A checkout is installed in place (`-e '.[serve]'`), a wheel by its name (`'dllm-
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shlex
@@ -17,6 +18,22 @@ def install(*extras: str) -> str:
     """The command that installs optional packages of dllm-trt itself."""
     root, names = checkout(), ",".join(extras)
     return f"{pip()} install " + (f"'dllm-trt[{names}]'" if root is None else f"-e {shlex.quote(f'{_shown(root)}[{names}]')}")
+
+
+def by_driver(kind: str) -> str:
+    """The same for TensorRT ('trt', 'rtx'), which comes in a form for each CUDA: by the major version that the driver runs."""
+    driver = driver_cuda()
+    return install(f"{kind}-cu{12 if driver == 12 else 13}") + ("" if driver else f" (a driver of CUDA 12: {kind}-cu12)")
+
+
+def driver_cuda() -> int:
+    """The CUDA major version that the driver runs; 0 where there is none."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value // 1000
 
 
 def tool(*extras: str) -> str:

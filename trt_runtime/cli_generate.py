@@ -50,12 +50,13 @@ def _generate(args: argparse.Namespace) -> int:
     if args.stream and (args.json or len(prompts) > 1):
         raise DllmError("--stream shows one prompt and no JSON: leave out --json, or give one prompt.")
     model = open_model(args)
+    config = config_of(args, model.manifest)
     _warn_of_unknown_words(args, model, prompts)
     if args.stream:
-        render.show_stream(model, prompts[0], config_of(args, model.manifest), raw=args.raw, quiet=args.quiet)
+        render.show_stream(model, prompts[0], config, raw=args.raw, quiet=args.quiet)
         return 0
     with progress_of(args).task("decoding" if len(prompts) == 1 else f"decoding {len(prompts)} prompts"):
-        results = model.generate(prompts, config_of(args, model.manifest), raw=args.raw)
+        results = model.generate(prompts, config, raw=args.raw)
     if args.json:
         report(args, [_as_json(result) for result in results], "")
         return 0

@@ -208,8 +208,15 @@ def _tune(args: argparse.Namespace) -> int:
         write_json(args.output, found)
     if args.write:
         tune.write(args.artifact, found["options"])
-    report(args, found, f"{found['speedup']:.2f} times the baseline's tokens/s, {found['right']} of {found['examples']} right "
-           f"(baseline {found['baseline_right']}): {words}")  # fmt: skip
+    right = f"{found['right']} of {found['examples']} right"
+    if found["chosen"] == found["baseline"]:
+        report(args, found, f"nothing within {args.max_drop:g} points is faster than the baseline: {right}: {words}")
+    else:
+        report(
+            args,
+            found,
+            f"{found['speedup']:.2f} times the baseline's tokens/s, {right} (baseline {found['baseline_right']}): {words}",
+        )
     if args.write:
         say(args, f"noted in {args.artifact / 'manifest.json'}")
     return 0

@@ -42,35 +42,19 @@ class Package:
     others: tuple[str, ...] = ()  # names that it may be installed by as well
 
 
-def _by_driver(kind: str) -> str:
-    """How to install what comes in a form for each CUDA: by the major version that the driver runs."""
-    driver = _driver_cuda()
-    return advice.install(f"{kind}-cu{12 if driver == 12 else 13}") + ("" if driver else f" (a driver of CUDA 12: {kind}-cu12)")
-
-
-def _driver_cuda() -> int:
-    """The CUDA major version that the driver runs; 0 where there is none."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value // 1000
-
-
 def packages() -> tuple[Package, ...]:
     """The support table."""
-    install, tool, package = advice.install, advice.tool, advice.package
+    install, tool, package, by_driver = advice.install, advice.tool, advice.package, advice.by_driver
     return (
         Package("numpy", "numpy", "1.26", "3", "runtime", package("numpy"), needed=True),
         Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", package("tokenizers"), needed=True),
         Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", package("jinja2>=3.1.6"), needed=True),
         Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", install("ort")),
         Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", install("ort-gpu")),
-        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", _by_driver("trt"), others=("tensorrt-cu13", "tensorrt-cu12")),
-        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", _by_driver("rtx"),
+        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", by_driver("trt"), others=("tensorrt-cu13", "tensorrt-cu12")),
+        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", by_driver("rtx"),
                 others=("tensorrt-rtx-cu12-bindings",)),
-        Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", _by_driver("trt")),
+        Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", by_driver("trt")),
         Package("onnx", "onnx", "1.21", "2", "export", tool("export")),
         Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", tool("export")),
         Package("onnxscript", "onnxscript", "0.6", "1", "export", tool("export")),

@@ -31,7 +31,7 @@ LAYOUTS = SHARED, SPLIT = ("shared", "split")
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # compute capabilities that TensorRT-RTX builds for
 PIECE = 256 << 20  # bytes of an engine's file that are in host memory at a time while it is opened (from TensorRT 10.7 on)
 CAPACITY_STEP = 64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
-# the modules that a backend's package may be called, and the extra that installs it
+# the modules that a backend's package may be called, and the kind of extra that installs it (advice.by_driver)
 _MODULES = {"tensorrt": (("tensorrt",), "trt"), "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx")}
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
@@ -111,14 +111,14 @@ def plans(config: BuildConfig) -> list[EnginePlan]:
 
 def load(backend: str) -> Any:
     """The package of a backend. Raises DllmError with what to install."""
-    modules, extra = _MODULES[backend]
+    modules, kind = _MODULES[backend]
     for name in modules:
         try:
             return importlib.import_module(name)
         except ImportError as error:
             missing = error
     index = " (tensorrt is on NVIDIA's index)" if backend == "tensorrt" else ""
-    raise DllmError(f"the backend '{backend}' needs a package that is missing ({missing}): {advice.install(extra)}{index}.")
+    raise DllmError(f"the backend '{backend}' needs a package that is missing ({missing}): {advice.by_driver(kind)}{index}.")
 
 
 def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | None) -> dict[str, Any]:

@@ -213,9 +213,12 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
         else f" (opening it: this TensorRT holds the engine's file whole beside its weights, {size_text(opening)} more)"
     )
     what = f"{layout.name} on {device.name}{why}"
+    room = f"{size_text(free)}" + (
+        f" (its {size_text(device.memory)} less {size_text(device.reserved)} for driver and system)" if device.reserved else ""
+    )
     if all_of_it <= free:
-        return f"fits: {what} needs {size_text(all_of_it)} of {size_text(free)}."
-    short = f"does not fit: {what} needs {size_text(all_of_it)} of {size_text(free)}"
+        return f"fits: {what} needs {size_text(all_of_it)} of {room}."
+    short = f"does not fit: {what} needs {size_text(all_of_it)} of {room}"
     fitting = next((words for words, model, less in _smaller(facts, work, device) if needed(model, less) <= free), None)
     if fitting:
         return f"{short}; {fitting} would."

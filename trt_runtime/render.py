@@ -203,12 +203,15 @@ def _quantised(facts: Quantization) -> str:
     measured = facts.quality
     if measured is None:
         return f"{facts.scheme} for {facts.target}; its quality was not measured"
+    return f"{facts.scheme} for {facts.target}; beside the model as it was: {quality(measured)}"
+
+
+def quality(measured: dict[str, Any]) -> str:
+    """What a quantised artifact's export measured (manifest: quantization.quality)."""
     right = (
         f"; right answers {measured['right']} of {measured['judged']}, before {measured['right_before']}"
         if measured["judged"]
         else ""
     )
-    return (
-        f"{facts.scheme} for {facts.target}; beside the model as it was: KL {measured['kl_mean']:.2g} nats, same token "
-        f"{100 * measured['same_token']:.1f} %, same commit {100 * measured['same_commit']:.1f} %{right}"
-    )
+    same = f"same token {100 * measured['same_token']:.1f} %, same commit {100 * measured['same_commit']:.1f} %"
+    return f"KL {measured['kl_mean']:.2g} nats, {same}{right}"

@@ -33,7 +33,10 @@ def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
         raise unknown("backend", name, _TABLE)
     module, cls, extra = _TABLE[name]
     of_package = module.startswith(f"{__package__}.")
-    mend = advice.install(extra) if of_package else advice.tool("export", extra)
+    if extra in ("trt", "rtx"):
+        mend = advice.by_driver(extra)
+    else:
+        mend = advice.install(extra) if of_package else advice.tool("export", extra)
     opener = getattr(import_tool(module, f"the backend '{name}'", mend), cls)
     known = set(inspect.signature(opener).parameters) - {"artifact"}
     if strange := sorted(set(options) - known):

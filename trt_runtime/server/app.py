@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
                                                    "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
 _TOO_DEEP = "the body is nested too deeply: send a flatter one."
+_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - NAMES
 _KINDS = ("str", "int", "float", "bool", "Mask", "body")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
@@ -208,6 +210,8 @@ def _said(error: RequestValidationError) -> tuple[str, str | None]:
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         said = "this server does not honour it: leave it out"
+        if len(names) == 1 and (near := difflib.get_close_matches(names[0], _FIELDS, n=1, cutoff=0.8)):
+            return f"{name}: no such field: did you mean '{near[0]}'?", name
     return f"{name or 'the body'}: {said}.", name
 
 
@@ -291,8 +295,8 @@ def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Prep
         return await answered(TEXT, body, request, max(1, len(body.prompts())))
 
 
-def _check_model(name: str, options: Options) -> None:
-    if name != options.name:
+def _check_model(name: str | None, options: Options) -> None:
+    if name is not None and name != options.name:
         raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
 
 

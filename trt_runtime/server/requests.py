@@ -61,7 +61,7 @@ class StreamOptions(Strict):
 class Common(Neutral):
     """What both kinds of completion take."""
 
-    model: str
+    model: str | None = Field(default=None, description="the name of the model, of which a server has one")
     max_tokens: Whole | None = Field(default=None, ge=1, description="tokens to generate (default: the model's gen_length)")
     temperature: Annotated[float, AfterValidator(effective_temperature)] | None = Field(
         default=None, description="0 (default), or less than 0.001, takes the best token"

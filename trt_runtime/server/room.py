@@ -20,9 +20,11 @@ _STEP, _LEAST = 64, 64
 
 def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE) -> int:
     """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a share of the `free` bytes (default: those
-    of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits."""
+    of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits, or more is asked for."""
     if asked is not None:
-        return min(asked, facts.max_length)
+        if asked > facts.max_length:
+            raise DllmError(f"--max-length is {asked}, expected up to {facts.max_length}, which is what the model takes.")
+        return asked
     free = free_memory() if free is None else free
     each = cache_bytes(facts, Work(slots, 1, 1))
     if not free or each * (facts.max_length + SPARE_ROWS) <= share * free:
