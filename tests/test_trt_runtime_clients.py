@@ -126,7 +126,7 @@ def test_langchain(demo, text):
 
 
 def test_llama_index(demo, text):
-    """Its package for OpenAI's API wants openai below 3, so that CI has none: it was run by hand, and its requests are among those of openai."""
+    """Its package for OpenAI's API wants openai below 3: `.ci/run` runs this test in an environment that holds it."""
     like = pytest.importorskip("llama_index.llms.openai_like")
     from llama_index.core.llms import ChatMessage
 
