@@ -96,13 +96,13 @@ def test_messages_of_missing_packages_carry_it(monkeypatch, demo_artifact, capsy
     monkeypatch.setattr(backends.importlib, "import_module", absent)
     for command, expected in (
         (["serve"], advice.install("serve")), (["eval", "--tasks", "x"], advice.install("eval")), (["verify"], advice.tool("export", "ort", "reference")),
-        (["generate", "x"], advice.install("ort")), (["generate", "x", "--backend", "tensorrt-rtx"], advice.install("rtx")),
+        (["generate", "x"], advice.install("ort")), (["generate", "x", "--backend", "tensorrt-rtx"], advice.by_driver("rtx")),
         (["generate", "x", "--backend", "torch"], advice.tool("export", "reference")), (["plan"], advice.tool("export")),
     ):  # fmt: skip
         where = demo_artifact.parent if command[0] == "plan" else demo_artifact
         assert cli.main([command[0], str(where), *command[1:]]) == 1
         assert capsys.readouterr().err.endswith(f"{expected}.\n"), command
-    with pytest.raises(DllmError, match=re.escape(advice.install("trt"))):
+    with pytest.raises(DllmError, match=re.escape(advice.by_driver("trt"))):
         backends.open_backend("tensorrt", demo_artifact)
 
 

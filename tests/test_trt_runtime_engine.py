@@ -142,7 +142,7 @@ def test_the_command(artifact, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine, "_MODULES", {"tensorrt": (("no_such_module",), "trt")})
     assert cli.main(["build", str(artifact), "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    assert "needs a package that is missing" in error and f"{advice.install('trt')} (tensorrt is on NVIDIA's index)" in error
+    assert "needs a package that is missing" in error and f"{advice.by_driver('trt')} (tensorrt is on NVIDIA's index)" in error
 
 
 def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):
