@@ -38,6 +38,15 @@ class Worst:
     same: float = 0.0
     ranges: layers.Ranges = field(default_factory=layers.Ranges)
 
+    def add(self, role: str, mine: Run, theirs: Run, valid: Array) -> None:
+        """Take in a run of the graph of a role beside what is expected; `valid` [2, L, 1] are the rows that count."""
+        self.logits = max(self.logits, layers.difference(mine.logits * valid, theirs.logits * valid))
+        caches = list(zip(mine.caches, theirs.caches, strict=True))
+        if role == "refine":
+            self.refine_logits = max(self.refine_logits, layers.difference(mine.refine_logits, theirs.refine_logits))
+            caches += zip(mine.refined, theirs.refined, strict=True)
+        self.caches = max(self.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in caches))
+
 
 def graph_in(path: Path) -> onnx.ModelProto:
     try:
@@ -79,15 +88,8 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
             engine.close()
     for i, (_, _, valid) in enumerate(calls):
         for role in contract.ROLES:
-            mine = made[role][i]
-            worst.logits = max(worst.logits, layers.difference(mine.logits * valid, theirs[i].logits * valid))
-            pairs = zip(mine.caches, theirs[i].caches, strict=True)
-            worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
+            worst.add(role, made[role][i], theirs[i], valid)
         worst.same = max(worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
-        mine = made["refine"][i]
-        worst.refine_logits = max(worst.refine_logits, layers.difference(mine.refine_logits, theirs[i].refine_logits))
-        pairs = zip(mine.refined, theirs[i].refined, strict=True)
-        worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in pairs))
     return worst, engine
 
 
@@ -177,12 +179,7 @@ def compare_quantised(artifact: Path, manifest: Manifest) -> Worst:
     for role in contract.ROLES:
         made = _runs(artifact, manifest, role, graphs[role], calls)
         for mine, theirs, (_, _, valid) in zip(made, expected, calls, strict=True):
-            worst.logits = max(worst.logits, layers.difference(mine.logits * valid, theirs.logits * valid))
-            caches = list(zip(mine.caches, theirs.caches, strict=True))
-            if role == "refine":
-                worst.refine_logits = max(worst.refine_logits, layers.difference(mine.refine_logits, theirs.refine_logits))
-                caches += zip(mine.refined, theirs.refined, strict=True)
-            worst.caches = max(worst.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in caches))
+            worst.add(role, mine, theirs, valid)
     return worst
 
 

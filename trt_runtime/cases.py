@@ -61,8 +61,7 @@ class Row:
 def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     """Inputs of `count` cases over random prompts, going through caches, policies, and lengths in turn."""
     rng = np.random.default_rng(seed)
-    model, decoding = manifest.model, manifest.decoding
-    special = {decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids}
+    model, special = manifest.model, manifest.decoding.special_token_ids
     words = np.array([token for token in range(model.vocab_size) if token not in special])
     options: list[Case] = [{"threshold": 0.9}, {"threshold": None}, {"alg": "topk_margin"}, {"threshold": None, "factor": 1.0}]
     cases = []

@@ -207,7 +207,7 @@ def _tune(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output, found)
     if args.write:
-        tune.write(args.artifact, found["options"])
+        tune.write(args.artifact, found["options"], model.manifest)
     right = f"{found['right']} of {found['examples']} right"
     if found["chosen"] == found["baseline"]:
         report(args, found, f"nothing within {args.max_drop:g} points is faster than the baseline: {right}: {words}")

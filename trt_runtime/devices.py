@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trt_runtime import processor
 from trt_runtime.errors import unknown
 
 GIB = 1 << 30
@@ -116,9 +117,7 @@ def _rates() -> tuple[float, float] | None:
 
 def has_int8() -> bool:
     """Whether the processor multiplies 8-bit numbers faster than fp32, by the flags that Linux lists."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return any(_INT8_FLAGS & set(line.split()) for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+    return bool(_INT8_FLAGS.intersection(processor.instruction_sets()))
 
 
 def _bandwidth() -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trt_runtime import advice
 from trt_runtime.errors import DllmError
+from trt_runtime.program import chain_of
 
 _log = logging.getLogger(__name__)
 # exceptions of datasets, huggingface_hub, requests and httpx, by name: what a base class of an error is called
@@ -34,7 +35,7 @@ def in_one_line(*, run_unsafe_code: bool) -> Iterator[None]:
 
 
 def _told(error: BaseException, run_unsafe_code: bool) -> DllmError:
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     if own := next((held for held in chain if isinstance(held, DllmError)), None):
         return own
     texts = [str(held) for held in chain]
@@ -73,15 +74,6 @@ def _known(error: BaseException) -> DllmError | None:
             "data are here (--include-path)."
         )
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception, and what it was raised from or while handling."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _short(text: str) -> str:

@@ -78,6 +78,11 @@ class DecodingFacts:
     blocks_without_cache: bool = True
     tuned: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def special_token_ids(self) -> set[int]:
+        """The tokens that are no part of a text."""
+        return {self.mask_token_id, self.pad_token_id, *self.eos_token_ids}
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -142,7 +147,7 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
             "Give the directory that an export wrote, e.g. artifacts/llada-demo."
         )
     try:
-        read = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        read = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
     except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
@@ -275,7 +280,7 @@ def _check_name(name: str, where: str) -> None:
         )
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
     """A number of JSON, which knows no infinity: 1e400 is none, nor is NaN."""
     value = float(text)
     if not math.isfinite(value):

@@ -18,8 +18,7 @@ _PROMPT = "Why is the sky blue?"
 def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
     """Ask the artifact something."""
     if manifest.tokenizer is None:
-        decoding, vocabulary = manifest.decoding, range(manifest.model.vocab_size)
-        special = {decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids}
+        special, vocabulary = manifest.decoding.special_token_ids, range(manifest.model.vocab_size)
         ids = list(itertools.islice((token for token in vocabulary if token not in special), 3))
         return advice.command("generate", artifact, "--ids", ",".join(map(str, ids)), *options)
     # the demo model has 190 words

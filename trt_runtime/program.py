@@ -38,7 +38,7 @@ def run(
     except SystemExit:
         raise
     except BaseException as error:  # Rust's panics are no Exception
-        if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
             return _interrupted(aftermath, is_process=argv is None)
         said = _said(error, advice)
         if said is None:
@@ -77,7 +77,7 @@ def _ran_out(error: BaseException, text: str) -> bool:
     return isinstance(error, Exception) and any(word.lower() in text.lower() for word in words)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it came from."""
     seen: set[int] = set()
     found: BaseException | None = error
@@ -101,9 +101,7 @@ def importing(*, at_once: bool = False) -> Iterator[None]:
             os._exit(INTERRUPTED)
         came.append(number)
 
-    is_ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
+    is_ours = gets_ctrl_c()
     if is_ours:
         signal.signal(signal.SIGINT, note)
     try:
@@ -113,6 +111,12 @@ def importing(*, at_once: bool = False) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if came:
         raise KeyboardInterrupt
+
+
+def gets_ctrl_c() -> bool:
+    """Whether a Ctrl-C raises KeyboardInterrupt here, so that it may be handled otherwise: in the main thread, where nobody else handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _interrupted(aftermath: str, *, is_process: bool) -> int:

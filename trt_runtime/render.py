@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from trt_runtime import screen
+from trt_runtime import program, screen
 from trt_runtime.config import GenerationConfig
 from trt_runtime.manifest import Manifest, Quantization
 from trt_runtime.model import Model, Prompt, Result, Update
@@ -97,10 +96,7 @@ class _CtrlC:
         self.before: Any = None
 
     def __enter__(self) -> _CtrlC:
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):
+        if program.gets_ctrl_c():
             self.before = signal.signal(signal.SIGINT, self._note)
         return self
 

@@ -60,7 +60,7 @@ class Rules:
     block_length: None makes one block of all masks, wherever they are (Dream without a cache).
     first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
     refresh: when the cache is rebuilt, suffix: what of the masks behind the block a forward sees.
-    hold_back_eos: a proposed end token is committed only when no other candidate is left (policies.held_back).
+    hold_back_eos: a proposed end token is committed only when no other candidate is left (policies.select_holding_back).
     """
 
     gen_length: int

@@ -24,6 +24,7 @@ from trt_runtime import manifest as manifests
 from trt_runtime.bench import machine
 from trt_runtime.config import POLICIES, GenerationConfig
 from trt_runtime.examples import Example, is_right
+from trt_runtime.manifest import Manifest
 from trt_runtime.model import Model
 
 _THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
@@ -151,8 +152,11 @@ def run(
             "baseline": asdict(tuner.baseline), "chosen": asdict(chosen), "trials": [asdict(trial) for trial in tuner.trials], "machine": machine()}  # fmt: skip
 
 
-def write(artifact: Path, options: dict[str, Any]) -> None:
-    """Note options in the manifest: generations that give none of their own take them."""
+def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None) -> None:
+    """Note options in the manifest: generations that give none of their own take them. since: of the artifact that was tuned, if it may have been replaced
+    meanwhile. Raises DllmError where it was."""
     manifests.update(
-        artifact, lambda held: replace(held, decoding=replace(held.decoding, tuned=options)), since=manifests.load(artifact)
+        artifact,
+        lambda held: replace(held, decoding=replace(held.decoding, tuned=options)),
+        since=since or manifests.load(artifact),
     )

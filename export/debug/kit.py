@@ -19,8 +19,9 @@ import numpy as np
 
 from export.debug import record
 from export.debug.record import Call
-from trt_runtime import __version__, atomic, builder, contract
+from trt_runtime import __version__, advice, atomic, builder, contract
 from trt_runtime import manifest as manifests
+from trt_runtime.backends import import_tool
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.config import GenerationConfig
 from trt_runtime.errors import DllmError
@@ -88,16 +89,14 @@ def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iter
     if manifest.model.dtype != "bf16":
         yield artifact
         return
-    from export.verify import fp32_twin
-
+    fp32_twin = import_tool("export.verify", "polygraphy of a bf16 artifact", advice.tool("export", "ort", "reference")).fp32_twin
     with tempfile.TemporaryDirectory() as temporary:
         yield fp32_twin(manifest, checkpoint, Path(temporary))
 
 
 def prompts(manifest: Manifest) -> list[list[int]]:
     """Random prompts of unequal lengths, of ordinary tokens."""
-    facts, rng = manifest.decoding, np.random.default_rng(0)
-    special = {facts.mask_token_id, facts.pad_token_id, *facts.eos_token_ids}
+    special, rng = manifest.decoding.special_token_ids, np.random.default_rng(0)
     ordinary = np.array([token for token in range(min(manifest.model.vocab_size, 4096)) if token not in special])
     room = max(1, manifest.model.max_length - _GENERATED)
     return [rng.choice(ordinary, min(length, room)).tolist() for length in _PROMPTS]

@@ -15,11 +15,11 @@ import numpy as np
 from trt_runtime import contract, tolerances
 from trt_runtime.backends.base import Backend, Cache, Stats, Window
 from trt_runtime.config import GenerationConfig
+from trt_runtime.engine import CAPACITY_STEP
 from trt_runtime.generator import Generator
 from trt_runtime.model import check_prompt, rules_of
 from trt_runtime.sequence import Sequence
 
-CAPACITY_STEP = 64
 Array = np.ndarray[Any, Any]
 
 

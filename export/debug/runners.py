@@ -1,7 +1,6 @@
 """Runners for Polygraphy's Comparator: any backend of ours (ONNX Runtime, TensorRT, the PyTorch reference) beside its own runners. Needs the `debug` extra.
 
     from polygraphy.comparator import Comparator
-from polygraphy.logger import G_LOGGER
     Comparator.run([BackendRunner(backend, "refine"), BackendRunner(reference, "refine")], data_loader=feeds(calls, "refine", "fp32"))
 
 A feed holds every input of a graph of the contract, caches too; what a runner gives are all of its outputs. Feeds are copied on the way in and out: one goes to

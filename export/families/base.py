@@ -10,7 +10,7 @@ from typing import Any
 
 from export import decoder
 from export.decoder import DecoderConfig
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, shown
 from trt_runtime.manifest import DecodingFacts
 
 # keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
@@ -104,8 +104,8 @@ class ConfigReader:
         self._seen.add(key)
         value = self.config.get(key)
         if value is not None and value not in supported:
-            shown = " or ".join(repr(item) for item in supported) or "null"
-            raise DllmError(f"{self.where}: {key} is {_shown(value)}, which is not implemented: supported is {shown}.")
+            known = " or ".join(repr(item) for item in supported) or "null"
+            raise DllmError(f"{self.where}: {key} is {shown(value)}, which is not implemented: supported is {known}.")
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not change what the exported model computes."""
@@ -145,7 +145,7 @@ class ConfigReader:
             raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
         if unknown:
             raise DllmError(
-                f"{self.where}: {', '.join(f'{key} = {_shown(self.config[key])}' for key in unknown)}: not known to this family. If this "
+                f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not known to this family. If this "
                 f"does not change what the model computes, export with {' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
             )
         return noted
@@ -154,11 +154,6 @@ class ConfigReader:
 def _computes_nothing(key: str, value: Any) -> bool:
     is_kernel = _KERNEL_KEY.fullmatch(key) and isinstance(value, str) and _KERNEL.fullmatch(value.lower())
     return bool(is_kernel) or any(pattern.fullmatch(key) for pattern in _COMPUTES_NOTHING)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:

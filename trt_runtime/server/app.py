@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from trt_runtime import __version__
 from trt_runtime.errors import DllmError
+from trt_runtime.manifest import finite
 from trt_runtime.model import Model
 from trt_runtime.server.answers import CHAT, TEXT, Answer, Options, check_count
 from trt_runtime.server.cors import allow
@@ -64,21 +65,12 @@ class _Json(Request):
         if not hasattr(self, "_json"):
             body = await self.body()
             try:
-                self._json = json.loads(body, parse_constant=_no_number, parse_float=_finite)
+                self._json = json.loads(body, parse_constant=finite, parse_float=finite)
             except RecursionError:
                 raise HTTPException(400, _TOO_DEEP) from None
             except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
                 raise json.JSONDecodeError(str(error), "", 0) from error
         return self._json
-
-
-def _no_number(text: str) -> Any:
-    raise json.JSONDecodeError("not a number of JSON", text, 0)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if value - value == 0 else _no_number(text)
 
 
 class _Route(APIRoute):

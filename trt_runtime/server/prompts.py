@@ -110,12 +110,14 @@ def _encoded(model: Model, prompt: Any, longest: int) -> list[int]:
         if len(prompt) >= longest:
             raise too_long(f"{len(prompt)} tokens", longest)
         return _without_masks(model, model.encode(prompt))
-    _check_size(model, prompt if isinstance(prompt, str) else _tokenizer(model).render_chat(prompt), longest)
+    if not isinstance(prompt, str):
+        return _inside(model, _tokenizer(model).render_chat(prompt), longest)
+    _check_size(model, prompt, longest)
     return _without_masks(model, model.encode(prompt, raw=True))
 
 
 def _inside(model: Model, text: str, longest: int, *, add_bos: bool = False) -> list[int]:
-    """Token ids of a part of a prompt; add_bos: of its beginning, for a tokenizer that puts BOS there."""
+    """Token ids of a text in a prompt, which may be empty; add_bos: of its beginning, for a tokenizer that puts BOS there."""
     _check_size(model, text, longest)
     return _without_masks(model, _tokenizer(model).encode(text, add_bos=add_bos))
 

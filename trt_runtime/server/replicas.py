@@ -294,6 +294,7 @@ def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
 
 
 def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: str, needs: dict[str, float]) -> int:
+    from trt_runtime.server.app import most_open
     from trt_runtime.server.cors import allowed
     from trt_runtime.server.limits import Limits
     from trt_runtime.server.metrics import Metrics
@@ -325,6 +326,6 @@ def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: s
             f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see why."
         ) from error
     limits = Limits(front, most_body=options.most_body, api_key=options.api_key, only_local=is_local(host), timeout=options.timeout,
-                    most_open=256 + 4 * count * most, count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+                    most_open=most_open(replace(options, slots=count * most, most_queued=0)), count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
     said = f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)"
     return run_app(allowed(limits, options.cors), listening, said, options, count * most)

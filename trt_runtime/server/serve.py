@@ -23,6 +23,7 @@ from trt_runtime import manifest as manifests
 from trt_runtime.errors import DllmError
 from trt_runtime.examples import read
 from trt_runtime.model import Model
+from trt_runtime.program import INTERRUPTED
 from trt_runtime.server import cors
 from trt_runtime.server.answers import Options
 from trt_runtime.server.app import STOP_SECONDS, create_app, most_open
@@ -31,7 +32,6 @@ from trt_runtime.server.limits import is_local_name
 
 __all__ = ["Options", "Server", "cors", "examples", "is_local", "listen", "run", "run_app"]
 
-INTERRUPTED = 130
 _LATE_SECONDS = 5.0  # beyond the time to answer in, until the process ends whatever still runs
 _HURRY_SECONDS = 5.0  # the same after a second signal
 _KEEP_ALIVE = 10
