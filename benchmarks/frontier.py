@@ -24,7 +24,7 @@ from demo_prompts import SEED, held_out
 from reports.marks import insert
 
 import trt_runtime as rt
-from trt_runtime.bench import machine
+from trt_runtime.measure.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- frontier: begin -->", "<!-- frontier: end -->"

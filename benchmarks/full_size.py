@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from trt_runtime import manifest as manifests
-from trt_runtime.bench import Timed, machine
-from trt_runtime.config import GenerationConfig
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.measure.bench import Timed, machine
 from trt_runtime.model import Model, load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -118,8 +118,8 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
 
 def _commit(settings: Any) -> dict[str, Any]:
     from plugins import commit
-    from trt_runtime import steps
-    from trt_runtime.policies import CommitRule
+    from trt_runtime.decoding import device_commit as steps
+    from trt_runtime.decoding.policies.base import CommitRule
 
     rng, mask, wrong, ms, cases = np.random.default_rng(0), 126_336, 0, 0.0, 5 if settings.is_twin else 200
     for case in range(cases):
@@ -148,7 +148,7 @@ def _commit(settings: Any) -> dict[str, Any]:
 def _ahead_of_time(settings: Any) -> dict[str, Any]:
     """The PTX that engines carry, loaded by the driver through cuda-python and launched without Triton."""
     from plugins import row_statistics
-    from trt_runtime import cuda
+    from trt_runtime.backends import cuda
 
     device, vocab, rows = cuda.Device(), settings.vocabularies[0], 32
     made = row_statistics.compiled(vocab, vocab - 2, device.facts.compute_capability)

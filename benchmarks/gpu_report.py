@@ -265,7 +265,7 @@ def environment(settings: Settings, note: Any) -> None:
 
     import torch
 
-    from trt_runtime.bench import machine
+    from trt_runtime.measure.bench import machine
 
     found = machine()
     for package in ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton", "onnx", "cuda-bindings"):

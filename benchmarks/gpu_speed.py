@@ -19,12 +19,12 @@ import torch
 from gpu_kernels import measured_ceilings, milliseconds
 from gpu_windows import windows
 
-from trt_runtime import devices
-from trt_runtime import manifest as manifests
-from trt_runtime import plan as planning
-from trt_runtime.backends.base import Backend, Cache, Stats, Window
-from trt_runtime.config import GenerationConfig
-from trt_runtime.manifest import Manifest
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.machine import devices
+from trt_runtime.machine import forecast as planning
 from trt_runtime.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +163,7 @@ def memory(settings: Any) -> int | None:
 
 def torch_eager(settings: Any, note: Callable[..., None]) -> None:
     """Eager PyTorch with the same caches and the same loop (the reference backend): what the others are compared with."""
-    from export.reference import TorchBackend
+    from export.parity.reference import TorchBackend
 
     begin = time.perf_counter()
     backend = TorchBackend(settings.artifact, device=settings.device)
@@ -185,7 +185,7 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
 
 def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
     """The same in fp32: what parity is measured from. On the host where the GPU does not hold it."""
-    from export.reference import TorchBackend
+    from export.parity.reference import TorchBackend
 
     needed = 4.5 * backend.manifest.model.parameters
     if settings.is_twin or torch.cuda.mem_get_info()[1] > needed:
@@ -209,7 +209,7 @@ class _StaticCache:
 
 def torch_graph(settings: Any, note: Callable[..., None]) -> None:
     """PyTorch's own fast forms at batch 1: the same forwards as CUDA graphs, eager and compiled. The twin runs them uncaptured."""
-    from export.reference import TorchBackend
+    from export.parity.reference import TorchBackend
 
     backend = TorchBackend(settings.artifact, device=settings.device)
     network, canvas = backend.model.model, settings.canvases[-1]
@@ -270,50 +270,50 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
         return
     import onnxruntime
 
-    from trt_runtime.backends.ort import OrtBackend
+    from trt_runtime.backends.ort import open_ort
 
     if not settings.is_twin and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         note(skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is needed")
         return
     before, begin = memory(settings), time.perf_counter()
-    backend = OrtBackend(settings.artifact, device=settings.device)
+    backend = open_ort(settings.artifact, device=settings.device)
     note(load_seconds=round(time.perf_counter() - begin, 1), versions={"onnxruntime": onnxruntime.__version__})
     measure(backend, settings, note, "ort")
     after = memory(settings)
     note(memory_bytes=after - before if after is not None and before is not None else None)
     if not settings.is_twin and importlib.util.find_spec("cuda") is None:
         return
-    backend.steps_per_look = 4  # the commits on the GPU
+    backend.steps_per_sync = 4  # the commits on the GPU
     note(tokens_per_second_looking_every_4=tokens_per_second(backend, settings))
 
 
 def _package(settings: Any) -> str | None:
     """TensorRT, or else TensorRT-RTX, where it is installed and takes this GPU (the twin: TensorRT-RTX alone, which builds without one)."""
-    from trt_runtime import engine
+    from trt_runtime.backends.tensorrt import store
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
     package = next((name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)), None)
     if package == "tensorrt-rtx" and not settings.is_twin:
         major, minor = torch.cuda.get_device_capability()
-        package = package if f"sm{major}{minor}" in engine.TARGETS else None
+        package = package if f"sm{major}{minor}" in store.TARGETS else None
     return None if settings.is_twin and package != "tensorrt-rtx" else package
 
 
 def build(settings: Any, note: Callable[..., None]) -> None:
     """Engines of the model, for this GPU (the twin: for SM89)."""
-    from trt_runtime import engine
+    from trt_runtime.backends.tensorrt import store
 
     package = _package(settings)
     if package is None:
         note(skipped="TensorRT is not installed here")
         return
-    config = engine.BuildConfig(package, targets=("sm89",) if settings.is_twin else (), max_batch=max(settings.batches),
+    config = store.BuildConfig(package, targets=("sm89",) if settings.is_twin else (), max_batch=max(settings.batches),
                                 max_length=settings.canvases[-1], block_length=settings.block_length)  # fmt: skip
     said: list[str] = []
     begin = time.perf_counter()
-    made = engine.build(settings.artifact, Path(settings.work) / "engines", config, said.append)
-    facts = json.loads((made / engine.FILE_NAME).read_text(encoding="utf-8"))
-    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: engine.load(package).__version__}, said=said,
+    made = store.build(settings.artifact, Path(settings.work) / "engines", config, said.append)
+    facts = json.loads((made / store.FILE_NAME).read_text(encoding="utf-8"))
+    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: store.load(package).__version__}, said=said,
          attention=facts["attention"], engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")))  # fmt: skip
 
 
@@ -351,7 +351,7 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
         return
     import random_checkpoint
 
-    from trt_runtime.backends.ort import OrtBackend
+    from trt_runtime.backends.ort import open_ort
 
     checkpoint, artifact = Path(settings.work) / "legacy-checkpoint", Path(settings.work) / "legacy"
     config = (
@@ -363,7 +363,7 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
     command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint), "--out", str(artifact), "--dtype", "fp16", "--lowering",
                "legacy", "--verify", "no", "--overwrite"]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
-    expected = outputs(OrtBackend(artifact), settings)
+    expected = outputs(open_ort(artifact), settings)
     arrays = {f"{role} {name}": getattr(stats, name) for role, stats in expected.items() for name in (*STATISTICS, "token")}
     np.savez(artifact.parent / "legacy.npz", **arrays)
     runner = Path(settings.tensorrt86) / "run"

@@ -17,14 +17,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from gpu_windows import windows
 
-from trt_runtime import engine
-from trt_runtime.backends.tensorrt import TensorRTBackend
-from trt_runtime.engine import BuildConfig
+from trt_runtime.backends.tensorrt import store
+from trt_runtime.backends.tensorrt.backend import TensorRTBackend
+from trt_runtime.backends.tensorrt.store import BuildConfig
 
 
 def main(artifact: Path, canvas: int, block: int) -> None:
     engines, begin = artifact.parent / "engines86", time.perf_counter()
-    engine.build(artifact, engines, BuildConfig(max_length=canvas, block_length=block, max_rows=block))
+    store.build(artifact, engines, BuildConfig(max_length=canvas, block_length=block, max_rows=block))
     made: dict[str, object] = {"build_seconds": round(time.perf_counter() - begin, 1)}
     backend = TensorRTBackend(artifact, engines=engines)
     full, step = windows(backend.manifest, 1, canvas, block)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from trt_runtime.backends.base import Window
-from trt_runtime.manifest import Manifest
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.backend import Window
 
 
 def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int = 0) -> tuple[Window, Window]:

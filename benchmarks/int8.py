@@ -32,14 +32,13 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from export import pipeline
-from export.quantization.base import Array
-from export.quantization.int4 import Int4
-from export.quantization.w8a8 import W8A8
-from trt_runtime import manifest as manifests
-from trt_runtime.backends import int8
-from trt_runtime.backends.base import Window
-from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.bench import machine
+from export.schemes.base import Array
+from export.schemes.int4 import Int4
+from export.schemes.w8a8 import W8A8
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.backends.ort import OrtBackend, int8
+from trt_runtime.decoding.backend import Window
+from trt_runtime.measure.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, PASS, STEP = 7, 384, 32

@@ -32,9 +32,9 @@ import httpx
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from trt_runtime import examples
-from trt_runtime.bench import machine
-from trt_runtime.config import GenerationConfig
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.measure import examples
+from trt_runtime.measure.bench import machine
 from trt_runtime.model import load
 
 ROOT = Path(__file__).resolve().parents[1]

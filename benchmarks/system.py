@@ -31,11 +31,12 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_runtime import examples, plan
-from trt_runtime.backends.base import Window
+from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.bench import machine
-from trt_runtime.manifest import ModelFacts
+from trt_runtime.decoding.backend import Window
+from trt_runtime.machine import forecast as plan
+from trt_runtime.measure import examples
+from trt_runtime.measure.bench import machine
 from trt_runtime.model import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,7 +272,7 @@ def llama_cpp(args: argparse.Namespace) -> None:
             )
     threads = int(args.threads.split(",")[0])
     model, gen, block = load(args.artifact, threads=threads), BASE["gen_length"], BASE["block"]
-    from trt_runtime.config import GenerationConfig
+    from trt_runtime.decoding.config import GenerationConfig
 
     vanilla = GenerationConfig(gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False)
     configs = {"vanilla": vanilla, "dual, threshold 0.9": replace(vanilla, cache="dual", policy="threshold")}

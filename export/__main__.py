@@ -6,18 +6,18 @@ import sys
 
 
 def _run(argv: list[str] | None) -> int:
-    from trt_runtime import program
-    from trt_runtime.progress import Progress
+    from trt_runtime.system import program
+    from trt_runtime.system.progress import Progress
 
     quiet = any(word in ("-q", "--quiet") for word in sys.argv[1:])
     with program.importing(at_once=True), Progress(quiet=quiet).task("loading the exporter"):
-        from export.cli import main
+        from .cli import main
     return main(argv)
 
 
 def _main() -> int:
     try:
-        from trt_runtime import program
+        from trt_runtime.system import program
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

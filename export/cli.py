@@ -12,20 +12,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from export import families, quantize, uptodate
-from export.lowering import LOWERINGS
-from export.pipeline import ExportConfig, export, read
-from export.quantization import NAMES
-from export.weights import MODES
-from trt_runtime import advice, atomic, cli_parser, contract, next_steps, program
-from trt_runtime import manifest as manifests
-from trt_runtime.cli_parser import note, progress_of, report, say
-from trt_runtime.devices import GIB, meminfo
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import TARGETS, Manifest, ModelFacts
+from trt_runtime.cli import next_steps
+from trt_runtime.cli import parser as cli_parser
+from trt_runtime.cli.parser import note, progress_of, report, say
 from trt_runtime.errors import DllmError
-from trt_runtime.examples import MATCHES
-from trt_runtime.manifest import TARGETS, Manifest, ModelFacts
-from trt_runtime.plan import LAYOUTS, Work, memory
-from trt_runtime.progress import SILENT, Progress
+from trt_runtime.machine.devices import GIB, meminfo
+from trt_runtime.machine.forecast import LAYOUTS, Work, memory
+from trt_runtime.measure.examples import MATCHES
+from trt_runtime.system import atomic, commands, program
+from trt_runtime.system.progress import SILENT, Progress
+
+from . import families, uptodate
+from .graph.lowering import LOWERINGS
+from .pipeline import ExportConfig, export, read
+from .quantize import export as quantize
+from .schemes import NAMES
+from .weights.plan import MODES
 
 _FOR_CPU = "DTYPE=fp32 (--dtype fp32), or QUANTIZE=w8a8 (--quantize w8a8)"
 # what is exported without --checkpoint, and what it is
@@ -35,24 +40,24 @@ DEMO_CHECKPOINTS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the exporter; returns the exit status."""
+def main(argv: list[str] | None = None, *, prog: str = "python -m export") -> int:
+    """Run the exporter; returns the exit status. `prog`: the command as it was typed."""
     mend = "nothing was written; check the disk and the rights"
-    return program.run(_main, argv, aftermath="nothing was written", advice=mend)
+    return program.run(lambda words: _main(words, prog), argv, aftermath="nothing was written", advice=mend)
 
 
-def _main(argv: list[str] | None) -> int:
-    args = _parser().parse_args(argv)
+def _main(argv: list[str] | None, prog: str) -> int:
+    args = _parser(prog).parse_args(argv)
     atomic.end_on_signals()  # so that the temporary directory is removed
     return cli_parser.execute(args)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = cli_parser.Parser(
-        prog="python -m export",
+        prog=prog,
         description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights file.",
         epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.\n\n"
-        "example:\n  python -m export --model llada --checkpoint GSAI-ML/LLaDA-8B-Instruct --dtype bf16",
+        f"example:\n  {prog} --model llada --checkpoint GSAI-ML/LLaDA-8B-Instruct --dtype bf16",
     )
     parser.set_defaults(run=_run)
     parser.add_argument("--version", action=cli_parser.Version)
@@ -128,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
-        raise DllmError(f"--verify yes needs torch and transformers: {advice.install('reference')}, or leave it out.")
+        raise DllmError(f"--verify yes needs torch and transformers: {commands.install('reference')}, or leave it out.")
     how, begin = _quantize_config(args), time.perf_counter()
     inputs = uptodate.inputs_of(config, how)
     manifest = None if args.overwrite else uptodate.current(out, inputs)
@@ -178,12 +183,12 @@ def _verified(args: argparse.Namespace, out: Path, manifest: Manifest, can_verif
     if args.verify == "no":
         return True, None
     if not can_verify:
-        say(args, f"not verified: torch and transformers are not installed ({advice.install('reference')})")
+        say(args, f"not verified: torch and transformers are not installed ({commands.install('reference')})")
         return True, None
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
     if args.verify == "auto" and free and needed > free and manifest.quantization is None:
         say(args, f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
-            f"'{advice.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
+            f"'{commands.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
         return True, None
     return verify(out, None, say=lambda line: say(args, line), progress=progress_of(args))
 
@@ -225,8 +230,8 @@ def verify_layers(
     artifact: Path, checkpoint: str | None, *, say: Callable[[str], object] = print, progress: Progress = SILENT
 ) -> tuple[bool, dict[str, Any]]:
     """Say the residual stream beside the reference's, layer by layer; whether all agree, and the rows of each kind of forward."""
-    from export.layers import table
-    from export.verify import bisect
+    from .parity.bisect import table
+    from .parity.verify import bisect
 
     with progress.task(f"comparing the layers of {artifact} with PyTorch's"):
         tables = bisect(artifact, checkpoint)
@@ -250,7 +255,7 @@ def verify(
 ) -> tuple[bool, dict[str, Any]]:
     """Run the verification and say its stages; whether all passed, and what the manifest says of it."""
     with program.importing(), progress.task("loading PyTorch"):
-        from export.verify import verify as run_verification
+        from .parity.verify import verify as run_verification
 
     passed, is_quantised = True, manifests.load(artifact).quantization is not None
     say(f"verifying {artifact} against {'its checkpoint' if is_quantised else 'the PyTorch reference'}")

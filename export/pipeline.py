@@ -16,19 +16,26 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from export import checkpoint as checkpoints
-from export import families, graphs, lint, token_names, tokenizer_files, weights
-from export import lowering as lowerings
-from export.checkpoint import Checkpoint
-from export.decoder import DecoderConfig, weight_shapes
-from export.families.base import ConfigReader, Family
-from export.linears import Linears
-from export.quantization.base import Scheme
-from trt_runtime import __version__, atomic, contract
-from trt_runtime import manifest as manifests
+from trt_runtime import __version__
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
+from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
-from trt_runtime.tokenizer import Tokenizer
+from trt_runtime.system import atomic
+
+from . import families
+from .checkpoint import huggingface as checkpoints
+from .checkpoint import token_names
+from .checkpoint import tokenizer as tokenizer_files
+from .checkpoint.huggingface import Checkpoint
+from .families.base import ConfigReader, Family
+from .graph import lint, roles
+from .graph import lowering as lowerings
+from .graph.decoder import DecoderConfig, weight_shapes
+from .graph.linears import Linears
+from .schemes.base import Scheme
+from .weights import plan as weights
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -226,7 +233,7 @@ def graph_of(
     linears: Linears | None = None,
 ) -> ir.Model:
     """The graph of a role for a checkpoint, its weights where they are planned, its linear layers as `linears` spells them."""
-    return graphs.build(
+    return roles.build(
         role,
         source.decoder,
         dtype=dtype,
@@ -248,7 +255,7 @@ def _write_graph(
 ) -> None:
     model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, scheme)
     operators = frozenset[str]() if scheme is None else scheme.operators
-    lint.check(model, role, graphs.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators)
+    lint.check(model, role, roles.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators)
     ir.save(model, directory / f"{role}.onnx")
 
 
@@ -285,7 +292,7 @@ def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) 
 
 def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written, scheme: Scheme | None) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
-    dims = graphs.dims_of(decoder, config.dtype, config.lowering)
+    dims = roles.dims_of(decoder, config.dtype, config.lowering)
     files = dict(written.files)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -12,14 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from export import checkpoint as checkpoints
-from export import quantization
-from export.pipeline import ExportConfig
-from export.quantize import QuantizeConfig
 from trt_runtime import __version__
-from trt_runtime import manifest as manifests
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import Manifest
+
+from . import schemes
+from .checkpoint import huggingface as checkpoints
+from .pipeline import ExportConfig
+from .quantize.export import QuantizeConfig
 
 KEY = "inputs"  # of the manifest's source
 _HASHED = 64 << 20
@@ -36,7 +38,7 @@ def inputs_of(config: ExportConfig, how: QuantizeConfig | None) -> Inputs:
     options = {name: value for name, value in asdict(config).items() if name not in _NOT_INPUTS}
     made: Inputs = {**options, "ignored_keys": list(config.ignored_keys), "code": _code(), "checkpoint": _digest(path)}
     if how is not None:
-        target = quantization.find(how.scheme, how.target).target
+        target = schemes.find(how.scheme, how.target).target
         made |= {"quantize": how.scheme, "target": target, "match": how.match, "gate": how.gate}
         made["data"] = None if how.data is None or not how.data.is_file() else manifests.sha256_of(how.data)
     return made
@@ -72,8 +74,8 @@ def current(artifact: Path, inputs: Inputs) -> Manifest | None:
 
 def _code() -> str:
     """The exporter itself, and the packages that build graphs."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256(__version__.encode())
-    for path in [*sorted((root / "export").rglob("*.py")), root / "trt_runtime" / "contract.py"]:
+    root, digest = Path(__file__).resolve().parent, hashlib.sha256(__version__.encode())
+    for path in [*sorted(root.rglob("*.py")), Path(contract.__file__)]:
         digest.update(path.read_bytes())
     for name in ("onnx", "onnx-ir", "onnxscript", "numpy"):
         digest.update(f"{name} {importlib.metadata.version(name)}".encode())

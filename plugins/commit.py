@@ -11,8 +11,8 @@ Contract, for B rows whose windows begin with their block, R columns of statisti
 | `state` | int32 [B, 2], in and out | steps made, and masks left; NOT_FINITE or PROPOSED_MASK in their place stops the row for good |
 | `committed` | int32 [B, R], in and out | the step in which a position was committed; other entries stay as they are |
 
-A row without masks stays as it is. Ties go to the lowest position. Same rules as trt_runtime/policies.py; the reference is
-trt_runtime/steps.py, on which the runtime's CPU path stands.
+A row without masks stays as it is. Ties go to the lowest position. Same rules as trt_runtime/decoding/policies/base.py; the reference is
+trt_runtime/decoding/device_commit.py, on which the runtime's CPU path stands.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from plugins.compile import Kernel, ahead_of_time
-from trt_runtime import steps
-from trt_runtime.steps import FACTOR, FIXED, NOT_FINITE, PROPOSED_MASK
+from trt_runtime.decoding import device_commit as steps
+from trt_runtime.decoding.device_commit import FACTOR, FIXED, NOT_FINITE, PROPOSED_MASK
+
+from .compile import Kernel, ahead_of_time
 
 reference = steps.commit
 CHUNK = 16  # columns that a position is compared with at a time

@@ -2,7 +2,7 @@
 
 Contract, for logits [R, V] float32: `token` int64 [R], the best token that is not the mask, the lowest id on a tie; `confidence` and
 `runner_up` float32 [R], the softmax probabilities of it and of the next best that is not the mask; `entropy` float32 [R] of the softmax in
-nats. The mask keeps its share of the softmax. A row with a NaN has NaN statistics. Same as the statistics in export/graphs.py.
+nats. The mask keeps its share of the softmax. A row with a NaN has NaN statistics. Same as the statistics in export/graph/roles.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
-from plugins.compile import Kernel, ahead_of_time
+from .compile import Kernel, ahead_of_time
 
 Array = npt.NDArray[Any]
 BLOCK = 4096

@@ -10,9 +10,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from plugins.row_statistics import compiled
-from trt_runtime.contract import LOGITS, STATISTICS
+from trt_runtime.artifact.contract import LOGITS, STATISTICS
 from trt_runtime.errors import DllmError
+
+from .row_statistics import compiled
 
 NAMESPACE, NAME = "dllm", "row_statistics"
 Statistics = Callable[[Any, int], list[Any]]  # logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]

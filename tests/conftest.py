@@ -7,36 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import DEMO, GOLDENS, export_quietly
 from tiny import write_checkpoint
 
 from export import families
-from export.pipeline import ExportConfig, export
-from trt_runtime import cases
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.errors import DllmError
+from trt_runtime.measure import cases
 from trt_runtime.model import load
 
 if sys.version_info < (3, 11):  # its newest ONNX Runtime knows no opset 24, which most tests export
     pytest.exit("the tests need Python 3.11 or newer; 'make demo' and exports run on 3.10", returncode=1)
-
-ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = ROOT / "tests" / "data" / "goldens"
-DEMO = ROOT / "checkpoints" / "llada-demo"
-
-
-def export_quietly(checkpoint: Path, out: Path, **options) -> Path:
-    export(ExportConfig(str(checkpoint), out, **options), lambda total: lambda done: None)
-    return out
-
-
-def refused(path, out, *said: str, **options) -> None:
-    """The export fails with one line that says all of `said`, and leaves nothing beside `out`."""
-    with pytest.raises(DllmError) as error:
-        export_quietly(path, out, **options)
-    message = str(error.value)
-    assert all(part in message for part in said), message
-    assert "\n" not in message
-    assert not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Run a command on this processor as if it had fewer instruction sets, at full speed: what an x86 machine without them would compute.
 
-    python tools/cpu_without.py vnni -- python -m pytest tests/test_trt_runtime_int8.py      # AVX2 alone: no AVX-512, no VNNI, no AMX
+    python tools/cpu_without.py vnni -- python -m pytest tests/runtime/backends/test_int8.py      # AVX2 alone: no AVX-512, no VNNI, no AMX
     python tools/cpu_without.py avx512-vnni -- dllm-trt doctor                               # AVX-512 of before 2019: no VNNI, no AMX
 
 Libraries such as ONNX Runtime choose their kernels by the CPUID instruction. Linux can make that instruction fault (arch_prctl

@@ -24,8 +24,8 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from export import families
-from export.decoder import weight_shapes
 from export.families.base import ConfigReader
+from export.graph.decoder import weight_shapes
 
 _BLOCK, _STRIDE = 1 << 23, 2_999_999  # the stride is prime: no two windows of a model begin at the same number
 _SHARD_BYTES = 5_000_000_000  # as transformers splits them

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trt_runtime as rt
-from trt_runtime.bench import machine
+from trt_runtime.measure.bench import machine
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 RUNS = {

@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # the same in `typing`, whose import takes longer than al
 if TYPE_CHECKING:
     from typing import Any
 
-    from trt_runtime.config import GenerationConfig
+    from trt_runtime.decoding.config import GenerationConfig
     from trt_runtime.errors import DllmError
     from trt_runtime.model import Model, Result, Update, load
 

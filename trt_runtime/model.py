@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.backends import open_backend
-from trt_runtime.backends.base import Backend
-from trt_runtime.config import GenerationConfig, configured
+from trt_runtime.decoding.backend import Backend
+from trt_runtime.decoding.cache_plan import PREFIX_PASS
+from trt_runtime.decoding.config import GenerationConfig, configured
+from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.sequence import Rules, Sequence, Step
+from trt_runtime.decoding.speculation import Speculating
 from trt_runtime.errors import DllmError
-from trt_runtime.generator import Generator
-from trt_runtime.manifest import Manifest
-from trt_runtime.sequence import FULL, Rules, Sequence, Step
-from trt_runtime.speculation import Speculating
-from trt_runtime.tokenizer import Tokenizer
 
 Prompt = str | Rows[int] | Rows[Mapping[str, str]]
 _SHOWN = 60  # characters of a text in a repr
@@ -153,7 +154,7 @@ class Model:
         return [self._result(row, finished.get(i, 0.0)) for i, row in enumerate(rows)]
 
     def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
-        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_look` of the backend. Nothing
+        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_sync` of the backend. Nothing
         runs before the first is taken. Raises DllmError where the model is closed in between."""
         self._check_open()
         return self._streamed(prompts, config, raw)
@@ -236,12 +237,10 @@ class Model:
     def _generator(self, rows: list[Sequence], config: GenerationConfig) -> Generator:
         if config.speculate == 1:
             return Generator(self.backend, rows)
-        if self.backend.steps_per_look > 1:
-            raise DllmError("speculate and steps_per_look are two ways to save calls: leave one of them at 1.")
         return Speculating(self.backend, rows, config.speculate)
 
     def _result(self, row: Sequence, seconds: float) -> Result:
-        prefix_passes = row.nfe if row.rules.cache == "none" else sum(step.kind == FULL for step in row.trace)
+        prefix_passes = row.nfe if not row.rules.cache.keeps_cache else sum(step.kind == PREFIX_PASS for step in row.trace)
         text, size = self._text(row.output[: row.num_useful]), row.rules.block_length or row.length
         starts = range(row.prompt_length, row.length, size)
         has_gaps = any(position < row.prompt_length for step in row.trace for position in step.positions)
@@ -308,9 +307,19 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     """The decoding rules of a resolved configuration."""
     facts = manifest.decoding
     assert config.gen_length is not None
-    return Rules(config.gen_length, config.block_length, config.cache, config.make_policy(), facts.mask_token_id,
-                 facts.eos_token_ids, facts.logit_shift, config.stop_at_eos, config.make_sampler(manifest),
-                 facts.first_commit, config.refresh, config.seen_suffix, config.hold_back_eos)  # fmt: skip
+    return Rules(
+        config.gen_length,
+        config.block_length,
+        config.make_plan(),
+        config.make_policy(),
+        facts.mask_token_id,
+        facts.eos_token_ids,
+        facts.logit_shift,
+        config.stop_at_eos,
+        config.make_sampler(manifest),
+        facts.first_commit,
+        config.hold_back_eos,
+    )
 
 
 def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:

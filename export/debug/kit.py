@@ -17,15 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from export.debug import record
-from export.debug.record import Call
-from trt_runtime import __version__, advice, atomic, builder, contract
-from trt_runtime import manifest as manifests
-from trt_runtime.backends import import_tool
+from trt_runtime import __version__
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.config import GenerationConfig
+from trt_runtime.backends.tensorrt import builder
+from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError
-from trt_runtime.manifest import Manifest
+from trt_runtime.optional import import_optional
+from trt_runtime.system import atomic, commands
+
+from . import record
+from .record import Call
 
 _FILES = Path(__file__).with_name("files")
 _PROMPTS = (7, 12, 9)  # tokens of the random prompts: ragged rows
@@ -89,7 +93,9 @@ def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iter
     if manifest.model.dtype != "bf16":
         yield artifact
         return
-    fp32_twin = import_tool("export.verify", "polygraphy of a bf16 artifact", advice.tool("export", "ort", "reference")).fp32_twin
+    fp32_twin = import_optional(
+        "export.parity.verify", "polygraphy of a bf16 artifact", commands.install("export", "ort", "reference")
+    ).fp32_twin
     with tempfile.TemporaryDirectory() as temporary:
         yield fp32_twin(manifest, checkpoint, Path(temporary))
 
@@ -120,7 +126,7 @@ def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *
 def settings(calls: list[Call], dtype: str) -> str:
     """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how far each output may be off."""
     lines = [
-        "# Shapes of the recorded calls and tolerances (trt_runtime/tolerances.py), for run.sh. Made by dllm-trt polygraphy."
+        "# Shapes of the recorded calls and tolerances (trt_runtime/measure/tolerances.py), for run.sh. Made by dllm-trt polygraphy."
     ]
     for role in contract.ROLES:
         ours = [call for call in calls if call.role == role]
@@ -156,7 +162,7 @@ def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Calla
     if config.reference is False:
         return None
     try:
-        from export.reference import TorchBackend
+        from ..parity.reference import TorchBackend
 
         backend = TorchBackend(artifact, checkpoint=config.checkpoint, dtype="fp32", threads=1)
     except (ImportError, DllmError) as error:

@@ -1,6 +1,6 @@
 """Real calls of a decoding, with the caches that they found and what they gave: what graphs and engines are compared on.
 
-Shape letters as in trt_runtime/contract.py.
+Shape letters as in trt_runtime/artifact/contract.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime import contract, tolerances
-from trt_runtime.backends.base import Backend, Cache, Stats, Window
-from trt_runtime.config import GenerationConfig
-from trt_runtime.engine import CAPACITY_STEP
-from trt_runtime.generator import Generator
+from trt_runtime.artifact import contract
+from trt_runtime.backends.tensorrt.store import CAPACITY_STEP
+from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.measure import tolerances
 from trt_runtime.model import check_prompt, rules_of
-from trt_runtime.sequence import Sequence
 
 Array = np.ndarray[Any, Any]
 
@@ -53,29 +54,18 @@ class Recording(Backend):
     def close(self) -> None:
         self.inner.close()
 
-    def _prefix(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
-        return self._note("prefix", cache, slots, window)
-
-    def _refine(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
-        return self._note("refine", cache, slots, window)
-
-    def _note(self, role: str, cache: Cache, slots: slice, window: Window) -> Stats:
+    def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
         self.counts[role] += 1
         is_wanted = self.wanted is not None and self.counts[role] - 1 in self.wanted[role]
         caches = self.inner.read_cache(cache, slots) if is_wanted else {}
         with_logits = is_wanted and self.manifest.head == contract.LOGITS
-        stats = run(self.inner, role, cache, slots, window, want_logits=with_logits)
+        stats = self.inner.forward(role, cache, slots, window, want_logits=with_logits)
         if is_wanted:
             small = {item.name: getattr(window, item.name) for item in fields(window)}
             held = small | caches
             inputs = {spec.name: held[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
             self.calls.append(Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims)))
         return stats
-
-
-def run(backend: Backend, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
-    """A call of a role."""
-    return (backend.prefix if role == "prefix" else backend.refine)(cache, slots, window, want_logits=want_logits)
 
 
 def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> dict[str, Array]:
@@ -103,7 +93,7 @@ def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logi
     cache, slots = backend.new_cache(batch, capacity), slice(0, batch)
     beyond = ((0, 0), (0, 0), (0, cache.capacity - capacity), (0, 0))  # engines have a capacity of their own
     backend.write_cache(cache, slots, {name: np.pad(value.astype(np.float32), beyond) for name, value in caches.items()})
-    stats = run(backend, role, cache, slots, window_of(inputs), want_logits=want_logits)
+    stats = backend.forward(role, cache, slots, window_of(inputs), want_logits=want_logits)
     after = {name: value[:, :, :capacity] for name, value in backend.read_cache(cache, slots).items()}
     return outputs_of(stats, after, backend.manifest.dims)
 
@@ -129,7 +119,7 @@ def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig)
 
 
 def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
-    """How far apart two correct computations may be, output by output: the table of trt_runtime/tolerances.py, relative ones by the largest value."""
+    """How far apart two correct computations may be, output by output: the table of trt_runtime/measure/tolerances.py, relative ones by the largest value."""
     largest: dict[str, float] = {}
     for call in calls:
         for name, value in call.outputs.items():

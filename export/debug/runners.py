@@ -24,10 +24,11 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from export.debug import kit
-from export.debug.record import Array, Call, allowed, decode, replayed
-from trt_runtime import contract
-from trt_runtime.backends.base import Backend
+from trt_runtime.artifact import contract
+from trt_runtime.decoding.backend import Backend
+
+from . import kit
+from .record import Array, Call, allowed, decode, replayed
 
 _KINDS = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from export.families.base import Family
 from trt_runtime.errors import unknown
+
+from .base import Family
 
 
 def names() -> list[str]:
@@ -18,6 +19,6 @@ def find(model_type: str) -> Family:
     """The family of a config.json's `model_type`. Raises DllmError for an unknown one."""
     if model_type.lower() not in names():
         raise unknown("model type", model_type, names(), "To add one, write export/families/<model_type>.py.")
-    family = importlib.import_module(f"export.families.{model_type.lower()}").FAMILY
+    family = importlib.import_module(f"{__package__}.{model_type.lower()}").FAMILY
     assert isinstance(family, Family)
     return family

@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from export import decoder
-from export.decoder import DecoderConfig
+from trt_runtime.artifact.manifest import DecodingFacts
 from trt_runtime.errors import DllmError, shown
-from trt_runtime.manifest import DecodingFacts
+
+from ..graph import decoder
+from ..graph.decoder import DecoderConfig
 
 # keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
 _NEUTRAL = {

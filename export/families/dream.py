@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from export.decoder import DecoderConfig
-from export.families.base import ConfigReader, Family, decoding_defaults, hf_name
-from trt_runtime.manifest import CATEGORICAL, DecodingFacts
+from trt_runtime.artifact.manifest import CATEGORICAL, DecodingFacts
+
+from ..graph.decoder import DecoderConfig
+from .base import ConfigReader, Family, decoding_defaults, hf_name
 
 
 class Dream(Family):

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from export import decoder
-from export.decoder import DecoderConfig
-from export.families.base import ConfigReader, Family, decoding_defaults, split_layer
-from trt_runtime.manifest import DecodingFacts
+from trt_runtime.artifact.manifest import DecodingFacts
+
+from ..graph import decoder
+from ..graph.decoder import DecoderConfig
+from .base import ConfigReader, Family, decoding_defaults, split_layer
 
 _LAYER = {
     "attention_norm": "attn_norm", "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "attn_out",

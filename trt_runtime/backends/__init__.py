@@ -1,78 +1,68 @@
-"""Backends: what runs a graph. Found in one lazy table; a missing package says what to install."""
+"""Backends: what runs a graph. One table, of which nothing heavy is imported before a backend is opened."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trt_runtime import advice, program
-from trt_runtime.backends.base import Backend
-from trt_runtime.errors import DllmError, unknown
+from trt_runtime.artifact.manifest import ORT_CPU, TENSORRT
+from trt_runtime.backends.spec import CPU, BackendSpec, Layout
+from trt_runtime.decoding.backend import Backend
+from trt_runtime.errors import unknown
+from trt_runtime.optional import import_optional
+from trt_runtime.registry import Registry
+from trt_runtime.system import commands
 
-# name -> module, class, and the extra to install when its import fails
-_TABLE = {
-    "ort": ("trt_runtime.backends.ort", "OrtBackend", "ort"),
-    "tensorrt": ("trt_runtime.backends.tensorrt", "TensorRTBackend", "trt"),
-    "tensorrt-rtx": ("trt_runtime.backends.tensorrt", "TensorRTRTXBackend", "rtx"),
-    "torch": ("export.reference", "TorchBackend", "reference"),
-}
+DEFAULT, REFERENCE = "ort", "torch"
+_RENAMED = {"steps_per_look": "steps_per_sync"}
+_ENGINE_OPTIONS = ("device", "steps_per_sync", "engines")
+_ENGINES = tuple(
+    Layout(f"tensorrt, {words} ({label})", f"trt {label}", copies, scores=False, quantized_for=TENSORRT, reads_whole=True)
+    for words, label, copies in (("one engine", "shared", 1), ("two engines", "split", 2))
+)
+
+BACKENDS: Registry[BackendSpec] = Registry(
+    "backend",
+    "dllm_trt.backends",
+    "a trt_runtime.backends.spec.BackendSpec",
+    lambda item: isinstance(item, BackendSpec),
+    (
+        BackendSpec(
+            "ort", "trt_runtime.backends.ort:open_ort", partial(commands.install, "ort"), ("threads", "device", "steps_per_sync"),
+            devices=(CPU, "cuda"), is_concurrent=True, renamed=_RENAMED,
+            layouts=(Layout("ort, one session", "ort", on_cpu=True, widens=True, quantized_for=ORT_CPU),),
+        ),
+        BackendSpec(
+            "tensorrt", "trt_runtime.backends.tensorrt.backend:TensorRTBackend", partial(commands.by_driver, "trt"), _ENGINE_OPTIONS,
+            renamed=_RENAMED, layouts=_ENGINES,
+        ),
+        BackendSpec(
+            "tensorrt-rtx", "trt_runtime.backends.tensorrt.backend:TensorRTRTXBackend", partial(commands.by_driver, "rtx"),
+            _ENGINE_OPTIONS, renamed=_RENAMED,
+        ),
+        BackendSpec(
+            "torch", "export.parity.reference:TorchBackend", partial(commands.install, "export", "reference"), ("threads", "checkpoint"),
+            devices=(CPU, "cuda"), is_reference=True,
+            layouts=(Layout("torch (the reference)", "torch", wide_head=False, scores=False, on_cpu=True),),
+        ),
+    ),
+)  # fmt: skip
 
 
 def names() -> list[str]:
-    return sorted(_TABLE)
+    return sorted(BACKENDS.names())
 
 
 def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
     """Open an artifact on a backend. Options are the backend's own (see its class); raises DllmError."""
-    if name not in _TABLE:
-        raise unknown("backend", name, _TABLE)
-    module, cls, extra = _TABLE[name]
-    of_package = module.startswith(f"{__package__}.")
-    if extra in ("trt", "rtx"):
-        mend = advice.by_driver(extra)
-    else:
-        mend = advice.install(extra) if of_package else advice.tool("export", extra)
-    opener = getattr(import_tool(module, f"the backend '{name}'", mend), cls)
+    spec = BACKENDS.find(name)
+    module, _, cls = spec.opener.partition(":")
+    opener = getattr(import_optional(module, f"the backend '{name}'", spec.install()), cls)
+    options = {spec.renamed.get(option, option): value for option, value in options.items()}
     known = set(inspect.signature(opener).parameters) - {"artifact"}
     if strange := sorted(set(options) - known):
         raise unknown(f"option of the backend '{name}'", strange[0], known)
     backend: Backend = opener(Path(artifact), **options)
     return backend
-
-
-def import_tool(module: str, what: str, mend: str) -> Any:
-    """Import a module that may not be there: an optional package's user, or a tool of the checkout (export/). `mend`: what to do then."""
-    checkout = Path(__file__).resolve().parents[2]
-    tool = module.split(".", maxsplit=1)[0]  # export or plugins: tools of the checkout, beside this package
-    if tool != __package__.split(".")[0] and (checkout / tool / "__init__.py").is_file() and str(checkout) not in sys.path:
-        sys.path.append(str(checkout))
-    try:
-        with program.importing():
-            return importlib.import_module(module)
-    except ImportError as error:
-        raise DllmError(f"{what} needs a package that is missing ({error}): {mend}.") from error
-    except Exception as error:  # of packages that do not fit one another, as pydantic's check of its other half
-        if (broken := _package_of(error)) is None:
-            raise
-        said = " ".join(str(error).split())
-        raise DllmError(
-            f"{what} needs the package {broken}, which does not load ({type(error).__name__}: {said}): install it again, "
-            f"{advice.pip()} install --force-reinstall {broken}."
-        ) from error
-
-
-def _package_of(error: BaseException) -> str | None:
-    """The installed package whose code raised, None for code of this project."""
-    raised = traceback.extract_tb(error.__traceback__)[-1].filename
-    _, found, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
-    name = inside.split(os.sep)[0].removesuffix(".py") if found else ""
-    if not name or name in ("trt_runtime", "export", "plugins"):
-        return None
-    from importlib import metadata  # milliseconds that only an error takes
-
-    return (metadata.packages_distributions().get(name) or [name])[0]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from trt_runtime import cuda, steps
+from trt_runtime.backends import cuda
+from trt_runtime.decoding import device_commit as steps
+from trt_runtime.decoding.device_commit import Plan
+from trt_runtime.decoding.policies.base import CommitRule
 from trt_runtime.errors import DllmError
-from trt_runtime.policies import CommitRule
-from trt_runtime.steps import Plan
 
 _KINDS = {"plan": np.int32, "value": np.float64, "state": np.int32, "committed": np.int32}
 

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the scheduler. app.py is the file to read first."""
+"""The former name of `trt_runtime.serving`, for one release: model repositories of Triton written by 0.1 import its modules."""

@@ -1,0 +1,111 @@
+"""Which token is the mask, which ends a text, which fills up: of config.json or generation_config.json, else of the tokenizer, or given."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.artifact.tokenizer import Tokenizer
+from trt_runtime.errors import DllmError
+
+from . import tokenizer as tokenizer_files
+from .huggingface import Checkpoint
+
+MASK, END, PAD = KEYS = ("mask_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass
+class Found:
+    """Token ids that config.json does not hold (or not so), by its keys, and a note on where they come from."""
+
+    ids: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[str]:
+    """The keys that neither file names."""
+    return [key for key in KEYS if config.get(key) is None and generation_config.get(key) is None]
+
+
+def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any], where: str) -> None:
+    """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model was trained with."""
+    own, other = ([value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK)))
+    if own is not None and other is not None and own != other:
+        raise DllmError(
+            f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: take both files from one "
+            "checkpoint, or say which is right with --mask-token."
+        )
+
+
+def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> Found:
+    """What has to be added to config.json so that all three are known. `given`: the mask token, as its text or its id, which comes before
+    what the checkpoint says. Raises DllmError, which says how to give it, where nothing names the mask or an end token."""
+    found, tokenizer = Found(), _Tokenizer(checkpoint.path)
+    config, generation_config = checkpoint.config, checkpoint.generation_config
+    named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
+    if given is not None:
+        found.ids[MASK] = _given(given, tokenizer, vocab_size)
+        if named is not None and named != found.ids[MASK]:
+            found.notes.append(
+                f"the mask token is {found.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is {named!r}"
+            )
+    else:
+        check_agreed(config, generation_config, f"{checkpoint.path / 'config.json'}")
+    if given is None and named is not None and config.get(MASK) is None:
+        found.ids[MASK] = named
+        found.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
+    for key in missing(config, generation_config):
+        if key not in found.ids:
+            found.ids[key], said = _of_tokenizer(key, tokenizer, found, checkpoint)
+            found.notes.append(f"config.json has no {key}: it is {said}")
+    return found
+
+
+class _Tokenizer:
+    """A checkpoint's tokenizer, opened where it is asked for: most checkpoints need none here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def opened(self) -> Tokenizer | None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return tokenizer_files.assemble(self.path, Path(temporary) / "tokenizer")
+
+    def masks(self) -> str:
+        """Which tokens look like one, for a message."""
+        held = {} if self.opened is None else self.opened.added_tokens
+        like = [f"{text} ({token})" for token, text in held.items() if "mask" in text.lower()]
+        return f"; in its tokenizer there {'are' if len(like) > 1 else 'is'} {', '.join(like[:5])}" if like else ""
+
+
+def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
+    token = int(given) if given.isascii() and given.isdigit() and len(given) < 20 else None
+    if token is None:
+        if tokenizer.opened is None:
+            raise DllmError(f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's id.")
+        token = tokenizer.opened.id_of(given)
+    if token is None:
+        raise DllmError(f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or its id.")
+    if not 0 <= token < vocab_size:
+        raise DllmError(f"--mask-token {given!r}: is token id {token}, the model has 0 to {vocab_size - 1}.")
+    return token
+
+
+def _of_tokenizer(key: str, tokenizer: _Tokenizer, found: Found, checkpoint: Checkpoint) -> tuple[Any, str]:
+    """The id under a key that no configuration names, and a word on where it comes from."""
+    name = key.removesuffix("_id")
+    token = None if tokenizer.opened is None else tokenizer.opened.special_id(name)
+    if token is not None:
+        return token, f"{token}, the tokenizer's {name}"
+    if key == PAD:  # nothing is computed with it
+        ends = found.ids.get(END) or checkpoint.generation_config.get(END) or checkpoint.config.get(END)
+        return (ends[0] if isinstance(ends, list) and ends else ends), "the end token, as the tokenizer names no pad_token"
+    where = f"{checkpoint.path}: neither config.json ({key}) nor the tokenizer ({name}) says which token"
+    if key == MASK:
+        raise DllmError(f"{where} is the mask: give it with --mask-token TOKEN, or its id{tokenizer.masks()}.")
+    raise DllmError(f"{where} ends a text: add {key} to config.json or generation_config.json.")

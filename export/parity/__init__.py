@@ -1,0 +1,1 @@
+"""Proof: the PyTorch reference, and an artifact compared with it stage by stage."""

@@ -1,0 +1,208 @@
+"""The PyTorch reference: transformers' own Llama (or Qwen2) with full attention, as a backend of the same runtime.
+
+Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours: what agrees with
+it was exported right. It is also the eager PyTorch baseline of the benchmarks.
+
+Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
+from trt_runtime.errors import DllmError
+from trt_runtime.system import commands
+
+from .. import pipeline
+from ..checkpoint.huggingface import StoredTensor
+from ..families.base import hf_name
+from ..graph import decoder as decoders
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class _Writer:
+    """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends to."""
+
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] a layer
+    write_index: list[int]  # [B], on the host: reading it back from a GPU in every layer would wait each time
+    own_rows_only: bool
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = key.shape[2]
+        first = self.write_index[0]
+        for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
+            if self.write_index == [first] * len(self.write_index):
+                buffer[:, :, first : first + rows] = new
+                continue
+            for b, start in enumerate(self.write_index):
+                buffer[b, :, start : start + rows] = new[b]
+        return (key, value) if self.own_rows_only else self.buffers[layer_idx]
+
+
+class TorchBackend(Backend):
+    """The checkpoint behind an artifact, in eager PyTorch on a CPU or GPU.
+
+    checkpoint: its directory or hub id; None takes the one that the manifest names. dtype: None takes the artifact's.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        artifact: Path,
+        *,
+        checkpoint: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        facts = manifests.load(artifact)
+        source = source_of(facts, checkpoint, artifact)
+        # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
+        decoding = replace(source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults)
+        self.artifact, self.manifest, self.source = artifact, replace(facts, decoding=decoding), source
+        self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or facts.model.dtype]
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = _load(source, self.dtype).to(self.device)
+
+    @property
+    def gives_logits(self) -> bool:
+        return True
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        model = self.manifest.model
+        shape = (batch, model.num_kv_heads, capacity, model.head_dim)
+        zeros = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * model.num_layers)]
+        return Cache(batch, capacity, list(zip(zeros[::2], zeros[1::2], strict=True)))
+
+    def read_cache(self, cache: Cache, slots: slice) -> dict[str, np.ndarray[Any, Any]]:
+        tensors = [tensor for pair in cache.buffers for tensor in pair]
+        names = contract.cache_names("cache", self.manifest.dims)
+        return {name: tensor[slots].float().cpu().numpy().copy() for name, tensor in zip(names, tensors, strict=True)}
+
+    def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        tensors = [tensor for pair in cache.buffers for tensor in pair]
+        for name, tensor in zip(contract.cache_names("cache", self.manifest.dims), tensors, strict=True):
+            tensor[slots] = torch.from_numpy(np.ascontiguousarray(arrays[name], np.float32)).to(tensor)
+
+    def close(self) -> None:
+        del self.model
+
+    @torch.inference_mode()
+    def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
+        logits = self.logits(cache, slots, window, own_rows_only=role == "prefix")
+        allowed = logits.clone()
+        allowed[..., self.manifest.decoding.mask_token_id] = -torch.inf
+        token = allowed.argmax(-1, keepdim=True)
+        proposed = allowed.gather(-1, token)
+        runner_up = allowed.scatter(-1, token, -torch.inf).amax(-1, keepdim=True)
+        log_total = logits.logsumexp(-1, keepdim=True)
+        probability = (logits - log_total).exp()
+        entropy = log_total[..., 0] - (probability * logits).sum(-1)
+        arrays = [token[..., 0], (proposed - log_total).exp()[..., 0], (runner_up - log_total).exp()[..., 0], entropy]
+        numpy = [array.cpu().numpy() for array in arrays]
+        return Stats(numpy[0], numpy[1], numpy[2], numpy[3], logits.cpu().numpy() if want_logits else None)
+
+    def logits(self, cache: Cache, slots: slice, window: Window, *, own_rows_only: bool) -> torch.Tensor:
+        """float32 logits [B, R, V] of the rows asked for; the caches of `slots` are updated."""
+        tensors = {name: torch.from_numpy(getattr(window, name)).to(self.device) for name in
+                   ("input_ids", "position_ids", "kv_len", "logit_rows")}  # fmt: skip
+        keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
+        valid = torch.arange(keys, device=self.device) < tensors["kv_len"][:, None]
+        mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
+        mask = mask[:, None, None].expand(-1, 1, window.input_ids.shape[1], -1)
+        buffers = [(key[slots], value[slots]) for key, value in cache.buffers]
+        hidden = self.model.model(
+            input_ids=tensors["input_ids"],
+            position_ids=tensors["position_ids"],
+            attention_mask=mask,
+            past_key_values=_Writer(buffers, window.write_index.tolist(), own_rows_only),
+            use_cache=False,
+        ).last_hidden_state
+        wanted = tensors["logit_rows"][..., None].expand(-1, -1, hidden.shape[-1])
+        logits: torch.Tensor = self.model.lm_head(hidden.gather(1, wanted)).float()
+        return logits
+
+
+def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...], str | None]:
+    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys ignored at its export, and the mask
+    token that was given."""
+    name = checkpoint or manifest.source.get("checkpoint")
+    if not isinstance(name, str):
+        raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
+    ignored = manifest.source.get("ignored_keys", [])
+    if not isinstance(ignored, list) or not all(isinstance(key, str) for key in ignored):
+        raise DllmError(f"the manifest's source.ignored_keys is {ignored!r}, expected a list of names: export it again.")
+    mask = manifest.source.get("mask_token")
+    if mask is not None and (type(mask) is not int or mask < 0):
+        raise DllmError(f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again.")
+    return name, tuple(ignored), None if mask is None else str(mask)
+
+
+def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
+    """The checkpoint behind an artifact, read. Raises DllmError if it is another one."""
+    name, ignored_keys, mask_token = origin(manifest, checkpoint)
+    source = pipeline.read(name, ignored_keys=ignored_keys, mask_token=mask_token)
+    expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
+    if expected != got:
+        raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")
+    return source
+
+
+def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
+    """transformers' model with the checkpoint's weights; each tensor is checked in by name and shape."""
+    decoder = source.decoder
+    cls, extra = source.family.reference(decoder)
+    config = getattr(transformers, f"{cls}Config")(
+        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size, intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, max_position_embeddings=decoder.max_length, rms_norm_eps=decoder.norm_eps,
+        tie_word_embeddings=decoder.tied_head, hidden_act="silu", attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta}, **extra,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{cls}ForCausalLM")(config)
+    state = dict(_state(source, dtype))
+    if decoder.tied_head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise DllmError(
+            f"{source.checkpoint.path}: its weights are not those of the reference, transformers' {cls}ForCausalLM "
+            f"({' '.join(str(error).split())[:300]}): correct {source.family.title}.reference() or the names of its tensors."
+        ) from error
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are buffers, which meta left empty
+    expected = decoder.rope_theta ** -(torch.arange(0, decoder.head_dim, 2) / decoder.head_dim)
+    if not torch.allclose(model.model.rotary_emb.inv_freq.cpu(), expected, rtol=1e-4):
+        raise DllmError(
+            f"transformers {transformers.__version__} does not take rope_theta {decoder.rope_theta:g} from where it is given: install "
+            f"transformers 5.8 or newer ({commands.package('-U', 'transformers')})."
+        )
+    return model.eval()
+
+
+def _state(source: pipeline.Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in decoders.weight_shapes(source.decoder):
+        stored = source.checkpoint.tensors[source.family.tensor_name(weight)]
+        yield hf_name(weight), _tensor(stored).to(dtype)
+
+
+def _tensor(stored: StoredTensor) -> torch.Tensor:
+    flat = np.array(stored.open())
+    if flat.dtype.name == "bfloat16":
+        return torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16).reshape(stored.shape)
+    return torch.from_numpy(flat).reshape(stored.shape)

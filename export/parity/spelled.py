@@ -1,0 +1,108 @@
+"""A graph that is quantised for the CPU, spelled out in standard operators and float arithmetic, which are right on every processor.
+
+ONNX Runtime's own operators for products of 8 and 4 bits are fast, and wrong where a kernel's sums do not fit (trt_runtime/backends/int8.py). What they compute is
+written down here operator by operator; run without optimisation, it says what the artifact should give on this machine.
+
+Shape letters: T tokens, K inputs, N outputs of a layer, G blocks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from ..graph.linears import MICROSOFT
+
+_TINY = 1e-20  # a scale of numbers that are all zeros
+
+
+def spelled(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the model over the same weights. Raises KeyError for an operator that is not known here."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph, held = made.graph, {tensor.name: tensor for tensor in made.graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes += _RULES[node.op_type](node, held, graph) if node.domain == MICROSOFT else [node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return made
+
+
+def _integer(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
+    """MatMulIntegerToFloat: y = (a - zero) @ b * (a_scale * b_scale); a uint8 [T, K], b int8 [K, N]."""
+    a, b, a_scale, b_scale, zero = node.input[:5]
+    names = _Names(node)
+    return [
+        helper.make_node("Cast", [a], [names("a")], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [zero], [names("zero")], to=TensorProto.FLOAT),
+        helper.make_node("Sub", [names("a"), names("zero")], [names("centred")]),
+        helper.make_node("Cast", [b], [names("b")], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", [names("centred"), names("b")], [names("product")]),
+        helper.make_node("Mul", [a_scale, b_scale], [names("scale")]),
+        helper.make_node("Mul", [names("product"), names("scale")], [node.output[0]]),
+    ]
+
+
+def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
+    """MatMulNBits of accuracy level 4: x [T, K] is rounded to 8 bits in blocks, each with the scale of its largest number; the weight is
+    (b - middle) * scale in the same blocks."""
+    x, stored, scales = node.input[:3]
+    facts = {item.name: item.i for item in node.attribute}
+    inputs, block, bits = facts["K"], facts["block_size"], facts["bits"]
+    names, number = _Names(node), -(-facts["K"] // facts["block_size"])
+    weight = held[stored]
+    weight.data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8  # the same bytes, the first number in the lower half
+    weight.dims[:] = [facts["N"], number * block]
+    scale = held[scales]
+    scale.dims[:] = [facts["N"], number]
+
+    def constant(name: str, value: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), names(name)))
+        return names(name)
+
+    whole = np.full((facts["N"], number), 1 << bits - 1, np.uint8)
+    graph.initializer.append(
+        helper.make_tensor(names("middle"), weight.data_type, whole.shape, whole.reshape(-1).tolist())
+        if bits == 4
+        else numpy_helper.from_array(whole, names("middle"))
+    )
+    pads = constant("pads", np.array([0, 0, 0, number * block - inputs], np.int64))
+    split = constant("split", np.array([-1, number, block], np.int64))
+    joined = constant("joined", np.array([-1, number * block], np.int64))
+    share, tiny, last = (constant(key, value) for key, value in (
+        ("share", np.float32(1 / 127)), ("tiny", np.float32(_TINY)), ("last", np.array([-1], np.int64))))  # fmt: skip
+    return [
+        helper.make_node("Pad", [x, pads], [names("padded")]),
+        helper.make_node("Reshape", [names("padded"), split], [names("x")]),
+        helper.make_node("Abs", [names("x")], [names("magnitude")]),
+        helper.make_node("ReduceMax", [names("magnitude"), last], [names("largest")], keepdims=1),
+        helper.make_node("Mul", [names("largest"), share], [names("step")]),
+        helper.make_node("Max", [names("step"), tiny], [names("own")]),
+        helper.make_node("Div", [names("x"), names("own")], [names("ratio")]),
+        helper.make_node("Round", [names("ratio")], [names("rounded")]),
+        helper.make_node("Mul", [names("rounded"), names("own")], [names("blocks")]),
+        helper.make_node("Reshape", [names("blocks"), joined], [names("rows")]),
+        helper.make_node("DequantizeLinear", [stored, scales, names("middle")], [names("weight")], axis=1, block_size=block),
+        helper.make_node("Transpose", [names("weight")], [names("turned")], perm=[1, 0]),
+        helper.make_node("MatMul", [names("rows"), names("turned")], [node.output[0]]),
+    ]
+
+
+class _Names:
+    """Names of values inside the spelling of one node."""
+
+    def __init__(self, node: NodeProto) -> None:
+        self.first = node.output[0]
+
+    def __call__(self, name: str) -> str:
+        return f"{self.first}.spelled.{name}"
+
+
+_RULES: dict[str, Callable[[NodeProto, dict[str, TensorProto], onnx.GraphProto], list[NodeProto]]] = {
+    "MatMulIntegerToFloat": _integer, "MatMulNBits": _blocks,
+}  # fmt: skip

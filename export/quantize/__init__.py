@@ -1,0 +1,1 @@
+"""A quantised export: calibrate, write, judge before it is kept."""

@@ -1,0 +1,78 @@
+"""How large activations become in decoding: the largest magnitude of every input of every linear layer, over masked canvases.
+
+Canvases as decoding meets them (export/quantize/gate.py): blocks before the running one filled, the running one partly masked, all that follows
+masked. Clean text would not do: it holds no mask token, whose activations are like no other's.
+
+Shape letters: K inputs, N outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from trt_runtime.artifact import contract
+from trt_runtime.backends.ort import OrtBackend
+
+from .. import pipeline
+from ..graph.decoder import is_layer, is_linear, weight_shapes
+from ..graph.linears import Initializer, Linears
+from ..pipeline import Source
+from ..schemes.base import Array, Calibration
+from ..weights import plan as weights
+from . import gate as quality
+from .gate import Canvas
+
+
+class Observing(Linears):
+    """Layers as they are, and beside them the largest magnitudes of what they are given, [K] each."""
+
+    def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().begin(op, shapes)
+        self.seen: dict[ir.Value, ir.Value] = {}
+        self.layers: dict[str, ir.Value] = {}
+
+    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+        if x not in self.seen:
+            self.seen[x] = op.ReduceMax(op.Abs(x), [0], keepdims=0)
+        self.layers[name] = self.seen[x]
+        return super().linear(op, x, name, weight, bias)
+
+
+def observe(artifact: Path, source: Source, canvases: Iterable[Canvas]) -> Calibration:
+    """Run canvases through an fp32 artifact of `source`."""
+    observing, shapes = Observing(), weight_shapes(source.decoder)
+    planned = weights.plan(source.decoder, source.family, source.checkpoint, "fp32")
+    graph = pipeline.graph_of("refine", source, "fp32", "statistics", contract.MODERN, planned, observing)
+    names = dict[str, str]()
+    for name, value in observing.layers.items():
+        if value not in graph.graph.outputs:
+            value.name, value.dtype, value.shape = f"largest.{name}", ir.DataType.FLOAT, ir.Shape([shapes[name][1]])
+            graph.graph.outputs.append(value)
+        names[name] = str(value.name)
+    backend = OrtBackend(artifact, model_bytes=ir.to_proto(graph).SerializeToString(), threads=quality.threads_of(_size(source)))
+    asked, found = sorted(set(names.values())), dict[str, Array]()
+    for canvas in canvases:
+        cache = backend.new_cache(1, len(canvas.ids))
+        made = backend.run(cache, slice(0, 1), quality.window_of(canvas, np.arange(len(canvas.ids))), asked)
+        found = {name: np.maximum(found.get(name, 0.0), made[name]) for name in asked}
+    backend.close()
+    return Calibration({name: found[output] for name, output in names.items()}, columns(source))
+
+
+def columns(source: Source) -> dict[str, Array]:
+    """The largest magnitude of each column of every layer's weight, [K] each."""
+    held = {}
+    for name in filter(is_linear, weight_shapes(source.decoder)):
+        stored = source.checkpoint.tensors[source.family.tensor_name(name)]
+        if is_layer(name):
+            held[name] = np.max([np.abs(piece).max(0) for piece in weights.rows_of(stored, name)], axis=0)
+    return held
+
+
+def _size(source: Source) -> int:
+    return pipeline.facts_of_source(source, "fp32").parameters

@@ -1,0 +1,66 @@
+"""What a quantised export of a checkpoint will hold, from its config.json: the same plan of weights as an export makes, without any weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.artifact.manifest import ModelFacts, Quantization
+from trt_runtime.errors import DllmError
+
+from .. import pipeline, schemes
+from ..checkpoint import huggingface as checkpoints
+from ..checkpoint.huggingface import Checkpoint, StoredTensor
+from ..families.base import Family
+from ..graph.decoder import EMBEDDING, DecoderConfig, weight_shapes
+from ..schemes.base import Array, Calibration
+from ..weights import plan as weights
+
+_CONFIG_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def quantised(name: str, dtype: str | None, scheme: str, target: str | None) -> tuple[ModelFacts, Quantization]:
+    """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, `weight_bytes` those of weights.data, and the scheme. `dtype`: of
+    the rest; None takes the one that an export would. Raises DllmError."""
+    kind = schemes.find(scheme, target)
+    config, generation_config, where = checkpoints.config_of(name)
+    dtype = dtype or ("fp32" if kind.dtypes[0] == "fp32" else "bf16")
+    if dtype not in kind.dtypes:
+        raise DllmError(
+            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, --dtype is {dtype}: leave "
+            f"--dtype out, or give {kind.dtypes[0]}."
+        )
+    family, _, decoder = pipeline.understood(config, where)
+    stored = _stored(Path(name), config, family, decoder)
+    nothing = defaultdict[str, Array](lambda: np.ones(1, np.float32))  # sizes do not depend on what was observed
+    scheme_of = kind(dtype, Calibration(nothing, nothing) if kind.is_calibrated else None)
+    planned = weights.plan(decoder, family, stored, dtype, scheme=scheme_of)
+    facts = pipeline.checked_facts(config, generation_config, where, dtype)
+    return replace(facts, weight_bytes=planned[-1].offset + planned[-1].size), Quantization(kind.name, kind.target)
+
+
+def _stored(path: Path, config: dict[str, Any], family: Family, decoder: DecoderConfig) -> Checkpoint:
+    """A checkpoint of the right shapes with no bytes behind them, in the dtype of the real one."""
+    kind = weights.NUMPY_DTYPES[_dtype(path, config, family.tensor_name(EMBEDDING))]
+    tensors = {
+        family.tensor_name(weight): StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize)
+        for weight, shape in weight_shapes(decoder).items()
+    }
+    return Checkpoint(path, config, {}, tensors)
+
+
+def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
+    """Of the embedding, which a CPU artifact keeps as it is: from its file where it is here, else as config.json says."""
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        try:
+            held: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype
+            return next(name for name, known in weights.NUMPY_DTYPES.items() if known == held)
+        except (DllmError, KeyError):  # an export would say so; a forecast needs config.json alone
+            pass
+    said = config.get("torch_dtype", config.get("dtype"))
+    return _CONFIG_DTYPES.get(said if isinstance(said, str) else "", "bf16")

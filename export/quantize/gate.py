@@ -1,0 +1,232 @@
+"""What quantising costs, measured against the model as it was: the gate that a quantised export must pass.
+
+    canvases   masked at several ratios, with the block at several places of the answer: the Kullback-Leibler divergence on masked rows
+    commits    the model's own decoding, forced step by step: would the same tokens be proposed, and committed in the same forward?
+    answers    decoded freely: how many are right (where the examples say what is), and how many are unchanged
+
+First `expect` runs the model as it was, then `measure` the quantised one: never are both in memory.
+Shape letters: L length of a canvas, R masked rows of its block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.sequence import Sequence as Row
+from trt_runtime.decoding.sequence import Step
+from trt_runtime.measure import tolerances
+from trt_runtime.measure.examples import Example, is_right
+from trt_runtime.model import Model
+from trt_runtime.system.progress import SILENT, Progress
+
+RATIOS = (0.25, 0.5, 0.75, 1.0)  # of a block's positions that are masked
+PLACES = (0.0, 0.5, 1.0)  # of the block, from the answer's first to its last
+_MOST_ROWS = 1 << 28  # numbers of log-probabilities that are kept: 1 GiB
+_SMALL = 20_000_000  # parameters
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A canvas in the middle of a decoding, ids [L], and the masked positions of its running block [R]. What follows is all masks."""
+
+    ids: Array
+    masked: Array
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An example as the model decoded it: its steps, its whole canvas, where the useful part of it ends, and its text."""
+
+    example: Example
+    steps: list[Step]
+    canvas: Array
+    prompt_length: int
+    useful_end: int
+    text: str | None
+
+    @property
+    def useful(self) -> Array:
+        """Prompt and answer, without what stands behind its end."""
+        return self.canvas[: self.useful_end]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model gave before it was quantised. log_probabilities: float32 [R, V] a canvas."""
+
+    config: GenerationConfig
+    decoded: list[Decoded]
+    canvases: list[Canvas]
+    log_probabilities: list[Array]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured. Shares are of 1; `right` and `right_before` count the examples that say what is right (`judged`)."""
+
+    examples: int
+    canvases: int
+    masked_rows: int
+    kl_mean: float
+    kl_largest: float
+    same_best: float
+    commits: int
+    same_token: float
+    same_commit: float
+    same_answer: float
+    judged: int
+    right_before: int
+    right: int
+
+    @property
+    def allowed_losses(self) -> float:
+        """Right answers that may be lost: the bound in points, and one in any case, for a single answer says nothing."""
+        return max(1.0, self.judged * tolerances.QUANTIZED_DROP / 100)
+
+    def failures(self) -> Iterator[str]:
+        """A sentence for each bound that is missed: trt_runtime/measure/tolerances.py."""
+        if not self.kl_mean <= tolerances.QUANTIZED_KL:
+            yield f"KL on masked rows is {self.kl_mean:.3g} nats, allowed {tolerances.QUANTIZED_KL:g}"
+        if not self.same_token >= tolerances.QUANTIZED_TOKENS:
+            yield f"{100 * self.same_token:.1f} % of the committed tokens are proposed again, required {100 * tolerances.QUANTIZED_TOKENS:g} %"
+        if not self.same_commit >= tolerances.QUANTIZED_COMMITS:
+            yield f"{100 * self.same_commit:.1f} % of the commits are made in the same forward, required {100 * tolerances.QUANTIZED_COMMITS:g} %"
+        if self.right_before - self.right > self.allowed_losses:
+            yield f"{self.right} of {self.judged} answers are right, {self.right_before} were before: allowed are {self.allowed_losses:g} less"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        right = f"; right answers {self.right} of {self.judged}, before {self.right_before}" if self.judged else ""
+        return (
+            f"KL {self.kl_mean:.2g} nats on {self.masked_rows} masked rows (largest {self.kl_largest:.2g}); of {self.commits} commits "
+            f"{100 * self.same_token:.1f} % the same token, {100 * self.same_commit:.1f} % in the same forward; "
+            f"{100 * self.same_answer:.0f} % of {self.examples} answers unchanged{right}"
+        )
+
+
+def threads_of(parameters: int) -> int | None:
+    """Small models run on one thread: more are slower. None: the backend's own choice."""
+    return 1 if parameters < _SMALL else None
+
+
+def decode(
+    model: Model,
+    examples: Sequence[Example],
+    config: GenerationConfig,
+    progress: Progress = SILENT,
+    what: str = "decoding prompts",
+) -> list[Decoded]:
+    """The examples, one at a time."""
+    made = []
+    for example in progress.each(examples, what):
+        row = model.sequence(example.prompt, config)
+        Generator(model.backend, [row]).run()
+        useful = row.prompt_length + row.num_useful
+        made.append(Decoded(example, row.trace, row.canvas.copy(), row.prompt_length, useful, _text(model, row)))
+    return made
+
+
+def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[Canvas]:
+    """Of each decoding one canvas a ratio, the places in turn. Which positions are masked is drawn, the same each time."""
+    rng, made = np.random.default_rng(0), []
+    for number, done in enumerate(decoded):
+        blocks = max(1, -(-(done.useful_end - done.prompt_length) // block_length))
+        for i, ratio in enumerate(RATIOS):
+            place = round(PLACES[(number + i) % len(PLACES)] * (blocks - 1))
+            start = done.prompt_length + place * block_length
+            end = min(start + block_length, len(done.canvas))
+            masked = np.sort(rng.choice(np.arange(start, end), max(1, round(ratio * (end - start))), replace=False))
+            ids = done.canvas.copy()
+            ids[masked], ids[end:] = mask, mask
+            made.append(Canvas(ids, masked))
+    return made
+
+
+def window_of(canvas: Canvas, rows: Array) -> Window:
+    """A prefix pass over a canvas that asks for `rows`."""
+    ids = canvas.ids[None].astype(np.int64)
+    length = ids.shape[1]
+    return Window(ids, np.arange(length)[None], np.zeros(1, np.int64), np.array([length]), rows[None].astype(np.int64))
+
+
+def expect(model: Model, examples: Sequence[Example], progress: Progress = SILENT) -> Expected:
+    """Run the model as it is. Raises DllmError for a prompt that it cannot take."""
+    facts = model.manifest.decoding
+    config = GenerationConfig().resolved(model.manifest)
+    assert config.block_length is not None
+    decoded = decode(model, examples, config, progress, "gate: decoding prompts with the model as it was")
+    drawn, vocabulary = canvases(decoded, config.block_length, facts.mask_token_id), model.manifest.model.vocab_size
+    most = max(1, _MOST_ROWS // (vocabulary * config.block_length))
+    drawn = drawn[:: -(-len(drawn) // most)]
+    seen = progress.each(drawn, "gate: canvases of the model as it was")
+    return Expected(config, decoded, drawn, [_log_probabilities(model, canvas) for canvas in seen])
+
+
+def measure(model: Model, expected: Expected, match: str, progress: Progress = SILENT) -> Quality:
+    """The quantised model beside what was expected of it; `match` is how answers are compared (examples.MATCHES)."""
+    divergence, best = _divergence(model, expected, progress)
+    commits = [_forced(model, done, expected.config) for done in progress.each(expected.decoded, "gate: commits, forced")]
+    number, tokens, same = (sum(column) for column in zip(*commits, strict=True))
+    again = decode(model, [done.example for done in expected.decoded], expected.config, progress, "gate: decoding prompts again")
+    pairs = list(zip(again, expected.decoded, strict=True))
+    judged = [(mine, theirs) for mine, theirs in pairs if theirs.example.answers is not None]
+    right = [[is_right(done.text or "", done.example, match) for done in pair] for pair in judged]
+    return Quality(
+        examples=len(pairs), canvases=len(expected.canvases), masked_rows=divergence.size,
+        kl_mean=float(divergence.mean()), kl_largest=float(divergence.max()), same_best=float(best.mean()),
+        commits=number, same_token=tokens / max(1, number), same_commit=same / max(1, number),
+        same_answer=sum(np.array_equal(mine.useful, theirs.useful) for mine, theirs in pairs) / len(pairs),
+        judged=len(judged), right_before=sum(before for _, before in right), right=sum(now for now, _ in right),
+    )  # fmt: skip
+
+
+def _divergence(model: Model, expected: Expected, progress: Progress) -> tuple[Array, Array]:
+    """KL of each masked row in nats, and whether its best token is the same."""
+    divergence, same = [], []
+    canvases = progress.each(expected.canvases, "gate: canvases")
+    for canvas, before in zip(canvases, expected.log_probabilities, strict=True):
+        now = _log_probabilities(model, canvas)
+        divergence.append((np.exp(before) * (before - now)).sum(-1))
+        same.append(before.argmax(-1) == now.argmax(-1))
+    return np.maximum(np.concatenate(divergence), 0), np.concatenate(same)
+
+
+def _log_probabilities(model: Model, canvas: Canvas) -> Array:
+    cache = model.backend.new_cache(1, len(canvas.ids))
+    rows = np.maximum(canvas.masked - model.manifest.decoding.logit_shift, 0)
+    logits = model.backend.prefix(cache, slice(0, 1), window_of(canvas, rows), want_logits=True).logits
+    assert logits is not None
+    shifted = logits[0] - logits[0].max(-1, keepdims=True)
+    made: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return made
+
+
+def _forced(model: Model, done: Decoded, config: GenerationConfig) -> tuple[int, int, int]:
+    """Commits of a decoding, those whose token is proposed again after the same history, and those that are committed again too."""
+    row = model.sequence(done.example.prompt, config)
+    generator, number, tokens, same = Generator(model.backend, [row]), 0, 0, 0
+    for step in done.steps:
+        generator.step({0: (step.positions, step.tokens)})
+        seen = row.trace[-1].seen
+        assert seen is not None
+        proposed = dict(zip(seen[0].tolist(), seen[1].token.tolist(), strict=True))
+        for position, token in zip(step.positions, step.tokens, strict=True):
+            number += 1
+            tokens += proposed[position] == token
+            same += proposed[position] == token and position in row.trace[-1].positions
+    return number, tokens, same
+
+
+def _text(model: Model, row: Row) -> str | None:
+    return model.text(row.output[: row.num_useful]) if model.tokenizer is not None else None

@@ -1,0 +1,140 @@
+"""Schemes for TensorRT: QuantizeLinear and DequantizeLinear around the layers' own Gemm, which the builder fuses. The head stays as it is.
+
+fp8: weights and activations in float8 (e4m3) with one scale each; GPUs from SM89 on.
+int8-sq: SmoothQuant (arXiv 2211.10438): what is large in a channel of the activations is moved into the weights, the norm (or up_proj) before
+the layer dividing by it; then 8-bit weights with a scale an output, 8-bit activations with one scale.
+int4: 4-bit weights in blocks of 64, activations as they are.
+
+Scales of activations are static: they come from calibration canvases. They have the dtype of the activations, and weights are rounded by
+the scale as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from trt_runtime.artifact.manifest import TENSORRT
+from trt_runtime.errors import DllmError
+
+from ..families.base import split_layer
+from ..graph.decoder import layer_name
+from ..graph.linears import Initializer
+from . import blocks, portable
+from .base import Array, Part, Scheme
+
+_SCALES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+_TINY = 6.2e-5  # the smallest normal number of fp16: below it a scale would lose its digits
+_FP8_LARGEST, _INT8_LARGEST = 448.0, 127.0
+_STRENGTH = 0.75  # of the smoothing, the paper's alpha: weights have a scale an output, activations one, and so need more of it than a half
+# what a layer's inputs come out of, and with that what can divide them: the norm's weight, or the rows of up_proj
+_BEFORE = {"q_proj": "attention_norm", "k_proj": "attention_norm", "v_proj": "attention_norm",
+           "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "down_proj": "up_proj"}  # fmt: skip
+
+
+class _QDQ(Scheme):
+    target = TENSORRT
+    dtypes = ("fp16", "bf16", "fp32")
+    covers_head = False
+
+    def scale(self, value: Array | float) -> Array:
+        """A scale as it is stored."""
+        return np.maximum(np.asarray(value, np.float32), np.float32(_TINY)).astype(_SCALES[self.dtype])
+
+
+class Int4Blocks(_QDQ):
+    name = "int4"
+    title = "4-bit weights in blocks of 64"
+    block = 64
+
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+        rows, columns = shape
+        if columns % self.block:
+            raise DllmError(
+                f"{name}: {columns} inputs are no multiple of {self.block}, which --quantize int4 for TensorRT needs: use fp8."
+            )
+        return {"int4": Part("int4", shape), "scale": Part(self.dtype, (rows, columns // self.block))}
+
+    def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
+        whole, scales = blocks.rounded(rows, shape, self.block, 4, self.scale)
+        return {"int4": blocks.packed(whole), "scale": self.scale(scales)}
+
+    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+        held = op.DequantizeLinear(weight(f"{name}.int4"), weight(f"{name}.scale"), axis=1, block_size=self.block)
+        return op.Gemm(*(value for value in (x, held, bias) if value is not None), transB=1)
+
+
+class _Static(_QDQ):
+    """Activations with one scale a layer, from calibration."""
+
+    is_calibrated = True
+    stored: str  # the type of weights and rounded activations
+    zero: Array
+    largest: float
+    per_output: bool  # whether weights have a scale an output
+
+    def smoothed(self, name: str) -> Array:
+        """The largest magnitude of each input of a layer [K], after `factors`."""
+        _, columns = self.factors(name)
+        largest = self.calibration.inputs[name]
+        return largest if columns is None else largest / columns
+
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+        scale = Part(self.dtype, (shape[0],) if self.per_output else ())
+        return {self.stored: Part(self.stored, shape), "scale": scale, "input_scale": Part(self.dtype, ())}
+
+    def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
+        whole = np.concatenate(list(rows))
+        largest = np.abs(whole).max(1) if self.per_output else np.abs(whole).max()
+        scale = self.scale(largest / self.largest)
+        whole /= scale.astype(np.float32).reshape(-1, 1)
+        kind = self.zero.dtype
+        made = np.clip(np.rint(whole) if kind == np.int8 else whole, -self.largest, self.largest).astype(kind)
+        return {self.stored: made, "scale": scale, "input_scale": self.scale(self.smoothed(name).max() / self.largest)}
+
+    def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().begin(op, shapes)
+        self._zero = op.initializer(ir.tensor(self.zero), "quantized_zero")
+        self._rounded: dict[tuple[ir.Value, str], ir.Value] = {}
+
+    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+        own = weight(f"{name}.input_scale")
+        x = op.DequantizeLinear(op.QuantizeLinear(x, own, self._zero), own, self._zero)
+        axis = {"axis": 0} if self.per_output else {}
+        held = op.DequantizeLinear(weight(f"{name}.{self.stored}"), weight(f"{name}.scale"), **axis)
+        return op.Gemm(*(value for value in (x, held, bias) if value is not None), transB=1)
+
+
+class Fp8(_Static):
+    name = "fp8"
+    title = "8-bit floating point weights and activations"
+    stored, zero, largest, per_output = "fp8", np.array(0, ml_dtypes.float8_e4m3fn), _FP8_LARGEST, False
+
+
+class SmoothQuant(_Static):
+    name = "int8-sq"
+    title = "8-bit weights and activations, smoothed"
+    stored, zero, largest, per_output = "int8", np.array(0, np.int8), _INT8_LARGEST, True
+
+    def factors(self, name: str) -> tuple[Array | None, Array | None]:
+        where = split_layer(name)
+        if where is None:
+            return None, None
+        layer, leaf = where
+        columns = self._divisor(layer, _BEFORE.get(leaf))
+        rows = self._divisor(layer, leaf)
+        return None if rows is None else 1 / rows, columns
+
+    def _divisor(self, layer: int, leaf: str | None) -> Array | None:
+        """What a norm's or up_proj's outputs are divided by [K]: max|X|^a / max|W|^(1 - a), over all layers that read them."""
+        readers = [layer_name(layer, name) for name, before in _BEFORE.items() if before == leaf]
+        if not readers:
+            return None
+        given = self.calibration.inputs[readers[0]]
+        weights = np.max([self.calibration.weights[name] for name in readers], axis=0)
+        least = np.float32(1e-5)
+        return portable.power(np.maximum(given, least), _STRENGTH) / portable.power(np.maximum(weights, least), 1 - _STRENGTH)

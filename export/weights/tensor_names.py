@@ -1,0 +1,69 @@
+"""Why the tensors of a checkpoint have other names than a family's: an adapter that is not merged, or a prefix of whoever saved them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from ..checkpoint.huggingface import MERGE, some
+
+# what wrappers put into names: torch.compile, DataParallel, FSDP, activation checkpoints, peft
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_model)\."
+)
+_ADAPTER = re.compile(r"(?<![^.])(lora_\w+|base_layer|modules_to_save)\.")
+Change = dict[str, str]  # a family's name of a tensor -> the one it has here
+
+
+def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]) -> str:
+    """A sentence with the remedy; empty where the names are no case of these. `names`: of the family; of these, `missing` are not held;
+    `surplus`: held, and not the family's."""
+    if of_adapter := [name for name in surplus if _ADAPTER.search(name)]:
+        return f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged ({some(of_adapter)}): {MERGE}."
+    if not missing or not surplus:
+        return ""
+    found = max(_changes(names, missing, surplus), key=lambda change: len(set(change[1].values()) & set(surplus)), default=None)
+    if found is None:
+        return ""
+    said, change = found
+    renamed = [name for name in missing if change[name] in set(surplus)]
+    left = sorted(set(surplus) - set(change.values()))
+    if 2 * len(renamed) < len(missing):
+        return ""
+    example = f"{change[renamed[0]]} in place of {renamed[0]}"
+    if len(renamed) == len(missing) and not left:
+        return (
+            f"{said} ({example}); all {len(names)} tensors fit but for that. Save them under their own names: read each file with "
+            "safetensors.torch.load_file, rename, write it with save_file."
+        )
+    return (
+        f"{said} ({example}), and even so {len(missing) - len(renamed)} tensors are missing and {len(left)} are not part of this model "
+        f"({some([name for name in missing if name not in renamed] + left)}): save the model's own state_dict under its own names."
+    )
+
+
+def _changes(names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]) -> Iterator[tuple[str, Change]]:
+    """Ways in which the names here may have come from the family's, with what to say of each."""
+    for own, there in sorted({pair for name in surplus for other in missing[:2] for pair in _beginnings(other, name)}):
+        if own:
+            said = f"the names begin with {there!r} in place of {own!r}" if there else f"the names lack the prefix {own!r}"
+        else:
+            said = f"the names carry the prefix {there!r}"
+        for rest in (there, ""):  # of names that do not begin with `own`, as an lm_head
+            yield said, {name: there + name[len(own) :] if name.startswith(own) else rest + name for name in names}
+    if inside := sorted({match.group(0) for name in surplus for match in _WRAPPERS.finditer(name)}):
+        unwrapped = {_WRAPPERS.sub("", name): name for name in surplus}
+        said = f"the names carry {' and '.join(map(repr, inside))}, of a wrapper"
+        yield said, {name: unwrapped.get(name, name) for name in names}
+
+
+def _beginnings(own: str, there: str) -> Iterator[tuple[str, str]]:
+    """What stands before the common end of two names, where that has at least two parts."""
+    mine, theirs, same = own.split("."), there.split("."), 0
+    while same < min(len(mine), len(theirs)) and mine[-1 - same] == theirs[-1 - same]:
+        same += 1
+    if same >= 2:
+        yield (
+            "".join(part + "." for part in mine[: len(mine) - same]),
+            "".join(part + "." for part in theirs[: len(theirs) - same]),
+        )

@@ -1,0 +1,178 @@
+"""The benchmark of the whole system: variants beside one another, scaling beside the roofline, llama.cpp through a stand-in, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from places import DEMO, GOLDENS, ROOT, export_quietly
+
+from export.pipeline import ExportConfig
+from export.quantize import export as quantize
+from export.quantize.export import QuantizeConfig
+from trt_runtime.cli import main as cli
+
+sys.path.append(str(ROOT / "benchmarks"))
+import system
+from reports import system as render_system
+
+
+@pytest.fixture(scope="module")
+def w8a8(tmp_path_factory):
+    out = tmp_path_factory.mktemp("system") / "w8a8"
+    quantize.export(ExportConfig(str(DEMO), out), QuantizeConfig("w8a8", gate=False), lambda total: lambda done: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def variants(demo_artifact, w8a8, tmp_path_factory):
+    """A run of `dllm-trt bench` with quantised and PyTorch rows beside the artifact's."""
+    out = tmp_path_factory.mktemp("variants") / "system-variants-1.json"
+    command = ["bench", str(demo_artifact), "--prompt-length", "16", "--gen-length", "16", "--block-length", "8", "--tokens-per-step", "2", "--count", "1",
+               "--repeats", "1", "--threads", "1", "--variants", "vanilla,dual", "--beside", str(w8a8), "--reference", "dual", "--reference-dtypes", "fp32,bf16",
+               "--output", str(out)]  # fmt: skip
+    assert cli.main(command) == 0
+    return out
+
+
+def test_quantised_and_reference_rows_stand_beside_the_artifacts(variants):
+    held = json.loads(variants.read_text())
+    rows = {row["variant"]: row for row in held["rows"]}
+    assert list(rows) == ["ort vanilla", "ort dual", "ort w8a8 vanilla", "ort w8a8 dual", "torch fp32 dual", "torch bf16 dual"]
+    assert rows["ort vanilla"]["nfe"] == 16 and all(rows[name]["nfe"] == 8 for name in rows if name.endswith("dual"))
+    assert rows["ort vanilla"]["refine_ms"] is None and all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert set(held["peak_memory_mib"]) == {"ort", "ort w8a8", "torch fp32", "torch bf16"}
+    assert held["peak_memory_mib"]["torch fp32"] > held["peak_memory_mib"]["ort"]
+
+
+def test_beside_takes_the_same_model_only(demo_artifact, w8a8, tmp_path, capsys):
+    other = export_quietly(GOLDENS / "llada_tiny", tmp_path / "other")
+    command = ["bench", str(demo_artifact), "--count", "1", "--repeats", "1", "--prompt-length", "8", "--gen-length", "8"]
+    assert cli.main([*command, "--beside", str(other)]) == 1
+    assert "is of another model" in capsys.readouterr().err
+    assert cli.main([*command, "--beside", str(w8a8), "--beside", str(w8a8)]) == 1
+    assert "another artifact is called 'ort w8a8' already" in capsys.readouterr().err
+    assert cli.main([*command, "--reference", "dual", "--reference-dtypes", "fp8"]) == 1
+    assert "fp8" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scaling(demo_artifact, w8a8):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system, "BASE", {"prompt": 40, "gen_length": 16, "block": 8, "batch": 1, "threads": 1})
+        patch.setattr(
+            system, "SWEEPS", {"prompt": (16, 160), "gen_length": (8, 16), "block": (4, 8), "batch": (1, 4), "threads": (1,)}
+        )
+        rates = {"fp32": 1e11, "int8": 4e11, "bandwidth": 2e10}
+        patch.setattr(system, "peaks", lambda threads: rates)
+        return {"machine": {}, "base": system.BASE, **system.scaling(demo_artifact, w8a8)}
+
+
+def test_forwards_grow_with_what_they_compute(scaling):
+    points = scaling["points"]
+    assert len(points) == 2 * 9
+    by = {(p["sweep"], p[p["sweep"]], p["artifact"]): p for p in points}
+    assert by["prompt", 160, "fp32"]["prefix_ms"] > by["prompt", 16, "fp32"]["prefix_ms"]
+    assert by["batch", 4, "fp32"]["prefix_ms"] > by["batch", 1, "fp32"]["prefix_ms"]
+    for point in points:
+        blocks, steps = -(-point["gen_length"] // point["block"]), -(-point["block"] // 2)
+        seconds = blocks * (point["prefix_ms"] + (steps - 1) * point["refine_ms"]) / 1000
+        assert point["tokens_per_second"] == pytest.approx(point["batch"] * point["gen_length"] / seconds)
+
+
+def test_the_roofline_counts_every_multiplication(demo_artifact):
+    """Layer by layer, number by number: the last layer's queries, MLP and the head on the block alone."""
+    facts = system.load(demo_artifact).manifest.model
+    at = {"prompt": 40, "gen_length": 16, "block": 8, "batch": 3, "threads": 1}
+    hidden, mlp, wide = facts.hidden_size, facts.intermediate_size, facts.num_heads * facts.head_dim
+    linear = attention = 0
+    for layer in range(facts.num_layers):
+        rows = 8 if layer == facts.num_layers - 1 else 56
+        linear += 56 * 2 * hidden * 2 * facts.num_kv_heads * facts.head_dim + rows * 2 * (2 * hidden * wide + 3 * hidden * mlp)
+        attention += rows * 56 * 4 * wide
+    linear += 8 * 2 * hidden * facts.vocab_size
+    rates = {"fp32": 1e9, "int8": 4e9, "bandwidth": 1e15}
+    assert system.rooflines(facts, at, rates, False)["prefix_roofline_ms"] == pytest.approx(3 * (linear + attention) / 1e6)
+    assert system.rooflines(facts, at, rates, True)["prefix_roofline_ms"] == pytest.approx(3 * (linear / 4 + attention) / 1e6)
+    slow = {"fp32": 1e15, "int8": 1e15, "bandwidth": 1e6}
+    read = (facts.parameters - facts.vocab_size * hidden + facts.max_length * facts.head_dim) * 4
+    assert system.rooflines(facts, at, slow, False)["refine_roofline_ms"] == pytest.approx(read / 1e3)
+
+
+def test_peaks_are_rates_of_this_machine():
+    found = system.peaks(1)
+    assert set(found) == {"fp32", "int8", "bandwidth"} and all(1e8 < rate < 1e14 for rate in found.values())
+
+
+def test_windows_ask_for_the_first_block():
+    canvas = np.arange(60).reshape(2, 30)
+    window = system.window_of(canvas, 0, 30, 20, 4)
+    assert window.logit_rows.tolist() == [[20, 21, 22, 23]] * 2 and window.write_index.tolist() == [0, 0]
+    window = system.window_of(canvas, 20, 24, 20, 4)
+    assert window.logit_rows.tolist() == [[0, 1, 2, 3]] * 2 and window.position_ids[1].tolist() == [20, 21, 22, 23]
+    assert window.input_ids[1].tolist() == [50, 51, 52, 53] and window.kv_len.tolist() == [30, 30]
+
+
+def llama(tmp_path, text, status=0):
+    """A stand-in for llama.cpp's binary, which writes down what it was asked."""
+    binary = tmp_path / "llama-diffusion-cli"
+    binary.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\nprintf '{text}' >&2\nexit {status}\n")
+    binary.chmod(0o755)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
+    return ["--parts", "llama-cpp", "--threads", "1", "--llama-cpp", str(binary), "--gguf", str(tmp_path / "model.gguf"), "--prompts", str(tmp_path / "prompts.txt"),
+            "--output", str(tmp_path / "out")]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", ["", "steps: 128, "])
+def test_llama_cpp_runs_beside_the_artifact(demo_artifact, tmp_path, steps, monkeypatch, capsys):
+    asked = llama(tmp_path, rf"\ntotal time: 1600.00ms, {steps}time per step: 12.50ms, sampling time per step: 1.00ms\n")
+    monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *asked])
+    system.main()
+    made = json.loads((tmp_path / "out" / "system-llama-cpp.json").read_text())
+    assert made["tokens_per_second"]["llama.cpp"] == pytest.approx(80)
+    assert made["tokens_per_second"]["dual, threshold 0.9"] > made["tokens_per_second"]["vanilla"] > 0
+    first = (tmp_path / "asked").read_text().splitlines()[0].split()
+    assert first[first.index("--diffusion-steps") + 1] == "128" and int(first[first.index("-ub") + 1]) % 32 == 0
+    assert "times llama.cpp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "status"), [("nothing", 0), ("total time: 1ms, time per step: 1ms", 3)])
+def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text, status, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *llama(tmp_path, text, status)])
+    with pytest.raises(SystemExit, match=f"ended with {status} and told no time"):
+        system.main()
+
+
+def test_missing_files_and_parts_are_named(tmp_path):
+    def said(*options):
+        return subprocess.run([sys.executable, ROOT / "benchmarks" / "system.py", "--output", tmp_path / "out", *options],
+                              capture_output=True, text=True, check=False).stderr  # fmt: skip
+
+    assert said("--parts", "speed").startswith("error: --parts: speed: expected some of")
+    assert "--llama-cpp is None" in said("--parts", "llama-cpp")
+
+
+def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, monkeypatch):
+    results, document = tmp_path / "results", tmp_path / "docs" / "x.md"
+    results.mkdir()
+    document.parent.mkdir()
+    (results / variants.name).write_text(variants.read_text())
+    (results / "system-scaling.json").write_text(json.dumps({**scaling, "rates": {"1": scaling["rates"][1]}}))
+    document.write_text(f"before\n{render_system.BEGIN}\nold\n{render_system.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(results), "--document", str(document)])
+    render_system.main()
+    text = document.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "| ONNX Runtime w8a8 | dual cache |" in text and "| PyTorch bf16 | dual cache |" in text and "1 thread;" in text
+    assert all(
+        (document.parent / f"{name}.{suffix}").stat().st_size > 5000
+        for name in ("system", "system-scaling")
+        for suffix in ("png", "svg")
+    )
+    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(tmp_path), "--document", str(document)])
+    with pytest.raises(SystemExit, match="run 'make bench' first"):
+        render_system.main()

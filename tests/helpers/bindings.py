@@ -1,0 +1,38 @@
+"""The Python bindings of TensorRT's versions, downloaded, over stub libraries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+VERSIONS = ["10.16.1.11", "11.4.0.106"]
+
+
+_STUB = "\n".join(
+    f"void* {name}(void) {{ return 0; }}"
+    for name in ("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
+                 "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
+                 "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins")
+)  # fmt: skip
+
+
+def bindings_of(version, folder) -> dict[str, str]:
+    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test where they cannot be had."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler for the stub libraries")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder),
+               f"tensorrt-cu13-bindings=={version}"]  # fmt: skip
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"the bindings of {version} cannot be downloaded for this Python")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "wheel")
+    (folder / "stub.c").write_text(_STUB)
+    for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+        target = folder / f"lib{library}.so.{version.split('.')[0]}"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(folder / "stub.c")], check=True)
+    return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder / "wheel")}

@@ -1,0 +1,22 @@
+"""One order of the demo model, and the plan that is right."""
+
+from __future__ import annotations
+
+import sys
+
+from places import ROOT
+
+sys.path.append(str(ROOT / "tools"))
+import demo_task
+
+__all__ = ["PLAN", "PROMPT", "demo_task"]
+
+
+PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
+
+
+PLAN = [
+    {"do": "move", "item": "cups", "color": "red", "from": "kitchen", "to": "garage"},
+    {"do": "give", "item": "pens", "color": "blue", "for": "Mia"},
+    {"do": "clean", "in": "hall", "with": "mop"},
+]

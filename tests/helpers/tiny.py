@@ -1,0 +1,70 @@
+"""Small checkpoints in a family's official layout, for tests: random weights, optionally changed on the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from export.families.base import ConfigReader, Family
+from export.graph.decoder import weight_shapes
+
+Tensors = dict[str, np.ndarray]
+
+
+def random_tensors(family: Family, config: dict[str, Any], seed: int = 0) -> Tensors:
+    """Weights of unit gain, so that logits spread and confidences differ."""
+    rng = np.random.default_rng(seed)
+    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
+    return {
+        family.tensor_name(name): (rng.standard_normal(shape) * (2.0 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1)
+                                   + (1.0 if "norm" in name else 0.0)).astype(np.float32)
+        for name, shape in shapes.items()
+    }  # fmt: skip
+
+
+def write_checkpoint(
+    family: Family,
+    path: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    change: Callable[[Tensors], object] | None = None,
+    shards: int = 1,
+) -> Path:
+    """A checkpoint directory. `model` changes the model, `config` only what config.json says of it; `change` may edit the tensors;
+    `shards` > 1 writes an index."""
+    path.mkdir(parents=True)
+    real = {**family.tiny_config(), **(model or {})}
+    (path / "config.json").write_text(json.dumps({**real, **(config or {})}))
+    tensors = random_tensors(family, real)
+    if change:
+        change(tensors)
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    names, weight_map = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        held = names[i::shards]
+        save_file({name: tensors[name] for name in held}, path / file)
+        weight_map |= dict.fromkeys(held, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str = "fp32") -> Path:
+    """A checkpoint of any size that takes no room on the disk: every weight is zero."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+    from random_checkpoint import write_safetensors
+
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
+    write_safetensors(path / "model.safetensors", {family.tensor_name(n): shape for n, shape in shapes.items()}, dtype, ())
+    return path

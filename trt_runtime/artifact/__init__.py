@@ -1,0 +1,1 @@
+"""The artifact: the graph contract, the manifest, the tokenizer and its chat template."""

@@ -1,0 +1,206 @@
+"""Engines opened: read from the disk piece by piece, checked against the contract, filled with weights where they have none, and their contexts.
+
+All contexts share one working memory, for they run one after the other. TensorRT-RTX compiles kernels for the shapes that it meets, keeps them in a runtime cache, and
+records CUDA graphs by itself: a graph recorded from outside would be stale once better kernels are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.artifact import contract
+from trt_runtime.artifact.contract import TensorSpec
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.backends import cuda
+from trt_runtime.backends.tensorrt import builder
+from trt_runtime.backends.tensorrt import store as engine
+from trt_runtime.backends.tensorrt.builder import Profile
+from trt_runtime.errors import BackendError, DllmError
+from trt_runtime.system import atomic
+
+CACHE_SUFFIX = ".runtime-cache"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class Opened:
+    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed. `tensors` are
+    the names that it knows: a prefix engine of the legacy lowering has no caches."""
+
+    name: str
+    role: str
+    profiles: list[Profile]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    tensors: set[str]
+    engine: Any
+    contexts: dict[int, Any] = field(default_factory=dict)
+
+
+class Engines:
+    """The engines of a directory, opened on a device. `built_for`: what engine.json says of them. Raises DllmError."""
+
+    records_itself = False  # whether the package records CUDA graphs by itself
+
+    def __init__(
+        self, directory: Path, artifact: Path, manifest: Manifest, trt: Any, device: cuda.Device, built_for: dict[str, Any]
+    ) -> None:
+        self.directory, self.artifact, self.manifest, self.trt, self.device = directory, artifact, manifest, trt, device
+        self.capacity: int = built_for["capacity"]
+        self.logger = builder.Logger(trt)
+        self._runtime = trt.Runtime(self.logger.made)
+        self.all = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
+        self._scratch = device.allocate(max(_scratch_bytes(held, i) for held in self.all for i in range(len(held.profiles))))
+
+    def context(self, held: Opened, index: int) -> Any:
+        """The context of a profile."""
+        if index not in held.contexts:
+            held.contexts[index] = self.new_context(held, index)
+        return held.contexts[index]
+
+    def new_context(self, held: Opened, index: int, *, recorded: bool = False) -> Any:
+        """A context for a profile; `recorded`: for one call that comes again in the same shapes."""
+        context = self._bare_context(held, recorded)
+        if context is not None:
+            _set_scratch(context, self._scratch)
+        if context is None or not context.set_optimization_profile_async(index, self.device.stream):
+            raise BackendError(f"TensorRT gave no context for '{held.profiles[index].name}': {self.logger.last or 'no message'}")
+        self.device.synchronize()
+        return context
+
+    def close(self) -> None:
+        """Give the engines and their memory back; contexts that others hold must be gone."""
+        for held in self.all:
+            held.contexts.clear()
+        del self.all, self._runtime, self._scratch
+
+    def _bare_context(self, held: Opened, recorded: bool) -> Any:
+        """A context without working memory of its own."""
+        if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
+            return held.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return held.engine.create_execution_context_without_device_memory()
+
+    def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> Opened:
+        file = self.directory / (name + engine.SUFFIX)
+        with read_in_pieces(file, self.trt) as source:
+            opened = self._runtime.deserialize_cuda_engine(source)
+        if opened is None:
+            raise DllmError(
+                f"{file}: TensorRT {self.trt.__version__} does not open it ({self.logger.last or 'no message'}): build it again."
+            )
+        role = "prefix" if name == "prefix" else "refine"
+        if built_for.get("strip"):
+            self._refit(opened, role)
+        listed = [Profile(row["name"], tuple(row["batch"]), tuple(row["rows"]), tuple(row["asked"])) for row in profiles]
+        dims = self.manifest.dims
+        inputs, outputs = contract.inputs(role, dims), contract.outputs(role, dims, self.manifest.head)
+        expected = {spec.name for spec in (*inputs, *outputs)}
+        names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
+        if names != expected or opened.num_optimization_profiles != len(listed):
+            raise DllmError(f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again.")
+        return Opened(name, role, listed, inputs, outputs, names, opened)
+
+    def _refit(self, opened: Any, role: str) -> None:
+        """Put the artifact's weights into an engine that was built without."""
+        graph = self.artifact / self.manifest.graphs[role].file
+        refitter = self.trt.Refitter(opened, self.logger.made)
+        filler = self.trt.OnnxParserRefitter(refitter, self.logger.made)
+        data = builder.with_capacity(graph, self.capacity)
+        if not filler.refit_from_bytes(data, str(graph)) or not refitter.refit_cuda_engine():
+            raise DllmError(
+                f"{graph}: its weights do not go into the engine ({self.logger.last or 'no message'}): build it without --strip."
+            )
+
+
+class RTXEngines(Engines):
+    """The same of TensorRT-RTX: it records CUDA graphs itself, and its compiled kernels are kept beside the engines for the next start."""
+
+    records_itself = True
+
+    def __init__(self, *given: Any) -> None:
+        self._configs: dict[tuple[str, bool], Any] = {}
+        self._caches: dict[str, Any] = {}
+        super().__init__(*given)
+
+    def close(self) -> None:
+        """Save what was compiled, too; where that cannot be written, it is compiled again at the next start."""
+        for name, runtime_cache in self._caches.items():
+            with suppress(OSError):
+                atomic.replace(self._cache_file(name), bytes(runtime_cache.serialize()))
+        self._configs.clear()
+        self._caches.clear()
+        super().close()
+
+    def _bare_context(self, held: Opened, recorded: bool) -> Any:
+        return held.engine.create_execution_context(self._config(held, recorded))
+
+    def _config(self, held: Opened, recorded: bool) -> Any:
+        key = (held.name, recorded)
+        if key not in self._configs:
+            trt, opened = self.trt, held.engine
+            runtime_config = opened.create_runtime_config()
+            runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            strategies = trt.CudaGraphStrategy
+            runtime_config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if recorded else strategies.DISABLED
+            if held.name not in self._caches:
+                self._caches[held.name] = self._cache(held.name, runtime_config)
+            if not runtime_config.set_runtime_cache(self._caches[held.name]):
+                raise BackendError(f"TensorRT-RTX takes no runtime cache: {self.logger.last or 'no message'}")
+            self._configs[key] = runtime_config
+        return self._configs[key]
+
+    def _cache(self, name: str, runtime_config: Any) -> Any:
+        """What was compiled in earlier runs on this GPU, or nothing yet."""
+        runtime_cache, file = runtime_config.create_runtime_cache(), self._cache_file(name)
+        if file.is_file() and not runtime_cache.deserialize(file.read_bytes()):
+            _LOG.warning("%s: not read: of another version or damaged; kernels are compiled anew", file)
+            runtime_cache.reset()
+        return runtime_cache
+
+    def _cache_file(self, name: str) -> Path:
+        facts = self.device.facts
+        return self.directory / f"{name}-sm{facts.compute_capability}-{self.trt.__version__}{CACHE_SUFFIX}"
+
+
+@contextmanager
+def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
+    """A reader that gives TensorRT the file piece by piece, so that the engine is never whole in host memory beside its weights on the device. Before
+    TensorRT 10.7, which knows none, the file's bytes."""
+    if not hasattr(trt, "IStreamReaderV2"):
+        yield file.read_bytes()
+        return
+    with open(file, "rb") as held:
+
+        class Reader(trt.IStreamReaderV2):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IStreamReaderV2.__init__(self)
+
+            def read(self, size: int, stream: int) -> bytes:
+                return held.read(min(size, engine.PIECE))
+
+            def seek(self, offset: int, where: Any) -> bool:
+                whence = {trt.SeekPosition.SET: os.SEEK_SET, trt.SeekPosition.CUR: os.SEEK_CUR, trt.SeekPosition.END: os.SEEK_END}
+                held.seek(offset, whence[where])
+                return True
+
+        yield Reader()
+
+
+def _scratch_bytes(held: Opened, index: int) -> int:
+    """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
+    if hasattr(held.engine, "get_device_memory_size_for_profile_v2"):
+        return int(held.engine.get_device_memory_size_for_profile_v2(index))
+    return int(held.engine.device_memory_size)
+
+
+def _set_scratch(context: Any, scratch: cuda.Memory) -> None:
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(scratch.address, scratch.size)
+    else:
+        context.device_memory = scratch.address

@@ -1,0 +1,73 @@
+"""What to run next, after a command: one command with the real paths, quoted for a shell. It is a hint, and goes to standard error."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import ORT_CPU, TENSORRT, Manifest
+from trt_runtime.errors import DllmError
+from trt_runtime.system import commands
+
+_DEMO = ("take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop", "llada-demo")
+_PROMPT = "Why is the sky blue?"
+
+
+def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
+    """Ask the artifact something."""
+    if manifest.tokenizer is None:
+        special, vocabulary = manifest.decoding.special_token_ids, range(manifest.model.vocab_size)
+        ids = list(itertools.islice((token for token in vocabulary if token not in special), 3))
+        return commands.command("generate", artifact, "--ids", ",".join(map(str, ids)), *options)
+    # the demo model has 190 words
+    is_demo = Path(str(manifest.source.get("checkpoint", ""))).name == _DEMO[1]
+    return commands.command("generate", artifact, _DEMO[0] if is_demo else _PROMPT, *options)
+
+
+def of_artifact(artifact: Path, manifest: Manifest) -> str:
+    """An artifact for a CPU is asked; one that no CPU runs is built first."""
+    for_gpu = manifest.model.dtype == "bf16" or (manifest.quantization is not None and manifest.quantization.target == TENSORRT)
+    return commands.command("build", artifact) if for_gpu else generate(artifact, manifest)
+
+
+def after_build(artifact: Path, backend: str, engines: Path) -> str:
+    """Ask the engines something."""
+    where = [] if engines == Path("engines") else ["--engines", str(engines)]
+    return generate(artifact, manifests.load(artifact), "--backend", backend, *where)
+
+
+def after_plan(path: str, made: dict[str, Any], device: str | None) -> str | None:
+    """Of an artifact: use it. Of a checkpoint: export it as forecast, if it fits; else forecast it in fewer bits, on a CPU."""
+    fits = [label for row in made["devices"].values() for label, is_so in row["fits"].items() if is_so]
+    if (Path(path) / manifests.FILE_NAME).is_file():
+        if not fits:
+            return None
+        manifest = manifests.load(Path(path))
+        on_gpu = device not in (None, "cpu") and (manifest.quantization is None or manifest.quantization.target != ORT_CPU)
+        return commands.command("build", path) if on_gpu else of_artifact(Path(path), manifest)
+    how = made["quantised"]
+    if not fits:
+        smaller = {None: "w8a8", "w8a8": "int4"}.get(how and how["scheme"]) if device == "cpu" else None
+        return smaller and commands.command("plan", path, "--device", "cpu", "--quantize", smaller)
+    words = ["--checkpoint", path, "--dtype", made["model"]["dtype"]]
+    if how is None:
+        return commands.export(*words)
+    target = ["--target", how["target"]] if how["scheme"] == "int4" else []
+    return (
+        commands.export(*words, "--quantize", how["scheme"], *target, "--data", "prompts.txt")
+        + "  # prompts.txt: yours, one a line"
+    )
+
+
+def after_doctor(healthy: bool, mends: list[str]) -> str | None:
+    """Where the runtime cannot run, its first mend; else an artifact that is here, or making one."""
+    if not healthy:
+        return mends[0] if mends else None
+    for path in sorted(Path("artifacts").glob(f"*/{manifests.FILE_NAME}")):
+        try:
+            return of_artifact(path.parent, manifests.load(path.parent))
+        except DllmError:
+            continue
+    return commands.export("--model", "llada") if commands.checkout() is not None else None

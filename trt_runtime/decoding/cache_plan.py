@@ -1,0 +1,218 @@
+"""Cache plans: which forward a row makes next, and so what of its keys and values is computed anew and what is read from the cache.
+
+A plan is chosen by its name (GenerationConfig.cache). It looks at a row (RowView) and answers with a Forward. A plan of your own is a class in
+one file: an entry point of the group `dllm_trt.cache_plans`, or `--cache my_module:MyPlan`.
+
+    none     every forward sees the whole canvas, and nothing is kept
+    prefix   a block begins with a prefix pass; its refine steps compute the block and all that follows
+    dual     a block begins with a prefix pass; its refine steps compute the block alone
+
+Positions are absolute and half-open.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from trt_runtime.decoding.policies.base import Bools, Ints
+from trt_runtime.registry import Registry, of_classes
+
+PREFIX, REFINE = "prefix", "refine"  # roles: contract.ROLES
+# kinds of forwards, as traces, recorded cases and metrics name them
+PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR = "prefix_pass", "refine_block", "refine_suffix", "refine_near"
+KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: of the first alone).
+
+    Other blocks begin with a refine step over the block before, the block and `window` positions on either side of both: the vicinity refresh
+    of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of dKV-Cache (arXiv 2505.15781).
+    """
+
+    every: int = 1
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """How many of the masks after the block a forward sees (None: all), as masks far away add little (DPad, arXiv 2508.14148).
+
+    The nearest and the canvas's last one (Streaming-dLLM, arXiv 2601.17917); with `decay`, at distances that grow geometrically.
+    """
+
+    most: int | None = None
+    decay: bool = False
+
+    def of(self, count: int) -> Ints:
+        """Which of `count` masks, from the nearest on, are seen."""
+        if self.most is None or count <= self.most:
+            return np.arange(count)
+        if not self.most:
+            return np.arange(0)
+        if self.decay:
+            return np.unique(np.round(np.geomspace(1, count, self.most)).astype(np.int64)) - 1
+        return np.append(np.arange(self.most - 1), count - 1)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward that a row makes next: a window of its canvas, and the masked positions to get statistics for.
+
+    role: of the graph, 'prefix' or 'refine'. kind: what the window is, of KINDS. The window is the positions [start, end), then those of
+    `far`, which are further right. They stand in the cache from row `start` on; kv_len: rows of the cache that are valid.
+    """
+
+    role: str
+    kind: str
+    start: int
+    end: int
+    candidates: Ints
+    far: Ints
+    kv_len: int
+
+    @property
+    def is_prefix_pass(self) -> bool:
+        return self.role == PREFIX
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start + len(self.far)
+
+    @property
+    def positions(self) -> Ints:
+        """Of the window's rows on the canvas [S]."""
+        return np.concatenate([np.arange(self.start, self.end), self.far])
+
+    def logit_rows(self, shift: int) -> Ints:
+        """Rows of the window whose statistics belong to the candidates."""
+        return np.maximum(np.searchsorted(self.positions, self.candidates) - shift, 0)
+
+
+@dataclass(frozen=True)
+class RowView:
+    """What a plan sees of a row.
+
+    is_masked [L]: of the canvas. start, end: the running block; number: how many blocks came before it; before: the range of the last of these.
+    opens_block: the next forward is the block's first (or another of that kind, where the first left the block's first position masked).
+    is_first_only: the block's first forward is asked about its first mask alone (Dream). fills_gaps: a prefix pass is asked about masks before
+    the block too.
+    """
+
+    is_masked: Bools
+    start: int
+    end: int
+    number: int
+    before: tuple[int, int] | None
+    opens_block: bool
+    is_first_only: bool
+    fills_gaps: bool
+
+    @property
+    def inside(self) -> Ints:
+        """Masks of the block."""
+        return self.start + np.flatnonzero(self.is_masked[self.start : self.end])
+
+    @property
+    def masked(self) -> Ints:
+        """Masks of the block and of all before it: gaps of the prompt."""
+        return np.flatnonzero(self.is_masked[: self.end])
+
+    @property
+    def first_candidates(self) -> Ints:
+        """Of the masks of the block, those that its first forward is asked about."""
+        return self.inside[:1] if self.is_first_only else self.inside
+
+    def after(self, suffix: Suffix) -> Ints:
+        """What is seen after the block: all that is no mask, and the masks that `suffix` chooses."""
+        rest = np.arange(self.end, len(self.is_masked))
+        if suffix.most is None:
+            return rest
+        is_masked = self.is_masked[self.end :]
+        return np.sort(np.concatenate([rest[~is_masked], rest[is_masked][suffix.of(int(is_masked.sum()))]]))
+
+
+@dataclass(frozen=True)
+class CachePlan(ABC):
+    """Chooses each next forward of a row. `refresh` and `suffix` as the user asked for them.
+
+    name: on the command line and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do options about
+    refreshing apply.
+    """
+
+    name: ClassVar[str]
+    keeps_cache: ClassVar[bool] = True
+    refresh: Refresh = field(default_factory=Refresh)
+    suffix: Suffix = field(default_factory=Suffix)
+
+    @abstractmethod
+    def next_forward(self, row: RowView) -> Forward:
+        """The forward that the row makes next."""
+
+
+class NoCache(CachePlan):
+    """Every forward is a pass over the canvas; gaps of the prompt are filled on the way."""
+
+    name = "none"
+    keeps_cache = False
+
+    def next_forward(self, row: RowView) -> Forward:
+        return prefix_pass(row, row.masked, row.after(self.suffix))
+
+
+class _BlockCache(CachePlan):
+    """A prefix pass at a block's start, or where the cache is not rebuilt a refine step around it; then refine steps."""
+
+    kind: ClassVar[str]
+    computes_suffix: ClassVar[bool]
+
+    def next_forward(self, row: RowView) -> Forward:
+        after = row.after(self.suffix)
+        if not row.opens_block:
+            far = after if self.computes_suffix else after[:0]
+            return Forward(REFINE, self.kind, row.start, row.end, row.inside, far, row.end + len(after))
+        near = self._near(row)
+        if near is None:
+            return prefix_pass(row, row.masked if row.fills_gaps else row.first_candidates, after)
+        # masks of a bounded suffix stand in other rows than before: all of them are made anew
+        reach = len(after) if self.computes_suffix or self.suffix.most is not None else self.refresh.window
+        return Forward(REFINE, REFINE_NEAR, near, row.end, row.first_candidates, after[:reach], row.end + len(after))
+
+    def _near(self, row: RowView) -> int | None:
+        """Where the window of a block's first forward begins, if that is no prefix pass."""
+        is_next = row.before is not None and row.before[1] == row.start
+        if not is_next or (self.refresh.every and row.number % self.refresh.every == 0):
+            return None
+        assert row.before is not None
+        return max(0, row.before[0] - self.refresh.window)
+
+
+class PrefixCache(_BlockCache):
+    """Keys and values before the block are kept."""
+
+    name = "prefix"
+    kind = REFINE_SUFFIX
+    computes_suffix = True
+
+
+class DualCache(_BlockCache):
+    """Keys and values before and after the block are kept."""
+
+    name = "dual"
+    kind = REFINE_BLOCK
+    computes_suffix = False
+
+
+def prefix_pass(row: RowView, candidates: Ints, after: Ints) -> Forward:
+    """A pass over all that is seen of the canvas, which rebuilds the cache."""
+    return Forward(PREFIX, PREFIX_PASS, 0, row.end, candidates, after, row.end + len(after))
+
+
+PLANS: Registry[type[CachePlan]] = Registry(
+    "cache", "dllm_trt.cache_plans", "a class that extends CachePlan", of_classes(CachePlan), (NoCache, PrefixCache, DualCache)
+)

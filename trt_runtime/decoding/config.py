@@ -1,0 +1,270 @@
+"""How to generate: one frozen set of options, validated once at the edge against the facts of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
+from trt_runtime.decoding.cache_plan import PLANS, CachePlan, Refresh, Suffix
+from trt_runtime.decoding.policies import registry
+from trt_runtime.decoding.policies.base import Policy
+from trt_runtime.decoding.policies.options import Value, options_of
+from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.decoding.policies.schedules import MAX_TEMPERATURE, MIN_TEMPERATURE
+from trt_runtime.decoding.sampling import Sampler
+from trt_runtime.errors import DllmError, shown
+
+DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
+MAX_STEPS = 100_000
+MAX_SPECULATE = 256  # every one is a row of the cache
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
+}  # fmt: skip
+
+
+def option_names() -> list[str]:
+    """Every option of a generation by its name, those of the registered policies among them."""
+    return [*(item.name for item in fields(GenerationConfig) if item.name != "policy_options"), *registry.options()]
+
+
+def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig:
+    """What a user gave by name, over what 'dllm-trt tune' noted in the manifest; not yet resolved. Raises DllmError.
+
+    Whoever chooses a policy, or an option of another policy than the tuned one, gets none of the tuned policy's options.
+    """
+    tuned = dict(manifest.decoding.tuned)
+    if isinstance(given.get("policy"), str):
+        POLICIES.find(given["policy"])  # one of a module of yours brings its options along
+    if strange := sorted(set(tuned) - set(option_names())):
+        raise DllmError(
+            f"the manifest's tuned options have '{strange[0]}', which this version does not know: update dllm-trt, or tune again."
+        )
+    policy, of_policies = tuned.get("policy", "threshold"), set(registry.options())
+    own = {item.name for item in options_of(POLICIES.installed(policy))}
+    if given.get("policy", policy) != policy or (_active(given) & of_policies) - own:
+        tuned = {name: value for name, value in tuned.items() if name != "policy" and name not in of_policies}
+    if isinstance(given.get("cache"), str) and not PLANS.find(given["cache"]).keeps_cache:
+        tuned = {name: value for name, value in tuned.items() if name not in ("refresh_every", "refresh_window")}
+    made = {**tuned, **given}
+    check_options(given, made.get("policy", "threshold"))
+    return GenerationConfig(**made)
+
+
+def effective_temperature(asked: float) -> float:
+    """Of a client or a task: what is above 0 and too small to draw with is a way to ask for the best token, so it counts as 0."""
+    return 0.0 if 0 < asked < MIN_TEMPERATURE else asked
+
+
+def check_options(given: Mapping[str, Any], policy: str) -> None:
+    """Raise DllmError for an option of another policy than this one. `given`: the options that the user gave."""
+    for name in sorted(_active(given) & set(registry.options())):
+        takers = registry.takers(name)
+        if name not in {item.name for item in options_of(POLICIES.find(policy))}:
+            raise DllmError(f"{name} goes with policy {' or '.join(takers)}, got policy '{policy}'.")
+
+
+def _active(given: Mapping[str, Any]) -> set[str]:
+    """The options that were given and do something: alg_temp 0, say, does not."""
+    known = registry.options()
+    return {name for name, value in given.items() if name not in known or known[name].off is None or known[name].off != value}
+
+
+@dataclass(frozen=True, init=False)
+class GenerationConfig:
+    """Options of a generation. `None` takes the model's default.
+
+    gen_length: tokens to generate; need not be a multiple of block_length (the last block is then shorter).
+    block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no blocks by default.
+    cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after it).
+    policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy', 'maskgit_plus',
+        'topk_margin', 'origin' (Dream's); 'eb', 'margin', 'dynamic', 'localleap', 'hierarchy', 'prophet', 'slowfast' (adaptive.py).
+        `threshold` in (0, 1] is inclusive; `factor` > 0; `gamma` >= 0 is of 'eb', `alpha` in [0, 1] of 'dynamic', `low_threshold` in (0, 1] of
+        'localleap', 'hierarchy' and 'slowfast'.
+    speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for what draws nothing.
+    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first alone); other blocks begin with a refine
+        step over the block before, the block and so many positions on either side.
+    suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or at growing distances.
+    steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is left unused);
+        None is one token a forward. With 'threshold' a bound: no more than an even share and what earlier steps left over.
+    alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score / alg_temp).
+    temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits / temperature).
+    top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0 they change nothing but a Dream's
+        confidences. Drawing and filtering need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
+    seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
+    stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
+    hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other candidate is left in the block.
+    infill: mask tokens in the prompt are gaps to fill; without it they are refused.
+    """
+
+    gen_length: int | None
+    block_length: int | None
+    cache: str
+    policy: str
+    steps: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int
+    stop_at_eos: bool
+    infill: bool
+    speculate: int
+    refresh_every: int
+    refresh_window: int
+    suffix: int | None
+    suffix_decay: bool
+    hold_back_eos: bool
+    policy_options: Mapping[str, Value] = field(hash=False)
+
+    def __init__(  # noqa: PLR0913 # the one place where the defaults stand
+        self,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        cache: str = "dual",
+        policy: str = "threshold",
+        *,
+        steps: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        infill: bool = False,
+        speculate: int = 1,
+        refresh_every: int = 1,
+        refresh_window: int = 0,
+        suffix: int | None = None,
+        suffix_decay: bool = False,
+        hold_back_eos: bool = False,
+        policy_options: Mapping[str, Value] | None = None,
+        **options_by_name: Value,
+    ) -> None:
+        """`options_by_name`: options of policies, as `threshold=0.8`. Raises TypeError for a name that no policy declares."""
+        if isinstance(policy, str) and ":" in policy:
+            POLICIES.find(policy)  # so that its options are known
+        known, made = registry.options(), {**(policy_options or {}), **options_by_name}
+        if strange := sorted(set(made) - set(known)):
+            raise TypeError(f"GenerationConfig has no option '{strange[0]}', nor has any policy.")
+        # a value that is the default says nothing, so configurations that decode alike are equal
+        own = {name: value for name, value in made.items() if type(value) is bool or value != known[name].default}
+        values = {**locals(), "policy_options": own}
+        for item in fields(self):
+            object.__setattr__(self, item.name, values[item.name])
+
+    def __getattr__(self, name: str) -> Value:
+        """An option of a policy, as `config.threshold`: as it was given, else its default."""
+        known = {} if name.startswith("_") else registry.options()
+        if name not in known:
+            raise AttributeError(f"GenerationConfig has no option '{name}'")
+        return self.policy_options.get(name, known[name].default)
+
+    def resolved(self, manifest: Manifest) -> GenerationConfig:
+        """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out of range."""
+        self._check_types()
+        defaults, keeps_cache = manifest.decoding.defaults, PLANS.find(self.cache).keeps_cache
+        gen = self.gen_length if self.gen_length is not None else defaults.get("gen_length", DEFAULT_GEN_LENGTH)
+        block = self.block_length
+        if block is None and (keeps_cache or manifest.decoding.blocks_without_cache):
+            block = defaults.get("block_length", DEFAULT_BLOCK_LENGTH)
+        full = replace(self, gen_length=gen, block_length=block)
+        self._check_policy()
+        if gen < (0 if self.infill else 1):
+            raise DllmError(f"gen_length is {gen}, expected a whole number from {0 if self.infill else 1}.")
+        if block is not None and block < 1:
+            raise DllmError(f"block_length is {block}, expected a whole number from 1.")
+        self._check_refresh()
+        full._check_steps()
+        full._check_sampling(manifest.decoding.sampling)
+        return full
+
+    def _check_policy(self) -> None:
+        policy = POLICIES.find(self.policy)
+        known = registry.options()
+        for name, value in self.policy_options.items():
+            known[name].check(value)
+        for item in options_of(policy):
+            item.check(getattr(self, item.name))  # its range may be another than that of other policies' option of the name
+        for name, value in self.policy_options.items():
+            off = known[name].off
+            if off is not None and value != off and name not in {item.name for item in options_of(policy)}:
+                raise DllmError(
+                    f"{name} is {value} with policy '{self.policy}': expected {off:g}, or one of {', '.join(registry.takers(name))}."
+                )
+
+    def _check_refresh(self) -> None:
+        for name in ("refresh_every", "refresh_window", "suffix"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise DllmError(f"{name} is {value}, expected a whole number from 0.")
+        if not PLANS.find(self.cache).keeps_cache and (self.refresh_every != 1 or self.refresh_window):
+            raise DllmError("refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave them out.")
+        if self.refresh_window and self.refresh_every == 1:
+            raise DllmError(
+                "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the whole canvas."
+            )
+        if self.suffix_decay and self.suffix is None:
+            raise DllmError("suffix_decay goes with suffix: say how many masks after the block are seen.")
+
+    def _check_sampling(self, sampling: str) -> None:
+        if not 1 <= self.speculate <= MAX_SPECULATE:
+            raise DllmError(f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}.")
+        filters = sampling == CATEGORICAL and (self.top_p < 1 or self.top_k is not None)
+        if self.speculate > 1 and (self.draws or filters):
+            raise DllmError(
+                "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy 'origin': leave one of them out."
+            )
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise DllmError(f"temperature is {self.temperature}, expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}.")
+        if not 0 < self.top_p <= 1:
+            raise DllmError(f"top_p is {self.top_p}, expected above 0 and at most 1 (1 keeps every token).")
+        if self.top_k is not None and self.top_k < 1:
+            raise DllmError(f"top_k is {self.top_k}, expected a whole number from 1.")
+        if self.seed < 0:
+            raise DllmError(f"seed is {self.seed}, expected a whole number from 0.")
+
+    @property
+    def draws(self) -> bool:
+        """Whether an answer depends on the seed."""
+        return self.temperature > 0 or POLICIES.find(self.policy).made(self.policy_options).draws
+
+    def _check_types(self) -> None:
+        for item in fields(self):
+            if item.name == "policy_options":
+                continue
+            value, allowed = getattr(self, item.name), _TYPES[str(item.type)]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise DllmError(f"{item.name} is {shown(value)}, expected {item.type}.")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise DllmError(f"{item.name} has more than 63 bits, expected a smaller number.")
+
+    def _check_steps(self) -> None:
+        if self.steps is None:
+            return
+        if self.steps > MAX_STEPS:
+            raise DllmError(f"steps is {self.steps}, expected up to {MAX_STEPS}.")
+        if not POLICIES.find(self.policy).takes_steps() or self.steps < self._num_blocks:
+            takers = [policy.name for policy in POLICIES.all() if policy.takes_steps()]
+            raise DllmError(
+                f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected at least one step a "
+                f"block, and one of {', '.join(takers)}."
+            )
+
+    @property
+    def _num_blocks(self) -> int:
+        assert self.gen_length is not None
+        return 1 if self.block_length is None else max(1, -(-self.gen_length // self.block_length))
+
+    def make_policy(self) -> Policy:
+        """The policy of a resolved configuration."""
+        steps = None if self.steps is None else self.steps // self._num_blocks
+        return POLICIES.find(self.policy).made(self.policy_options, steps)
+
+    def make_plan(self) -> CachePlan:
+        """The cache plan of a resolved configuration."""
+        refresh, suffix = Refresh(self.refresh_every, self.refresh_window), Suffix(self.suffix, self.suffix_decay)
+        return PLANS.find(self.cache)(refresh, suffix)
+
+    def make_sampler(self, manifest: Manifest) -> Sampler:
+        """How proposals are made, for the model of `manifest`."""
+        return Sampler(manifest.decoding.sampling, self.temperature, self.top_p, self.top_k)

@@ -1,0 +1,114 @@
+"""Refine steps without a look in between: the commit as arrays, in NumPy, and what came of several steps.
+
+A device makes the steps of a block by itself where every policy of a call can be written as data (policies.CommitRule). The commit here
+is the reference of the GPU kernel plugins/commit.py, whose docstring is the contract, and what a CPU runs.
+
+Shape letters: B rows, S rows of the window, R columns of the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trt_runtime.decoding.policies.base import CommitRule, Floats, Ints
+from trt_runtime.decoding.policies.schedules import quota
+from trt_runtime.errors import BackendError, DllmError
+
+Int32s = npt.NDArray[np.int32]
+FIXED, THRESHOLD, FACTOR = 0, 1, 2
+NOT_FINITE, PROPOSED_MASK = -1, -2  # in the place of masks left: why a row stopped
+_NAMES = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What came of several refine steps: the windows' tokens [B, S], and the step [B, R], from 0, in which each position of the block
+    was committed (-1: in none of them)."""
+
+    ids: Ints
+    step: Int32s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arrays of a call, as the kernel takes them (plugins/commit.py)."""
+
+    plan: Int32s
+    value: npt.NDArray[np.float64]
+    state: Int32s
+    committed: Int32s
+
+
+def plan_of(rules: Sequence[CommitRule], columns: int) -> Plan:
+    """The arrays for a rule a row, before the first step."""
+    plan = [[_NAMES[rule.kind], rule.limit, rule.masks, rule.steps] for rule in rules]
+    state = [[rule.number, 1] for rule in rules]
+    value = np.array([rule.value for rule in rules], np.float64)
+    committed = np.full((len(rules), columns), -1, np.int32)
+    return Plan(np.array(plan, np.int32), value, np.array(state, np.int32), committed)
+
+
+def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
+    """Steps to make before a look: no more than `most`, and no more than the row with the most to do can need."""
+    left = []
+    for rule, row in zip(rules, ids, strict=True):
+        masks = int((row[: rule.limit] == mask_token_id).sum())
+        left.append(
+            min(masks, max(1, rule.steps - rule.number)) if rule.kind == "fixed" and rule.masks == masks + _done(rule) else masks
+        )
+    return max(1, min(most, max(left)))
+
+
+def _done(rule: CommitRule) -> int:
+    """Positions that a fixed schedule has committed after its first steps."""
+    return sum(quota(rule.masks, rule.steps)[: rule.number])
+
+
+def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
+    """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
+    if (held.state[:, 1] == NOT_FINITE).any():
+        raise BackendError(
+            "the model returned a confidence that is no number: the weights are damaged or overflow in this dtype: check them with "
+            "'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+        )
+    if (held.state[:, 1] == PROPOSED_MASK).any():
+        raise DllmError("the model proposed the mask token: its graph is not of this manifest: export it again.")
+    first = np.array([rule.number for rule in rules], np.int32)[:, None]
+    return Committed(ids, np.where(held.committed < 0, -1, held.committed - first).astype(np.int32))
+
+
+def commit(ids: Ints, token: Ints, confidence: Floats, held: Plan, mask_token_id: int) -> None:
+    """One commit for every row, in place: ids and held are changed. The rules of policies.py, on arrays."""
+    for b in range(len(ids)):
+        kind, limit, masks, total = held.plan[b].tolist()
+        number, left = held.state[b].tolist()
+        where = np.flatnonzero(ids[b, :limit] == mask_token_id)
+        if left < 0 or not len(where):
+            held.state[b, 1] = min(left, 0)
+            continue
+        sure = confidence[b, where]
+        if not np.isfinite(sure).all():
+            held.state[b, 1] = NOT_FINITE
+            continue
+        order = np.argsort(-sure, kind="stable")
+        count = 1
+        if kind == FIXED and number < total:
+            count = max(1, quota(masks, total)[number])
+        elif kind == FACTOR:
+            n = np.arange(1, len(where) + 1)
+            accepted = np.flatnonzero((n + 1) * (1 - sure[order]).astype(np.float64) < held.value[b])
+            count = int(accepted[-1]) + 1 if len(accepted) else 1
+        chosen = np.zeros(len(where), np.bool_)
+        chosen[order[:count]] = True
+        if kind == THRESHOLD:
+            chosen |= sure >= np.float32(held.value[b])
+        at = where[chosen]
+        if (token[b, at] == mask_token_id).any():
+            held.state[b, 1] = PROPOSED_MASK
+            continue
+        ids[b, at], held.committed[b, at] = token[b, at], number
+        held.state[b] = (number + 1, len(where) - len(at))

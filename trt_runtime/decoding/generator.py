@@ -1,0 +1,46 @@
+"""The loop over rows: the file to read first.
+
+    each step:  what does every row want next?  ->  group the rows that can share a call  ->  run  ->  let each row commit
+
+What a row wants next is its cache plan's answer (cache_plan.py): a prefix pass at a block's start, a refine step inside a block. Rows stand in
+slots of one cache, join and finish on their own, and never see one another: padding is masked, and never written over a valid row.
+One call for a group of rows: step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from trt_runtime.decoding.backend import Backend, Cache
+from trt_runtime.decoding.sequence import Sequence, Written
+from trt_runtime.decoding.step import Wanted, advance, assemble, groups, wanted_of
+
+
+class Generator:
+    """Rows in the slots of one cache. `step` advances every unfinished row by one forward."""
+
+    def __init__(self, backend: Backend, sequences: Iterable[Sequence]) -> None:
+        self.backend = backend
+        self.sequences = list(sequences)
+        self.capacity = max(sequence.length for sequence in self.sequences)
+        self.cache: Cache = self.new_cache()
+
+    def new_cache(self) -> Cache:
+        return self.backend.new_cache(len(self.sequences), self.capacity)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
+        """One forward for every unfinished row, or the several steps that its backend makes in one call. Returns what was done for
+        each. `instead`: what to write in place of a slot's own choice (Sequence.commit)."""
+        wanted = wanted_of(dict(enumerate(self.sequences)))
+        for group in groups(wanted, self.capacity, self.backend.max_batch):
+            advance(self.backend, self.cache, group, assemble(group), instead)
+        return wanted
+
+    def run(self) -> None:
+        """Step until every row is finished."""
+        while not self.is_finished:
+            self.step()

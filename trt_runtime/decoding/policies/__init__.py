@@ -1,0 +1,1 @@
+"""Policies: which masked positions to commit, from the statistics of a forward."""

@@ -1,0 +1,62 @@
+"""The policies by name. A policy from outside: an entry point of the group `dllm_trt.policies`, or `--policy my_module:MyPolicy`."""
+
+from __future__ import annotations
+
+from trt_runtime.decoding.policies import adaptive, confidence, schedules
+from trt_runtime.decoding.policies.base import Policy
+from trt_runtime.decoding.policies.options import LOOP_OPTIONS, Option, options_of
+from trt_runtime.errors import DllmError
+from trt_runtime.registry import Registry, of_classes
+
+
+def _check(policy: type[Policy]) -> None:
+    """One name, one option: a type and a default, for every policy that takes it. Raises DllmError."""
+    for item in options_of(policy):
+        item.check(item.default)
+        if item.name in LOOP_OPTIONS:
+            raise DllmError(
+                f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which every generation has: rename it."
+            )
+        held = _OPTIONS.setdefault(item.name, item)
+        if (held.kind, held.default, held.off) != (item.kind, item.default, item.off):
+            raise DllmError(
+                f"the policy {policy.__module__}:{policy.__name__} declares {item.name} with the default {item.default!r}; other policies "
+                f"have it with {held.default!r}: give the option another name, or the same default."
+            )
+
+
+_OPTIONS: dict[str, Option] = {}
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy",
+    "dllm_trt.policies",
+    "a class that extends Policy",
+    of_classes(Policy),
+    (
+        confidence.Threshold,
+        confidence.Factor,
+        schedules.Fixed,
+        schedules.Origin,
+        schedules.Entropy,
+        schedules.MaskgitPlus,
+        schedules.TopkMargin,
+        adaptive.EntropyBounded,
+        adaptive.Margin,
+        adaptive.Dynamic,
+        adaptive.LocalLeap,
+        adaptive.Hierarchy,
+        adaptive.Prophet,
+        adaptive.SlowFast,
+    ),
+    _check,
+)
+
+
+def options() -> dict[str, Option]:
+    """Every option of every registered policy, by its name."""
+    POLICIES.all()
+    return dict(_OPTIONS)
+
+
+def takers(name: str) -> list[str]:
+    """The policies that take an option, by their names."""
+    return [policy.name for policy in POLICIES.all() if name in {item.name for item in options_of(policy)}]

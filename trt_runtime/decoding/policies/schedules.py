@@ -1,0 +1,160 @@
+"""Policies that follow a schedule of steps: LLaDA's fixed one, and Dream's. Pure NumPy.
+
+Shape legend: R candidates of one row of the batch.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from trt_runtime.decoding.policies.base import BlockState, Bools, CommitRule, Floats, Policy, RowStats, most_confident
+from trt_runtime.decoding.policies.options import option
+from trt_runtime.errors import DllmError
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
+
+
+@dataclass(frozen=True)
+class Fixed(Policy):
+    """The quota's number of most confident positions: a schedule, whatever the confidence (LLaDA, arXiv 2502.09992).
+
+    Without `steps_per_block`, here and in the other schedules, there is a step for each mask.
+    """
+
+    name: ClassVar[str] = "fixed"
+    is_schedule: ClassVar[bool] = True
+    steps_per_block: int | None = None
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        steps, number = _steps(self.steps_per_block, state), state.step - state.forced
+        quotas = quota(state.num_masked, max(1, steps - state.forced))
+        planned = quotas[number] if number < len(quotas) else 0
+        # never none: where gaps of the prompt took part of the quota, the block outlasts its schedule
+        return most_confident(stats.confidence, is_masked, max(1, planned))
+
+    def rule(self, state: BlockState, limit: int) -> CommitRule:
+        steps = max(1, _steps(self.steps_per_block, state) - state.forced)
+        return CommitRule(self.name, limit, masks=state.num_masked, steps=steps, number=state.step - state.forced)
+
+
+@dataclass(frozen=True)
+class Decaying(Policy):
+    """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the share of it that has passed.
+
+    The positions are the best by `score`, or with alg_temp > 0 drawn from softmax(score / alg_temp). Steps that would commit
+    nothing are left out: their forward would change nothing.
+    """
+
+    is_schedule: ClassVar[bool] = True
+    steps_per_block: int | None = None
+    alg_temp: float = option(
+        0.0,
+        low=MIN_TEMPERATURE,
+        high=MAX_TEMPERATURE,
+        off=0.0,
+        help="above 0, positions are drawn from softmax(score / alg_temp)",
+    )
+
+    @property
+    def draws(self) -> bool:
+        return self.alg_temp > 0
+
+    @abstractmethod
+    def score(self, stats: RowStats) -> Floats:
+        """What positions are ordered by [R], the best highest."""
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        quotas = [n for n in decaying_quota(state.num_masked, _steps(self.steps_per_block, state), state.forced) if n]
+        number = state.step - state.forced
+        score = self.score(stats)
+        if self.alg_temp > 0:  # the largest of score/T plus Gumbel noise are a draw without replacement
+            assert state.rng is not None
+            score = score / self.alg_temp + state.rng.gumbel(size=len(score))
+        return most_confident(score, is_masked, quotas[number] if number < len(quotas) else len(score))
+
+
+@dataclass(frozen=True)
+class MaskgitPlus(Decaying):
+    """Dream's schedule, most confident first."""
+
+    name: ClassVar[str] = "maskgit_plus"
+
+    def score(self, stats: RowStats) -> Floats:
+        return stats.confidence
+
+
+@dataclass(frozen=True)
+class Entropy(Decaying):
+    """Dream's schedule, lowest entropy first."""
+
+    name: ClassVar[str] = "entropy"
+
+    def score(self, stats: RowStats) -> Floats:
+        return -stats.entropy
+
+
+@dataclass(frozen=True)
+class TopkMargin(Decaying):
+    """Dream's schedule, widest gap between the best two tokens first."""
+
+    name: ClassVar[str] = "topk_margin"
+
+    def score(self, stats: RowStats) -> Floats:
+        return stats.margin
+
+
+@dataclass(frozen=True)
+class Origin(Policy):
+    """Each masked position is committed at a step drawn for it alone (Dream's `origin`, the reverse process of arXiv 2406.03736).
+
+    It is step i with probability 1 - t[i+1]/t[i] if it was none before; steps that draw no position are left out.
+    """
+
+    name: ClassVar[str] = "origin"
+    is_schedule: ClassVar[bool] = True
+    steps_per_block: int | None = None
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        assert state.uniform is not None
+        if not is_masked.any():
+            return is_masked
+        steps = _steps(self.steps_per_block, state)
+        time = _times(steps)[min(state.forced, steps - 1) :]
+        survival = time[1:-1] / time[0]  # the last step takes all that remain
+        step = np.searchsorted(1 - survival, state.uniform, side="right")
+        return np.asarray(is_masked & (step == step[is_masked].min()))
+
+
+def quota(masked: int, steps: int) -> list[int]:
+    """`masked` positions spread over `steps` forwards: masked // steps in each, the first masked % steps one more."""
+    if steps < 1 or masked < 0:
+        raise DllmError(f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks.")
+    return [masked // steps + (i < masked % steps) for i in range(steps)]
+
+
+def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
+    """Positions that Dream's schedule commits in steps `first` to steps - 1: int(left * (1 - t[i+1]/t[i])), at last all."""
+    if steps < 1 or masked < 0:
+        raise DllmError(f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks.")
+    time, counts = _times(steps), []
+    for i in range(first, steps):
+        counts.append(int(masked * (1 - time[i + 1] / time[i])) if i < steps - 1 else masked)
+        masked -= counts[-1]
+    return counts
+
+
+def _steps(steps_per_block: int | None, state: BlockState) -> int:
+    """Steps of the block, the forced one included."""
+    return max(1, state.num_masked + state.forced) if steps_per_block is None else steps_per_block
+
+
+def _times(steps: int) -> Floats:
+    return np.linspace(1, 1e-3, steps + 1)

@@ -1,0 +1,109 @@
+"""Proposals drawn from logits: LLaDA's Gumbel noise, and Dream's temperature with top-p and top-k. Pure NumPy.
+
+Shape letters: R candidates of one row of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_runtime.artifact.manifest import GUMBEL
+from trt_runtime.decoding.policies.base import Bools, Floats, Ints, RowStats
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph's statistics give already.
+
+    gumbel: argmax(logits - T ln(-ln u)), which draws from softmax(logits / T); with filters, among the tokens that top_p, then top_k keep of
+    that distribution. The confidence is un-tempered, over the whole vocabulary (LLaDA). At T = 0 it is the best token, which filters keep.
+    categorical: the logits are divided by T and filtered by top_p, then top_k; the token is drawn from what is left (T = 0: the
+    best), and all statistics are those of that distribution (Dream).
+    """
+
+    kind: str = GUMBEL
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.temperature > 0 or (self.kind != GUMBEL and self._filters)
+
+    @property
+    def _filters(self) -> bool:
+        return self.top_p < 1 or self.top_k is not None
+
+    def propose(self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator) -> RowStats:
+        """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is never proposed."""
+        if self.kind == GUMBEL:
+            kept = None
+            if self._filters:
+                kept = filtered(logits, self.temperature, self.top_p, self.top_k, mask_token_id) > 0
+            token, confidence = gumbel_propose(logits, rng.random(logits.shape), self.temperature, mask_token_id, kept)
+            return RowStats(token, confidence, stats.runner_up, stats.entropy, best=stats.confidence)
+        return self._categorical(logits, mask_token_id, rng)
+
+    def _categorical(self, logits: Floats, mask_token_id: int, rng: np.random.Generator) -> RowStats:
+        probability = filtered(logits, self.temperature, self.top_p, self.top_k, mask_token_id)
+        order = np.argpartition(probability, -2, axis=-1)[:, -2:]
+        pair = np.sort(np.take_along_axis(probability, order, -1), -1)
+        if self.temperature > 0:
+            total = probability.cumsum(-1)
+            token = (total < rng.random(len(total))[:, None] * total[:, -1:]).sum(-1)
+        else:
+            token = probability.argmax(-1)
+        confidence = np.take_along_axis(probability, token[:, None], -1)[:, 0]
+        entropy = -(probability * np.log(probability + 1e-10)).sum(-1)
+        return RowStats(token.astype(np.int64), confidence, pair[:, 0], entropy, best=pair[:, 1])
+
+
+def gumbel_propose(
+    logits: Floats, uniform: Floats, temperature: float, mask_token_id: int, kept: Bools | None = None
+) -> tuple[Ints, Floats]:
+    """Tokens and their un-tempered probabilities from logits [R, V] and noise uniform in [0, 1): argmax(logits - T ln(-ln u)).
+
+    The mask token is never proposed but keeps its share of the softmax; so do tokens outside `kept` [R, V].
+    """
+    wide = logits.astype(np.float64)
+    if temperature > 0:
+        with np.errstate(divide="ignore"):
+            noisy = wide - temperature * np.log(-np.log(uniform))
+    else:
+        noisy = wide.copy()
+    if mask_token_id < noisy.shape[-1]:
+        noisy[:, mask_token_id] = -np.inf
+    if kept is not None:
+        noisy[~kept] = -np.inf
+    token = noisy.argmax(-1)
+    weights = np.exp(wide - wide.max(-1, keepdims=True))
+    probability = np.take_along_axis(weights, token[:, None], -1)[:, 0] / weights.sum(-1)
+    return token.astype(np.int64), probability
+
+
+def filtered(logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int) -> Floats:
+    """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in this order.
+
+    top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k keeps the k best and their equals.
+    """
+    wide = logits.astype(np.float64)
+    if mask_token_id < wide.shape[-1]:
+        wide[:, mask_token_id] = -np.inf
+    if temperature > 0:
+        wide /= temperature
+    if top_p < 1:
+        order = np.argsort(-wide, axis=-1, kind="stable")
+        ordered = _softmax(np.take_along_axis(wide, order, -1))
+        too_many = ordered.cumsum(-1) - ordered > top_p  # the sum before a token is above already
+        np.put_along_axis(wide, order, np.where(too_many, -np.inf, np.take_along_axis(wide, order, -1)), -1)
+    if top_k is not None and top_k < wide.shape[-1]:
+        least = np.partition(wide, -top_k, axis=-1)[:, -top_k, None]
+        wide[wide < least] = -np.inf
+    return _softmax(wide)
+
+
+def _softmax(logits: Floats) -> Floats:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True))

@@ -1,0 +1,177 @@
+"""Continuous batching: requests join and leave the slots of one cache between forwards.
+
+Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer; or the several refine
+steps that the backend makes in one call (steps_per_sync), where all rows of the group decide by rules that it can follow.
+
+1. Slots go to requests in the order in which they came.
+2. A tick makes the forward that more rows want, or, once a row has waited a few ticks, that row's; every row that can share it does.
+3. Slots between two rows of a refine step take part as idle rows, which write beyond every canvas and are never read.
+4. A cancelled request leaves before the next tick; its slot is free at once.
+
+So a row waits at most a few ticks more than there are slots, and what comes of it is what would have come of it alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trt_runtime.artifact.contract import SPARE_ROWS
+from trt_runtime.decoding.backend import Backend, Window
+from trt_runtime.decoding.cache_plan import REFINE
+from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.decoding.step import Wanted, advance, assemble, groups, slots_of, wanted_of
+from trt_runtime.errors import DllmError
+
+_STEP = 16  # rows by which a cache grows and shrinks
+_PATIENCE = 16  # requests placed while a smaller cache would do, before it shrinks
+_HELD_BACK = 4  # ticks that a row may wait so that more rows share its forward
+_MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are cheaper
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request: queued (no slot), placed, or done. `served` is the tick of its last forward; `waited` the most ticks between two."""
+
+    sequence: Sequence
+    number: int
+    slot: int | None = None
+    served: int = 0
+    waited: int = 0
+    is_cancelled: bool = False
+    on_step: Callable[[Ticket], None] | None = field(default=None, repr=False)
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_cancelled or self.sequence.is_finished
+
+
+class Scheduler:
+    """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one thread ticks.
+
+    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be shared. Where masked rows cost
+    time (Backend.resized), the cache is as long as the requests in its slots need, and `max_length` and `spare` are the most.
+    """
+
+    def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = SPARE_ROWS) -> None:
+        self.backend, self.max_length, self.spare = backend, max_length, spare
+        self.cache = backend.new_cache(slots, max_length + spare)
+        self.rows: list[Ticket | None] = [None] * slots
+        self.queue: deque[Ticket] = deque()
+        self.tick_number = 0
+        self._submitted = self._placed_small = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.queue and not any(self.rows)
+
+    def submit(self, sequence: Sequence, on_step: Callable[[Ticket], None] | None = None) -> Ticket:
+        """Queue a request. `on_step` is called after each of its forwards. Raises DllmError for a canvas that no slot holds."""
+        if sequence.length > self.max_length:
+            raise DllmError(
+                f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the prompt or the answer."
+            )
+        self._submitted += 1
+        ticket = Ticket(sequence, self._submitted, on_step=on_step)
+        if not sequence.is_finished:
+            self.queue.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take a request out; nothing if it is done."""
+        ticket.is_cancelled = not ticket.is_done or ticket.is_cancelled
+        if ticket in self.queue:
+            self.queue.remove(ticket)
+        self._release(ticket)
+
+    def tick(self) -> list[Ticket]:
+        """Place what waits, make one forward (or several steps in one call), and return the requests that it moved (none if there is nothing to do)."""
+        for slot in (slot for slot, held in enumerate(self.rows) if held is None):
+            if self.queue:
+                ticket = self.queue.popleft()
+                ticket.slot, ticket.served, self.rows[slot] = slot, self.tick_number, ticket
+                self._fit()
+        wanted = wanted_of({slot: held.sequence for slot, held in enumerate(self.rows) if held})
+        if not wanted:
+            return []
+        self.tick_number += 1
+        group = self._group(wanted)
+        advance(self.backend, self.cache, group, self._window(group))
+        moved = [held for row in group if (held := self.rows[row.slot])]
+        for held in moved:
+            held.waited = max(held.waited, self.tick_number - held.served)
+            held.served = self.tick_number
+            if held.sequence.is_finished:
+                self._release(held)
+            if held.on_step:
+                held.on_step(held)
+        return moved
+
+    @property
+    def _longest(self) -> int:
+        return max(held.sequence.length for held in self.rows if held)
+
+    def _fit(self) -> None:
+        """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks when that is worth a copy."""
+        blocks = max(held.sequence.rules.block_length or 0 for held in self.rows if held)
+        needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
+        self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
+        if needed > self.cache.capacity or self._placed_small == _PATIENCE or self.tick_number == 0:
+            self.cache = self.backend.resized(self.cache, needed) or self.cache
+            self._placed_small = 0
+
+    def _release(self, ticket: Ticket) -> None:
+        if ticket.slot is not None and self.rows[ticket.slot] is ticket:
+            self.rows[ticket.slot] = None
+
+    def _group(self, wanted: list[Wanted]) -> list[Wanted]:
+        """The rows of this tick: the one whose turn it is, and those that share its call."""
+        first = self._next(wanted)
+        same = [row for row in wanted if row.forward.role == first.forward.role]
+        if first.forward.role == REFINE and (apart := self._with_idle_rows(same, first)):
+            return apart
+        runs = groups(same, self.cache.capacity, self.backend.max_batch)
+        return next(run for run in runs if any(row.slot == first.slot for row in run))
+
+    def _next(self, wanted: list[Wanted]) -> Wanted:
+        """Whose turn it is: the row that waited longest, of those that want what most want unless it has waited too long."""
+        first = min(wanted, key=self._waiting_since)
+        if self.tick_number - self._waiting_since(first)[0] > _HELD_BACK:
+            return first
+        passes = [row for row in wanted if row.forward.is_prefix_pass]
+        steps = [row for row in wanted if not row.forward.is_prefix_pass]
+        return min(passes if len(passes) >= len(steps) else steps, key=self._waiting_since)
+
+    def _waiting_since(self, row: Wanted) -> tuple[int, int]:
+        ticket = self.rows[row.slot]
+        assert ticket is not None
+        return ticket.served, ticket.number
+
+    def _with_idle_rows(self, same: list[Wanted], first: Wanted) -> list[Wanted]:
+        """Refine steps that share a call with idle rows in the slots between them; none where that does not pay or cannot be."""
+        size = max(row.rows for row in same if self._can_share(row, first))
+        apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
+        span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0
+        fits = size <= self.cache.capacity - self._longest and 0 < span <= (self.backend.max_batch or span)
+        return apart if fits and len(apart) >= (1 - _MOST_IDLE) * span else []
+
+    def _can_share(self, row: Wanted, first: Wanted) -> bool:
+        rows = max(row.rows, first.rows)
+        return row.can_stretch(rows, self.cache.capacity) and first.can_stretch(rows, self.cache.capacity)
+
+    def _window(self, group: list[Wanted]) -> Window:
+        """The inputs of the group's rows, with idle rows in the slots between them."""
+        made, slots = assemble(group), slots_of(group)
+        count = slots.stop - slots.start
+        if len(group) == count:
+            return made
+        at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]
+        idle, no_mask = np.full(count, self.cache.capacity - size), int(group[0].sequence.rules.mask_token_id == 0)
+        full = Window(np.full((count, size), no_mask, np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
+                      np.zeros((count, made.logit_rows.shape[1]), np.int64))  # fmt: skip
+        for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
+            getattr(full, name)[at] = getattr(made, name)
+        return full

@@ -1,0 +1,245 @@
+"""One row: its canvas, its blocks, and what it wants of the next forward. No backend, no batch.
+
+Positions are absolute and half-open. A row goes through its blocks from left to right:
+prefix pass -> select -> (refine -> select)* until the block has no mask, then the next block.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from trt_runtime.decoding.cache_plan import CachePlan, Forward, RowView
+from trt_runtime.decoding.policies.base import (
+    BlockState,
+    Bools,
+    CommitRule,
+    Ints,
+    Policy,
+    RowStats,
+    select_holding_back,
+    without_confidence,
+)
+from trt_runtime.decoding.sampling import Sampler
+from trt_runtime.errors import DllmError
+
+Written = tuple[list[int], list[int]]  # positions and their tokens
+Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the block's state
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a row decodes, unchecked (GenerationConfig knows the ranges).
+
+    block_length: None makes one block of all masks, wherever they are (Dream without a cache).
+    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
+    cache: the plan that chooses each forward.
+    hold_back_eos: a proposed end token is committed only when no other candidate is left (policies.select_holding_back).
+    """
+
+    gen_length: int
+    block_length: int | None
+    cache: CachePlan
+    policy: Policy
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    logit_shift: int = 0
+    stop_at_eos: bool = False
+    sampler: Sampler = field(default_factory=Sampler)
+    first_commit: bool = False
+    hold_back_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward that was made, for traces: its window, the positions it committed and their tokens.
+
+    `seen` is what the policy chose from: the candidates, their statistics, and the block's state.
+    """
+
+    kind: str
+    start: int
+    length: int
+    positions: list[int]
+    tokens: list[int]
+    seen: Seen | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def confidence(self) -> list[float | None]:
+        """Of the positions that were committed; None where it is not known here."""
+        if self.seen is None:
+            return [None] * len(self.positions)
+        held = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
+        return [held.get(position) for position in self.positions]
+
+    def as_list(self) -> list[object]:
+        """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
+        return [self.kind, self.start, self.length, self.positions, self.tokens]
+
+    def with_confidence(self) -> list[object]:
+        """The step as results spell it: what `as_list` has, and the confidence of each position."""
+        return [*self.as_list(), self.confidence]
+
+
+class Sequence:
+    """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a forward."""
+
+    def __init__(self, prompt: Ints, rules: Rules, seed: int = 0) -> None:
+        self.rules = rules
+        self.prompt_length = len(prompt)
+        self.canvas: Ints = np.concatenate([prompt, np.full(rules.gen_length, rules.mask_token_id, np.int64)])
+        self.trace: list[Step] = []
+        self.rng = np.random.default_rng(seed)
+        self.uniform = np.random.default_rng([seed, 1]).random(len(self.canvas))
+        self.block: tuple[int, int] | None = None
+        self.before: tuple[int, int] | None = None  # the block before
+        self._number = -1  # of the block
+        self.num_free = 0  # steps of the trace that took no forward of their own (speculation.py)
+        self.state = BlockState(0, 0)
+        self._open_block(self.prompt_length)
+
+    @property
+    def length(self) -> int:
+        return len(self.canvas)
+
+    @property
+    def is_masked(self) -> Bools:
+        return self.canvas == self.rules.mask_token_id
+
+    @property
+    def is_finished(self) -> bool:
+        return self.block is None
+
+    @property
+    def nfe(self) -> int:
+        return len(self.trace) - self.num_free
+
+    def fork(self) -> Sequence:
+        """A row that goes on from here by itself, with a trace of its own."""
+        made = copy.copy(self)
+        made.canvas, made.trace = self.canvas.copy(), []
+        return made
+
+    @property
+    def output(self) -> Ints:
+        """The generated part [gen_length]."""
+        return self.canvas[self.prompt_length :]
+
+    @property
+    def num_useful(self) -> int:
+        """Generated tokens before the first end-of-sequence token."""
+        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
+        return int(ends[0]) if len(ends) else self.rules.gen_length
+
+    def next_forward(self) -> Forward:
+        """The forward that the row makes next. A prefix pass may also fill masks before the block (gaps of the prompt)."""
+        assert self.block is not None, "the row is finished"
+        return self.rules.cache.next_forward(
+            RowView(
+                self.is_masked,
+                *self.block,
+                self._number,
+                self.before,
+                self.opens_block,
+                is_first_only=self._has_first_commit and not self.rules.hold_back_eos,
+                fills_gaps=not self._has_first_commit,
+            )
+        )
+
+    @property
+    def opens_block(self) -> bool:
+        """Whether the next forward is the block's first, or another of its kind: where the row before the block predicts its first
+        position, no later one can fill that, if `hold_back_eos` left it masked."""
+        assert self.block is not None
+        is_held = self.rules.hold_back_eos and self._has_first_commit and bool(self.is_masked[self.block[0]])
+        return self.state.step == 0 or is_held
+
+    def commit(self, forward: Forward, stats: RowStats, instead: Written | None = None) -> None:
+        """Let the policy choose among the candidates, write the proposals, and move on.
+
+        `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
+        """
+        assert self.block is not None
+        state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates)
+        stats, chosen, forced = self._choose(stats, state)
+        positions, tokens = forward.candidates[chosen], stats.token[chosen]
+        if self.rules.mask_token_id in tokens:
+            raise DllmError(
+                f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this manifest: export it again."
+            )
+        written = (positions.tolist(), tokens.tolist())
+        self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
+
+    def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
+        """The statistics that count [R], which candidates are committed [R], and whether that is the block's first, whatever the policy."""
+        every = np.ones(len(stats.token), np.bool_)
+        if not self.rules.hold_back_eos:
+            return stats, every if self._is_forced else self.rules.policy.select(stats, every, state), self._is_forced
+        is_end = np.isin(stats.token, self.rules.eos_token_ids)
+        stats = without_confidence(stats, is_end)
+        if self._is_forced and not is_end[0]:
+            return stats, np.arange(len(every)) == 0, True
+        return stats, select_holding_back(self.rules.policy, stats, is_end, state), False
+
+    def commit_rule(self, forward: Forward) -> CommitRule | None:
+        """The policy's choices in the running block as data, if a device can follow them from this forward on."""
+        assert self.block is not None
+        inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
+        if forward.is_prefix_pass or self.rules.sampler.needs_logits or self.rules.hold_back_eos or not inside:
+            return None
+        return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
+
+    def follow(self, positions: Ints, tokens: Ints) -> None:
+        """Take over what a device committed in one step of the running block."""
+        self._write(self.next_forward(), (positions.tolist(), tokens.tolist()), forced=self._is_forced)
+
+    def _write(
+        self, forward: Forward, chosen: Written, written: Written | None = None, seen: Seen | None = None, forced: bool = False
+    ) -> None:
+        """Write positions into the canvas, note the step with what was chosen, and move on."""
+        assert self.block is not None
+        positions, tokens = written or chosen
+        self.canvas[positions] = tokens
+        self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
+        left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
+        before = (*self.state.before, (seen[0], seen[1].confidence)) if seen is not None and not forced else self.state.before
+        self.state = BlockState(left, self.state.step + 1, self.state.forced + forced, before=before)
+        if self.rules.stop_at_eos and self._has_ended():
+            self.block = None
+        elif not self.is_masked[slice(*self.block)].any():
+            self._open_block(self.block[1])
+
+    @property
+    def _is_forced(self) -> bool:
+        """Whether the next forward commits the block's first mask, whatever the policy."""
+        return self._has_first_commit and self.state.step == 0
+
+    @property
+    def _has_first_commit(self) -> bool:
+        return self.rules.first_commit and self.rules.cache.keeps_cache
+
+    def _open_block(self, start: int) -> None:
+        """The next block: first those of the generation, from left to right, then the gaps of the prompt."""
+        masked = np.flatnonzero(self.is_masked)
+        limit, self.before, self._number = self.length, self.block, self._number + 1
+        if not len(masked):
+            self.block = None
+            return
+        size = self.rules.block_length or self.length
+        if masked[-1] < self.prompt_length:
+            start, limit = int(masked[0]), self.prompt_length
+        elif self.rules.block_length is None:
+            start = int(masked[0])
+        self.block = (start, min(start + size, limit))
+        self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
+
+    def _has_ended(self) -> bool:
+        """Whether an end-of-sequence token stands with no mask before it; what follows it is then filled with it."""
+        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
+        if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
+            return False
+        rest = self.output[ends[0] :]
+        rest[rest == self.rules.mask_token_id] = rest[0]
+        return True

@@ -1,0 +1,270 @@
+"""Measure caches and parallel unmasking side by side in one run: every variant in turn, again and again, medians at the end.
+
+Honest figures: tokens/s counts useful tokens (before the end of the answer; with random prompts, where no answer ends, all
+generated tokens), batch 1, the time from the first forward to the last. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.backends import REFERENCE, open_backend
+from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
+from trt_runtime.decoding.cache_plan import PLANS
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.errors import DllmError, check_counts, unknown
+from trt_runtime.measure import examples
+from trt_runtime.model import Model, Prompt
+from trt_runtime.system import processor
+from trt_runtime.system.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs too, in each of `reference_dtypes`
+    (empty: the artifact's); `beside`: other artifacts of the same model, quantised ones, say, which run the same variants."""
+
+    prompts: Path | None
+    prompt_length: int
+    count: int
+    repeats: int
+    gen_length: int | None
+    block_length: int | None
+    threshold: float
+    tokens_per_step: int | None
+    variants: tuple[str, ...]
+    reference: tuple[str, ...]
+    threads: int | None
+    checkpoint: str | None
+    beside: tuple[Path, ...] = ()
+    reference_dtypes: tuple[str, ...] = ()
+
+
+class Timed:
+    """A backend with a clock: seconds of every forward by role."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.manifest, self.name = backend, backend.manifest, backend.name
+        self.max_batch, self.steps_per_sync = backend.max_batch, backend.steps_per_sync
+        self.refine_steps = backend.refine_steps
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.backend.new_cache(batch, capacity)
+
+    def forward(self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+        begin = time.perf_counter()
+        stats = self.backend.forward(role, cache, slots, window, want_logits=want_logits)
+        self.seconds[role].append(time.perf_counter() - begin)
+        return stats
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Options from the command line, checked. Raises DllmError."""
+    check_counts(args, "prompt_length", "count", "repeats", "tokens_per_step")
+    variants, reference, dtypes = (
+        tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference, args.reference_dtypes)
+    )
+    for dtype in dtypes:
+        if dtype not in contract.DTYPES:
+            raise unknown("dtype", dtype, contract.DTYPES)
+    return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
+                   args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint, tuple(args.beside), dtypes)  # fmt: skip
+
+
+def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str, Any]:
+    """All figures of a benchmark: machine, versions, settings, and a row a variant."""
+    prompts = _prompts(model, options)
+    variants = _variants(model, options)
+    names = variants if options.reference == ("all",) else options.reference
+    for name in (*names, *options.variants):
+        if name not in variants:
+            raise unknown("variant", name, variants)
+    own = {name: config for name, config in variants.items() if name in options.variants or not options.variants}
+    opened = _opened(model, options, bool(names))
+    entries: dict[str, tuple[Model, GenerationConfig]] = {}
+    for label, held in opened.items():
+        chosen = own if held.backend.name != REFERENCE else {name: variants[name] for name in names}
+        entries |= {f"{label} {name}": (held, config) for name, config in chosen.items()}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
+    with progress.task("", len(entries) * (options.repeats + 1)) as task:
+        for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
+            for name, (held, config) in entries.items():
+                task.doing(f"measuring {name}, round {repeat} of {options.repeats}" if repeat else f"warming up {name}")
+                sample = _measure(held, prompts, config) if repeat else _measure(held, prompts[:1], _one_block(config))
+                task.advance()
+                if repeat:
+                    samples[name].append(sample)
+    rows = [_row(name, taken) for name, taken in samples.items()]
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
+    config = next(iter(variants.values()))
+    each = progress.each(opened, "measuring memory")
+    memory = {label: _peak_memory(opened[label], label, options, config) for label in each}
+    return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids"),
+                                                                        "beside": [path.name for path in options.beside]},
+            "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
+                         "dtype": model.manifest.model.dtype},
+            "rows": rows, "peak_memory_mib": memory}  # fmt: skip
+
+
+def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, Model]:
+    """By label: the artifact, those beside it, and PyTorch."""
+    found = {model.backend.name: model}
+    for path in options.beside:
+        facts = manifests.load(path)
+        if replace(facts.model, dtype="", weight_bytes=None) != replace(model.manifest.model, dtype="", weight_bytes=None):
+            raise DllmError(f"--beside {path}: is of another model than {model.path}: give an artifact of the same checkpoint.")
+        label = f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
+        if label in found:
+            raise DllmError(f"--beside {path}: another artifact is called '{label}' already: give one of each kind.")
+        found[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
+    for dtype in (options.reference_dtypes or ("",)) if with_reference else ():
+        extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
+        extra |= {"dtype": dtype} if dtype else {}
+        label = f"{REFERENCE} {dtype}".strip()
+        found[label] = Model(model.path, open_backend(REFERENCE, model.path, threads=options.threads, **extra))
+    return found
+
+
+def _one_block(config: GenerationConfig) -> GenerationConfig:
+    """To warm up with."""
+    assert config.gen_length is not None and config.block_length is not None
+    blocks = -(-config.gen_length // config.block_length)
+    steps = None if config.steps is None else max(1, config.steps // blocks)
+    return replace(config, gen_length=min(config.block_length, config.gen_length), steps=steps)
+
+
+def table(report: dict[str, Any]) -> str:
+    """A benchmark as an aligned table."""
+    columns = {"variant": "{}", "tokens/s": "{:.1f}", "speedup": "{:.2f}x", "TPF": "{:.2f}", "NFE": "{:.1f}",
+               "prefix ms": "{:.1f}", "refine ms": "{:.1f}"}  # fmt: skip
+    keys = ("variant", "tokens_per_second", "speedup", "tokens_per_forward", "nfe", "prefix_ms", "refine_ms")
+    lines = [list(columns)]
+    for row in report["rows"]:
+        lines.append(
+            [form.format(row[key]) if row[key] is not None else "-" for form, key in zip(columns.values(), keys, strict=True)]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines]  # fmt: skip
+    memory = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in report["peak_memory_mib"].items())
+    machine = report["machine"]
+    return "\n".join([*text, f"peak memory of a process: {memory}",
+                      f"{machine['cpu']}, {machine['threads_available']} cores; " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())])  # fmt: skip
+
+
+def _prompts(model: Model, options: Options) -> list[Prompt]:
+    if options.prompts is None:
+        rng = np.random.default_rng(0)
+        facts = model.manifest
+        special = [facts.decoding.mask_token_id, facts.decoding.pad_token_id, *facts.decoding.eos_token_ids]
+        allowed = np.setdiff1d(np.arange(facts.model.vocab_size), special)
+        return [rng.choice(allowed, options.prompt_length).tolist() for _ in range(options.count)]
+    return list(examples.lines_of(options.prompts)[: options.count])
+
+
+def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
+    base = GenerationConfig(gen_length=options.gen_length, block_length=options.block_length, policy="fixed",
+                            threshold=options.threshold, stop_at_eos=options.prompts is not None)  # fmt: skip
+    base = base.resolved(model.manifest)
+    vanilla = replace(base, cache="none")
+    if options.tokens_per_step is not None:
+        assert base.gen_length is not None and base.block_length is not None
+        blocks = -(-base.gen_length // base.block_length)
+        base = replace(base, steps=blocks * -(-base.block_length // options.tokens_per_step))
+        return {"vanilla": vanilla} | {cache: replace(base, cache=cache) for cache in PLANS.names()}
+    single = {cache: replace(base, cache=cache) for cache in PLANS.names()}
+    return single | {f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in PLANS.names()}
+
+
+def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> dict[str, float]:
+    """One run over the prompts, one at a time: seconds, tokens, forwards, and ms of each kind of forward."""
+    timed = Timed(model.backend)
+    clocked = Model(model.path, timed)  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    results = [clocked.generate([prompt], config)[0] for prompt in prompts]
+    seconds = time.perf_counter() - begin
+    count_all = not config.stop_at_eos
+    tokens = sum(len(result.tokens) if count_all else result.num_useful for result in results)
+    made = {f"{role}_ms": 1000 * statistics.median(times) for role, times in timed.seconds.items()}
+    return {"seconds": seconds, "tokens": tokens, "nfe": sum(result.nfe for result in results), "answers": len(results), **made}
+
+
+def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
+    def median(key: str) -> float | None:
+        values = [sample[key] for sample in samples if key in sample]
+        return statistics.median(values) if values else None
+
+    speeds = [sample["tokens"] / sample["seconds"] for sample in samples]
+    return {"variant": name, "tokens_per_second": statistics.median(speeds), "tokens_per_second_all": speeds,
+            "tokens_per_forward": samples[0]["tokens"] / samples[0]["nfe"], "nfe": samples[0]["nfe"] / samples[0]["answers"],
+            "prefix_ms": median("prefix_ms"), "refine_ms": median("refine_ms")}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """The CPU with its instruction sets, its cores, and the versions that a measurement depends on."""
+    versions = {}
+    for package in ("dllm-trt", "onnxruntime", "numpy", "torch", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": processor.name(),
+        "instruction_sets": processor.instruction_sets(),
+        "threads_available": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+
+
+def _peak_memory(model: Model, label: str, options: Options, config: GenerationConfig) -> float:
+    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with both roles."""
+    dtype = label.partition(" ")[2] if model.backend.name == REFERENCE else ""
+    job = {"artifact": str(model.path), "backend": model.backend.name, "prompt_length": options.prompt_length, "threads": options.threads,
+           "checkpoint": options.checkpoint, "dtype": dtype, "gen_length": config.gen_length, "block_length": config.block_length}  # fmt: skip
+    command = [sys.executable, "-m", "trt_runtime.measure.bench", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DllmError(f"the memory measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return float(done.stdout)
+
+
+def _child() -> None:
+    job = json.loads(sys.argv[1])
+    extra = {"checkpoint": job["checkpoint"]} if job["checkpoint"] and job["backend"] == REFERENCE else {}
+    extra |= {"dtype": job["dtype"]} if job["dtype"] else {}
+    backend = open_backend(job["backend"], Path(job["artifact"]), threads=job["threads"], **extra)
+    model = Model(Path(job["artifact"]), backend)
+    room = model.manifest.model.max_length - job["gen_length"]
+    token = 0 if model.manifest.decoding.mask_token_id else 1
+    config = GenerationConfig(gen_length=job["gen_length"], block_length=job["block_length"], stop_at_eos=False)
+    model.generate([[token] * max(1, min(room, job["prompt_length"]))], config)
+    # not getrusage: its peak survives fork and exec, and would be this process's parent's
+    peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,238 @@
+"""Recorded decode cases: the format, its checks, and the rows that a case asks for.
+
+A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps, threshold (null with
+a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask (false for padding at the left of a row), and
+what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list of [kind, start,
+length, positions, tokens]; with several rows the positions are [row, position] pairs). A step may have a sixth entry, the confidence of
+each position, as results have it (generate --json, replay --output): it is not compared.
+
+A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and there `steps` does
+not bound a threshold; without a cache it does (policies.Threshold).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
+from trt_runtime.decoding.cache_plan import PLANS, PREFIX_PASS, REFINE_BLOCK, REFINE_NEAR, REFINE_SUFFIX
+from trt_runtime.decoding.config import MAX_STEPS, GenerationConfig
+from trt_runtime.decoding.policies.base import Policy
+from trt_runtime.decoding.policies.confidence import Factor, Threshold
+from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.decoding.sampling import Sampler
+from trt_runtime.decoding.sequence import Rules, Sequence, Step
+from trt_runtime.errors import DllmError, unknown
+from trt_runtime.model import check_prompt
+
+Case = dict[str, Any]
+FORMAT = 3  # of the files that are written here (2 is that of recordings of block-causal models)
+# kinds of steps in files of format 1: 'prefix' was a refine step there
+_KINDS_OF_1 = {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK}
+_MODES = ("none", "prefix", "dual")  # of random cases
+INPUTS = ("id", "family", "mode", "prompt", "gen_length", "block_length", "steps", "threshold", "factor", "alg", "top_p",
+           "top_k", "attention_mask")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaseFile:
+    """The cases of a file, the kinds of their steps in today's words, and the format that they were written in."""
+
+    cases: list[Case]
+    format: int
+
+
+def read_file(path: Path) -> CaseFile:
+    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which is of format 1. Raises DllmError."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DllmError(f"{path}: not readable as JSON ({error}): give a file of recorded cases.") from error
+    cases = read.get("cases") if isinstance(read, dict) else read
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise DllmError(f'{path}: holds no cases: expected {{"cases": [...]}} (make some with replay --record).')
+    written = read.get("format", 1) if isinstance(read, dict) else 1
+    if type(written) is not int or not 1 <= written <= FORMAT:
+        raise DllmError(
+            f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the cases again."
+        )
+    return CaseFile([_with_kinds(case, _KINDS_OF_1) for case in cases] if written == 1 else cases, written)
+
+
+def read_cases(path: Path) -> list[Case]:
+    """The cases of a file. Raises DllmError."""
+    return read_file(path).cases
+
+
+def spelled_for(case: Case, written: int) -> Case:
+    """A case or a result with the kinds of its steps as files of a format have them."""
+    return _with_kinds(case, {new: old for old, new in _KINDS_OF_1.items()}) if written == 1 else case
+
+
+def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
+    """The same with other words for the kinds; steps that are none are left for the checks."""
+    if not isinstance(case.get("trace"), list):
+        return case
+    steps = [
+        [words.get(step[0], step[0]), *step[1:]] if isinstance(step, list) and step and isinstance(step[0], str) else step
+        for step in case["trace"]
+    ]
+    return {**case, "trace": steps}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a case: `padding` tokens at its left are not part of it, and shift what its trace says."""
+
+    sequence: Sequence
+    padding: list[int]
+
+    def as_list(self, step: Step) -> tuple[str, int, int, list[int], list[int]]:
+        pad = len(self.padding)
+        start, length = (0, step.length + pad) if step.kind == PREFIX_PASS else (step.start + pad, step.length)
+        return step.kind, start, length, [position + pad for position in step.positions], step.tokens
+
+
+def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
+    """Inputs of `count` cases over random prompts, going through caches, policies, and lengths in turn."""
+    rng = np.random.default_rng(seed)
+    model, special = manifest.model, manifest.decoding.special_token_ids
+    words = np.array([token for token in range(model.vocab_size) if token not in special])
+    options: list[Case] = [{"threshold": 0.9}, {"threshold": None}, {"alg": "topk_margin"}, {"threshold": None, "factor": 1.0}]
+    cases = []
+    for i in range(count):
+        block = int(rng.choice([4, 8, 16]))
+        gen = max(1, min(block * int(rng.integers(2, 5)), model.max_length // 2))
+        prompt = rng.choice(words, int(rng.integers(1, max(2, min(48, model.max_length - gen)))))
+        cases.append({
+            "id": f"random-{seed}-{i}", "family": model.family, "mode": _MODES[i % 3], "prompt": [prompt.tolist()],
+            "gen_length": gen, "block_length": block, "steps": max(1, gen // 2), **options[(i // 3) % len(options)],
+        })  # fmt: skip
+    return cases
+
+
+def rows_of(manifest: Manifest, case: Case) -> list[Row]:
+    _check_case(case)
+    if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
+        raise DllmError(
+            f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
+            f"{manifest.decoding.mask_token_id}: the case is of another model."
+        )
+    facts, gen = manifest.decoding, case["gen_length"]
+    block = None if case["mode"] == "none" and not facts.blocks_without_cache else case.get("block_length")
+    if block is None and (case["mode"] != "none" or facts.blocks_without_cache):
+        raise DllmError(f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs.")
+    # cases are facts about the loop: thresholds outside (0, 1] are allowed here, unlike in GenerationConfig
+    config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
+    top_p, top_k = case.get("top_p"), case.get("top_k")
+    sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
+    if sampler.needs_logits and facts.sampling != CATEGORICAL:
+        raise DllmError(f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know.")
+    rules = Rules(gen, block, PLANS.find(case["mode"])(), _policy(case, block), facts.mask_token_id, facts.eos_token_ids, facts.logit_shift,
+                  sampler=sampler, first_commit=facts.first_commit)  # fmt: skip
+    rows = []
+    for prompt, mask in zip(case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True):
+        pad = 0 if mask is None else mask.index(True)
+        check_prompt(prompt[pad:], config, manifest)
+        rows.append(Row(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
+    return rows
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9)
+
+
+def _are_steps(value: Any, needed: bool) -> bool:
+    return (value is None and not needed) or (type(value) is int and 1 <= value <= MAX_STEPS)
+
+
+def _is_step(value: Any, several: bool) -> bool:
+    """A step of a trace; with `several` rows its positions may be [row, position] pairs."""
+    kinds = (str, int, int, list, list, list)
+    ok = isinstance(value, list) and len(value) in (5, 6) and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
+    places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
+    return places and len(value[3]) == len(value[4]) and _are_rows([value[4]])
+
+
+def _is_padding(value: Any, prompts: list[list[int]]) -> bool:
+    """A mask as long as each prompt, whose false entries stand at the left of true ones."""
+    return isinstance(value, list) and len(value) == len(prompts) and all(
+        isinstance(row, list) and len(row) == len(prompt) and all(type(item) is bool for item in row)
+        and any(row) and row == sorted(row) for row, prompt in zip(value, prompts, strict=True)
+    )  # fmt: skip
+
+
+def _check_case(case: Case) -> None:
+    """Raise DllmError for a case whose fields are missing or of the wrong type."""
+
+    scheduled, bounded = _alg(case) in _schedules(), _alg(case) == "threshold"
+    several = isinstance(case.get("prompt"), list) and len(case["prompt"]) > 1
+    checks: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
+        "mode": (True, lambda v: isinstance(v, str), "a cache mode"),
+        "prompt": (True, lambda v: _are_rows(v) and len(v) > 0, "a list of rows of token ids"),
+        "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
+        "block_length": (False, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "steps": (scheduled, lambda v: _are_steps(v, scheduled), f"a whole number from 1 to {MAX_STEPS}"),
+        "threshold": (
+            bounded,
+            lambda v: _is_number(v) and not (bounded and v is None),
+            "a number" if bounded else "a number or null",
+        ),
+        "factor": (_alg(case) == "factor", lambda v: _is_number(v) and not (v is None and _alg(case) == "factor"), "a number"),
+        "matches": (False, lambda v: isinstance(v, dict), "an object"),
+        "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
+        "top_p": (False, lambda v: _is_number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
+        "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
+        "attention_mask": (
+            False,
+            lambda v: _is_padding(v, case["prompt"]),
+            "a row of booleans for each prompt, false for the padding at its left",
+        ),
+        "output": (False, _are_rows, "a list of rows of token ids"),
+        "full_output": (False, _are_rows, "a list of rows of token ids"),
+        "trace": (
+            False,
+            lambda v: isinstance(v, list) and all(_is_step(item, several) for item in v),
+            "a list of [kind, start, length, positions, tokens]",
+        ),
+    }
+    for key, (required, is_right, expected) in checks.items():
+        if (required and key not in case) or (key in case and not is_right(case[key])):
+            shown = f"{key} is {str(case[key])[:60]}" if key in case else f"has no '{key}'"
+            raise DllmError(f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record).")
+    if case["mode"] not in PLANS.names():
+        raise unknown("mode", case["mode"], PLANS.names())
+    if _alg(case) not in (*_schedules(), "threshold", "factor"):
+        raise unknown("alg", _alg(case), ["confidence_threshold", *_schedules()])
+
+
+def _schedules() -> list[str]:
+    return [policy.name for policy in POLICIES.all() if policy.is_schedule]
+
+
+def _alg(case: Case) -> str:
+    """The policy's name: as the case has it, or by the number that it gives."""
+    if case.get("factor") is not None:
+        return "factor"
+    name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
+    return "threshold" if name == "confidence_threshold" else name
+
+
+def _policy(case: Case, block_length: int | None) -> Policy:
+    name = _alg(case)
+    if name == "factor":
+        return Factor(float(case["factor"]))
+    if name == "threshold":
+        return Threshold(float(case["threshold"]), case.get("steps") if block_length is None else None)
+    blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
+    return POLICIES.find(name).made({}, max(1, case["steps"] // blocks))

@@ -1,0 +1,113 @@
+"""How likely a text is to a diffusion model, by the Monte-Carlo estimate of LLaDA (arXiv 2502.09992, appendix B.5), and whether it would write it itself.
+
+    for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of the masked tokens, times L / l
+
+The mean is a lower bound of the log-likelihood; its standard error says how far more samples may move it. Shape letters: B samples of a call, L target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.policies.base import Floats, Ints
+from trt_runtime.errors import DllmError
+from trt_runtime.model import Model
+
+_LOGIT_BYTES = 256 << 20  # of one call
+_POSITIONS = 4096  # of one call's rows together, if that is more than one row: keys, values and activations are bounded too
+Piece = tuple[int, Ints]  # a sample's number, and some of the positions that it masks
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Nats. forwards: rows that were computed; more than samples where the logits of one would not fit into a call."""
+
+    mean: float
+    standard_error: float
+    forwards: int
+
+
+def estimate(model: Model, context: list[int], target: list[int], *, samples: int = 128, seed: int = 0) -> Likelihood:
+    """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is too long or empty."""
+    facts, mask = model.manifest.model, model.manifest.decoding.mask_token_id
+    if not context or not target or samples < 1:
+        raise DllmError(
+            f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at least one each."
+        )
+    if len(context) + len(target) > facts.max_length:
+        raise DllmError(
+            f"context and target are {len(context) + len(target)} tokens, the model takes {facts.max_length}: shorten them."
+        )
+    if not model.backend.gives_logits:
+        raise DllmError(
+            f"a likelihood needs logits, and this artifact on {model.backend.name} gives statistics only: export with HEAD=logits."
+        )
+    rng, length = np.random.default_rng(seed), len(target)
+    samples = 1 if length == 1 else samples  # there is one way to mask one token
+    ids = np.array([*context, *target], np.int64)
+    counts = stratified(samples, length, int(rng.integers(1, length + 1)))
+    masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
+    calls = list(_calls(masked, facts.vocab_size, max(1, min(model.backend.max_batch or samples, _POSITIONS // len(ids)))))
+    cache = model.backend.new_cache(max(map(len, calls)), len(ids))
+    values = np.zeros(samples)
+    for part in calls:
+        window = _window(ids, [(masked[i], asked) for i, asked in part], mask, model.manifest.decoding.logit_shift)
+        logits = model.backend.prefix(cache, slice(0, len(part)), window, want_logits=True).logits
+        assert logits is not None
+        for row, (i, asked) in enumerate(part):
+            values[i] += _log_probability(logits[row, : len(asked)], ids[asked]) * length / len(masked[i])
+        del logits  # before the next call makes its own
+    error = float(np.std(values, ddof=1)) / math.sqrt(samples) if samples > 1 else 0.0
+    return Likelihood(float(np.mean(values)), error, sum(map(len, calls)))
+
+
+def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piece]]:
+    """The samples, whole or in pieces, as calls of at most `most` rows whose logits are at most _LOGIT_BYTES (or one vector)."""
+    fit = max(1, _LOGIT_BYTES // (4 * vocab_size))
+    call: list[Piece] = []
+    for i, at in enumerate(masked):
+        for piece in np.split(at, range(fit, len(at), fit)):
+            longest = max(len(piece), *(len(held) for _, held in call)) if call else len(piece)
+            if call and (len(call) == most or (len(call) + 1) * longest > fit):
+                yield call
+                call = []
+            call.append((i, piece))
+    yield call
+
+
+def stratified(samples: int, length: int, first: int) -> Ints:
+    """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length [samples]."""
+    spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(np.int64)
+    return (spread - 1) % length + 1
+
+
+def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
+    """Whether the model, one most confident token a forward and without a cache, writes exactly `target`."""
+    config = GenerationConfig(gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False)
+    return model.generate([context], config)[0].tokens == target
+
+
+def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shift: int) -> Window:
+    """A canvas for each pair of positions: those that are masked, and those of them whose logits are asked for."""
+    batch, length = len(rows_of), len(ids)
+    rows = np.zeros((batch, max(len(asked) for _, asked in rows_of)), np.int64)
+    tokens = np.tile(ids, (batch, 1))
+    for i, (at, asked) in enumerate(rows_of):
+        tokens[i, at], rows[i, : len(asked)] = mask_token_id, np.maximum(asked - shift, 0)
+    return Window(tokens, np.tile(np.arange(length), (batch, 1)), np.zeros(batch, np.int64), np.full(batch, length), rows)
+
+
+def _log_probability(logits: Floats, tokens: Ints) -> float:
+    """Sum of log p of tokens [R] under logits [R, V]. A row at a time: in float64 all of them would take several times their memory."""
+    total = 0.0
+    for row, token in zip(logits, tokens, strict=True):
+        wide = row.astype(np.float64)
+        top = wide.max()
+        total += float(wide[token] - top - np.log(np.exp(wide - top).sum()))
+    return total

@@ -1,0 +1,228 @@
+"""Replay recorded decode cases on a backend, compare, and record new ones. Token ids in and out; no tokenizer.
+
+The format of a case: cases.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from trt_runtime.decoding.backend import Backend
+from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.errors import DllmError
+from trt_runtime.measure.cases import FORMAT, INPUTS, Case, Row, rows_of
+
+_ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A case that was run: the rows as they ended, and {"id", "output", "nfe", "trace"} as it is written to a file."""
+
+    rows: list[Sequence]
+    result: Case
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first difference of a case, in words. AMBIGUOUS: a change of confidence within the dtype's margin explains it."""
+
+    id: str
+    where: str
+    ambiguous: bool = False
+
+    def __str__(self) -> str:
+        return f"{'AMBIGUOUS' if self.ambiguous else 'MISMATCH'} {self.id}: {self.where}"
+
+
+def replay(backend: Backend, case: Case) -> Replayed:
+    """Run one case; all its rows as one batch."""
+    return replay_together(backend, [case])[0]
+
+
+def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
+    """Run several cases as one batch: each must come out as it does alone."""
+    groups = [rows_of(backend.manifest, case) for case in cases]
+    if any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows) and not backend.gives_logits:
+        raise DllmError(f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits.")
+    Generator(backend, [row.sequence for rows in groups for row in rows]).run()
+    return [replayed(case, rows) for case, rows in zip(cases, groups, strict=True)]
+
+
+def replayed(case: Case, rows: list[Row]) -> Replayed:
+    """What came of a case whose rows are finished, however they were run."""
+    return Replayed([row.sequence for row in rows], _result(case, rows))
+
+
+def with_confidence(replayed: Replayed) -> Case:
+    """The result with a sixth entry in each step of its trace: the confidence of each position, null where it is not known."""
+    traces = [[step.confidence for step in row.trace] for row in replayed.rows]
+    merged = [
+        [*step, [value for trace in traces if number < len(trace) for value in trace[number]]]
+        for number, step in enumerate(replayed.result["trace"])
+    ]
+    return {**replayed.result, "trace": merged}
+
+
+def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:
+    """The first difference between what a case expects and what came out; None where it agrees or expects nothing.
+
+    Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is AMBIGUOUS.
+    The v1 code may leave mask tokens behind, which is never done here. Where they stand in the prompt, only the steps that it
+    made are compared, and the forwards that fill the rest of the gaps come after them; where they stand in the output, its
+    trace is followed up to the first forward that wrote nothing.
+    """
+    name, result, trace = str(case.get("id")), replayed.result, _steps(case)
+    mask = case.get("mask_token_id")
+    left_masks = any(mask in row for row in case.get("output", []))
+    left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
+    expected = [step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]]
+    if left_masks and not expected:
+        return Mismatch(name, "output: expected mask tokens, which are never left here, and there is no trace to follow")
+    got = result["trace"][: len(expected)] if left_gaps else result["trace"]
+    if "trace" in case:
+        for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
+            if mine != theirs:
+                near = len(replayed.rows) == 1 and _is_near(replayed.rows[0], number, theirs, margin)
+                return Mismatch(name, f"step {number}: {_difference(theirs, mine)}", near)
+        if len(got) != len(expected):
+            where = f"step {min(len(got), len(expected))}: expected {len(expected)} forwards, got {len(got)}"
+            return Mismatch(name, where)
+    if "output" in case and not left_masks and result["output"] != case["output"]:
+        return Mismatch(name, f"output: {_first_token(case['output'], result['output'])}")
+    if "full_output" in case and not left_gaps and result.get("full_output") != case["full_output"]:
+        return Mismatch(name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}")
+    nfe = case.get("nfe_nonempty", case.get("nfe"))
+    differs = nfe is not None and not left_gaps and result["nfe"] != nfe
+    return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}") if differs else None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a case was followed: decisions compared, those of them AMBIGUOUS, and the first mismatch, if any."""
+
+    decisions: int
+    ambiguous: int
+    mismatch: Mismatch | None
+
+
+def follow(backend: Backend, case: Case, margin: float) -> Agreement:
+    """Compare every decision of a recorded case of one row, each after the history that was recorded: what the case wrote is
+    written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
+    (row,) = rows_of(backend.manifest, case)
+    generator, name, ambiguous, trace = Generator(backend, [row.sequence]), str(case.get("id")), 0, _steps(case)
+    for number, expected in enumerate(trace):
+        if row.sequence.is_finished:
+            return Agreement(number, ambiguous, Mismatch(name, f"step {number}: expected {len(trace)} forwards"))
+        generator.step({0: (expected[3], expected[4])})
+        got = list(row.as_list(row.sequence.trace[-1]))
+        if got == expected:
+            continue
+        if not _is_near(row.sequence, number, expected, margin):
+            return Agreement(number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}"))
+        ambiguous += 1
+    return Agreement(len(trace), ambiguous, None)
+
+
+def _steps(case: Case) -> list[list[Any]]:
+    """The steps that a case expects, without confidences."""
+    return [step[:5] for step in case.get("trace", [])]
+
+
+def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:
+    """Whether moving the confidences in question within their margins turns the decision of a step into the expected one.
+
+    An error of the logits moves a probability p by a share of p (1 - p): `margin` is meant at p = 0.5, and shrinks to both ends.
+    """
+    seen = row.trace[number].seen
+    if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
+        return False
+    candidates, stats, state = seen
+    if not set(expected[3]) <= set(candidates.tolist()) or row.rules.mask_token_id in expected[4]:
+        return False
+    wanted = np.isin(candidates, expected[3])
+    chosen = np.isin(candidates, row.trace[number].positions)
+    margins = 4 * margin * stats.confidence * (1 - stats.confidence) + (_ROUNDING if margin else 0)
+    change = margins * (wanted & ~chosen) - margins * (chosen & ~wanted)
+    # an entropy moves by an error of the logits times the spread of the log-probabilities
+    moved = replace(stats, confidence=stats.confidence + change, entropy=stats.entropy - 10 * change,
+                    best=None if stats.best is None else stats.best + change)  # fmt: skip
+    again = row.rules.policy.select(moved, np.ones(len(candidates), np.bool_), state)
+    tokens = dict(zip(expected[3], expected[4], strict=True))
+    same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]
+    close = stats.runner_up > stats.confidence * np.exp(
+        -4 * margin
+    )  # the two logits lie within twice the error that moves p so far
+    return bool((again == wanted).all() and (same_token | close)[wanted].all())
+
+
+def must_match(case: Case, dtype: str) -> bool:
+    """Whether a case claims to hold in a dtype: recorded cases say so under `matches`; fp32 always must."""
+    return bool(dtype == "fp32" or case.get("matches", {}).get(dtype, True))
+
+
+def record(backend: Backend, cases: Iterable[Case]) -> dict[str, Any]:
+    """A file of cases: the inputs of `cases` with what this backend makes of them."""
+    facts, recorded = backend.manifest, []
+    for case in cases:
+        inputs = {key: case[key] for key in INPUTS if key in case}
+        inputs["mask_token_id"] = facts.decoding.mask_token_id
+        recorded.append(inputs | replay(backend, case).result)
+    return {
+        "format": FORMAT,
+        "reference": f"dllm-trt, backend {backend.name}, {facts.model.dtype}",
+        "cases": recorded,
+    }
+
+
+def _result(case: Case, rows: list[Row]) -> Case:
+    whole = [[*row.padding, *row.sequence.canvas.tolist()] for row in rows]
+    result: Case = {
+        "id": case.get("id"),
+        "output": [row.sequence.output.tolist() for row in rows],
+        "nfe": max(row.sequence.nfe for row in rows),
+        "trace": _trace(rows),
+    }
+    filled = any(canvas[: len(prompt)] != prompt for canvas, prompt in zip(whole, case["prompt"], strict=True))
+    if filled or "attention_mask" in case:
+        result["full_output"] = whole
+    return result
+
+
+def _trace(rows: list[Row]) -> list[list[Any]]:
+    """The rows' steps; several rows are merged forward by forward."""
+    traces = [[row.as_list(step) for step in row.sequence.trace] for row in rows]
+    if len(rows) == 1:
+        return [list(step) for step in traces[0]]
+    merged = []
+    for number in range(max(len(trace) for trace in traces)):
+        steps = [(i, trace[number]) for i, trace in enumerate(traces) if number < len(trace)]
+        kind, start, length, _, _ = steps[0][1]
+        positions = [[i, position] for i, step in steps for position in step[3]]
+        merged.append([kind, start, length, positions, [token for _, step in steps for token in step[4]]])
+    return merged
+
+
+def _difference(expected: list[Any], got: list[Any]) -> str:
+    for what, mine, theirs in zip(("kind", "window start", "window length"), got, expected, strict=False):
+        if mine != theirs:
+            return f"{what}: expected {theirs}, got {mine}"
+    if got[3] != expected[3]:
+        first = next((p for p in got[3] + expected[3] if (p in got[3]) != (p in expected[3])), None)
+        return f"position {first}: expected positions {expected[3]}, got {got[3]}"
+    position, theirs, mine = next(item for item in zip(expected[3], expected[4], got[4], strict=True) if item[1] != item[2])
+    return f"position {position}: expected token {theirs}, got {mine}"
+
+
+def _first_token(expected: list[list[int]], got: list[list[int]]) -> str:
+    for row, (theirs, mine) in enumerate(zip(expected, got, strict=False)):
+        for i, (wanted, token) in enumerate(zip(theirs, mine, strict=False)):
+            if wanted != token:
+                return f"row {row}, generated token {i}: expected {wanted}, got {token}"
+    return f"expected {[len(row) for row in expected]} tokens, got {[len(row) for row in got]}"

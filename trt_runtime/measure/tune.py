@@ -1,0 +1,160 @@
+"""The fastest way of decoding that keeps the answers: block length, policy, cache and refresh, tried on a user's own prompts and measured on this machine.
+
+    1. baseline: one token a forward, dual cache, the model's block length: how many answers are right
+    2. block lengths, with thresholds  ->  the fastest within the bound
+    3. every other policy with a few values of its option, at that block length
+    4. with the best policy: caches, refresh modes, a bounded suffix
+    5. the fastest few once more, in turn, prompt by prompt: medians decide
+
+A way of decoding is within the bound if at most `max_drop` points fewer answers are right than with the baseline. What is right: an answer that the data give, or,
+for prompts alone, the answer of the baseline.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.policies.options import options_of
+from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.measure.bench import machine
+from trt_runtime.measure.examples import Example, is_right
+from trt_runtime.model import Model
+
+_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+_FINALISTS, _ROUNDS = 3, 3
+
+
+@dataclass
+class Trial:
+    """A way of decoding and what came of it: right answers, seconds and useful tokens of all prompts, one at a time, forwards."""
+
+    options: dict[str, Any]
+    right: int
+    seconds: float
+    tokens: int
+    nfe: int
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Tuner:
+    """Trials over examples. `tell` is told of each."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: list[Example],
+        base: GenerationConfig,
+        max_drop: float,
+        match: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.model, self.base, self.max_drop, self.match, self.tell = model, base.resolved(model.manifest), max_drop, match, tell
+        self.examples, self.trials = examples, list[Trial]()
+        self.baseline = self._baseline()
+
+    def run(self) -> Trial:
+        """The fastest trial within the bound."""
+        block, gen = self.base.block_length, self.base.gen_length
+        assert block is not None and gen is not None
+        lengths = sorted({max(1, block // 2), block, min(gen, 2 * block), min(gen, 4 * block)})
+        best = self._best(
+            [{"block_length": length, "policy": "threshold", "threshold": t} for length in lengths for t in _THRESHOLDS]
+        )
+        shared = {"block_length": best.options["block_length"]}
+        best = self._best([{**shared, "policy": name, **own} for name in POLICIES.names() for own in POLICIES.find(name).trials])
+        length = best.options["block_length"]
+        self._best([best.options | more for more in (
+            {"cache": "prefix"}, {"refresh_every": 2}, {"refresh_every": 0, "refresh_window": length}, {"refresh_every": 2, "refresh_window": length},
+            {"suffix": 2 * length}, {"suffix": length, "suffix_decay": True})])  # fmt: skip
+        return self._final()
+
+    def is_within(self, trial: Trial) -> bool:
+        return 100 * (self.baseline.right - trial.right) / len(self.examples) <= self.max_drop + 1e-9
+
+    def _baseline(self) -> Trial:
+        options = {"policy": "fixed", "cache": "dual", "block_length": self.base.block_length}
+        made, answers = self._decode(options)
+        self.examples = [
+            replace(example, answers=(answer,)) if example.answers is None else example
+            for example, answer in zip(self.examples, answers, strict=True)
+        ]
+        made.right = self._right(answers)
+        self.tell(self._line(made))
+        return made
+
+    def _best(self, wanted: list[dict[str, Any]]) -> Trial:
+        """Try each, and return the fastest of all trials within the bound."""
+        for options in wanted:
+            made, answers = self._decode(options)
+            made.right = self._right(answers)
+            self.trials.append(made)
+            self.tell(self._line(made))
+        return max([self.baseline, *filter(self.is_within, self.trials)], key=lambda trial: trial.speed)
+
+    def _final(self) -> Trial:
+        """The fastest few again, in turn."""
+        held = sorted(filter(self.is_within, self.trials), key=lambda trial: -trial.speed)[:_FINALISTS]
+        held.append(self.baseline)  # so that the speedup is taken side by side
+        seconds = [[self._decode(trial.options)[0].seconds for trial in held] for _ in range(_ROUNDS)]
+        for i, trial in enumerate(held):
+            trial.seconds = statistics.median(times[i] for times in seconds)
+        self.tell(f"the fastest again, in turn, medians of {_ROUNDS}:")
+        for trial in held:
+            self.tell(self._line(trial))
+        return max(held, key=lambda trial: trial.speed)
+
+    def _decode(self, options: dict[str, Any]) -> tuple[Trial, list[str]]:
+        config = replace(self.base, **options)
+        begin = time.perf_counter()
+        results = [self.model.generate([example.prompt], config)[0] for example in self.examples]
+        seconds = time.perf_counter() - begin
+        made = Trial(options, 0, seconds, sum(result.num_useful for result in results), sum(result.nfe for result in results))
+        return made, [result.text or "" for result in results]
+
+    def _right(self, answers: list[str]) -> int:
+        return sum(is_right(answer, example, self.match) for answer, example in zip(answers, self.examples, strict=True))
+
+    def _line(self, trial: Trial) -> str:
+        share = trial.right / len(self.examples)
+        error = 100 * math.sqrt(share * (1 - share) / len(self.examples))
+        words = ", ".join(f"{name} {value}" for name, value in trial.options.items())
+        return f"{100 * share:5.1f} ± {error:.1f} % right  {trial.speed:7.0f} tokens/s  {trial.tokens / trial.nfe:5.2f} a forward  {words}"
+
+
+def run(
+    model: Model, examples: list[Example], base: GenerationConfig, *, max_drop: float, match: str, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tune, and return the baseline, the choice, and all trials."""
+    tuner = Tuner(model, examples, base, max_drop, match, tell)
+    chosen = tuner.run()
+    # what the choice rests on beyond the options that were tried: its policy's own
+    options = {"cache": "dual", **chosen.options} | {
+        item.name: getattr(tuner.base, item.name)
+        for item in options_of(POLICIES.find(chosen.options["policy"]))
+        if item.name not in chosen.options and item.off is None
+    }
+    return {"artifact": model.path.name, "backend": model.backend.name, "examples": len(examples), "max_drop": max_drop, "options": options,
+            "right": chosen.right, "baseline_right": tuner.baseline.right, "speedup": chosen.speed / tuner.baseline.speed,
+            "baseline": asdict(tuner.baseline), "chosen": asdict(chosen), "trials": [asdict(trial) for trial in tuner.trials], "machine": machine()}  # fmt: skip
+
+
+def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None) -> None:
+    """Note options in the manifest: generations that give none of their own take them. since: of the artifact that was tuned, if it may have been replaced
+    meanwhile. Raises DllmError where it was."""
+    manifests.update(
+        artifact,
+        lambda held: replace(held, decoding=replace(held.decoding, tuned=options)),
+        since=since or manifests.load(artifact),
+    )

@@ -1,0 +1,113 @@
+"""A registry: what can be chosen by a name, of this project, of installed packages, and of a module that the user names.
+
+A package adds to a registry by an entry point of the registry's group, under a name of its own:
+
+    [project.entry-points."dllm_trt.policies"]
+    patient = "my_package.policies:Patient"
+
+Without a package, `my_module:Patient` is a name too. It imports the module, so it is for the command line and Python, and never for what a
+client of a server sends (`names` holds none of these).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from trt_runtime.errors import DllmError, unknown
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Items by name. `kind`: the word for one in messages. `group`: of entry points. `expected`: what an item is, in words; `fits` says whether
+    one is that.
+
+    check: raises DllmError for an item that does not go with those that are there. A name that is taken is refused.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        expected: str,
+        fits: Callable[[Any], bool],
+        built_in: Iterable[T] = (),
+        check: Callable[[T], object] = lambda item: None,
+    ) -> None:
+        self.kind, self.group, self._expected, self._fits, self._check = kind, group, expected, fits, check
+        self._items: dict[str, T] = {}
+        self._entry_points_are_loaded = False
+        for item in built_in:
+            self.register(item)
+
+    def register(self, item: T, name: str | None = None) -> T:
+        """Add an item by its `name` attribute, unless another name is given; returns it, so that it can decorate a class. Raises DllmError."""
+        name = name or getattr(item, "name", None)
+        if not self._fits(item) or not isinstance(name, str):
+            raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
+        held = self._items.get(name)
+        if held is not None and held is not item:
+            raise DllmError(f"there are two of the {self.kind} '{name}', {held!r} and {item!r}: give yours another name.")
+        self._check(item)
+        self._items[name] = item
+        return item
+
+    def unregister(self, name: str) -> None:
+        """Take an item out again: for tests, which leave things as they were."""
+        del self._items[name]
+
+    def find(self, name: str) -> T:
+        """The item of a name. Raises DllmError for one that is unknown or cannot be imported."""
+        if name not in self._items and ":" in name:
+            return self._imported(name)
+        if name not in self._items:
+            self._load_entry_points()
+        if name not in self._items:
+            raise unknown(self.kind, name, self.names(), f"One of your own is given as module:Name ({self._expected}).")
+        return self._items[name]
+
+    def installed(self, name: str) -> T:
+        """The item of a name that no module is imported for: where it comes from a client or a file. Raises DllmError."""
+        if name not in self.names():
+            raise unknown(self.kind, name, self.names())
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """All names but those of modules, in the order in which they were registered."""
+        self._load_entry_points()
+        return [name for name in self._items if ":" not in name]
+
+    def all(self) -> list[T]:
+        """All items, each once."""
+        self._load_entry_points()
+        return list({id(item): item for item in self._items.values()}.values())
+
+    def _imported(self, name: str) -> T:
+        module, _, attribute = name.partition(":")
+        try:
+            found: T = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise DllmError(f"the {self.kind} '{name}' cannot be imported ({error}): give it as module:Name.") from error
+        return self.register(found, name)
+
+    def _load_entry_points(self) -> None:
+        if self._entry_points_are_loaded:
+            return
+        self._entry_points_are_loaded = True
+        from importlib import metadata  # takes milliseconds
+
+        for point in metadata.entry_points(group=self.group):
+            try:
+                self.register(point.load(), point.name)
+            except (ImportError, AttributeError) as error:
+                raise DllmError(
+                    f"the {self.kind} '{point.name}' of an installed package cannot be imported ({error}): install that package again, "
+                    "or remove it."
+                ) from error
+
+
+def of_classes(base: type[Any]) -> Callable[[Any], bool]:
+    """Whether an item is a class that extends `base`."""
+    return lambda item: isinstance(item, type) and issubclass(item, base)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server, its replicas, and Triton Inference Server's model repository."""

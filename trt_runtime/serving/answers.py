@@ -1,0 +1,159 @@
+"""One request under way: its rows as jobs, and how their updates become an answer or server-sent events (streams.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trt_runtime import __version__
+from trt_runtime.model import Update
+from trt_runtime.serving.errors import Failure
+from trt_runtime.serving.mailbox import Mailbox
+from trt_runtime.serving.prompts import Asked
+from trt_runtime.serving.requests import Common
+from trt_runtime.serving.room import SHARE
+from trt_runtime.serving.stops import Cutter
+from trt_runtime.serving.worker import Busy, Event, Job, Worker
+
+CHAT, TEXT = "chat.completion", "text_completion"
+SEED_HEADER = "x-dllm-seed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in seconds, sizes in bytes.
+
+    api_key: a key that clients must send, or several of them. cors: origins whose pages may ask. examples: prompts that the page offers.
+    header_seconds, prompt_seconds: for the head of a request, and to make its token ids. memory_share: of the free memory, for caches. only_local: answer to this machine's names alone.
+    """
+
+    name: str
+    slots: int = 8
+    lanes: int = 1
+    max_length: int | None = None
+    most_queued: int = 64
+    api_key: str | tuple[str, ...] | None = None
+    most_body: int = 1 << 20
+    timeout: float = 300.0
+    only_local: bool = False
+    cors: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    header_seconds: float = 10.0
+    prompt_seconds: float = 10.0
+    memory_share: float = SHARE
+
+
+def check_count(worker: Worker, count: int) -> None:
+    """Raise Failure for more answers than the server ever takes at a time, before anything is made of them."""
+    if count > (most := worker.slots + worker.most_queued):
+        raise Failure(429, f"the queue is full: this server takes {most} answers at a time: ask for fewer.", code="queue_full")
+
+
+class Answer:
+    """A request under way: its rows as jobs, and how their text becomes an answer."""
+
+    def __init__(self, kind: str, body: Common, asked: Asked, worker: Worker, options: Options) -> None:
+        self.kind, self.body, self.rows, self.seed, self.worker, self.options = (
+            kind,
+            body,
+            asked.rows,
+            asked.seed,
+            worker,
+            options,
+        )
+        self.id = f"{'chatcmpl' if kind == CHAT else 'cmpl'}-{uuid.uuid4().hex[:24]}"
+        self.created, self.cutter = int(time.time()), Cutter(body.stops(), worker.model.tokenizer)
+        self.jobs: list[Job] = []
+        self.mailbox = Mailbox()
+        self.done = [(0, 0)] * len(self.rows)  # tokens and forwards of each choice
+        self.committed = [0] * len(self.rows)
+
+    def submit(self) -> None:
+        """Queue all choices, or none. Raises Failure where the server is full."""
+        loop, wants_updates = asyncio.get_running_loop(), self.body.is_stream or bool(self.body.stops())
+
+        def to(index: int) -> Callable[[Event], None]:
+            def deliver(event: Event) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
+                    loop.call_soon_threadsafe(self.mailbox.put, index, event)
+
+            return deliver
+
+        self.jobs = [Job(row.sequence, to(index), wants_updates, is_held=True) for index, row in enumerate(self.rows)]
+        try:
+            self.worker.submit(self.jobs)
+        except Busy:
+            raise Failure(429, "the queue is full: try again later.", code="queue_full") from None
+
+    def cancel(self, why: str = "left") -> None:
+        for job in self.jobs:
+            if job.is_open:
+                self.worker.cancel(job, why)
+
+    def release(self) -> None:
+        """Give up what is still open, and count the answer as delivered."""
+        self.cancel()
+        self.worker.release(self.jobs)
+
+    def _count(self, index: int, update: Update, text: str, stopped: bool) -> None:
+        """Count what a choice took. The row itself still changes in another thread, unless it is finished."""
+        row, tokenizer = self.rows[index], self.worker.model.tokenizer
+        self.committed[index] += len(update.changed)
+        if stopped and tokenizer is not None:
+            self.done[index] = (len(tokenizer.encode(text)) if text else 0, update.nfe)
+        elif update.finished:
+            self.done[index] = (row.gaps if row.shown is not None else row.sequence.num_useful, row.sequence.nfe)
+
+    def usage(self) -> dict[str, int]:
+        """Tokens, forwards (nfe), and the tokens that forwards committed, which are the forwards of decoding one token at a time."""
+        prompt = sum({row.prompt: row.prompt_tokens for row in self.rows}.values())
+        tokens, nfe = sum(tokens for tokens, _ in self.done), sum(nfe for _, nfe in self.done)
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens, "nfe": nfe,
+                "committed_tokens": sum(self.committed)}  # fmt: skip
+
+    def show(self, index: int, update: Update) -> tuple[str, bool]:
+        """The text of a choice that may be shown, which is counted; and whether a stop string ended it."""
+        text, ids = update.committed or "", update.tokens[: update.settled]
+        if (shown := self.rows[index].shown) is not None:
+            ids = self.rows[index].sequence.canvas[shown].tolist() if update.finished else []
+            text = self.worker.model.tokenizer.decode(ids) if self.worker.model.tokenizer is not None else ""
+        text, stopped = self.cutter.cut(text, ids, is_last=update.finished)
+        self._count(index, update, text, stopped)
+        return text, stopped
+
+    def reason(self, index: int, stopped: bool) -> str:
+        row = self.rows[index]
+        ended = row.shown is not None or row.sequence.num_useful < row.sequence.rules.gen_length
+        return "stop" if stopped or ended else "length"
+
+    def choice(self, index: int, text: str, reason: str | None, *, chunk: bool) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if self.kind == TEXT:
+            return made | {"text": text}
+        if chunk:
+            return made | {"delta": {"content": text} if text else {}}
+        return made | {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def provisional(self, index: int, update: Update) -> dict[str, Any]:
+        """The canvas after a forward: cells are (position, text, confidence) of what it committed."""
+        pieces = [self.worker.model.piece(update.tokens[i]) if i >= 0 else "" for i in update.changed]
+        return {"index": index, "committed": update.committed, "text": update.provisional, "nfe": update.nfe, "kind": update.kind,
+                "block": list(update.block), "length": len(update.tokens), "tokens": update.tokens,
+                "cells": list(zip(update.changed, pieces, update.confidence, strict=True))}  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        return f"dllm-trt-{__version__}" + (f"-seed-{self.seed}" if self.seed is not None else "")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {SEED_HEADER: str(self.seed)} if self.seed is not None else {}
+
+    def envelope(self, kind: str, **more: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.options.name,
+                "system_fingerprint": self.fingerprint, **more}  # fmt: skip

@@ -1,0 +1,126 @@
+"""Connections as uvicorn has them, bounded in number, and in the time and the bytes that a request's head may take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from trt_runtime.serving.errors import encoded, headers_of
+
+ABORT = "dllm_trt.abort"  # of a scope: a function that drops the connection with what is unsent
+_RESERVED = 64  # descriptors for files and threads
+_MOST_HEAD = 64 << 10  # bytes of a head, or of what else is no body: chunks' extensions, trailers
+_REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+
+
+def protocol(most: int, header_seconds: float) -> type[asyncio.Protocol]:
+    """A connection's class: at most `most` at a time, of which the idle ones make room, the oldest first; each request's head within `header_seconds`."""
+    return type("Connection", (_Connection,), {"most": most, "header_seconds": header_seconds})
+
+
+def room_for(most: int) -> int:
+    """How many connections to have at a time, of the `most` that are wanted: as many as there are file descriptors for, whose limit is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + 2 * _RESERVED
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft - _RESERVED))
+
+
+class _Connection(HttpToolsProtocol):
+    most = 1 << 16
+    header_seconds = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+    _running: Any = None  # the request that is being answered; of several that came at once, `cycle` is the last
+    _pending = 0  # bytes since a head, a part of a body or an end was whole
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.born = self.loop.time()
+        if len(self.connections) > self.most and not self._make_room():
+            self._refuse(503, f"{self.most} connections are open already: try again later.")
+            return
+        self._expect_head()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._pending += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._pending > _MOST_HEAD:
+            self._refuse(431, f"the head of the request is larger than {_MOST_HEAD} bytes: send less.")
+        elif self._is_idle:
+            self._expect_head()  # something came that is no whole head
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope[ABORT] = self.transport.abort
+
+    def on_headers_complete(self) -> None:
+        self._head_came()
+        self._pending = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._pending = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no HTTP/1.1 request that can be read; the server speaks plain HTTP, no TLS.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """End the connection with an answer of OpenAI's form, or without one where another answer is under way."""
+        if not self._is_idle:
+            self.transport.abort()
+            return
+        said = encoded(status, message)
+        headers = {**headers_of(status), "connection": "close", "content-type": "application/json", "content-length": len(said)}
+        lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + said)
+        self.transport.close()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _head_came(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _make_room(self) -> bool:
+        others: list[Any] = [other for other in self.connections if other is not self]
+        idle = [other for other in others if other._is_idle]
+        if idle:
+            min(idle, key=lambda other: other.born).transport.abort()
+        return bool(idle)

@@ -1,0 +1,56 @@
+"""Updates on their way from a worker's thread to a client, however slowly it reads: what waits is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import replace
+
+from trt_runtime.model import Update
+from trt_runtime.serving.worker import Event
+
+_MOST, _MOST_TOKENS = 64, 1 << 16  # updates of a choice that wait; tokens in them
+
+
+class Mailbox:
+    """Events of an answer's choices, in their order. Where a choice has many unread updates, the newest one takes in those that follow: nothing that
+    was committed is lost, only the moments in between. For one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, list[Event]]] = deque()
+        self._unread: Counter[int] = Counter()
+        self._newest: dict[int, list[Event]] = {}
+        self._filled = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, index: int, event: Event) -> None:
+        if isinstance(event, Update):
+            most = max(1, min(_MOST, _MOST_TOKENS // max(1, len(event.tokens))))
+            if self._unread[index] >= most:
+                held = self._newest[index]
+                assert isinstance(held[0], Update)
+                held[0] = _merged(held[0], event)
+                return
+            self._unread[index] += 1
+        entry = [event]
+        self._newest[index] = entry
+        self._waiting.append((index, entry))
+        self._filled.set()
+
+    async def get(self) -> tuple[int, Update | None]:
+        """The next update of a choice, None at its end. Raises what ended one of them."""
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        index, (event,) = self._waiting.popleft()
+        if isinstance(event, Update):
+            self._unread[index] -= 1
+        if isinstance(event, Exception):
+            raise event
+        return index, event
+
+
+def _merged(old: Update, new: Update) -> Update:
+    return replace(new, changed=old.changed + new.changed, confidence=old.confidence + new.confidence)

@@ -1,0 +1,81 @@
+"""How long a canvas a server takes where nobody says: as long as its memory holds for all slots."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+from pathlib import Path
+from typing import Any
+
+from trt_runtime.artifact.contract import SPARE_ROWS
+from trt_runtime.artifact.manifest import ModelFacts
+from trt_runtime.errors import DllmError
+from trt_runtime.machine import devices
+from trt_runtime.machine.forecast import Work, cache_bytes
+from trt_runtime.model import Model
+
+SHARE = 0.5  # of the memory that is free once the model is open: the rest is for activations, answers and others
+_STEP, _LEAST = 64, 64
+
+
+def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE) -> int:
+    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a share of the `free` bytes (default: those
+    of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits, or more is asked for."""
+    if asked is not None:
+        if asked > facts.max_length:
+            raise DllmError(f"--max-length is {asked}, expected up to {facts.max_length}, which is what the model takes.")
+        return asked
+    free = free_memory() if free is None else free
+    each = cache_bytes(facts, Work(slots, 1, 1))
+    if not free or each * (facts.max_length + SPARE_ROWS) <= share * free:
+        return facts.max_length
+    length = (int(share * free / each) - SPARE_ROWS) // _STEP * _STEP
+    if length < min(_LEAST, facts.max_length):
+        raise DllmError(
+            f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and {free / 2**20:,.0f} MiB are free: give fewer --slots, "
+            "or a --max-length that is short enough."
+        )
+    return min(length, facts.max_length)
+
+
+def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
+    """The same for an opened model, in the memory of its device; engines hold what they were built for. Raises DllmError."""
+    backend = model.backend
+    longest = longest_canvas(model.manifest.model, slots, asked, free_memory() if backend.is_on_cpu else _of_gpu(), share)
+    capacity = getattr(backend, "capacity", None)
+    return longest if asked is not None or capacity is None else max(1, min(longest, capacity - SPARE_ROWS))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, of its control group, and of its address space. 0 where none is known."""
+    known = [devices.meminfo("MemAvailable"), _of_group(), _of_process()]
+    return min((size for size in known if size), default=0)
+
+
+def _of_gpu() -> int:
+    """Free bytes of the GPU in use; 0 where cuda-python is missing or finds none."""
+    try:
+        runtime: Any = importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        return 0
+    status, *held = runtime.cudaMemGetInfo()
+    return int(held[0]) if int(status) == 0 else 0
+
+
+def _of_group() -> int:
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        return max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such group, or 'max'
+        return 0
+
+
+def _of_process() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 0
+    try:
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return 0
+    return max(1, limit - used)

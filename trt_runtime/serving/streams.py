@@ -1,0 +1,103 @@
+"""An answer in one piece, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+
+from trt_runtime.model import Update
+from trt_runtime.serving.answers import CHAT, TEXT, Answer
+from trt_runtime.serving.errors import body_of, is_fault
+from trt_runtime.serving.worker import Broken
+
+
+async def whole(answer: Answer) -> dict[str, Any]:
+    """The answer in one piece. Raises what ended it."""
+    texts, stopped, left = [""] * len(answer.jobs), [False] * len(answer.jobs), len(answer.jobs)
+    while left:
+        index, update = await answer.mailbox.get()
+        if update is None:
+            left -= 1
+        elif not stopped[index]:
+            texts[index], stopped[index] = answer.show(index, update)
+            if stopped[index]:
+                answer.worker.cancel(answer.jobs[index], "stop")
+    choices = [answer.choice(index, text, answer.reason(index, stopped[index]), chunk=False) for index, text in enumerate(texts)]
+    return answer.envelope(answer.kind, choices=choices, usage=answer.usage())
+
+
+async def _updates(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
+    """The updates of all choices as they come. Raises what ended one of them, or TimeoutError."""
+    left, deadline = len(answer.jobs), time.monotonic() + answer.options.timeout
+    while left:
+        index, update = await asyncio.wait_for(answer.mailbox.get(), max(0.0, deadline - time.monotonic()))
+        if update is None:
+            left -= 1
+        else:
+            yield index, update
+
+
+async def events(answer: Answer) -> AsyncIterator[str]:
+    """Server-sent events: text as blocks are finished, choice by choice as it comes. An error is an event: the status is sent."""
+    options = answer.body.stream_options
+    kind = "chat.completion.chunk" if answer.kind == CHAT else TEXT
+
+    def event(**more: Any) -> str:
+        return f"data: {json.dumps(answer.envelope(kind, **more))}\n\n"
+
+    sent, stopped, begun = [""] * len(answer.jobs), [False] * len(answer.jobs), [False] * len(answer.jobs)
+    try:
+        async for index, update in _updates(answer):
+            if answer.kind == CHAT and not begun[index]:  # not before: until now, a lost replica loses nothing
+                first = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+                yield event(choices=[{"index": index, **first}])
+            begun[index] = True
+            if stopped[index]:
+                continue
+            text, stopped[index] = answer.show(index, update)
+            if options is not None and options.provisional:
+                yield event(choices=[], provisional=answer.provisional(index, update))
+            if not text.startswith(sent[index]):
+                raise Broken("a token changed text that was sent already: ask without stream.")
+            if len(text) > len(sent[index]):
+                yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
+                sent[index] = text
+            if stopped[index] or update.finished:
+                yield event(choices=[answer.choice(index, "", answer.reason(index, stopped[index]), chunk=True)])
+                answer.worker.cancel(answer.jobs[index], "stop")
+        if options is not None and options.include_usage:
+            yield event(choices=[], usage=answer.usage())
+        answer.release()
+        yield "data: [DONE]\n\n"
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        yield f"data: {json.dumps(_failed(answer, error))}\n\n"
+
+
+def _failed(answer: Answer, error: BaseException) -> dict[str, Any]:
+    is_late = isinstance(error, (TimeoutError, asyncio.TimeoutError))
+    message = f"no answer within {answer.options.timeout:g} s" if is_late else str(error)
+    answer.worker.metrics.errors.labels("stream").inc()
+    answer.cancel("timeout" if is_late else "failed")
+    return body_of(500, message)
+
+
+class Streamed(StreamingResponse):
+    """Events of an answer, which is given up however the response ends: also where the client leaves before the first."""
+
+    def __init__(self, answer: Answer) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **answer.headers}
+        super().__init__(events(answer), media_type="text/event-stream", headers=headers)
+        self.answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.release()
