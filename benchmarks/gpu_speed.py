@@ -212,13 +212,13 @@ def torch_graph(settings: Any, note: Callable[..., None]) -> None:
     from export.parity.reference import TorchBackend
 
     backend = TorchBackend(settings.artifact, device=settings.device)
-    network, canvas = backend.model.model, settings.canvases[-1]
+    network, canvas = backend.network.module.model, settings.canvases[-1]
     for form in ("graph", "compiled graph"):
         if form == "compiled graph":
             if settings.is_twin:
                 note(compiled={"skipped": "torch.compile is left out of the twin"})
                 continue
-            network = torch.compile(backend.model.model, dynamic=False)
+            network = torch.compile(backend.network.module.model, dynamic=False)
         row: dict[str, Any] = {"form": form, "canvas": canvas, "batch": 1}
         for role, window in zip(
             ("prefix", "refine"), windows(backend.manifest, 1, canvas, settings.block_length, seed=1), strict=True
@@ -242,7 +242,7 @@ def _static(backend: Any, network: Any, cache: Cache, window: Window, *, own_row
     def forward() -> torch.Tensor:
         hidden = network(input_ids=at["input_ids"], position_ids=at["position_ids"], attention_mask=mask, past_key_values=held,
                          use_cache=False).last_hidden_state  # fmt: skip
-        logits = backend.model.lm_head(hidden[:, at["logit_rows"][0]]).float()
+        logits = backend.network.logits(hidden[:, at["logit_rows"][0]])
         best = logits.max(-1)
         return torch.stack([best.indices.float(), (best.values - logits.logsumexp(-1)).exp()])
 

@@ -1,3 +1,5 @@
-"""Checkpoint -> artifact. A tool of the checkout: `python -m export --help`."""
+"""Checkpoint -> artifact: `dllm-trt export`, `python -m export` or `make export`."""
 
-import trt_runtime  # noqa: F401  (before any onnxruntime: it turns its telemetry off)
+from trt_runtime.optional import know_installed_name  # trt_runtime before any onnxruntime: it turns its telemetry off
+
+know_installed_name(__name__)

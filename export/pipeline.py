@@ -36,6 +36,7 @@ from .graph.decoder import DecoderConfig, weight_shapes
 from .graph.linears import Linears
 from .schemes.base import Scheme
 from .weights import plan as weights
+from .weights import stream
 
 Progress = Callable[[int], Callable[[int], object]]
 
@@ -175,7 +176,7 @@ def export(
     with atomic.sealed(config.out, overwrite=config.overwrite) as directory:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory, scheme)
-        written = weights.stream(planned, directory, progress(weights.total_size(planned)))
+        written = stream.stream(planned, directory, progress(weights.total_size(planned)))
         if scheme is not None and scheme.is_calibrated:
             scheme.calibration.write(directory)
         tokenizer = tokenizer_files.assemble(source.checkpoint.path, directory / "tokenizer")
@@ -183,7 +184,7 @@ def export(
             source = replace(source, decoding=decoding_of(source, tokenizer))
         else:
             note(tokenizer_files.note(source.checkpoint.path))
-        if config.dtype == "fp16" and (near := weights.near_fp16(written.maxima)):
+        if config.dtype == "fp16" and (near := stream.near_fp16(written.maxima)):
             note(near)
         _check_graphs(directory, written.files)
         manifest = _manifest(source, config, directory, written, scheme)
@@ -201,9 +202,10 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
             raise DllmError(f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the checkpoint.")
     if decoder.vocab_size < 4:
         raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
-    if decoder.hidden_size % decoder.num_heads or decoder.num_heads % decoder.num_kv_heads or decoder.head_dim % 2:
+    attention = decoder.attention
+    if decoder.hidden_size % attention.num_heads or attention.num_heads % attention.num_kv_heads or attention.head_dim % 2:
         raise DllmError(
-            f"{where}: hidden size {decoder.hidden_size}, {decoder.num_heads} heads and {decoder.num_kv_heads} KV heads do not "
+            f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and {attention.num_kv_heads} KV heads do not "
             "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be even)."
         )
 
@@ -277,11 +279,11 @@ def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) 
     return ModelFacts(
         family=config["model_type"].lower(),
         num_layers=decoder.num_layers,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
+        num_heads=decoder.attention.num_heads,
+        num_kv_heads=decoder.attention.num_kv_heads,
+        head_dim=decoder.attention.head_dim,
         hidden_size=decoder.hidden_size,
-        intermediate_size=decoder.intermediate_size,
+        intermediate_size=decoder.feed_forward.intermediate_size,
         vocab_size=decoder.vocab_size,
         max_length=decoder.max_length,
         dtype=dtype,
@@ -290,7 +292,7 @@ def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) 
     )
 
 
-def _manifest(source: Source, config: ExportConfig, directory: Path, written: weights.Written, scheme: Scheme | None) -> Manifest:
+def _manifest(source: Source, config: ExportConfig, directory: Path, written: stream.Written, scheme: Scheme | None) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
     dims = roles.dims_of(decoder, config.dtype, config.lowering)
     files = dict(written.files)

@@ -2,7 +2,7 @@
 
 The exporter and the kernels are the folders `export` and `plugins` of a checkout. A wheel holds the same files as the packages
 `dllm_trt_export` and `dllm_trt_plugins`, because the folders' own names are too general for site-packages. Their files import one another
-by relative imports, so they work under either name.
+by relative imports, so they work under either name; code of yours imports them by the installed name, which a checkout knows too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import importlib
 import os
 import sys
 import traceback
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from trt_runtime.errors import DllmError
 from trt_runtime.system import commands, program
 
-TOOLS = ("export", "plugins")
+TOOLS, PREFIX = ("export", "plugins"), "dllm_trt_"
 
 
 def import_optional(module: str, what: str, fix: str) -> Any:
@@ -45,8 +48,8 @@ def _installed_name(module: str) -> str:
     if tool not in TOOLS:
         return module
     checkout = commands.checkout()
-    if checkout is None:
-        return f"dllm_trt_{module}"
+    if checkout is None or f"{PREFIX}{tool}" in sys.modules:
+        return f"{PREFIX}{module}"
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     return module
@@ -57,8 +60,35 @@ def _package_of(error: BaseException) -> str | None:
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
     _, found, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
     name = inside.split(os.sep)[0].removesuffix(".py") if found else ""
-    if not name or name in ("trt_runtime", "dllm_trt_export", "dllm_trt_plugins", *TOOLS):
+    if not name or name.removeprefix(PREFIX) in ("trt_runtime", *TOOLS):
         return None
     from importlib import metadata  # takes milliseconds, which only an error should cost
 
     return (metadata.packages_distributions().get(name) or [name])[0]
+
+
+class InstalledName(MetaPathFinder, Loader):
+    """Makes `dllm_trt_export...` another name of the modules `export...` of a checkout, and so for the kernels: one module, two names."""
+
+    def __init__(self, tool: str) -> None:
+        self.tool = tool
+        self._specs: dict[str, ModuleSpec | None] = {}
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        own = PREFIX + self.tool
+        return ModuleSpec(name, self) if name == own or name.startswith(f"{own}.") else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(spec.name.removeprefix(PREFIX))
+        self._specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It was executed under its first name, which it keeps."""
+        module.__spec__ = self._specs.pop(PREFIX + module.__name__)
+
+
+def know_installed_name(package: str) -> None:
+    """For the packages of a checkout, when they are imported: code that imports them by the installed name gets the same modules."""
+    if package in TOOLS and not any(isinstance(finder, InstalledName) and finder.tool == package for finder in sys.meta_path):
+        sys.meta_path.insert(0, InstalledName(package))

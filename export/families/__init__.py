@@ -1,4 +1,7 @@
-"""Families: one file an architecture, found by its `model_type` (lower case). See docs/adding-a-model.md."""
+"""Families: one file an architecture, found by its `model_type` (lower case). See docs/how-to/add-a-family.md.
+
+A family of an installed package is an entry point of the group `dllm_trt.families`: the model type, and a Family.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,27 @@ import importlib
 import pkgutil
 
 from trt_runtime.errors import unknown
+from trt_runtime.registry import Registry
 
 from .base import Family
 
+_PARTS = ("base", "transformers_network")
+FAMILIES: Registry[Family] = Registry(
+    "model type", "dllm_trt.families", "an instance of export.families.base.Family", lambda item: isinstance(item, Family)
+)
+
 
 def names() -> list[str]:
-    """The model types that exist: the modules of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    """The model types that exist: the modules of this package, and those that installed packages add."""
+    own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS]
+    return sorted({*own, *FAMILIES.names()})
 
 
 def find(model_type: str) -> Family:
     """The family of a config.json's `model_type`. Raises DllmError for an unknown one."""
-    if model_type.lower() not in names():
+    name = model_type.lower()
+    if name not in names():
         raise unknown("model type", model_type, names(), "To add one, write export/families/<model_type>.py.")
-    family = importlib.import_module(f"{__package__}.{model_type.lower()}").FAMILY
-    assert isinstance(family, Family)
-    return family
+    if name not in FAMILIES.names():
+        FAMILIES.register(importlib.import_module(f"{__package__}.{name}").FAMILY, name)
+    return FAMILIES.find(name)

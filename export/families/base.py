@@ -6,12 +6,14 @@ import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from trt_runtime.artifact.manifest import DecodingFacts
 from trt_runtime.errors import DllmError, shown
 
 from ..graph import decoder
+from ..graph.context import split_layer
 from ..graph.decoder import DecoderConfig
 
 # keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
@@ -183,6 +185,45 @@ def hf_name(weight: str) -> str:
     return f"model.layers.{where[0]}.{_HF_LAYER[leaf]}.{kind or 'weight'}"
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A checkpoint tensor, or its rows [start, stop) alone. The pieces of a weight stand one after the other along its first axis."""
+
+    tensor: str
+    rows: tuple[int, int] | None = None
+
+
+class Reference(Protocol):
+    """The network of a family in PyTorch, which the exported graphs are compared with. Shape letters: B rows of the call, S rows of the window.
+
+    module: all of it, for hooks and for moving it to a device. layers: its decoder layers, in order; what one returns is the residual stream
+    after it (or a tuple that begins with it).
+    """
+
+    module: Any
+    layers: Any
+
+    def load(self, state: Mapping[str, Any], dtype: Any) -> None:
+        """Take the weights, tensors by the names of decoder.weight_shapes. Raises DllmError where they are not those of the network."""
+
+    def hidden_states(self, input_ids: Any, position_ids: Any, mask: Any, cache: Any) -> Any:
+        """The residual stream after the final norm [B, S, hidden], of int64 [B, S] ids and positions and an additive mask [B, 1, S, keys].
+
+        cache: has `update(key, value, layer)`, which is given a layer's keys (after RoPE) and values [B, H, S, D], and returns those that it
+        attends to.
+        """
+
+    def logits(self, hidden: Any) -> Any:
+        """float32 logits [B, R, V] of hidden states [B, R, hidden]."""
+
+
+def transformers_reference(architecture: str, decoder: DecoderConfig, **config: Any) -> Reference:
+    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention; `config`: what its configuration has besides."""
+    from . import transformers_network  # imports torch
+
+    return transformers_network.TransformersNetwork(architecture, decoder, config)
+
+
 class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
@@ -201,19 +242,14 @@ class Family(ABC):
     def tensor_name(self, weight: str) -> str:
         """The checkpoint's name of a decoder weight (decoder.weight_shapes), e.g. 'layers.3.q_proj'."""
 
+    def pieces(self, weight: str) -> tuple[Piece, ...]:
+        """Where a decoder weight is stored: one tensor, unless a family's checkpoints have it in several, or as rows of a larger one."""
+        return (Piece(self.tensor_name(weight)),)
+
     @abstractmethod
     def tiny_config(self) -> dict[str, Any]:
         """A config.json of a tiny model of this family, for the parametrised tests."""
 
     @abstractmethod
-    def reference(self, decoder: DecoderConfig) -> tuple[str, dict[str, Any]]:
-        """The transformers class of the PyTorch reference ('Llama' or 'Qwen2') and its configuration."""
-
-
-def split_layer(weight: str) -> tuple[int, str] | None:
-    """(3, 'q_proj') of 'layers.3.q_proj'; None for a weight outside the layers."""
-    head, _, rest = weight.partition(".")
-    if head != "layers":
-        return None
-    layer, _, leaf = rest.partition(".")
-    return int(layer), leaf
+    def reference(self, decoder: DecoderConfig) -> Reference:
+        """The same network in PyTorch, by code that is not ours; imports torch. `transformers_reference` serves where transformers has it."""

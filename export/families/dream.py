@@ -11,8 +11,10 @@ from typing import Any
 
 from trt_runtime.artifact.manifest import CATEGORICAL, DecodingFacts
 
+from ..graph.attention import Attention
 from ..graph.decoder import DecoderConfig
-from .base import ConfigReader, Family, decoding_defaults, hf_name
+from ..graph.feed_forward import SwiGLU
+from .base import ConfigReader, Family, Reference, decoding_defaults, hf_name, transformers_reference
 
 
 class Dream(Family):
@@ -29,16 +31,19 @@ class Dream(Family):
         return DecoderConfig(
             hidden_size=hidden,
             num_layers=config.positive("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=config.positive("num_key_value_heads", heads),
-            head_dim=config.positive("head_dim", hidden // heads),
-            intermediate_size=config.positive("intermediate_size"),
             vocab_size=config.positive("vocab_size"),
             max_length=config.positive("max_position_embeddings"),
             norm_eps=config.get("rms_norm_eps", float),
-            rope_theta=config.rope_theta(),
-            rotary_float32=False,
-            qkv_bias=True,
+            attention=Attention(
+                hidden,
+                num_heads=heads,
+                num_kv_heads=config.positive("num_key_value_heads", heads),
+                head_dim=config.positive("head_dim", hidden // heads),
+                rope_theta=config.rope_theta(),
+                rotary_float32=False,
+                qkv_bias=True,
+            ),
+            feed_forward=SwiGLU(hidden, config.positive("intermediate_size")),
             tied_head=config.get("tie_word_embeddings", bool, False),
         )
 
@@ -65,8 +70,8 @@ class Dream(Family):
             "use_sliding_window": False, "mask_token_id": 126, "eos_token_id": 125, "pad_token_id": 125,
         }  # fmt: skip
 
-    def reference(self, decoder: DecoderConfig) -> tuple[str, dict[str, Any]]:
-        return "Qwen2", {}
+    def reference(self, decoder: DecoderConfig) -> Reference:
+        return transformers_reference("Qwen2", decoder)
 
 
 FAMILY = Dream()

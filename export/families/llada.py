@@ -13,8 +13,11 @@ from typing import Any
 from trt_runtime.artifact.manifest import DecodingFacts
 
 from ..graph import decoder
+from ..graph.attention import Attention
+from ..graph.context import split_layer
 from ..graph.decoder import DecoderConfig
-from .base import ConfigReader, Family, decoding_defaults, split_layer
+from ..graph.feed_forward import SwiGLU
+from .base import ConfigReader, Family, Reference, decoding_defaults, transformers_reference
 
 _LAYER = {
     "attention_norm": "attn_norm", "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "attn_out",
@@ -45,15 +48,18 @@ class Llada(Family):
         return DecoderConfig(
             hidden_size=hidden,
             num_layers=config.positive("n_layers"),
-            num_heads=heads,
-            num_kv_heads=config.positive("n_kv_heads", heads),
-            head_dim=hidden // heads,
-            intermediate_size=config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden),
             vocab_size=config.positive("embedding_size", vocab),
             max_length=config.positive("max_sequence_length"),
             norm_eps=config.get("rms_norm_eps", float),
-            rope_theta=config.rope_theta(),
-            rotary_float32=config.get("rope_full_precision", bool, True),
+            attention=Attention(
+                hidden,
+                num_heads=heads,
+                num_kv_heads=config.positive("n_kv_heads", heads),
+                head_dim=hidden // heads,
+                rope_theta=config.rope_theta(),
+                rotary_float32=config.get("rope_full_precision", bool, True),
+            ),
+            feed_forward=SwiGLU(hidden, config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden)),
             tied_head=config.get("weight_tying", bool, False),
         )
 
@@ -80,8 +86,8 @@ class Llada(Family):
             "pad_token_id": 125,
         }  # fmt: skip
 
-    def reference(self, decoder: DecoderConfig) -> tuple[str, dict[str, Any]]:
-        return "Llama", {}
+    def reference(self, decoder: DecoderConfig) -> Reference:
+        return transformers_reference("Llama", decoder)
 
 
 FAMILY = Llada()

@@ -19,7 +19,7 @@ _SPEC_DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT,
 
 
 def dims_of(config: DecoderConfig, dtype: str, lowering: str = contract.MODERN) -> contract.Dims:
-    sizes = (config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size)
+    sizes = (config.num_layers, config.attention.num_kv_heads, config.attention.head_dim, config.vocab_size)
     return contract.Dims(*sizes, contract.DTYPES[dtype], lowering)
 
 

@@ -76,14 +76,18 @@ def _hooked(modules: dict[str, torch.nn.Module], noted: Noted) -> Iterator[None]
 
 
 def _layers(reference: TorchBackend) -> dict[str, torch.nn.Module]:
-    return {decoder.layer_name(i, decoder.OUTPUT): layer for i, layer in enumerate(reference.model.model.layers)}
+    return {decoder.layer_name(i, decoder.OUTPUT): layer for i, layer in enumerate(reference.network.layers)}
 
 
 @contextmanager
 def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
     """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its residual stream."""
-    linear = {name.removeprefix("model."): module for name, module in reference.model.named_modules()
-              if isinstance(module, torch.nn.Linear) and name != "lm_head"}  # fmt: skip
+    linear = {
+        decoder.layer_name(i, name): module
+        for i, layer in enumerate(reference.network.layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
 
     def note(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
         if isinstance(module, torch.nn.Linear):

@@ -1,4 +1,4 @@
-"""The PyTorch reference: transformers' own Llama (or Qwen2) with full attention, as a backend of the same runtime.
+"""The PyTorch reference: the family's network by code that is not ours, as a backend of the same runtime.
 
 Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours: what agrees with
 it was exported right. It is also the eager PyTorch baseline of the benchmarks.
@@ -8,25 +8,24 @@ Shape letters: B rows of the call, S rows of the window, R rows asked for, C cap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.errors import DllmError
-from trt_runtime.system import commands
 
 from .. import pipeline
 from ..checkpoint.huggingface import StoredTensor
-from ..families.base import hf_name
+from ..families.base import Reference
 from ..graph import decoder as decoders
+from ..weights.sources import stored_of
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -76,7 +75,8 @@ class TorchBackend(Backend):
         self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or facts.model.dtype]
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model = _load(source, self.dtype).to(self.device)
+        self.network = _load(source, self.dtype)
+        self.network.module.to(self.device)
 
     @property
     def gives_logits(self) -> bool:
@@ -99,7 +99,7 @@ class TorchBackend(Backend):
             tensor[slots] = torch.from_numpy(np.ascontiguousarray(arrays[name], np.float32)).to(tensor)
 
     def close(self) -> None:
-        del self.model
+        del self.network
 
     @torch.inference_mode()
     def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
@@ -125,15 +125,10 @@ class TorchBackend(Backend):
         mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
         mask = mask[:, None, None].expand(-1, 1, window.input_ids.shape[1], -1)
         buffers = [(key[slots], value[slots]) for key, value in cache.buffers]
-        hidden = self.model.model(
-            input_ids=tensors["input_ids"],
-            position_ids=tensors["position_ids"],
-            attention_mask=mask,
-            past_key_values=_Writer(buffers, window.write_index.tolist(), own_rows_only),
-            use_cache=False,
-        ).last_hidden_state
+        writer = _Writer(buffers, window.write_index.tolist(), own_rows_only)
+        hidden = self.network.hidden_states(tensors["input_ids"], tensors["position_ids"], mask, writer)
         wanted = tensors["logit_rows"][..., None].expand(-1, -1, hidden.shape[-1])
-        logits: torch.Tensor = self.model.lm_head(hidden.gather(1, wanted)).float()
+        logits: torch.Tensor = self.network.logits(hidden.gather(1, wanted))
         return logits
 
 
@@ -162,43 +157,18 @@ def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Pa
     return source
 
 
-def _load(source: pipeline.Source, dtype: torch.dtype) -> Any:
-    """transformers' model with the checkpoint's weights; each tensor is checked in by name and shape."""
-    decoder = source.decoder
-    cls, extra = source.family.reference(decoder)
-    config = getattr(transformers, f"{cls}Config")(
-        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size, intermediate_size=decoder.intermediate_size,
-        num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads,
-        num_key_value_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, max_position_embeddings=decoder.max_length, rms_norm_eps=decoder.norm_eps,
-        tie_word_embeddings=decoder.tied_head, hidden_act="silu", attn_implementation="sdpa",
-        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta}, **extra,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = getattr(transformers, f"{cls}ForCausalLM")(config)
-    state = dict(_state(source, dtype))
-    if decoder.tied_head:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+def _load(source: pipeline.Source, dtype: torch.dtype) -> Reference:
+    """The family's reference with the checkpoint's weights. Raises DllmError."""
+    reference = source.family.reference(source.decoder)
+    state = {}
+    for weight, shape in decoders.weight_shapes(source.decoder).items():
+        pieces = [_tensor(stored) for stored in stored_of(source.checkpoint, source.family.pieces(weight))]
+        state[weight] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shape).to(dtype)
     try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise DllmError(
-            f"{source.checkpoint.path}: its weights are not those of the reference, transformers' {cls}ForCausalLM "
-            f"({' '.join(str(error).split())[:300]}): correct {source.family.title}.reference() or the names of its tensors."
-        ) from error
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are buffers, which meta left empty
-    expected = decoder.rope_theta ** -(torch.arange(0, decoder.head_dim, 2) / decoder.head_dim)
-    if not torch.allclose(model.model.rotary_emb.inv_freq.cpu(), expected, rtol=1e-4):
-        raise DllmError(
-            f"transformers {transformers.__version__} does not take rope_theta {decoder.rope_theta:g} from where it is given: install "
-            f"transformers 5.8 or newer ({commands.package('-U', 'transformers')})."
-        )
-    return model.eval()
-
-
-def _state(source: pipeline.Source, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for weight in decoders.weight_shapes(source.decoder):
-        stored = source.checkpoint.tensors[source.family.tensor_name(weight)]
-        yield hf_name(weight), _tensor(stored).to(dtype)
+        reference.load(state, dtype)
+    except DllmError as error:
+        raise DllmError(f"{source.checkpoint.path}: {error}") from error
+    return reference
 
 
 def _tensor(stored: StoredTensor) -> torch.Tensor:

@@ -41,6 +41,8 @@ from .. import pipeline, schemes
 from ..quantize import gate as quality
 from ..schemes.base import Calibration, Scheme
 from ..weights import plan as weights
+from ..weights import stream
+from ..weights.sources import FP16_LARGEST
 from . import bisect as layers
 from . import verify_graphs
 from .reference import TorchBackend, origin, source_of
@@ -172,7 +174,7 @@ def _canvases(artifact: Path, manifest: Manifest) -> Stage:
 
 def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Stage:
     """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
-    mode = "copy" if weights.holds_all(manifest) else "link"
+    mode = "copy" if stream.holds_all(manifest) else "link"
     scheme = _scheme(artifact, manifest)
     planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme)
     wrong: list[str] = []
@@ -186,7 +188,7 @@ def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Sta
             if weight.name not in held or not _lies_where_planned(held[weight.name], weight):
                 wrong.append(f"{weight.name} in the {role} graph")
     if not wrong:
-        wrong = [weight.name for weight in planned if not weights.is_in(weight, artifact)]
+        wrong = [weight.name for weight in planned if not weight.is_in(artifact)]
     measured: dict[str, Any] = {"tensors": len(planned), "files": len(manifest.files), "hashes": "as in the manifest"}
     if wrong:
         measured["not the checkpoint's"] = f"{len(wrong)}, first {wrong[0]}"
@@ -222,10 +224,10 @@ def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage
         measured |= {"largest weight": maxima[name], "of": name}
     if dtype != "fp16":
         return Stage("range", True, measured)
-    passed = ranges.largest <= weights.FP16_LARGEST
-    near = f"{ranges.where} comes near fp16's range ({weights.FP16_LARGEST:g}): prefer DTYPE=bf16"
-    over = f"{ranges.where} leaves fp16's range ({weights.FP16_LARGEST:g}): export with DTYPE=bf16"
-    return Stage("range", passed, measured, over if not passed else near if ranges.largest > weights.FP16_NEAR else "")
+    passed = ranges.largest <= FP16_LARGEST
+    near = f"{ranges.where} comes near fp16's range ({FP16_LARGEST:g}): prefer DTYPE=bf16"
+    over = f"{ranges.where} leaves fp16's range ({FP16_LARGEST:g}): export with DTYPE=bf16"
+    return Stage("range", passed, measured, over if not passed else near if ranges.largest > stream.FP16_NEAR else "")
 
 
 def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:

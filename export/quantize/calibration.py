@@ -24,6 +24,7 @@ from ..graph.linears import Initializer, Linears
 from ..pipeline import Source
 from ..schemes.base import Array, Calibration
 from ..weights import plan as weights
+from ..weights.sources import FromCheckpoint, stored_of
 from . import gate as quality
 from .gate import Canvas
 
@@ -66,11 +67,12 @@ def observe(artifact: Path, source: Source, canvases: Iterable[Canvas]) -> Calib
 
 def columns(source: Source) -> dict[str, Array]:
     """The largest magnitude of each column of every layer's weight, [K] each."""
-    held = {}
-    for name in filter(is_linear, weight_shapes(source.decoder)):
-        stored = source.checkpoint.tensors[source.family.tensor_name(name)]
+    held, shapes = {}, weight_shapes(source.decoder)
+    for name in filter(is_linear, shapes):
         if is_layer(name):
-            held[name] = np.max([np.abs(piece).max(0) for piece in weights.rows_of(stored, name)], axis=0)
+            pieces = source.family.pieces(name)
+            stored = FromCheckpoint(pieces[0].tensor, stored_of(source.checkpoint, pieces))
+            held[name] = np.max([np.abs(piece).max(0) for piece in stored.rows(shapes[name][1])], axis=0)
     return held
 
 

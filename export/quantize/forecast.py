@@ -20,6 +20,7 @@ from ..families.base import Family
 from ..graph.decoder import EMBEDDING, DecoderConfig, weight_shapes
 from ..schemes.base import Array, Calibration
 from ..weights import plan as weights
+from ..weights.sources import NUMPY_DTYPES
 
 _CONFIG_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -46,12 +47,19 @@ def quantised(name: str, dtype: str | None, scheme: str, target: str | None) -> 
 
 def _stored(path: Path, config: dict[str, Any], family: Family, decoder: DecoderConfig) -> Checkpoint:
     """A checkpoint of the right shapes with no bytes behind them, in the dtype of the real one."""
-    kind = weights.NUMPY_DTYPES[_dtype(path, config, family.tensor_name(EMBEDDING))]
-    tensors = {
-        family.tensor_name(weight): StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize)
-        for weight, shape in weight_shapes(decoder).items()
-    }
-    return Checkpoint(path, config, {}, tensors)
+    kind = NUMPY_DTYPES[_dtype(path, config, family.pieces(EMBEDDING)[0].tensor)]
+    return Checkpoint(path, config, {}, _empty(path, kind, family, decoder))
+
+
+def _empty(path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig) -> dict[str, StoredTensor]:
+    """Tensors of the shapes that the family's weights ask for: a weight in several pieces has an equal share of its rows in each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, shape in weight_shapes(decoder).items():
+        pieces = family.pieces(weight)
+        for piece in pieces:
+            rows = shape[0] // len(pieces) if piece.rows is None else piece.rows[1]
+            shapes[piece.tensor] = (max(rows, shapes.get(piece.tensor, (0,))[0]), *shape[1:])
+    return {name: StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize) for name, shape in shapes.items()}
 
 
 def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
@@ -59,7 +67,7 @@ def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
     if path.is_dir() and any(path.glob("*.safetensors")):
         try:
             held: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype
-            return next(name for name, known in weights.NUMPY_DTYPES.items() if known == held)
+            return next(name for name, known in NUMPY_DTYPES.items() if known == held)
         except (DllmError, KeyError):  # an export would say so; a forecast needs config.json alone
             pass
     said = config.get("torch_dtype", config.get("dtype"))

@@ -21,7 +21,7 @@ from onnxscript import OpBuilder
 from trt_runtime.artifact.manifest import TENSORRT
 from trt_runtime.errors import DllmError
 
-from ..families.base import split_layer
+from ..graph.context import split_layer
 from ..graph.decoder import layer_name
 from ..graph.linears import Initializer
 from . import blocks, portable

@@ -29,7 +29,8 @@ from export.quantize import gate as quality
 from export.quantize.export import QuantizeConfig
 from export.schemes import blocks
 from export.schemes.base import Calibration
-from export.weights.plan import STORED, plan
+from export.weights.plan import plan
+from export.weights.sources import STORED
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend, OrtCudaBackend, int8
@@ -348,7 +349,7 @@ def test_what_is_observed_is_the_largest_input_of_each_layer(tmp_path):
 
         return hook
 
-    for i, layer in enumerate(reference.model.model.layers):
+    for i, layer in enumerate(reference.network.layers):
         for part in (layer.self_attn, layer.mlp):
             for name, module in part.named_children():
                 if name.endswith("_proj"):

@@ -17,11 +17,13 @@ from tiny import write_checkpoint
 from export import cli as export_cli
 from export import families, pipeline
 from export.graph import lint
+from export.graph.attention import Attention
 from export.graph.decoder import Decoder
 from export.graph.linears import Linears
 from export.graph.lowering import modern
 from export.parity.verify import bisect, verify
 from export.weights import plan as weights
+from export.weights.sources import FromCheckpoint
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
@@ -52,14 +54,14 @@ def _swap_gate_and_up(monkeypatch):
 
 def _swap_heads(monkeypatch):
     """The first two query heads change places in one layer."""
-    real = Decoder._heads
+    real = Attention._heads
 
-    def wrong(self, h, layer, name, heads, rows):
-        made = real(self, h, layer, name, heads, rows)
+    def wrong(self, on, h, layer, name, heads, rows):
+        made = real(self, on, h, layer, name, heads, rows)
         order = [1, 0, *range(2, heads)]
-        return self.op.Gather(made, order, axis=1) if (layer, name) == (1, "q_proj") else made
+        return on.op.Gather(made, order, axis=1) if (layer, name) == (1, "q_proj") else made
 
-    monkeypatch.setattr(Decoder, "_heads", wrong)
+    monkeypatch.setattr(Attention, "_heads", wrong)
 
 
 def _wrong_scale(monkeypatch):
@@ -67,9 +69,13 @@ def _wrong_scale(monkeypatch):
     monkeypatch.setattr(modern, "attention", lambda *v, scale, **more: real(*v, scale=scale * 1.1**-0.5, **more))
 
 
+def _with_theta(config, factor):
+    return replace(config, attention=replace(config.attention, rope_theta=config.attention.rope_theta * factor))
+
+
 def _wrong_rope_base(monkeypatch):
     real = weights.rope_tables
-    monkeypatch.setattr(weights, "rope_tables", lambda config: real(replace(config, rope_theta=config.rope_theta * 1.05)))
+    monkeypatch.setattr(weights, "rope_tables", lambda config: real(_with_theta(config, 1.05)))
 
 
 def _interleaved_rotation(monkeypatch):
@@ -129,12 +135,14 @@ def _cache_written_at_the_wrong_row(monkeypatch):
 
 
 def _one_tensor_not_loaded(monkeypatch):
-    real = weights._convert
+    real = FromCheckpoint.converted
 
-    def wrong(piece, weight, maxima):
-        return real(piece * 0 if weight.name == "layers.2.up_proj" else piece, weight, maxima)
+    def wrong(self, piece, dtype, largest):
+        return real(
+            self, piece * 0 if self.name.endswith("2.up_proj.weight") or ".2.mlp.up_proj" in self.name else piece, dtype, largest
+        )
 
-    monkeypatch.setattr(weights, "_convert", wrong)
+    monkeypatch.setattr(FromCheckpoint, "converted", wrong)
 
 
 def _shift_off_by_one(monkeypatch):
@@ -177,7 +185,7 @@ def test_rotation_tables_may_differ_in_the_last_bit_of_their_frequencies(
     """As another processor computes them: an artifact travels."""
 
     def other(config):
-        frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim) * (1 + relative)
+        frequency = config.attention.rope_theta ** -(np.arange(0, size := config.attention.head_dim, 2) / size) * (1 + relative)
         angles = np.outer(np.arange(config.max_length), frequency)
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 

@@ -19,6 +19,7 @@ from export.families.base import ConfigReader
 from export.graph import roles
 from export.pipeline import ExportConfig, read
 from export.weights import plan as weights
+from export.weights.sources import NUMPY_DTYPES
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
@@ -41,9 +42,9 @@ def test_weights_arrive_converted_and_where_the_plan_says(tiny, tmp_path, dtype)
     planned = weights.plan(source.decoder, LLADA, source.checkpoint, dtype)
     assert sum(weight.source_name in tensors for weight in planned) == len(tensors)
     for weight in planned:
-        got = np.frombuffer(data[weight.offset : weight.offset + weight.size], weights.NUMPY_DTYPES[weight.dtype])
+        got = np.frombuffer(data[weight.offset : weight.offset + weight.size], NUMPY_DTYPES[weight.dtype])
         if weight.source_name in tensors:
-            expected = tensors[weight.source_name].astype(weights.NUMPY_DTYPES[dtype])
+            expected = tensors[weight.source_name].astype(NUMPY_DTYPES[dtype])
             assert (got.reshape(weight.shape) == expected).all()
         assert weight.offset % weights.ALIGNMENT == 0
 
@@ -173,7 +174,7 @@ def test_rotation_tables_and_powers_are_the_same_on_every_processor(sets):
         " from dataclasses import replace; from export import families; from export.weights import plan as weights; from export.families.base import ConfigReader;"
         "f = families.find('llada'); c = f.decoder(ConfigReader(f.tiny_config(), 'c'));"
         "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, 128)"
-        " for t in weights.rope_tables(replace(c, rope_theta=base, head_dim=size, max_length=4096))))"
+        " for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, head_dim=size), max_length=4096))))"
     )
     here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     made = subprocess.run(

@@ -21,11 +21,15 @@ def random_tensors(family: Family, config: dict[str, Any], seed: int = 0) -> Ten
     """Weights of unit gain, so that logits spread and confidences differ."""
     rng = np.random.default_rng(seed)
     shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
-    return {
-        family.tensor_name(name): (rng.standard_normal(shape) * (2.0 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1)
-                                   + (1.0 if "norm" in name else 0.0)).astype(np.float32)
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    stored: Tensors = {}
+    for name, shape in shapes.items():
+        spread = 2.0 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1
+        weight = (rng.standard_normal(shape) * spread + (1.0 if "norm" in name else 0.0)).astype(np.float32)
+        pieces = family.pieces(name)
+        for piece, part in zip(pieces, np.split(weight, len(pieces)), strict=True):
+            there = stored.get(piece.tensor)
+            stored[piece.tensor] = part if there is None else np.concatenate([there, part])
+    return stored
 
 
 def write_checkpoint(

@@ -1,0 +1,75 @@
+"""Attention as a part of a decoder layer: the names and shapes of its weights, and its nodes.
+
+Shape letters: B batch, T rows of activations, H KV heads, D head_dim, C capacity of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .context import Context, Rows, Shapes
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated in float32."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rotary_float32: bool
+    qkv_bias: bool = False
+
+    def shapes(self) -> Shapes:
+        """The weights of a layer, in the order of use."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: Shapes = {}
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            shapes[name] = (rows, self.hidden_size)
+            if self.qkv_bias:
+                shapes[name + ".bias"] = (rows,)
+        return shapes | {"o_proj": (self.hidden_size, queries)}
+
+    def keys_and_values(self, on: Context, h: ir.Value, layer: int, rows: Rows) -> tuple[ir.Value, ir.Value]:
+        """Keys after RoPE, and values, of h [T, hidden]: [B, H, rows, D] each."""
+        key = self._rotate(on, self._heads(on, h, layer, "k_proj", self.num_kv_heads, rows), rows)
+        return key, self._heads(on, h, layer, "v_proj", self.num_kv_heads, rows)
+
+    def queries(self, on: Context, h: ir.Value, layer: int, rows: Rows) -> ir.Value:
+        """Queries of h [T, hidden] after RoPE, and with what of 1 / sqrt(D) the lowering leaves to them: [B, heads, rows, D]."""
+        factor, _ = on.lowering.scales(self.head_dim, on.dtype)
+        return self._rotate(on, self._heads(on, h, layer, "q_proj", self.num_heads, rows), rows, factor)
+
+    def attend(self, on: Context, query: ir.Value, layer: int, rows: Rows, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """What the queries make of keys and values [B, H, C, D]: [T, hidden]."""
+        _, scale = on.lowering.scales(self.head_dim, on.dtype)
+        group = self.num_heads // self.num_kv_heads
+        attended = on.lowering.attention(
+            on.op, query, keys, values, rows.mask, scale=scale, head_dim=self.head_dim, group=group
+        )  # fmt: skip
+        flat = on.op.Reshape(on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim])
+        return on.linear(flat, layer, "o_proj")
+
+    def _heads(self, on: Context, h: ir.Value, layer: int, name: str, heads: int, rows: Rows) -> ir.Value:
+        """A projection of h, split into heads: [B, heads, rows, D]."""
+        projected = on.linear(h, layer, name, bias=self.qkv_bias)
+        shape = on.op.Concat(rows.shape, [heads, self.head_dim], axis=0)
+        return on.op.Transpose(on.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
+
+    def _rotate(self, on: Context, x: ir.Value, rows: Rows, factor: float | None = None) -> ir.Value:
+        """x [B, heads, rows, D] rotated to its positions, and times `factor` in float32. With rotary_float32 x goes up and comes back; casting only
+        the table would not be the same."""
+        cos, sin = on.table
+        is_wide = self.rotary_float32
+        turned = (
+            on.lowering.rotate(on.op, on.float32(x), cos, sin, rows.positions)
+            if is_wide
+            else on.lowering.rotate(on.op, x, on.narrow(cos), on.narrow(sin), rows.positions)
+        )
+        if factor is not None:
+            turned, is_wide = on.op.Mul(turned if is_wide else on.float32(turned), factor), True
+        return on.narrow(turned) if is_wide else turned

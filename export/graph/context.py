@@ -1,0 +1,84 @@
+"""What every part of the decoder builds its nodes with, and the names of weights.
+
+Shape letters: B batch, T rows of activations (B * rows of the window).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from .linears import Linears
+from .lowering import Lowering
+
+EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
+ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
+OUTPUT = "output"  # of a layer: the residual stream after it
+
+Shapes = dict[str, tuple[int, ...]]  # of weights by name, [out, in]
+
+
+def layer_name(layer: int, name: str) -> str:
+    """Name of a weight of a layer: the names of the initializers and of every parity table."""
+    return f"layers.{layer}.{name}"
+
+
+def split_layer(weight: str) -> tuple[int, str] | None:
+    """(3, 'q_proj') of 'layers.3.q_proj'; None for a weight outside the layers."""
+    head, _, rest = weight.partition(".")
+    if head != "layers":
+        return None
+    layer, _, leaf = rest.partition(".")
+    return int(layer), leaf
+
+
+def is_layer(name: str) -> bool:
+    """Whether a weight is one of a layer's."""
+    return split_layer(name) is not None
+
+
+def is_linear(name: str) -> bool:
+    """Whether a weight is that of a linear layer, the head among them: parts give these names that end in _proj."""
+    return name == HEAD or name.endswith("_proj")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the additive mask they attend by."""
+
+    positions: ir.Value
+    shape: ir.Value
+    mask: ir.Value
+
+
+@dataclass(frozen=True)
+class Context:
+    """The graph that is being built. dtype: of activations and caches. weight: the initializer of a weight. linears: spells linear layers.
+    table: cos and sin."""
+
+    op: OpBuilder
+    lowering: Lowering
+    dtype: ir.DataType
+    weight: Callable[[str], ir.Value]
+    linears: Linears
+    table: tuple[ir.Value, ir.Value]
+    norm_eps: float
+
+    def linear(self, x: ir.Value, layer: int, name: str, *, bias: bool = False) -> ir.Value:
+        """x [T, K] -> [T, N] by a layer's linear weight."""
+        added = self.weight(layer_name(layer, name + ".bias")) if bias else None
+        return self.linears.linear(self.op, x, layer_name(layer, name), self.weight, added)
+
+    def norm(self, x: ir.Value, weight: str) -> ir.Value:
+        """RMSNorm of x over its last axis."""
+        return self.lowering.rms_norm(self.op, x, self.weight(weight), self.norm_eps, self.dtype)
+
+    def float32(self, x: ir.Value) -> ir.Value:
+        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(ir.DataType.FLOAT))
+
+    def narrow(self, x: ir.Value) -> ir.Value:
+        """A float32 value in the activations' dtype."""
+        return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))

@@ -1,0 +1,196 @@
+"""Where the elements of a stored tensor come from: the checkpoint, a table, or what a scheme makes of a weight.
+
+A source gives its elements in order, a piece at a time, so that memory stays at two pieces whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from trt_runtime.errors import DllmError
+
+from ..checkpoint.huggingface import Checkpoint, StoredTensor
+from ..families.base import Piece
+
+FP16_LARGEST = 65504.0
+_PIECE = 1 << 22  # bytes read at a time
+_CACHED = 1 << 19  # elements looked at at a time: they stay in the processor's cache
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
+DTYPE_OF = {known: name for name, known in NUMPY_DTYPES.items()}
+# what a stored tensor may hold: NumPy's type and ONNX's. int4: two numbers a byte, the first in the lower half
+STORED: dict[str, tuple[np.dtype[Any], ir.DataType]] = {
+    "fp32": (NUMPY_DTYPES["fp32"], ir.DataType.FLOAT), "fp16": (NUMPY_DTYPES["fp16"], ir.DataType.FLOAT16),
+    "bf16": (NUMPY_DTYPES["bf16"], ir.DataType.BFLOAT16), "int8": (np.dtype(np.int8), ir.DataType.INT8),
+    "uint8": (np.dtype(np.uint8), ir.DataType.UINT8), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN),
+    "int4": (np.dtype(np.uint8), ir.DataType.INT4),
+}  # fmt: skip
+
+
+Array = np.ndarray[Any, Any]
+
+
+def stored_of(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[StoredTensor, ...]:
+    """The pieces of a weight as they lie in the checkpoint's files."""
+    return tuple(_rows(checkpoint.tensors[piece.tensor], piece.rows) for piece in pieces)
+
+
+def _rows(stored: StoredTensor, rows: tuple[int, int] | None) -> StoredTensor:
+    """Rows [start, stop) of a tensor, which lie side by side."""
+    if rows is None:
+        return stored
+    start, stop = rows
+    each = stored.size // stored.shape[0]
+    return StoredTensor(
+        stored.file, stored.dtype, (stop - start, *stored.shape[1:]), stored.offset + start * each, (stop - start) * each
+    )
+
+
+class Source(ABC):
+    """Where a stored tensor comes from."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Array]:
+        """The elements in order, flat, a piece at a time; a piece is good until the second after it."""
+
+    def converted(self, piece: Array, dtype: str, maxima: Maximum) -> Array:
+        """A piece in the dtype that is stored; its largest magnitude is noted if it is of a checkpoint's tensor."""
+        return piece
+
+    def is_at(self, path: Path, offset: int, dtype: str) -> bool:
+        """Whether the bytes at a place of an artifact's file are these, converted."""
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for piece in self.pieces():
+                expected = bytes_of(self.converted(piece, dtype, Maximum("")))
+                if file.read(len(expected)) != expected:
+                    return False
+        return True
+
+
+@dataclass
+class Maximum:
+    """The largest magnitude of the checkpoint tensors of a weight so far; None where there was none."""
+
+    name: str
+    largest: float | None = None
+
+    def note(self, piece: Array) -> None:
+        """Raises DllmError for values that are no number. Without their sign, floating-point numbers are ordered as their bits are: no conversion is
+        needed to compare them."""
+        kind = np.dtype(f"u{piece.dtype.itemsize}")
+        magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
+        bits = piece.view(kind)
+        for start in range(0, bits.size, _CACHED):
+            most = max(most, (bits[start : start + _CACHED] & magnitude).max())
+        largest = float(np.array([most], kind).view(piece.dtype)[0])
+        if not math.isfinite(largest):
+            raise no_number(self.name)
+        self.largest = max(self.largest or 0.0, largest)
+
+
+@dataclass(frozen=True)
+class FromCheckpoint(Source):
+    """One or several pieces of a checkpoint, one after the other; `name`: of the first tensor, for messages."""
+
+    name: str
+    stored: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored[0].dtype
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return sum(math.prod(piece.shape) for piece in self.stored)
+
+    def pieces(self) -> Iterator[Array]:
+        step = _PIECE // self.dtype.itemsize
+        buffers = [np.empty(min(step, self.size), self.dtype) for _ in range(2)]
+        number = 0
+        for stored in self.stored:
+            with open(stored.file, "rb") as file:
+                file.seek(stored.offset)
+                for start in range(0, stored.size, _PIECE):
+                    piece = buffers[number % 2][: min(_PIECE, stored.size - start) // self.dtype.itemsize]
+                    if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
+                        raise DllmError(f"{stored.file}: cut short while it was read: download it again.")
+                    number += 1
+                    yield piece
+
+    def rows(self, columns: int) -> Iterator[Array]:
+        """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for values that are no number."""
+        step = max(1, _PIECE // (4 * columns))
+        for stored in self.stored:
+            flat, outputs = stored.open(), math.prod(stored.shape) // columns
+            for start in range(0, outputs, step):
+                piece = flat[start * columns : (start + step) * columns].astype(np.float32).reshape(-1, columns)
+                if not np.isfinite(piece).all():
+                    raise no_number(self.name)
+                yield piece
+
+    def converted(self, piece: Array, dtype: str, maxima: Maximum) -> Array:
+        target = NUMPY_DTYPES[dtype]
+        maxima.note(piece)
+        if piece.dtype == target:
+            return piece
+        wide = piece
+        if piece.dtype == ml_dtypes.bfloat16:  # the upper half of a float32
+            wide = (piece.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):
+            made = wide.astype(np.float32, copy=False).astype(target, copy=False)
+        if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
+            raise DllmError(
+                f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): export with "
+                "DTYPE=bf16 (--dtype bf16)."
+            )
+        return made
+
+    def is_at(self, path: Path, offset: int, dtype: str) -> bool:
+        return all(stored.file.samefile(path) for stored in self.stored) or super().is_at(path, offset, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Source):
+    """A rotation table [max_length, D / 2]."""
+
+    array: Array
+
+    def pieces(self) -> Iterator[Array]:
+        yield self.array.reshape(-1)
+
+    def is_at(self, path: Path, offset: int, dtype: str) -> bool:
+        """But for the last bits of its frequencies (at most 1), as another machine or version computes them."""
+        there = np.memmap(path, np.float32, "r", offset, self.array.shape)
+        allowed = np.float32(2.0**-22) * (1 + np.arange(len(self.array), dtype=np.float32))[:, None]
+        return bool((np.abs(self.array - there) <= allowed).all())  # false for values that are no number
+
+
+@dataclass(frozen=True)
+class Made(Source):
+    """What is made when its turn comes."""
+
+    make: Callable[[], Array] = field(repr=False)
+
+    def pieces(self) -> Iterator[Array]:
+        yield self.make().reshape(-1)
+
+
+def bytes_of(array: Array) -> memoryview:
+    """An array as it lies in a file."""
+    return np.ascontiguousarray(array).view(np.uint8).data
+
+
+def no_number(name: str) -> DllmError:
+    return DllmError(f"tensor {name}: holds values that are no number (NaN, infinite): the checkpoint is damaged.")
