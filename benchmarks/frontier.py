@@ -80,7 +80,10 @@ def evaluate(
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = ["| decoding | exact match % | TPF | forwards | same as one a forward % |", "|---|---|---|---|---|"]
+    lines = [
+        "| decoding | exact match % | TPF | forwards | same as one a forward % |",
+        "|---|---|---|---|---|",
+    ]
     for row in report["rows"]:
         same = "" if row["same"] is None else f"{row['same']:.1f}"
         lines.append(
@@ -100,7 +103,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
     names = list(dict.fromkeys(row["group"] for row in report["rows"]))
     colours = plt.get_cmap("tab20").colors
     for i, name in enumerate(names):
-        rows = sorted((row for row in report["rows"] if row["group"] == name), key=lambda row: row["tokens_per_forward"])
+        rows = sorted(
+            (row for row in report["rows"] if row["group"] == name), key=lambda row: row["tokens_per_forward"]
+        )
         joined = name not in ("refresh", "suffix", "block length", "speculation", "vanilla")
         axes.errorbar([row["tokens_per_forward"] for row in rows], [row["exact_match"] for row in rows], [row["standard_error"] for row in rows],
                       label=name, color=colours[i % 20], marker="osD^v*"[i % 6], markersize=5, linewidth=1.4 if joined else 0, elinewidth=0.6)  # fmt: skip
@@ -115,7 +120,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     for suffix in (".png", ".svg"):
-        figure.savefig(file.with_suffix(suffix), dpi=130, metadata={"Date": None} if suffix == ".svg" else {"Software": None})
+        figure.savefig(
+            file.with_suffix(suffix),
+            dpi=130,
+            metadata={"Date": None} if suffix == ".svg" else {"Software": None},
+        )
     plt.close(figure)
 
 
@@ -129,19 +138,29 @@ def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str
             if config.policy == "fixed" and config.steps is None and config.speculate == 1:
                 single[config.cache] = answers
             base = single.get(config.cache) if config.block_length is None else None
-            same = None if base is None else round(100 * sum(a == b for a, b in zip(answers, base, strict=True)) / count, 1)
+            same = (
+                None
+                if base is None
+                else round(100 * sum(a == b for a, b in zip(answers, base, strict=True)) / count, 1)
+            )
             rows.append({"group": group, "name": name, **made, "same": same})
             print(f"{name:46} {made}", file=sys.stderr, flush=True)
     return {"prompts": count, "seed": SEED, "rows": rows, "machine": machine()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path, help="the exported demo model")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default 500)")
     parser.add_argument("--batch", type=int, default=20, help="rows decoded together (default 20)")
-    parser.add_argument("--only", default="", help=f"groups, with commas, and write nothing: {', '.join(variants())}")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: table and plot of these figures")
+    parser.add_argument(
+        "--only", default="", help=f"groups, with commas, and write nothing: {', '.join(variants())}"
+    )
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: table and plot of these figures"
+    )
     args = parser.parse_args()
     only = {name.strip() for name in args.only.split(",") if name.strip()}
     if args.count < 1 or args.batch < 1 or only - set(variants()):

@@ -35,14 +35,22 @@ PRESETS = {"llada": "llada-8b", "dream": "dream-7b"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted(PRESETS), default="llada", help="the model (default llada)")
     parser.add_argument("--repeats", type=int, default=2, help="interleaved rounds (default 2)")
     parser.add_argument("--parity", action="store_true", help="also verify a full-width model of two layers")
-    parser.add_argument("--quantized", action="store_true", help="only export quantised artifacts, and run them")
+    parser.add_argument(
+        "--quantized", action="store_true", help="only export quantised artifacts, and run them"
+    )
     parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help="a directory on the disk to measure (default the temporary directory's)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result")
+    parser.add_argument(
+        "--scratch", type=Path, help="a directory on the disk to measure (default the temporary directory's)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result"
+    )
     args = parser.parse_args()
     preset = PRESETS[args.model]
     if args.decode:
@@ -50,7 +58,11 @@ def main() -> None:
         return
     report: dict[str, Any] = {"preset": preset, "machine": machine()}
     with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
-        made = quantised(preset, Path(temporary)) if args.quantized else measure(preset, Path(temporary), args.repeats)
+        made = (
+            quantised(preset, Path(temporary))
+            if args.quantized
+            else measure(preset, Path(temporary), args.repeats)
+        )
     report |= made
     if args.parity:
         with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
@@ -80,7 +92,11 @@ def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
         "--verify",
         "no",
     ]
-    commands = {"cp": ["cp", "-r", str(checkpoint), str(out)], "export": export, "export, linked": [*export, "--weights", "link"]}
+    commands = {
+        "cp": ["cp", "-r", str(checkpoint), str(out)],
+        "export": export,
+        "export, linked": [*export, "--weights", "link"],
+    }
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
@@ -124,7 +140,11 @@ def quantised(preset: str, scratch: Path) -> dict[str, Any]:
         )
         seconds = time.perf_counter() - begin
         done = subprocess.run(
-            [sys.executable, __file__, "--decode", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
+            [sys.executable, __file__, "--decode", str(out)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         size = sum(facts.size for facts in manifests.load(out).files.values())
         found[scheme] = {
@@ -151,7 +171,11 @@ def decode(artifact: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         clocked.generate([list(range(1000, 1128))], config)
         seconds = time.perf_counter() - begin
-    kept = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    kept = next(
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM")
+    )
     return {"open_seconds": round(opened, 1), "tokens_per_second": round(32 / seconds, 2), "prefix_ms": round(1000 * statistics.median(timed.seconds["prefix"])),
             "refine_ms": round(1000 * statistics.median(timed.seconds["refine"])), "decode_peak_memory_mib": round(int(kept.split()[1]) / 1024)}  # fmt: skip
 
@@ -159,7 +183,16 @@ def decode(artifact: Path) -> dict[str, Any]:
 def parity(preset: str, scratch: Path) -> dict[str, Any]:
     """What `verify` says of the full-width model, in fp32 on ONNX Runtime."""
     run("tools/random_checkpoint.py", "--preset", preset, str(scratch / preset))
-    run("-m", "export", "--checkpoint", str(scratch / preset), "--out", str(scratch / "out"), "--verify", "yes")
+    run(
+        "-m",
+        "export",
+        "--checkpoint",
+        str(scratch / preset),
+        "--out",
+        str(scratch / "out"),
+        "--verify",
+        "yes",
+    )
     return {"preset": preset, **(manifests.load(scratch / "out").verified or {})}
 
 

@@ -70,7 +70,11 @@ def measured_ceilings(settings: Any) -> tuple[float, float] | None:
 
 def kernels(settings: Any, note: Any) -> None:
     """Each kernel against its NumPy reference and against PyTorch on fresh random inputs, and its time."""
-    note(row_statistics=[_row_statistics(settings, vocab, rows) for vocab in settings.vocabularies for rows in (32, 256)])
+    note(
+        row_statistics=[
+            _row_statistics(settings, vocab, rows) for vocab in settings.vocabularies for rows in (32, 256)
+        ]
+    )
     note(commit=_commit(settings))
     if not settings.is_twin and importlib.util.find_spec("cuda") is not None:
         note(ahead_of_time=_ahead_of_time(settings))
@@ -98,13 +102,19 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
     from plugins import row_statistics
 
     rows, mask = (8, vocab - 2) if settings.is_twin else (rows, vocab - 2)
-    copies = [_logits(settings, vocab, rows) for _ in range(1 if settings.is_twin else 8)]  # together larger than an L2
+    copies = [
+        _logits(settings, vocab, rows) for _ in range(1 if settings.is_twin else 8)
+    ]  # together larger than an L2
     logits, turn = copies[0], itertools.cycle(copies)
     got = [value.cpu().numpy() for value in row_statistics.launch(logits, mask)]
     expected = row_statistics.reference(logits.cpu().numpy(), mask)
     by_torch = [value.cpu().numpy() for value in _torch_statistics(logits, mask)]
-    ms = milliseconds(lambda: row_statistics.launch(next(turn), mask), settings.repeats, settings.device, INNER)
-    other = milliseconds(lambda: _torch_statistics(next(turn), mask), settings.repeats, settings.device, INNER)
+    ms = milliseconds(
+        lambda: row_statistics.launch(next(turn), mask), settings.repeats, settings.device, INNER
+    )
+    other = milliseconds(
+        lambda: _torch_statistics(next(turn), mask), settings.repeats, settings.device, INNER
+    )
     made = {"vocab": vocab, "rows": rows, "ms": ms, "torch_ms": other, "gb_per_s": logits.numel() * 4 / ms / 1e6,
             "tokens_equal": bool((got[0] == expected[0]).all()),
             "error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], expected[1:3], strict=True)),
@@ -124,10 +134,15 @@ def _commit(settings: Any) -> dict[str, Any]:
     rng, mask, wrong, ms, cases = np.random.default_rng(0), 126_336, 0, 0.0, 5 if settings.is_twin else 200
     for case in range(cases):
         ids = np.where(rng.random((8, 32)) < 0.6, mask, rng.integers(0, 1000, (8, 32))).astype(np.int64)
-        token, confidence = rng.integers(0, 1000, (8, 32)), np.round(rng.random((8, 32)), 2).astype(np.float32)
+        token, confidence = (
+            rng.integers(0, 1000, (8, 32)),
+            np.round(rng.random((8, 32)), 2).astype(np.float32),
+        )
         kinds = ("fixed", "threshold", "factor")
         rules = [
-            CommitRule(kinds[i % 3], int(rng.integers(1, 33)), 0.75, int(rng.integers(32)), int(rng.integers(1, 9)))
+            CommitRule(
+                kinds[i % 3], int(rng.integers(1, 33)), 0.75, int(rng.integers(32)), int(rng.integers(1, 9))
+            )
             for i in range(8)
         ]
         held = steps.plan_of(rules, 32)
@@ -136,10 +151,16 @@ def _commit(settings: Any) -> dict[str, Any]:
         commit.launch(*tensors, mask)
         steps.commit(ids, token, confidence, held, mask)
         wrong += sum(
-            int((tensors[i].cpu().numpy() != array).sum()) for i, array in ((0, ids), (5, held.state), (6, held.committed))
+            int((tensors[i].cpu().numpy() != array).sum())
+            for i, array in ((0, ids), (5, held.state), (6, held.committed))
         )
         if case == 0:
-            ms = milliseconds(lambda tensors=tensors: commit.launch(*tensors, mask), settings.repeats, settings.device, INNER)
+            ms = milliseconds(
+                lambda tensors=tensors: commit.launch(*tensors, mask),
+                settings.repeats,
+                settings.device,
+                INNER,
+            )
     if wrong:
         raise SystemExit(f"the kernel commit differs from its reference in {wrong} places")
     return {"cases": cases, "rows": 8, "columns": 32, "ms": ms}

@@ -33,7 +33,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from reports import gpu as reports  # noqa: E402
 
 # the most telling first: when time runs out, the last are left
-STAGES = ("environment", "ceilings", "kernels", "model", "torch", "ort", "torch_graph", "tensorrt86", "build", "tensorrt")
+STAGES = (
+    "environment",
+    "ceilings",
+    "kernels",
+    "model",
+    "torch",
+    "ort",
+    "torch_graph",
+    "tensorrt86",
+    "build",
+    "tensorrt",
+)
 OWN_TIME = (
     "build",
     "tensorrt",
@@ -95,23 +106,45 @@ TWIN = {"device": "cpu", "preset": "tiny", "dtype": "fp32", "canvases": (48, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the report goes")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"stages to run (default all: {','.join(STAGES)})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the report goes"
+    )
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help=f"stages to run (default all: {','.join(STAGES)})"
+    )
     parser.add_argument("--twin", action="store_true", help="run the CPU twin of every stage")
-    parser.add_argument("--preset", help="the random checkpoint, of tools/random_checkpoint.py (default: what fits the GPU)")
     parser.add_argument(
-        "--work", type=Path, help="where checkpoint, artifact and engines go, kept (default a temporary directory)"
-    )
-    parser.add_argument("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
-    parser.add_argument("--stage-seconds", type=int, default=240, help="the longest that a stage may take (default 240)")
-    parser.add_argument(
-        "--total-seconds", type=int, default=480, help="the longest that all of them may take, but for engines (default 480)"
+        "--preset", help="the random checkpoint, of tools/random_checkpoint.py (default: what fits the GPU)"
     )
     parser.add_argument(
-        "--build-seconds", type=int, default=1200, help="the longest that building engines may take (default 1200)"
+        "--work",
+        type=Path,
+        help="where checkpoint, artifact and engines go, kept (default a temporary directory)",
     )
-    parser.add_argument("--stage", help=argparse.SUPPRESS)  # the child: run one stage of the settings on standard input
+    parser.add_argument(
+        "--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6"
+    )
+    parser.add_argument(
+        "--stage-seconds", type=int, default=240, help="the longest that a stage may take (default 240)"
+    )
+    parser.add_argument(
+        "--total-seconds",
+        type=int,
+        default=480,
+        help="the longest that all of them may take, but for engines (default 480)",
+    )
+    parser.add_argument(
+        "--build-seconds",
+        type=int,
+        default=1200,
+        help="the longest that building engines may take (default 1200)",
+    )
+    parser.add_argument(
+        "--stage", help=argparse.SUPPRESS
+    )  # the child: run one stage of the settings on standard input
     args = parser.parse_args()
     if args.stage:
         child(args.stage, json.loads(sys.stdin.read()))
@@ -124,12 +157,17 @@ def main() -> None:
             f"error: {sys.executable} lacks {', '.join(missing)}: run this with a Python that has them (PYTHON=...)."
         )
     if not args.twin and not has_gpu():
-        raise SystemExit("error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of every stage.")
+        raise SystemExit(
+            "error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of every stage."
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work or Path(temporary)).resolve()
         settings = Settings(
-            str(work), str(work / "stages"), preset=args.preset or preset_for(memory_gib()), tensorrt86=args.tensorrt86
+            str(work),
+            str(work / "stages"),
+            preset=args.preset or preset_for(memory_gib()),
+            tensorrt86=args.tensorrt86,
         )
         settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]
         Path(settings.out).mkdir(parents=True, exist_ok=True)
@@ -142,7 +180,9 @@ def main() -> None:
             report.add(name, run(name, settings, most))
     print(f"\n{report.text()}\n\n{report.file} written: to contribute it, see docs/deploying.md")
     if failed := report.failed:
-        raise SystemExit(f"error: failed: {', '.join(failed)}; the other stages' results are in {report.file}.")
+        raise SystemExit(
+            f"error: failed: {', '.join(failed)}; the other stages' results are in {report.file}."
+        )
 
 
 class Report:
@@ -154,10 +194,18 @@ class Report:
 
     def add(self, name: str, held: dict[str, Any]) -> None:
         self.stages[name] = held
-        artifacts = {path.parent.name: _hashes(path) for path in sorted(Path(self.settings.work).glob("*/manifest.json"))}
+        artifacts = {
+            path.parent.name: _hashes(path)
+            for path in sorted(Path(self.settings.work).glob("*/manifest.json"))
+        }
         write(
             self.file,
-            {"format": reports.FORMAT, "format_version": reports.VERSION, "artifacts": artifacts, "stages": self.stages},
+            {
+                "format": reports.FORMAT,
+                "format_version": reports.VERSION,
+                "artifacts": artifacts,
+                "stages": self.stages,
+            },
         )
 
     @property
@@ -172,7 +220,10 @@ class Report:
 
 def _hashes(manifest: Path) -> dict[str, str]:
     """What was run, by file."""
-    return {name: facts["sha256"] for name, facts in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()}
+    return {
+        name: facts["sha256"]
+        for name, facts in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
+    }
 
 
 def _slug(text: str) -> str:
@@ -223,7 +274,9 @@ def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
         process.communicate()
         trouble = f"took longer than {most:.0f} s"
     held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | ({"failed": trouble} if trouble else {})
+    held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | (
+        {"failed": trouble} if trouble else {}
+    )
     state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else held.get("skipped") or "done"
     print(f"{name:12} {held['seconds']:7.1f} s  {state}", flush=True)
     return held
@@ -234,11 +287,15 @@ def child(name: str, given: dict[str, Any]) -> None:
     import gpu_kernels
     import gpu_speed
 
-    settings = Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    settings = Settings(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    )
     functions = {"environment": environment, "ceilings": gpu_kernels.ceilings, "kernels": gpu_kernels.kernels, "model": model,
                  "torch": gpu_speed.torch_eager, "torch_graph": gpu_speed.torch_graph, "ort": gpu_speed.ort,
                  "build": gpu_speed.build, "tensorrt": gpu_speed.tensorrt, "tensorrt86": gpu_speed.tensorrt86}  # fmt: skip
-    held: dict[str, Any] = {"settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}}
+    held: dict[str, Any] = {
+        "settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}
+    }
     file = Path(settings.out) / f"{name}.json"
 
     def note(**values: Any) -> None:
@@ -274,7 +331,11 @@ def environment(settings: Settings, note: Any) -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    note(machine=found, commit=done.stdout.strip() or None, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    note(
+        machine=found,
+        commit=done.stdout.strip() or None,
+        utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
     if not settings.is_twin:
         facts = torch.cuda.get_device_properties(0)
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
@@ -289,15 +350,23 @@ def model(settings: Settings, note: Any) -> None:
 
     from export import families
 
-    config, dtype = random_checkpoint.PRESETS.get(settings.preset, (families.find("llada").tiny_config(), settings.dtype))
+    config, dtype = random_checkpoint.PRESETS.get(
+        settings.preset, (families.find("llada").tiny_config(), settings.dtype)
+    )
     begin = time.perf_counter()
     random_checkpoint.write(config, settings.checkpoint, dtype)
     size = sum(file.stat().st_size for file in settings.checkpoint.iterdir())
-    note(preset=settings.preset, checkpoint_bytes=size, checkpoint_seconds=round(time.perf_counter() - begin, 1))
+    note(
+        preset=settings.preset,
+        checkpoint_bytes=size,
+        checkpoint_seconds=round(time.perf_counter() - begin, 1),
+    )
     begin = time.perf_counter()
     command = [sys.executable, "-m", "export", "--checkpoint", str(settings.checkpoint), "--out", str(settings.artifact), "--dtype",
                settings.dtype, "--weights", "link", "--verify", "no", "--overwrite", "--lowering", "modern"]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    subprocess.run(
+        command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    )
     note(export_seconds=round(time.perf_counter() - begin, 1))
 
 

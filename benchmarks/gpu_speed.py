@@ -36,7 +36,10 @@ def outputs(backend: Backend, settings: Any) -> dict[str, Stats]:
     canvas = settings.canvases[0]
     full, step = windows(backend.manifest, 1, canvas, settings.block_length)
     cache = backend.new_cache(1, canvas)
-    return {"prefix": backend.prefix(cache, slice(0, 1), full), "refine": backend.refine(cache, slice(0, 1), step)}
+    return {
+        "prefix": backend.prefix(cache, slice(0, 1), full),
+        "refine": backend.refine(cache, slice(0, 1), step),
+    }
 
 
 def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
@@ -54,11 +57,19 @@ def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
         for name in STATISTICS:
             wide, same, mine = (_nats(name, item) for item in (held[f"fp32 {role} {name}"], held[f"{settings.dtype} {role} {name}"],
                                                                getattr(stats, name)))  # fmt: skip
-            row[name] = {"from_fp32": _apart(mine, wide), "from_torch": _apart(mine, same), "torch_from_fp32": _apart(same, wide)}
+            row[name] = {
+                "from_fp32": _apart(mine, wide),
+                "from_torch": _apart(mine, same),
+                "torch_from_fp32": _apart(same, wide),
+            }
         row["tokens_as_fp32"] = float((stats.token == held[f"fp32 {role} token"]).mean())
-        row["torch_tokens_as_fp32"] = float((held[f"{settings.dtype} {role} token"] == held[f"fp32 {role} token"]).mean())
+        row["torch_tokens_as_fp32"] = float(
+            (held[f"{settings.dtype} {role} token"] == held[f"fp32 {role} token"]).mean()
+        )
         floor = 1e-3 if settings.dtype == "fp32" else 5e-3
-        row["passed"] = all(row[name]["from_fp32"] <= max(floor, 3 * row[name]["torch_from_fp32"]) for name in STATISTICS)
+        row["passed"] = all(
+            row[name]["from_fp32"] <= max(floor, 3 * row[name]["torch_from_fp32"]) for name in STATISTICS
+        )
         result[role] = row
     result["passed"] = all(row["passed"] for row in result.values())
     result["of"] = tag
@@ -116,7 +127,9 @@ def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict
     """The loop itself: one prompt on the longest canvas, dual cache, a fixed schedule of whole forwards a block."""
     canvas, gen = settings.canvases[-1], settings.gen_length
     full, _ = windows(backend.manifest, 1, canvas, settings.block_length, seed=2)
-    prompt = np.where(full.input_ids[0] == backend.manifest.decoding.mask_token_id, 5, full.input_ids[0])[: canvas - gen].tolist()
+    prompt = np.where(full.input_ids[0] == backend.manifest.decoding.mask_token_id, 5, full.input_ids[0])[
+        : canvas - gen
+    ].tolist()
     forwards = settings.forwards_per_block * -(-gen // settings.block_length)
     config = GenerationConfig(
         gen_length=gen, block_length=settings.block_length, policy="fixed", steps=forwards, stop_at_eos=False
@@ -148,7 +161,10 @@ def measure(backend: Backend, settings: Any, note: Callable[..., None], tag: str
     note(parity=held)
     rows = speeds(backend, settings, note)
     longest = next(row for row in rows if row["canvas"] == settings.canvases[-1] and row["batch"] == 1)
-    note(tokens_per_second=tokens_per_second(backend, settings), tokens_per_second_at_schedule=at_the_schedule(longest, settings))
+    note(
+        tokens_per_second=tokens_per_second(backend, settings),
+        tokens_per_second_at_schedule=at_the_schedule(longest, settings),
+    )
     if not held.get("passed", True):
         raise SystemExit(f"{tag} is further from PyTorch in fp32 than rounding explains: {held}")
 
@@ -175,7 +191,10 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
     same = outputs(backend, settings)
     rows = speeds(backend, settings, note)
     longest = next(row for row in rows if row["canvas"] == settings.canvases[-1] and row["batch"] == 1)
-    note(tokens_per_second=tokens_per_second(backend, settings), tokens_per_second_at_schedule=at_the_schedule(longest, settings))
+    note(
+        tokens_per_second=tokens_per_second(backend, settings),
+        tokens_per_second_at_schedule=at_the_schedule(longest, settings),
+    )
     wide = outputs(_widened(backend, settings, note), settings)
     arrays = {f"{tag} {role} {name}": getattr(stats, name) for tag, made in ((settings.dtype, same), ("fp32", wide))
               for role, stats in made.items() for name in (*STATISTICS, "token")}  # fmt: skip
@@ -198,10 +217,14 @@ def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
 class _StaticCache:
     """Stands in for a transformers cache with addresses that never change: rows are written by a tensor of indices."""
 
-    def __init__(self, buffers: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, own_rows_only: bool) -> None:
+    def __init__(
+        self, buffers: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, own_rows_only: bool
+    ) -> None:
         self.buffers, self.rows, self.own_rows_only = buffers, rows, own_rows_only
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
             buffer.index_copy_(2, self.rows, new)
         return (key, value) if self.own_rows_only else self.buffers[layer_idx]
@@ -221,19 +244,26 @@ def torch_graph(settings: Any, note: Callable[..., None]) -> None:
             network = torch.compile(backend.network.module.model, dynamic=False)
         row: dict[str, Any] = {"form": form, "canvas": canvas, "batch": 1}
         for role, window in zip(
-            ("prefix", "refine"), windows(backend.manifest, 1, canvas, settings.block_length, seed=1), strict=True
+            ("prefix", "refine"),
+            windows(backend.manifest, 1, canvas, settings.block_length, seed=1),
+            strict=True,
         ):
-            forward = _static(backend, network, backend.new_cache(1, canvas), window, own_rows_only=role == "prefix")
+            forward = _static(
+                backend, network, backend.new_cache(1, canvas), window, own_rows_only=role == "prefix"
+            )
             with torch.inference_mode():
                 row[f"{role}_ms"] = _captured_ms(forward, settings)
         row["tokens_per_second_at_schedule"] = at_the_schedule(row, settings)
         note(**{form.replace(" ", "_"): row | shares(backend.manifest, settings, row)})
 
 
-def _static(backend: Any, network: Any, cache: Cache, window: Window, *, own_rows_only: bool) -> Callable[[], torch.Tensor]:
+def _static(
+    backend: Any, network: Any, cache: Cache, window: Window, *, own_rows_only: bool
+) -> Callable[[], torch.Tensor]:
     """A forward over fixed tensors, down to the token and confidence of the rows asked for."""
     at = {
-        name: torch.from_numpy(getattr(window, name)).to(backend.device) for name in ("input_ids", "position_ids", "logit_rows")
+        name: torch.from_numpy(getattr(window, name)).to(backend.device)
+        for name in ("input_ids", "position_ids", "logit_rows")
     }
     keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
     mask = torch.zeros((1, 1, window.input_ids.shape[1], keys), dtype=backend.dtype, device=backend.device)
@@ -273,11 +303,15 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
     from trt_runtime.backends.ort import open_ort
 
     if not settings.is_twin and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        note(skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is needed")
+        note(
+            skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is needed"
+        )
         return
     before, begin = memory(settings), time.perf_counter()
     backend = open_ort(settings.artifact, device=settings.device)
-    note(load_seconds=round(time.perf_counter() - begin, 1), versions={"onnxruntime": onnxruntime.__version__})
+    note(
+        load_seconds=round(time.perf_counter() - begin, 1), versions={"onnxruntime": onnxruntime.__version__}
+    )
     measure(backend, settings, note, "ort")
     after = memory(settings)
     note(memory_bytes=after - before if after is not None and before is not None else None)
@@ -292,7 +326,10 @@ def _package(settings: Any) -> str | None:
     from trt_runtime.backends.tensorrt import store
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-    package = next((name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)), None)
+    package = next(
+        (name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)),
+        None,
+    )
     if package == "tensorrt-rtx" and not settings.is_twin:
         major, minor = torch.cuda.get_device_capability()
         package = package if f"sm{major}{minor}" in store.TARGETS else None
@@ -336,7 +373,10 @@ def tensorrt(settings: Any, note: Callable[..., None]) -> None:
     )
     measure(backend, settings, note, package)
     after = memory(settings)
-    note(memory_bytes=after - before if after is not None and before is not None else None, unrecorded=len(backend.unrecorded))
+    note(
+        memory_bytes=after - before if after is not None and before is not None else None,
+        unrecorded=len(backend.unrecorded),
+    )
 
 
 def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
@@ -362,9 +402,15 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
     random_checkpoint.write(config, checkpoint, "fp16")
     command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint), "--out", str(artifact), "--dtype", "fp16", "--lowering",
                "legacy", "--verify", "no", "--overwrite"]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    subprocess.run(
+        command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    )
     expected = outputs(open_ort(artifact), settings)
-    arrays = {f"{role} {name}": getattr(stats, name) for role, stats in expected.items() for name in (*STATISTICS, "token")}
+    arrays = {
+        f"{role} {name}": getattr(stats, name)
+        for role, stats in expected.items()
+        for name in (*STATISTICS, "token")
+    }
     np.savez(artifact.parent / "legacy.npz", **arrays)
     runner = Path(settings.tensorrt86) / "run"
     if not settings.tensorrt86 or not runner.is_file():
@@ -372,7 +418,14 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
              lowering=manifests.load(artifact).lowering)  # fmt: skip
         return
     script = ROOT / "benchmarks" / "gpu_tensorrt86.py"
-    job = [str(runner), "python3", str(script), str(artifact), str(settings.canvases[0]), str(settings.block_length)]
+    job = [
+        str(runner),
+        "python3",
+        str(script),
+        str(artifact),
+        str(settings.canvases[0]),
+        str(settings.block_length),
+    ]
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"under the packed Python: {done.stderr.strip()[-1500:]}")

@@ -18,7 +18,11 @@ def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int =
     rows = np.arange(start, start + block)
     lengths, shift = np.full(batch, canvas), manifest.decoding.logit_shift
     full = Window(
-        ids, np.tile(np.arange(canvas), (batch, 1)), np.zeros(batch, np.int64), lengths, np.tile(rows - shift, (batch, 1))
+        ids,
+        np.tile(np.arange(canvas), (batch, 1)),
+        np.zeros(batch, np.int64),
+        lengths,
+        np.tile(rows - shift, (batch, 1)),
     )
     some = ids[:, rows].copy()
     some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)  # as if a third were committed

@@ -52,7 +52,9 @@ class W7A8(W8A8):
         held = super().quantize(name, shape, iter(pieces))
         scale = held["scale"] * np.float32(127 / 63)
         held["int8"] = (
-            np.concatenate([np.rint(piece / scale[at : at + len(piece), None]) for at, piece in _placed(pieces)])
+            np.concatenate(
+                [np.rint(piece / scale[at : at + len(piece), None]) for at, piece in _placed(pieces)]
+            )
             .astype(np.int8)
             .T.copy()
         )
@@ -77,14 +79,20 @@ class Int8(Int4):
 
     def linear(self, op: Any, x: Any, name: str, weight: Any, bias: Any = None) -> Any:
         shapes, self.shapes = self.shapes, {**self.shapes, "lm_head.weight": self.shapes[name]}
-        made = super().linear(op, x, "lm_head.weight", lambda part: weight(part.replace("lm_head.weight", name)), bias)
+        made = super().linear(
+            op, x, "lm_head.weight", lambda part: weight(part.replace("lm_head.weight", name)), bias
+        )
         self.shapes = shapes
         return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="an fp32 artifact whose checkpoint is quantised (default: a random one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--artifact", type=Path, help="an fp32 artifact whose checkpoint is quantised (default: a random one)"
+    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -92,7 +100,13 @@ def main() -> None:
         if args.artifact is None:
             checkpoint = str(made / "checkpoint")
             subprocess.run(
-                [sys.executable, str(ROOT / "tools/random_checkpoint.py"), "--preset", "llada-140m", checkpoint],
+                [
+                    sys.executable,
+                    str(ROOT / "tools/random_checkpoint.py"),
+                    "--preset",
+                    "llada-140m",
+                    checkpoint,
+                ],
                 cwd=ROOT,
                 check=True,
             )
@@ -113,8 +127,17 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
     artifacts = {"fp32": None, "w8a8": W8A8, "w7a8": W7A8, "int8": Int8, "int4": Int4}
     for name, kind in artifacts.items():
         config = pipeline.ExportConfig(checkpoint, made / name)
-        pipeline.export(config, lambda total: lambda done: None, scheme=None if kind is None else kind("fp32"))
-    spellings = [("fp32", {}), ("w8a8", {}), ("w8a8", {int8.PRECISION: "1"}), ("w7a8", {}), ("int8", {}), ("int4", {})]
+        pipeline.export(
+            config, lambda total: lambda done: None, scheme=None if kind is None else kind("fp32")
+        )
+    spellings = [
+        ("fp32", {}),
+        ("w8a8", {}),
+        ("w8a8", {int8.PRECISION: "1"}),
+        ("w7a8", {}),
+        ("int8", {}),
+        ("int4", {}),
+    ]
     opened = [opened_with(made / name, settings) for name, settings in spellings]
     facts = opened[0].manifest.model
     length = min(PASS, facts.max_length)
@@ -156,7 +179,9 @@ def window(ids: Array, start: int, kv_len: int) -> Window:
     """A call over `ids` from position `start` on that asks for its last rows."""
     rows = ids.shape[1]
     asked = np.arange(rows - min(STEP, rows), rows)[None]
-    return Window(ids.astype(np.int64), np.arange(rows)[None] + start, np.array([start]), np.array([kv_len]), asked)
+    return Window(
+        ids.astype(np.int64), np.arange(rows)[None] + start, np.array([start]), np.array([kv_len]), asked
+    )
 
 
 def table(report: dict[str, Any]) -> str:

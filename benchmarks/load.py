@@ -95,7 +95,9 @@ async def throughput(url: str, prompts: list[str], clients: int, count: int) -> 
             "p95_ms": 1000 * ordered[int(0.95 * (len(ordered) - 1))]}  # fmt: skip
 
 
-def measure(artifact: Path, prompts: list[str], slots: int, repeats: int, count: int, options: list[str]) -> list[dict[str, Any]]:
+def measure(
+    artifact: Path, prompts: list[str], slots: int, repeats: int, count: int, options: list[str]
+) -> list[dict[str, Any]]:
     servers = {
         "batched": Server(artifact, slots, *options),
         "one at a time": Server(artifact, 1),
@@ -115,7 +117,14 @@ def measure(artifact: Path, prompts: list[str], slots: int, repeats: int, count:
     rows = []
     for (name, clients), taken in samples.items():
         row = {key: statistics.median(sample[key] for sample in taken) for key in taken[0]}
-        rows.append({"server": name, "clients": clients, **row, "all_tokens_per_second": [s["tokens_per_second"] for s in taken]})
+        rows.append(
+            {
+                "server": name,
+                "clients": clients,
+                **row,
+                "all_tokens_per_second": [s["tokens_per_second"] for s in taken],
+            }
+        )
     for row in rows:
         for name in ("one at a time", ONE_THREAD):
             base = next(r for r in rows if r["server"] == name and r["clients"] == row["clients"])
@@ -193,7 +202,9 @@ async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expec
     elif kind == "fuzz":
         raw = fuzzed(body_of(prompt, max_tokens=8), rng)
         answer = await http.post(
-            where.replace("/chat", rng.choice(["", "/chat"])), content=raw, headers={"content-type": "application/json"}
+            where.replace("/chat", rng.choice(["", "/chat"])),
+            content=raw,
+            headers={"content-type": "application/json"},
         )
         assert answer.status_code in (200, 400, 404, 429), (raw[:500], answer.status_code, answer.text[:200])
         assert answer.status_code == 200 or answer.json()["error"]["message"], raw[:500]
@@ -201,7 +212,10 @@ async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expec
         answer = await http.post(where, json=body_of(prompt))
         if answer.status_code == 429:
             return "full"
-        assert answer.json()["choices"][0]["message"]["content"] == expected[prompt], (prompt, answer.text[:300])
+        assert answer.json()["choices"][0]["message"]["content"] == expected[prompt], (
+            prompt,
+            answer.text[:300],
+        )
     elif kind == "leave":
         try:
             await http.post(where, json=body_of(prompt, policy="fixed"), timeout=rng.uniform(0.001, 0.05))
@@ -217,7 +231,9 @@ async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expec
                 if not most:
                     return kind
                 if line.startswith("data: {"):
-                    text += "".join(choice["delta"].get("content", "") for choice in json.loads(line[6:])["choices"])
+                    text += "".join(
+                        choice["delta"].get("content", "") for choice in json.loads(line[6:])["choices"]
+                    )
         assert text == expected[prompt], (prompt, text)
     return kind
 
@@ -254,7 +270,9 @@ async def faults(server: Server, expected: dict[str, str], count: int, seed: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
     parser.add_argument("--prompts", type=Path, required=True, help="a file with one prompt a line")
     parser.add_argument("--slots", type=int, default=16, help="of the batched server (default 16)")
@@ -270,7 +288,9 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "slots": args.slots, "lanes": args.lanes}
     if args.faults:
         model = load(args.artifact)
-        expected = {prompt: model.generate([prompt], GenerationConfig())[0].text or "" for prompt in prompts[:16]}
+        expected = {
+            prompt: model.generate([prompt], GenerationConfig())[0].text or "" for prompt in prompts[:16]
+        }
         server = Server(args.artifact, args.slots, *options)
         try:
             report |= asyncio.run(faults(server, expected, args.faults, args.seed))

@@ -49,14 +49,26 @@ TOKENS_A_STEP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--artifact", type=Path, help="an fp32 artifact (default: a random one of 140 M parameters, made on the way)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="variants,scaling", help=f"of {', '.join(PARTS)} (default variants,scaling)")
-    parser.add_argument("--threads", default="1,2", help="of a matrix product, for the variants: one run each (default 1,2)")
-    parser.add_argument("--repeats", type=int, default=2, help="interleaved runs of the variants, after a warm-up (default 2)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON results")
+    parser.add_argument(
+        "--artifact",
+        type=Path,
+        help="an fp32 artifact (default: a random one of 140 M parameters, made on the way)",
+    )
+    parser.add_argument(
+        "--parts", default="variants,scaling", help=f"of {', '.join(PARTS)} (default variants,scaling)"
+    )
+    parser.add_argument(
+        "--threads", default="1,2", help="of a matrix product, for the variants: one run each (default 1,2)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="interleaved runs of the variants, after a warm-up (default 2)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON results"
+    )
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's llama-diffusion-cli")
     parser.add_argument("--gguf", type=Path, help="the artifact's model for it")
     parser.add_argument("--prompts", type=Path, help="of llama-cpp: a prompt a line")
@@ -146,7 +158,10 @@ def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
                 at["threads"], {path.name: OrtBackend(path, threads=at["threads"]) for path in (fp32, w8a8)}
             )
             for name, figures in forwards(backends, at).items():
-                facts, quantised = backends[name].manifest.model, backends[name].manifest.quantization is not None
+                facts, quantised = (
+                    backends[name].manifest.model,
+                    backends[name].manifest.quantization is not None,
+                )
                 points.append({"sweep": sweep, **at, "artifact": "w8a8" if quantised else "fp32", **figures,
                                **rooflines(facts, at, rates[at["threads"]], quantised)})  # fmt: skip
                 print(points[-1], flush=True)
@@ -175,7 +190,11 @@ def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, d
     for name, kinds in times.items():
         prefix, refine = (statistics.median(kind) for kind in kinds)
         seconds = blocks * (prefix + (steps - 1) * refine) / 1000
-        found[name] = {"prefix_ms": prefix, "refine_ms": refine, "tokens_per_second": at["batch"] * at["gen_length"] / seconds}
+        found[name] = {
+            "prefix_ms": prefix,
+            "refine_ms": refine,
+            "tokens_per_second": at["batch"] * at["gen_length"] / seconds,
+        }
     return found
 
 
@@ -184,10 +203,14 @@ def window_of(canvas: np.ndarray, start: int, end: int, prompt: int, block: int)
     batch, length = canvas.shape
     positions = np.tile(np.arange(start, end), (batch, 1))
     asked = np.tile(np.arange(prompt, prompt + block) - start, (batch, 1))
-    return Window(canvas[:, start:end].astype(np.int64), positions, np.full(batch, start), np.full(batch, length), asked)
+    return Window(
+        canvas[:, start:end].astype(np.int64), positions, np.full(batch, start), np.full(batch, length), asked
+    )
 
 
-def rooflines(facts: ModelFacts, at: dict[str, int], rates: dict[str, float], quantised: bool) -> dict[str, float]:
+def rooflines(
+    facts: ModelFacts, at: dict[str, int], rates: dict[str, float], quantised: bool
+) -> dict[str, float]:
     """The least ms that this machine's own rates allow for the two forwards: linear layers in the artifact's numbers, attention in fp32."""
     length, found = at["prompt"] + at["gen_length"], {}
     for kind, rows in (("prefix", length), ("refine", at["block"])):
@@ -209,7 +232,10 @@ def peaks(threads: int) -> dict[str, float]:
         (384, 3072, 768),
     ):  # large and square, and as the model has them
         rng = np.random.default_rng(0)
-        weight, scales = rng.standard_normal((outputs, inputs)).astype(np.float32), np.full(outputs, 0.01, np.float32)
+        weight, scales = (
+            rng.standard_normal((outputs, inputs)).astype(np.float32),
+            np.full(outputs, 0.01, np.float32),
+        )
         held = {
             "w": weight,
             "w8": np.ascontiguousarray((weight.T * 20).astype(np.int8)),
@@ -230,7 +256,9 @@ def peaks(threads: int) -> dict[str, float]:
     return found
 
 
-def _product(name: str, rows: int, inputs: int, outputs: int, held: dict[str, Any], given: dict[str, Any], threads: int) -> float:
+def _product(
+    name: str, rows: int, inputs: int, outputs: int, held: dict[str, Any], given: dict[str, Any], threads: int
+) -> float:
     """Seconds of a matrix product [rows, inputs] x [inputs, outputs], fp32 or u8 x s8."""
     nodes = {"fp32": helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
              "int8": helper.make_node("MatMulIntegerToFloat", ["q", "w8", "one", "s", "zero"], ["y"], domain="com.microsoft")}  # fmt: skip
@@ -240,7 +268,9 @@ def _product(name: str, rows: int, inputs: int, outputs: int, held: dict[str, An
                               [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
                               [numpy_helper.from_array(np.asarray(held[i]), i) for i in weights])  # fmt: skip
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)], ir_version=11
+        graph,
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=11,
     )
     onnx.checker.check_model(model)
     options = ort.SessionOptions()
@@ -274,7 +304,9 @@ def llama_cpp(args: argparse.Namespace) -> None:
     model, gen, block = load(args.artifact, threads=threads), BASE["gen_length"], BASE["block"]
     from trt_runtime.decoding.config import GenerationConfig
 
-    vanilla = GenerationConfig(gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False)
+    vanilla = GenerationConfig(
+        gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False
+    )
     configs = {"vanilla": vanilla, "dual, threshold 0.9": replace(vanilla, cache="dual", policy="threshold")}
     rows: dict[str, list[float]] = {name: [] for name in ("llama.cpp", *configs)}
     for prompt in examples.lines_of(args.prompts)[:3]:

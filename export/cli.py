@@ -63,10 +63,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=cli_parser.Version)
     parser.add_argument("--model", help="the model type; checked against the checkpoint's config.json")
     parser.add_argument(
-        "--checkpoint", help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]"
+        "--checkpoint",
+        help="a checkpoint directory (config.json, *.safetensors), or a hub id org/name[@revision]",
     )
     parser.add_argument("--out", type=Path, help="the artifact directory to write (default artifacts/NAME)")
-    parser.add_argument("--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)")
+    parser.add_argument(
+        "--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)"
+    )
     parser.add_argument(
         "--head", choices=contract.HEADS, default="statistics",
         help="'logits' adds the logits to the outputs; ONNX Runtime has them anyway (default statistics)",
@@ -91,14 +94,19 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--quantize", choices=NAMES,
         help="linear layers in fewer bits: w8a8 or int4 on a CPU, fp8, int8-sq or int4 with TensorRT; judged with --data",
     )  # fmt: skip
-    parser.add_argument("--target", choices=TARGETS, help="of --quantize int4, which both have (default ort-cpu)")
+    parser.add_argument(
+        "--target", choices=TARGETS, help="of --quantize int4, which both have (default ort-cpu)"
+    )
     parser.add_argument(
         "--data",
         type=Path,
         help="of --quantize: a prompt a line, or lines of JSON with prompt and answers, to calibrate and judge it on",
     )
     parser.add_argument(
-        "--match", choices=MATCHES, default="exact", help="of --data: how answers are compared: exact (default), or json: values"
+        "--match",
+        choices=MATCHES,
+        default="exact",
+        help="of --data: how answers are compared: exact (default), or json: values",
     )
     parser.add_argument(
         "--gate",
@@ -133,7 +141,9 @@ def _run(args: argparse.Namespace) -> int:
     )
     can_verify = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if args.verify == "yes" and not can_verify:
-        raise DllmError(f"--verify yes needs torch and transformers: {commands.install('reference')}, or leave it out.")
+        raise DllmError(
+            f"--verify yes needs torch and transformers: {commands.install('reference')}, or leave it out."
+        )
     how, begin = _quantize_config(args), time.perf_counter()
     inputs = uptodate.inputs_of(config, how)
     manifest = None if args.overwrite else uptodate.current(out, inputs)
@@ -147,7 +157,8 @@ def _run(args: argparse.Namespace) -> int:
     else:
         if args.dtype == "bf16" and how is None:
             note(
-                args, f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}"
+                args,
+                f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}",
             )
         with progress_of(args).task(f"exporting {checkpoint}"):
             manifest = uptodate.noted(_export(config, how, args), inputs, out)
@@ -171,13 +182,17 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _verified(args: argparse.Namespace, out: Path, manifest: Manifest, can_verify: bool) -> tuple[bool, dict[str, Any] | None]:
+def _verified(
+    args: argparse.Namespace, out: Path, manifest: Manifest, can_verify: bool
+) -> tuple[bool, dict[str, Any] | None]:
     """Verify what was exported, if that was asked for and is possible; whether nothing failed, and what was found."""
     if manifest.verified is not None:
         passed = bool(manifest.verified.get("passed"))
         say(
             args,
-            "verified before: the result is in the manifest" if passed else "NOT VERIFIED before: do not deploy this artifact",
+            "verified before: the result is in the manifest"
+            if passed
+            else "NOT VERIFIED before: do not deploy this artifact",
         )
         return passed, manifest.verified
     if args.verify == "no":
@@ -223,11 +238,19 @@ def _verification_bytes(facts: ModelFacts) -> int:
 
 def _name_of(checkpoint: str) -> str:
     """A directory's own name, or the model's part of a hub id."""
-    return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rpartition("/")[2].split("@")[0]
+    return (
+        Path(checkpoint).resolve().name
+        if Path(checkpoint).is_dir()
+        else checkpoint.rpartition("/")[2].split("@")[0]
+    )
 
 
 def verify_layers(
-    artifact: Path, checkpoint: str | None, *, say: Callable[[str], object] = print, progress: Progress = SILENT
+    artifact: Path,
+    checkpoint: str | None,
+    *,
+    say: Callable[[str], object] = print,
+    progress: Progress = SILENT,
 ) -> tuple[bool, dict[str, Any]]:
     """Say the residual stream beside the reference's, layer by layer; whether all agree, and the rows of each kind of forward."""
     from .parity.bisect import table
@@ -242,7 +265,12 @@ def verify_layers(
     bad = [f"{kind}: {row.name}" for kind, rows in tables.items() for row in rows if not row.passed]
     say(f"it begins at {bad[0]}" if bad else "all layers agree")
     layers = {kind: [asdict(row) | {"passed": row.passed} for row in rows] for kind, rows in tables.items()}
-    return not bad, {"artifact": str(artifact), "passed": not bad, "first": bad[0] if bad else None, "layers": layers}
+    return not bad, {
+        "artifact": str(artifact),
+        "passed": not bad,
+        "first": bad[0] if bad else None,
+        "layers": layers,
+    }
 
 
 def verify(
@@ -264,7 +292,11 @@ def verify(
             say(f"  {stage}")
             passed = passed and stage.passed
     where = "" if is_quantised else f"; 'dllm-trt verify {artifact} --layers' shows where it begins"
-    say("verified: the result is in the manifest" if passed else f"NOT VERIFIED: do not deploy this artifact{where}")
+    say(
+        "verified: the result is in the manifest"
+        if passed
+        else f"NOT VERIFIED: do not deploy this artifact{where}"
+    )
     return passed, {"artifact": str(artifact), **(manifests.load(artifact).verified or {})}
 
 

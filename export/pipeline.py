@@ -19,7 +19,14 @@ import onnx_ir as ir
 from trt_runtime import __version__
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.artifact.manifest import DecodingFacts, FileFacts, GraphFacts, Manifest, ModelFacts, Quantization
+from trt_runtime.artifact.manifest import (
+    DecodingFacts,
+    FileFacts,
+    GraphFacts,
+    Manifest,
+    ModelFacts,
+    Quantization,
+)
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 from trt_runtime.system import atomic
@@ -73,7 +80,9 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def read(name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None) -> Source:
+def read(
+    name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None
+) -> Source:
     """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own; `mask_token` comes before the
     one that the checkpoint names."""
     source = checkpoints.load(*checkpoints.locate(name))
@@ -109,7 +118,9 @@ def _decoding(
         )
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
         if token >= decoder.vocab_size:
-            raise DllmError(f"{reader.where}: token id {token} is outside the vocabulary of {decoder.vocab_size}.")
+            raise DllmError(
+                f"{reader.where}: token id {token} is outside the vocabulary of {decoder.vocab_size}."
+            )
     said = f"config.json: ignored, as it does not change what the model computes: {', '.join(noted)}"
     return decoding, [said] if noted else []
 
@@ -121,7 +132,11 @@ def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = (
 
 
 def checked_facts(
-    config: dict[str, Any], generation_config: dict[str, Any], where: str, dtype: str, ignored_keys: tuple[str, ...] = ()
+    config: dict[str, Any],
+    generation_config: dict[str, Any],
+    where: str,
+    dtype: str,
+    ignored_keys: tuple[str, ...] = (),
 ) -> ModelFacts:
     """The same of a configuration that was read already; `where` names it in errors."""
     family, reader, decoder = understood(config, where)
@@ -139,7 +154,9 @@ def checked_facts(
 def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
     """How a checkpoint decodes with its tokenizer. Raises DllmError."""
     is_given = source.mask_token is not None
-    return tokenizer_files.completed(source.decoding, tokenizer, source.decoder.vocab_size, mask_is_given=is_given)
+    return tokenizer_files.completed(
+        source.decoding, tokenizer, source.decoder.vocab_size, mask_is_given=is_given
+    )
 
 
 def facts_of_source(source: Source, dtype: str) -> ModelFacts:
@@ -151,7 +168,9 @@ def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader
     """The family of a config.json, its reader, and the network. Raises DllmError."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise DllmError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}.")
+        raise DllmError(
+            f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}."
+        )
     family, reader = families.find(model_type), ConfigReader(config, where)
     decoder = family.decoder(reader)
     _check_sizes(decoder, where)
@@ -172,7 +191,9 @@ def export(
     for text in source.notes:
         note(text)
     check_target(config, source.checkpoint.path)
-    planned = weights.plan(source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme)
+    planned = weights.plan(
+        source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme
+    )
     with atomic.sealed(config.out, overwrite=config.overwrite) as directory:
         for role in contract.ROLES:
             _write_graph(role, source, config, planned, directory, scheme)
@@ -199,11 +220,17 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
     most = {"layers": (decoder.num_layers, 10_000), "positions": (decoder.max_length, 1 << 22)}
     for what, (value, limit) in most.items():
         if value > limit:
-            raise DllmError(f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the checkpoint.")
+            raise DllmError(
+                f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the checkpoint."
+            )
     if decoder.vocab_size < 4:
         raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
     attention = decoder.attention
-    if decoder.hidden_size % attention.num_heads or attention.num_heads % attention.num_kv_heads or attention.head_dim % 2:
+    if (
+        decoder.hidden_size % attention.num_heads
+        or attention.num_heads % attention.num_kv_heads
+        or attention.head_dim % 2
+    ):
         raise DllmError(
             f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and {attention.num_kv_heads} KV heads do not "
             "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be even)."
@@ -218,11 +245,17 @@ def check_target(config: ExportConfig, checkpoint: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / manifests.FILE_NAME).is_file():
-        raise DllmError(f"{out}: exists and is not an artifact: it is left alone; choose another OUT or remove it.")
+        raise DllmError(
+            f"{out}: exists and is not an artifact: it is left alone; choose another OUT or remove it."
+        )
     if not config.overwrite:
-        raise DllmError(f"{out}: an artifact is there already: add --overwrite to replace it, or choose another OUT.")
+        raise DllmError(
+            f"{out}: an artifact is there already: add --overwrite to replace it, or choose another OUT."
+        )
     for own in manifests.foreign_files(out):
-        raise DllmError(f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it.")
+        raise DllmError(
+            f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it."
+        )
 
 
 def graph_of(
@@ -257,7 +290,9 @@ def _write_graph(
 ) -> None:
     model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, scheme)
     operators = frozenset[str]() if scheme is None else scheme.operators
-    lint.check(model, role, roles.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators)
+    lint.check(
+        model, role, roles.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators
+    )
     ir.save(model, directory / f"{role}.onnx")
 
 
@@ -292,7 +327,9 @@ def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) 
     )
 
 
-def _manifest(source: Source, config: ExportConfig, directory: Path, written: stream.Written, scheme: Scheme | None) -> Manifest:
+def _manifest(
+    source: Source, config: ExportConfig, directory: Path, written: stream.Written, scheme: Scheme | None
+) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
     dims = roles.dims_of(decoder, config.dtype, config.lowering)
     files = dict(written.files)

@@ -36,7 +36,12 @@ def inputs_of(config: ExportConfig, how: QuantizeConfig | None) -> Inputs:
     """All that an artifact depends on, as JSON. Raises DllmError for a checkpoint that is not there."""
     path, _ = checkpoints.locate(config.checkpoint)
     options = {name: value for name, value in asdict(config).items() if name not in _NOT_INPUTS}
-    made: Inputs = {**options, "ignored_keys": list(config.ignored_keys), "code": _code(), "checkpoint": _digest(path)}
+    made: Inputs = {
+        **options,
+        "ignored_keys": list(config.ignored_keys),
+        "code": _code(),
+        "checkpoint": _digest(path),
+    }
     if how is not None:
         target = schemes.find(how.scheme, how.target).target
         made |= {"quantize": how.scheme, "target": target, "match": how.match, "gate": how.gate}
@@ -65,9 +70,13 @@ def current(artifact: Path, inputs: Inputs) -> Manifest | None:
         ) from error
     held = manifest.source.get(KEY)
     if not isinstance(held, dict):
-        raise DllmError(f"{artifact}: an artifact is there already that does not say what it was made from: {how}.")
+        raise DllmError(
+            f"{artifact}: an artifact is there already that does not say what it was made from: {how}."
+        )
     if different := [key for key in sorted(held.keys() | inputs.keys()) if held.get(key) != inputs.get(key)]:
-        said = ", ".join(_WORDS.get(key, f"{key} {held.get(key)}, now {inputs.get(key)}") for key in different)
+        said = ", ".join(
+            _WORDS.get(key, f"{key} {held.get(key)}, now {inputs.get(key)}") for key in different
+        )
         raise DllmError(f"{artifact}: an artifact is there already that was made otherwise ({said}): {how}.")
     return manifest
 
@@ -88,5 +97,7 @@ def _digest(checkpoint: Path) -> str:
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.suffix in _READ:
             facts = path.stat()
-            held[path.name] = manifests.sha256_of(path) if facts.st_size <= _HASHED else [facts.st_size, facts.st_mtime_ns]
+            held[path.name] = (
+                manifests.sha256_of(path) if facts.st_size <= _HASHED else [facts.st_size, facts.st_mtime_ns]
+            )
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()

@@ -73,7 +73,16 @@ def kernel(
     tl.store(state + row * 2, step + (going & (after >= 0)).to(tl.int32))
 
 
-def launch(ids: Any, token: Any, confidence: Any, plan: Any, value: Any, state: Any, committed: Any, mask_token_id: int) -> None:
+def launch(
+    ids: Any,
+    token: Any,
+    confidence: Any,
+    plan: Any,
+    value: Any,
+    state: Any,
+    committed: Any,
+    mask_token_id: int,
+) -> None:
     """Run the kernel on tensors of PyTorch of the contract's shapes and types, contiguous."""
     kernel[(len(ids),)](ids, token, confidence, plan, value, state, committed, ids.shape[1], token.shape[1],
                         **constants(mask_token_id, token.shape[1]), num_warps=1)  # fmt: skip
@@ -95,4 +104,6 @@ SIGNATURE = {
 def compiled(mask_token_id: int, columns: int, compute_capability: int) -> Kernel:
     """For blocks of up to `columns` positions. Its arguments are the seven pointers and the two int32 sizes."""
     held = constants(mask_token_id, columns)
-    return ahead_of_time(kernel, SIGNATURE, held, f"dllm_commit_{mask_token_id}_{held['BLOCK']}", compute_capability, warps=1)
+    return ahead_of_time(
+        kernel, SIGNATURE, held, f"dllm_commit_{mask_token_id}_{held['BLOCK']}", compute_capability, warps=1
+    )

@@ -24,7 +24,12 @@ class Kernel(NamedTuple):
 
 
 def ahead_of_time(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, int], name: str, compute_capability: int, warps: int = 4
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, int],
+    name: str,
+    compute_capability: int,
+    warps: int = 4,
 ) -> Kernel:
     """A kernel for one kind of GPU (90 is 9.0), its entry called `name`. Raises ValueError if it needs more than a plain launch.
 
@@ -40,7 +45,9 @@ def ahead_of_time(
     needs = {item: held for item in ("global_scratch_size", "profile_scratch_size", "tmem_size", "launch_cooperative_grid", "launch_pdl")
              if (held := getattr(facts, item))}  # fmt: skip
     if needs or facts.num_ctas != 1 or facts.shared > _MOST_SHARED:
-        raise ValueError(f"{name}: needs more than a plain launch: {needs}, num_ctas {facts.num_ctas}, shared {facts.shared}")
+        raise ValueError(
+            f"{name}: needs more than a plain launch: {needs}, num_ctas {facts.num_ctas}, shared {facts.shared}"
+        )
     ptx = re.sub(rf"\b{facts.name}(?=\b|_param_)", name, without_scratch(made.asm["ptx"]))
     return Kernel(name, ptx, facts.num_warps * 32, facts.shared)
 

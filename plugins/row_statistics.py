@@ -23,7 +23,16 @@ LEAST = -1e30  # below any logit, and finite: no difference of two infinities ar
 
 @triton.jit
 def kernel(
-    logits, token, confidence, runner_up, entropy, vocab, mask_token_id, stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+    logits,
+    token,
+    confidence,
+    runner_up,
+    entropy,
+    vocab,
+    mask_token_id,
+    stride,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a row. Softmax sums and the best two are carried along from block to block."""
     row = tl.program_id(0)
@@ -87,7 +96,9 @@ def launch(logits: Any, mask_token_id: int) -> tuple[Any, Any, Any, Any]:
 
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    confidence, runner_up, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    confidence, runner_up, entropy = (
+        torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
     kernel[(rows,)](logits, token, confidence, runner_up, entropy, vocab, mask_token_id, logits.stride(0), BLOCK=BLOCK,
                     BLOCKS=triton.cdiv(vocab, BLOCK))  # fmt: skip
     return token, confidence, runner_up, entropy
@@ -109,4 +120,6 @@ def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> Kernel:
         "BLOCKS": triton.cdiv(vocab, BLOCK),
     }
     name = f"dllm_row_statistics_{vocab}_{mask_token_id}"  # TensorRT tells kernels apart by name
-    return ahead_of_time(kernel, SIGNATURE | dict.fromkeys(constants, "constexpr"), constants, name, compute_capability)
+    return ahead_of_time(
+        kernel, SIGNATURE | dict.fromkeys(constants, "constexpr"), constants, name, compute_capability
+    )

@@ -16,7 +16,9 @@ from trt_runtime.errors import DllmError
 from .row_statistics import compiled
 
 NAMESPACE, NAME = "dllm", "row_statistics"
-Statistics = Callable[[Any, int], list[Any]]  # logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]
+Statistics = Callable[
+    [Any, int], list[Any]
+]  # logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]
 
 
 def register(trt: Any) -> Any:
@@ -32,7 +34,9 @@ def register(trt: Any) -> Any:
     @plugin.register(name)
     def describe(logits: Desc, mask_token_id: str, compute_capability: str) -> tuple[Desc, Desc, Desc, Desc]:  # type: ignore[valid-type]
         rows = (logits.shape_expr[0],)
-        return tuple(plugin.from_shape_expr(rows, kind) for kind in (trt.int64, trt.float32, trt.float32, trt.float32))
+        return tuple(
+            plugin.from_shape_expr(rows, kind) for kind in (trt.int64, trt.float32, trt.float32, trt.float32)
+        )
 
     @plugin.aot_impl(name)
     def implement(
@@ -43,7 +47,9 @@ def register(trt: Any) -> Any:
         tactic: int,  # type: ignore[valid-type]
     ) -> tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]:
         made = compiled(int(logits.shape[1]), int(mask_token_id), int(compute_capability))
-        launch = plugin.KernelLaunchParams(grid_x=logits.shape_expr[0], block_x=made.threads, shared_mem=made.shared)
+        launch = plugin.KernelLaunchParams(
+            grid_x=logits.shape_expr[0], block_x=made.threads, shared_mem=made.shared
+        )
         return made.name, made.ptx, launch, plugin.SymIntExprs(0)
 
     return getattr(getattr(plugin.op, NAMESPACE), NAME)
@@ -54,7 +60,9 @@ def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
     definition, attributes = register(trt), {"compute_capability": str(compute_capability)}
 
     def make(logits: Any, mask_token_id: int) -> list[Any]:
-        layer = network.add_plugin(definition(logits, mask_token_id=str(mask_token_id), **attributes), aot=True)
+        layer = network.add_plugin(
+            definition(logits, mask_token_id=str(mask_token_id), **attributes), aot=True
+        )
         if layer is None:
             raise DllmError(f"TensorRT {trt.__version__} does not take the plugin {NAMESPACE}::{NAME}.")
         layer.name = NAME
@@ -82,7 +90,9 @@ def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statist
         reshapes[name] = layer
     logits = reshapes[LOGITS].get_input(0)
     if len(logits.shape) != 2 or logits.shape[1] < 1 or logits.dtype != trt.float32:
-        raise DllmError(f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary].")
+        raise DllmError(
+            f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary]."
+        )
     for name, made in zip(STATISTICS, make(logits, mask_token_id), strict=True):
         if made.dtype != reshapes[name].get_input(0).dtype:
             raise DllmError(f"'{name}' would be {made.dtype}, expected {reshapes[name].get_input(0).dtype}.")

@@ -75,7 +75,9 @@ def demo_artifact(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", params=families.names())
 def tiny_checkpoint(request, tmp_path_factory) -> Path:
     """A tiny random checkpoint of each family, in the family's official layout."""
-    return write_checkpoint(families.find(request.param), tmp_path_factory.mktemp(request.param) / "checkpoint")
+    return write_checkpoint(
+        families.find(request.param), tmp_path_factory.mktemp(request.param) / "checkpoint"
+    )
 
 
 @pytest.fixture(scope="session")

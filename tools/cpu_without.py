@@ -73,12 +73,18 @@ def library(name: str, directory: Path) -> Path:
             bits[key] |= value
     source, made = directory / "without.c", directory / "without.so"
     source.write_text(_SOURCE % {**bits, "unable": UNABLE}, encoding="ascii")
-    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-w", str(source), "-o", str(made)], check=True, capture_output=True)
+    subprocess.run(
+        ["gcc", "-O2", "-shared", "-fPIC", "-w", str(source), "-o", str(made)],
+        check=True,
+        capture_output=True,
+    )
     return made
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", choices=SETS, help="what the processor is to lack")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --, the command")
     args = parser.parse_args()
@@ -89,10 +95,15 @@ def main() -> int:
         try:
             made = library(args.sets, Path(temporary))
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"error: no gcc, or it failed ({error}): install it to leave instruction sets out.", file=sys.stderr)
+            print(
+                f"error: no gcc, or it failed ({error}): install it to leave instruction sets out.",
+                file=sys.stderr,
+            )
             return UNABLE
         preload = " ".join(filter(None, [str(made), os.environ.get("LD_PRELOAD")]))
-        return subprocess.run(command, env={**os.environ, "LD_PRELOAD": preload, NOTED: args.sets}, check=False).returncode
+        return subprocess.run(
+            command, env={**os.environ, "LD_PRELOAD": preload, NOTED: args.sets}, check=False
+        ).returncode
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ def held_out(count: int) -> list[demo_task.Example]:
 
 def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict[str, object]]:
     """Inputs of decode cases over these prompts, going through caches and policies in turn."""
-    modes, policies = ("none", "prefix", "dual"), ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7})
+    modes, policies = (
+        ("none", "prefix", "dual"),
+        ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7}),
+    )
     return [
         {"id": f"demo-{i}", "family": "llada", "mode": modes[i % 3], "prompt": [model.encode(example.prompt)],
          "gen_length": demo_task.GEN_LENGTH, "block_length": 8, "steps": 48, **policies[i // 3 % 3]}
@@ -36,7 +39,9 @@ def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path, nargs="?", help="the exported demo model, for --inputs")
     parser.add_argument("--count", type=int, default=500, help="prompts (default 500)")
     parser.add_argument("--prompts", type=Path, help="write them, one a line")
@@ -48,14 +53,18 @@ def main() -> None:
         args.prompts.write_text("".join(example.prompt + "\n" for example in examples), encoding="utf-8")
     if args.tuning:
         lines = [
-            json.dumps({"prompt": e.prompt, "answers": [json.dumps(plan) for plan in demo_task.spellings(e.plan)]})
+            json.dumps(
+                {"prompt": e.prompt, "answers": [json.dumps(plan) for plan in demo_task.spellings(e.plan)]}
+            )
             for e in examples
         ]
         args.tuning.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.inputs:
         if args.artifact is None:
             parser.error("--inputs needs the artifact, whose tokenizer it takes")
-        args.inputs.write_text(json.dumps({"cases": case_inputs(rt.load(args.artifact), examples)}) + "\n", encoding="utf-8")
+        args.inputs.write_text(
+            json.dumps({"cases": case_inputs(rt.load(args.artifact), examples)}) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from export import families
 from export.families.base import ConfigReader
 from export.graph.decoder import weight_shapes
 
-_BLOCK, _STRIDE = 1 << 23, 2_999_999  # the stride is prime: no two windows of a model begin at the same number
+_BLOCK, _STRIDE = (
+    1 << 23,
+    2_999_999,
+)  # the stride is prime: no two windows of a model begin at the same number
 _SHARD_BYTES = 5_000_000_000  # as transformers splits them
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "fp32": ("F32", np.dtype(np.float32)), "fp16": ("F16", np.dtype(np.float16)), "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
@@ -65,7 +68,9 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def write(config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0, shard_bytes: int = _SHARD_BYTES) -> None:
+def write(
+    config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0, shard_bytes: int = _SHARD_BYTES
+) -> None:
     """A checkpoint directory: config.json and model.safetensors, or shards with an index where it is larger than a shard."""
     family = families.find(config["model_type"])
     shapes = {family.tensor_name(name): shape
@@ -76,9 +81,13 @@ def write(config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0
     shards = list(_shards(shapes, itemsize, shard_bytes))
     weight_map = {}
     for i, shard in enumerate(shards):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        name = (
+            "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        )
         weight_map |= dict.fromkeys(shard, name)
-        write_safetensors(path / name, shard, dtype, (piece for item in shard.items() for piece in noise.values(*item)))
+        write_safetensors(
+            path / name, shard, dtype, (piece for item in shard.items() for piece in noise.values(*item))
+        )
     if len(shards) > 1:
         total = sum(itemsize * math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -136,10 +145,14 @@ class _Noise:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), required=True, help="the model")
     parser.add_argument(
-        "--dtype", choices=sorted(_DTYPES), help="of the weights (default: the preset's own, bf16 where published)"
+        "--dtype",
+        choices=sorted(_DTYPES),
+        help="of the weights (default: the preset's own, bf16 where published)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.add_argument("path", type=Path, help="directory to write")

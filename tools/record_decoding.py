@@ -42,7 +42,12 @@ def record(model: rt.Model, config: rt.GenerationConfig) -> Run:
         for position, confidence in zip(last.changed, last.confidence, strict=True):
             tokens[position] = (model.piece(last.tokens[position]).strip(), confidence or 0.0, last.nfe)
     assert last is not None
-    return Run(times, tokens, last.committed or "", len(model.tokenizer.encode(last.committed or "")) if model.tokenizer else 0)
+    return Run(
+        times,
+        tokens,
+        last.committed or "",
+        len(model.tokenizer.encode(last.committed or "")) if model.tokenizer else 0,
+    )
 
 
 def median_runs(model: rt.Model, repeats: int) -> dict[str, Run]:
@@ -63,7 +68,9 @@ def draw(runs: dict[str, Run], facts: str) -> str:
         body.append(f'<text class="name" x="{MARGIN}" y="{top}">{html.escape(name)}</text>')
         for forward, at in enumerate(run.times, 1):
             share = 100 * at * slower / total
-            styles.append(f"@keyframes f{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,100%{{opacity:1}}}}")
+            styles.append(
+                f"@keyframes f{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,100%{{opacity:1}}}}"
+            )
         x, y = float(MARGIN), top + 14
         for text, confidence, forward in shown.values():
             width = CHARACTER * len(text) + 8
@@ -98,16 +105,23 @@ def draw(runs: dict[str, Run], facts: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path, help="the exported demo model")
     parser.add_argument("--out", type=Path, required=True, help="the SVG")
-    parser.add_argument("--repeats", type=int, default=9, help="runs of each, in turn; the median is drawn (default 9)")
+    parser.add_argument(
+        "--repeats", type=int, default=9, help="runs of each, in turn; the median is drawn (default 9)"
+    )
     args = parser.parse_args()
     model, held = rt.load(args.artifact, threads=1), machine()
     runs = median_runs(model, max(1, args.repeats))
     if len({run.answer for run in runs.values()}) > 1:
         print("note: the two answers differ: " + " | ".join(run.answer for run in runs.values()))
-    args.out.write_text(draw(runs, f"{held['cpu']}, one thread, onnxruntime {held['versions']['onnxruntime']}"), encoding="utf-8")
+    args.out.write_text(
+        draw(runs, f"{held['cpu']}, one thread, onnxruntime {held['versions']['onnxruntime']}"),
+        encoding="utf-8",
+    )
     for name, run in runs.items():
         print(f"{name}: {len(run.times)} forwards, {run.useful} tokens, {1000 * run.times[-1]:.0f} ms")
 

@@ -74,12 +74,16 @@ class Block(nn.Module):
         self.ff_norm = nn.RMSNorm(WIDTH, EPS)
         self.q_proj, self.k_proj, self.v_proj, self.attn_out = (Linear(WIDTH, WIDTH) for _ in range(4))
         self.ff_proj, self.up_proj, self.ff_out = Linear(WIDTH, MLP), Linear(WIDTH, MLP), Linear(MLP, WIDTH)
-        nn.init.zeros_(self.attn_out.weight)  # the model starts as the identity: copying is then learnt at once
+        nn.init.zeros_(
+            self.attn_out.weight
+        )  # the model starts as the identity: copying is then learnt at once
         nn.init.zeros_(self.ff_out.weight)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         h = self.attn_norm(x)
-        q, k, v = (p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
         h = self.ff_norm(x)
@@ -103,7 +107,9 @@ class Model(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.5)
         with torch.no_grad():
             self.ff_out.weight.copy_(self.wte.weight * 0.2)
-        angles = torch.outer(torch.arange(MAX_LENGTH), THETA ** (-torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS)))
+        angles = torch.outer(
+            torch.arange(MAX_LENGTH), THETA ** (-torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS))
+        )
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
 
@@ -162,7 +168,9 @@ def loss_of(model: Model, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def exact_match(model: Model, tokenizer: Tokenizer, ids: Tensor, examples: list, threshold: float = 0.9) -> float:
+def exact_match(
+    model: Model, tokenizer: Tokenizer, ids: Tensor, examples: list, threshold: float = 0.9
+) -> float:
     """Share of right answers, decoded by blocks of 32 with a threshold and no cache: a progress figure, not the evaluation."""
     first = ids.shape[1] - demo_task.GEN_LENGTH
     canvas = torch.cat([ids[:, :first], torch.full((len(ids), demo_task.GEN_LENGTH), MASK_ID)], 1)
@@ -173,7 +181,9 @@ def exact_match(model: Model, tokenizer: Tokenizer, ids: Tensor, examples: list,
             confidence, token = probabilities.max(-1)
             confidence = confidence.masked_fill(canvas[:, first:] != MASK_ID, -1)
             confidence[:, end - first :] = -1
-            commit = (confidence >= threshold) | ((confidence == confidence.amax(1, keepdim=True)) & (confidence >= 0))
+            commit = (confidence >= threshold) | (
+                (confidence == confidence.amax(1, keepdim=True)) & (confidence >= 0)
+            )
             canvas[:, first:] = torch.where(commit, token, canvas[:, first:])
     answers = tokenizer.decode_batch(canvas[:, first:].tolist())
     return sum(demo_task.is_right(a, e.plan) for a, e in zip(answers, examples, strict=True)) / len(examples)
@@ -205,7 +215,10 @@ def save(model: Model, tokenizer: Tokenizer, out: Path) -> None:
 
 def load(model: Model, tokenizer: Tokenizer, path: Path) -> None:
     """Weights saved by `save`; rows of the embedding and the head follow their tokens, should the vocabulary have changed."""
-    tensors = {name.removeprefix("model.transformer."): t.float() for name, t in load_file(path / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("model.transformer."): t.float()
+        for name, t in load_file(path / "model.safetensors").items()
+    }
     old = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab()
     for name in ("wte.weight", "ff_out.weight"):
         rows = model.state_dict()[name].clone()
@@ -277,14 +290,18 @@ def train(rank: int, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory of the checkpoint to write")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time (default 60)")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step and process (default 32)")
     parser.add_argument("--processes", type=int, default=2, help="single-thread processes (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="names data and initial weights (default 1)")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default 1)")
-    parser.add_argument("--resume", action="store_true", help="go on from the weights in `out`, and append to its log")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the weights in `out`, and append to its log"
+    )
     parser.add_argument("--port", type=int, default=29571, help="local port of the gradient exchange")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'model')}"), name)
+    value = globals()[name] = getattr(
+        importlib.import_module(f"{__name__}.{_HOMES.get(name, 'model')}"), name
+    )
     return value
 
 

@@ -39,4 +39,6 @@ def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> Dll
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean '{near[0]}'?" if near else ""
-    return DllmError(f"unknown {kind} '{name}':{hint} known: {', '.join(names)}.{' ' + advice if advice else ''}")
+    return DllmError(
+        f"unknown {kind} '{name}':{hint} known: {', '.join(names)}.{' ' + advice if advice else ''}"
+    )

@@ -117,7 +117,9 @@ class Model:
         self._check_open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -135,7 +137,12 @@ class Model:
         self._backend = backend
 
     def generate(
-        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False, seeds: Rows[int] | None = None
+        self,
+        prompts: Rows[Prompt],
+        config: GenerationConfig | None = None,
+        *,
+        raw: bool = False,
+        seeds: Rows[int] | None = None,
     ) -> list[Result]:
         """Complete several prompts at once; the results stand in their order.
 
@@ -153,13 +160,17 @@ class Model:
                     finished[wanted.slot] = time.perf_counter() - begin
         return [self._result(row, finished.get(i, 0.0)) for i, row in enumerate(rows)]
 
-    def stream(self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False) -> Iterator[Update]:
+    def stream(
+        self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
+    ) -> Iterator[Update]:
         """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_sync` of the backend. Nothing
         runs before the first is taken. Raises DllmError where the model is closed in between."""
         self._check_open()
         return self._streamed(prompts, config, raw)
 
-    def _streamed(self, prompts: Rows[Prompt], config: GenerationConfig | None, raw: bool) -> Iterator[Update]:
+    def _streamed(
+        self, prompts: Rows[Prompt], config: GenerationConfig | None, raw: bool
+    ) -> Iterator[Update]:
         config = config or configured({}, self.manifest)
         rows = self._sequences(prompts, config, raw)
         generator = self._generator(rows, config)
@@ -185,13 +196,19 @@ class Model:
 
     def _encode_list(self, prompt: Rows[int] | Rows[Mapping[str, str]]) -> list[int]:
         if not isinstance(prompt, (list, tuple, np.ndarray)):
-            raise DllmError(f"a prompt is {prompt!r}, expected a text, a list of token ids, or a list of messages.")
+            raise DllmError(
+                f"a prompt is {prompt!r}, expected a text, a list of token ids, or a list of messages."
+            )
         items: list[Any] = list(prompt)
         if items and all(isinstance(item, Mapping) for item in items):
             tokenizer = self._need_tokenizer()
             return tokenizer.encode(tokenizer.render_chat(items))
-        if wrong := [item for item in items if not isinstance(item, (int, np.integer)) or isinstance(item, bool)]:
-            raise DllmError(f"a prompt holds {wrong[0]!r}, expected a text, token ids, or messages {{'role', 'content'}}.")
+        if wrong := [
+            item for item in items if not isinstance(item, (int, np.integer)) or isinstance(item, bool)
+        ]:
+            raise DllmError(
+                f"a prompt holds {wrong[0]!r}, expected a text, token ids, or messages {{'role', 'content'}}."
+            )
         return [int(item) for item in items]
 
     def close(self) -> None:
@@ -208,7 +225,9 @@ class Model:
     def _need_tokenizer(self) -> Tokenizer:
         self._check_open()
         if self.tokenizer is None:
-            raise DllmError(f"{self.path}: the artifact has no tokenizer: give the prompt as token ids (generate --ids).")
+            raise DllmError(
+                f"{self.path}: the artifact has no tokenizer: give the prompt as token ids (generate --ids)."
+            )
         return self.tokenizer
 
     def _sequences(
@@ -231,7 +250,9 @@ class Model:
         for i, prompt in enumerate(prompts):
             ids = self.encode(prompt, raw=raw)
             check_prompt(ids, config, self.manifest)
-            rows.append(Sequence(np.array(ids, np.int64), rules, config.seed + i if seeds is None else seeds[i]))
+            rows.append(
+                Sequence(np.array(ids, np.int64), rules, config.seed + i if seeds is None else seeds[i])
+            )
         return rows
 
     def _generator(self, rows: list[Sequence], config: GenerationConfig) -> Generator:
@@ -240,7 +261,11 @@ class Model:
         return Speculating(self.backend, rows, config.speculate)
 
     def _result(self, row: Sequence, seconds: float) -> Result:
-        prefix_passes = row.nfe if not row.rules.cache.keeps_cache else sum(step.kind == PREFIX_PASS for step in row.trace)
+        prefix_passes = (
+            row.nfe
+            if not row.rules.cache.keeps_cache
+            else sum(step.kind == PREFIX_PASS for step in row.trace)
+        )
         text, size = self._text(row.output[: row.num_useful]), row.rules.block_length or row.length
         starts = range(row.prompt_length, row.length, size)
         has_gaps = any(position < row.prompt_length for step in row.trace for position in step.positions)
@@ -256,7 +281,9 @@ class Model:
     def update_of(self, row: Sequence, block: tuple[int, int], since: int, slot: int = 0) -> Update:
         """What a row's forwards after the first `since` brought; `block` is the block that was running."""
         made, first = row.trace[since:], row.prompt_length
-        in_gaps = row.block is not None and row.block[0] < first  # the answer is done, the prompt's gaps come last
+        in_gaps = (
+            row.block is not None and row.block[0] < first
+        )  # the answer is done, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
         settled = min(settled, useful)

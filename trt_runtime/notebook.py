@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trt_runtime.model import Result
 
-_PAGE = "font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; color: inherit"
+_PAGE = (
+    "font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; color: inherit"
+)
 _BLOCK = "border-left: 2px solid currentColor; padding: 0 2px; margin-right: 2px"
 _TOKEN = "unicode-bidi: isolate; border-radius: 2px; color: inherit"
 
@@ -24,7 +26,9 @@ def html_of(result: Result) -> str:
     made = _forwards(result)
     parts, end = [], first + result.num_useful
     if not result.pieces:  # not of a model's own making
-        parts.append(html.escape(result.text if result.text is not None else " ".join(map(str, result.tokens))))
+        parts.append(
+            html.escape(result.text if result.text is not None else " ".join(map(str, result.tokens)))
+        )
     elif offset < first:
         parts.append("".join(_token(result.pieces[i - offset], made.get(i)) for i in range(offset, first)))
     for number, (start, stop) in enumerate(result.blocks, 1):

@@ -32,7 +32,9 @@ def import_optional(module: str, what: str, fix: str) -> Any:
             return importlib.import_module(_installed_name(module))
     except ImportError as error:
         raise DllmError(f"{what} needs a package that is missing ({error}): {fix}.") from error
-    except Exception as error:  # of packages that do not fit one another, as pydantic's check of its other half
+    except (
+        Exception
+    ) as error:  # of packages that do not fit one another, as pydantic's check of its other half
         if (broken := _package_of(error)) is None:
             raise
         said = " ".join(str(error).split())
@@ -90,5 +92,7 @@ class InstalledName(MetaPathFinder, Loader):
 
 def know_installed_name(package: str) -> None:
     """For the packages of a checkout, when they are imported: code that imports them by the installed name gets the same modules."""
-    if package in TOOLS and not any(isinstance(finder, InstalledName) and finder.tool == package for finder in sys.meta_path):
+    if package in TOOLS and not any(
+        isinstance(finder, InstalledName) and finder.tool == package for finder in sys.meta_path
+    ):
         sys.meta_path.insert(0, InstalledName(package))

@@ -49,7 +49,9 @@ class Registry(Generic[T]):
             raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
         held = self._items.get(name)
         if held is not None and held is not item:
-            raise DllmError(f"there are two of the {self.kind} '{name}', {held!r} and {item!r}: give yours another name.")
+            raise DllmError(
+                f"there are two of the {self.kind} '{name}', {held!r} and {item!r}: give yours another name."
+            )
         self._check(item)
         self._items[name] = item
         return item
@@ -65,7 +67,9 @@ class Registry(Generic[T]):
         if name not in self._items:
             self._load_entry_points()
         if name not in self._items:
-            raise unknown(self.kind, name, self.names(), f"One of your own is given as module:Name ({self._expected}).")
+            raise unknown(
+                self.kind, name, self.names(), f"One of your own is given as module:Name ({self._expected})."
+            )
         return self._items[name]
 
     def installed(self, name: str) -> T:
@@ -89,7 +93,9 @@ class Registry(Generic[T]):
         try:
             found: T = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise DllmError(f"the {self.kind} '{name}' cannot be imported ({error}): give it as module:Name.") from error
+            raise DllmError(
+                f"the {self.kind} '{name}' cannot be imported ({error}): give it as module:Name."
+            ) from error
         return self.register(found, name)
 
     def _load_entry_points(self) -> None:

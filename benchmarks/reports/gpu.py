@@ -27,16 +27,28 @@ ROWS = (("torch", "", "PyTorch, eager"), ("torch_graph", "graph", "PyTorch, CUDA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "reports", nargs="*", type=Path, help="files that make gpu-report wrote (default: those under benchmarks/results)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the document with the two marks")
+    parser.add_argument(
+        "reports",
+        nargs="*",
+        type=Path,
+        help="files that make gpu-report wrote (default: those under benchmarks/results)",
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=ROOT / "docs" / "benchmarks.md",
+        help="the document with the two marks",
+    )
     parser.add_argument("--print", action="store_true", help="print the tables, and change no document")
     args = parser.parse_args()
     files = args.reports or sorted((ROOT / "benchmarks" / "results").glob("gpu-report-*.json"))
     if not files:
-        raise SystemExit("error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine first.")
+        raise SystemExit(
+            "error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine first."
+        )
     reports = [read(file) for file in files]
     text = "\n\n".join([*([merged(reports)] if len(reports) > 1 else []), *map(table, reports)])
     if args.print:
@@ -157,7 +169,9 @@ def table(results: dict[str, Any]) -> str:
                 f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own {settings['dtype']} is {own:.2g} away."
             )
         if reason := held.get("failed") or held.get("skipped"):
-            lines.append(f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: {reason.splitlines()[-1][:200]}.")
+            lines.append(
+                f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: {reason.splitlines()[-1][:200]}."
+            )
     return "\n".join(lines)
 
 
@@ -171,7 +185,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
     rows = longest(results)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.6 + 0.5 * max(1, len(rows))), sharey=True)
-    for axis, role, title in zip(axes, ("refine", "prefix"), ("refine step, ms", "prefix pass, ms"), strict=True):
+    for axis, role, title in zip(
+        axes, ("refine", "prefix"), ("refine step, ms", "prefix pass, ms"), strict=True
+    ):
         bars = axis.barh([name for name, _ in rows], [row[f"{role}_ms"] for _, row in rows], color="#76b900")
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.margins(x=0.18)

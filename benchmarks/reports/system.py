@@ -19,7 +19,12 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from marks import ROOT, insert
 
 BEGIN, END = "<!-- system: begin -->", "<!-- system: end -->"
-_VARIANTS = {"vanilla": "no cache, one token a forward", "none": "no cache", "prefix": "prefix cache", "dual": "dual cache"}
+_VARIANTS = {
+    "vanilla": "no cache, one token a forward",
+    "none": "no cache",
+    "prefix": "prefix cache",
+    "dual": "dual cache",
+}
 _BACKENDS = {
     "ort": "ONNX Runtime fp32",
     "ort w8a8": "ONNX Runtime w8a8",
@@ -37,9 +42,18 @@ _SWEEPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where system-*.json lie")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the document with the two marks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where system-*.json lie"
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=ROOT / "docs" / "benchmarks.md",
+        help="the document with the two marks",
+    )
     args = parser.parse_args()
     runs = {
         int(file.stem.rpartition("-")[2]): json.loads(file.read_text(encoding="utf-8"))
@@ -77,7 +91,10 @@ def variants(threads: int, run: dict[str, Any]) -> str:
     ]
     for row in sorted(run["rows"], key=lambda row: row["tokens_per_second"]):
         label = row["variant"].rpartition(" ")[0]
-        ratios = [f"{row['tokens_per_second'] / speeds[other]:.2f}" for other in ("torch fp32 dual", "torch bf16 dual")]
+        ratios = [
+            f"{row['tokens_per_second'] / speeds[other]:.2f}"
+            for other in ("torch fp32 dual", "torch bf16 dual")
+        ]
         refine = "-" if row["refine_ms"] is None else f"{row['refine_ms']:.1f}"
         cells = [
             *name_of(row),
@@ -105,7 +122,9 @@ def growth(report: dict[str, Any]) -> str:
             cells = [title.split(",")[0], str(size)]
             for artifact in ("fp32", "w8a8"):
                 point = next(
-                    p for p in report["points"] if p["sweep"] == sweep and p[sweep] == size and p["artifact"] == artifact
+                    p
+                    for p in report["points"]
+                    if p["sweep"] == sweep and p[sweep] == size and p["artifact"] == artifact
                 )
                 cells += [
                     f"{point[f'{kind}_ms']:.1f} ({100 * point[f'{kind}_roofline_ms'] / point[f'{kind}_ms']:.0f} %)"
@@ -132,7 +151,11 @@ def plot_variants(runs: dict[int, dict[str, Any]], path: Path) -> None:
             else "#7570b3"
             for row in rows
         ]
-        bars = axis.barh([", ".join(name_of(row)) for row in rows], [row["tokens_per_second"] for row in rows], color=colors)
+        bars = axis.barh(
+            [", ".join(name_of(row)) for row in rows],
+            [row["tokens_per_second"] for row in rows],
+            color=colors,
+        )
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
         axis.set_xlabel("tokens a second")

@@ -22,7 +22,10 @@ COUNT, CHOICES = 500, 4
 
 def plans(**options: Any) -> dict[str, Dataset]:
     """Orders, and the plans that they mean."""
-    rows = [{"order": e.prompt, "plan": json.dumps(e.plan), "answer": e.answer} for e in demo_prompts.held_out(COUNT)]
+    rows = [
+        {"order": e.prompt, "plan": json.dumps(e.plan), "answer": e.answer}
+        for e in demo_prompts.held_out(COUNT)
+    ]
     return {"test": Dataset.from_list(rows)}
 
 

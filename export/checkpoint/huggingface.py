@@ -24,7 +24,11 @@ import numpy as np
 from trt_runtime.errors import DllmError
 from trt_runtime.system.commands import package
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # files of the peft package
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)  # files of the peft package
 MERGE = (
     "merge the adapter into its base model first: model = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE, trust_remote_code=True), "
     "ADAPTER); model.merge_and_unload().save_pretrained(OUT)"
@@ -84,7 +88,9 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
             f"{name}: no such directory, and not a hub id: give a checkpoint directory with config.json and "
             "*.safetensors, or a hub id like org/name."
         )
-    if (parent := Path(name).parent).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
+    if (
+        parent := Path(name).parent
+    ).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
         held = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
         raise DllmError(
             f"{name}: no such directory; in {parent} {'lies ' + ', '.join(held[:8]) if held else 'lies none'}. "
@@ -96,7 +102,9 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
         raise DllmError(
             f"{name}: no such directory; to download it from the hub, install huggingface_hub: {package('huggingface_hub')}."
         ) from error
-    if "HF_HUB_VERBOSITY" not in os.environ:  # its client logs every attempt as a warning; what failed is told once, as an error
+    if (
+        "HF_HUB_VERBOSITY" not in os.environ
+    ):  # its client logs every attempt as a warning; what failed is told once, as an error
         from huggingface_hub.utils import logging as client
 
         client.set_verbosity_error()
@@ -229,7 +237,9 @@ def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
         held = _header(path / shard)
         expected = {name for name, file in weight_map.items() if file == shard}
         if difference := sorted(expected ^ set(held)):
-            raise DllmError(f"{path / shard}: {INDEX} and the shard disagree on {some(difference)}: download both again.")
+            raise DllmError(
+                f"{path / shard}: {INDEX} and the shard disagree on {some(difference)}: download both again."
+            )
         tensors |= held
     return tensors, set(shards)
 
@@ -247,22 +257,32 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise DllmError(f"{path}: not a safetensors file, or cut short ({size} bytes): download it again.")
+            raise DllmError(
+                f"{path}: not a safetensors file, or cut short ({size} bytes): download it again."
+            )
         try:
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
             held = {
-                name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
+                name: _stored(path, name, entry, 8 + length, size)
+                for name, entry in header.items()
+                if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             said = " ".join(ascii(str(error)).split())[:200]
-            raise DllmError(f"{path}: its safetensors header is damaged ({said}): download it again.") from error
+            raise DllmError(
+                f"{path}: its safetensors header is damaged ({said}): download it again."
+            ) from error
     ordered = sorted((stored.offset, stored.offset + stored.size, name) for name, stored in held.items())
     ends = [(8 + length, 8 + length, "the header"), *ordered, (size, size, "the end of the file")]
     for (_, end, name), (begin, _, other) in pairwise(ends):
         if begin < end:
-            raise DllmError(f"{path}: tensors {name} and {other} overlap: the file is damaged: download it again.")
+            raise DllmError(
+                f"{path}: tensors {name} and {other} overlap: the file is damaged: download it again."
+            )
         if begin > end:
-            raise DllmError(f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it again.")
+            raise DllmError(
+                f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it again."
+            )
     return held
 
 
@@ -285,10 +305,16 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if len(shape) > _MAX_RANK or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+    if len(shape) > _MAX_RANK or any(
+        type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)
+    ):
         raise ValueError(f"tensor {name} has the shape {str(list(shape))[:60]} at {str([begin, end])[:60]}")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise DllmError(f"{path}: tensor {name} has {end - begin} bytes for shape {list(shape)}: download it again.")
+        raise DllmError(
+            f"{path}: tensor {name} has {end - begin} bytes for shape {list(shape)}: download it again."
+        )
     if data + end > size:
-        raise DllmError(f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again.")
+        raise DllmError(
+            f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again."
+        )
     return StoredTensor(path, dtype, shape, data + begin, end - begin)

@@ -33,7 +33,9 @@ def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
 
 def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any], where: str) -> None:
     """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model was trained with."""
-    own, other = ([value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK)))
+    own, other = (
+        [value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK))
+    )
     if own is not None and other is not None and own != other:
         raise DllmError(
             f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: take both files from one "
@@ -80,17 +82,25 @@ class _Tokenizer:
         """Which tokens look like one, for a message."""
         held = {} if self.opened is None else self.opened.added_tokens
         like = [f"{text} ({token})" for token, text in held.items() if "mask" in text.lower()]
-        return f"; in its tokenizer there {'are' if len(like) > 1 else 'is'} {', '.join(like[:5])}" if like else ""
+        return (
+            f"; in its tokenizer there {'are' if len(like) > 1 else 'is'} {', '.join(like[:5])}"
+            if like
+            else ""
+        )
 
 
 def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
     token = int(given) if given.isascii() and given.isdigit() and len(given) < 20 else None
     if token is None:
         if tokenizer.opened is None:
-            raise DllmError(f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's id.")
+            raise DllmError(
+                f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's id."
+            )
         token = tokenizer.opened.id_of(given)
     if token is None:
-        raise DllmError(f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or its id.")
+        raise DllmError(
+            f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or its id."
+        )
     if not 0 <= token < vocab_size:
         raise DllmError(f"--mask-token {given!r}: is token id {token}, the model has 0 to {vocab_size - 1}.")
     return token
@@ -104,8 +114,12 @@ def _of_tokenizer(key: str, tokenizer: _Tokenizer, found: Found, checkpoint: Che
         return token, f"{token}, the tokenizer's {name}"
     if key == PAD:  # nothing is computed with it
         ends = found.ids.get(END) or checkpoint.generation_config.get(END) or checkpoint.config.get(END)
-        return (ends[0] if isinstance(ends, list) and ends else ends), "the end token, as the tokenizer names no pad_token"
+        return (
+            ends[0] if isinstance(ends, list) and ends else ends
+        ), "the end token, as the tokenizer names no pad_token"
     where = f"{checkpoint.path}: neither config.json ({key}) nor the tokenizer ({name}) says which token"
     if key == MASK:
-        raise DllmError(f"{where} is the mask: give it with --mask-token TOKEN, or its id{tokenizer.masks()}.")
+        raise DllmError(
+            f"{where} is the mask: give it with --mask-token TOKEN, or its id{tokenizer.masks()}."
+        )
     raise DllmError(f"{where} ends a text: add {key} to config.json or generation_config.json.")

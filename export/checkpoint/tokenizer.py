@@ -21,7 +21,12 @@ from trt_runtime.errors import DllmError
 from .huggingface import read_json
 
 FILE_NAME = "tokenizer.json"
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates")
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 # how a slow byte-level BPE tokenizer splits a text before its merges, by the class that tokenizer_config.json names
 _QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
@@ -57,11 +62,17 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
     try:
         return Tokenizer(directory)
     except DllmError as error:  # the artifact is not there yet: the checkpoint's file is meant
-        said = str(error).replace(str(directory), str(checkpoint)).replace("export the artifact again", "download it again")
+        said = (
+            str(error)
+            .replace(str(directory), str(checkpoint))
+            .replace("export the artifact again", "download it again")
+        )
         raise DllmError(said) from error
 
 
-def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False) -> DecodingFacts:
+def completed(
+    decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False
+) -> DecodingFacts:
     """The decoding facts with what else ends an answer among the end tokens: the token that ends a turn of the chat template, and the
     tokens that a model was taught to fill the rest of an answer with (DiffuCoder's <|dlm_pad|>): the tokenizer's pad token, and the one of
     config.json. They count where they are added tokens (a careless pad_token_id of 0 names a word) and not the tokenizer's eos_token, of which
@@ -70,7 +81,9 @@ def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *,
     Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask token, unless the mask was given.
     """
     if (most := tokenizer.max_id) >= vocab_size:
-        raise DllmError(f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this checkpoint.")
+        raise DllmError(
+            f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this checkpoint."
+        )
     mask = tokenizer.special_id("mask_token")
     if mask is not None and mask != decoding.mask_token_id and not mask_is_given:
         raise DllmError(
@@ -78,7 +91,11 @@ def completed(decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *,
             "which is right with --mask-token."
         )
     added, eos = tokenizer.added_tokens, tokenizer.special_id("eos_token")
-    pads = [token for token in (tokenizer.special_id("pad_token"), decoding.pad_token_id) if token in added and token != eos]
+    pads = [
+        token
+        for token in (tokenizer.special_id("pad_token"), decoding.pad_token_id)
+        if token in added and token != eos
+    ]
     ends = list(decoding.eos_token_ids)
     for end in (tokenizer.end_of_turn(), *pads):
         if end is not None and end not in (*ends, decoding.mask_token_id):
@@ -101,7 +118,9 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
     try:
         model = models.BPE.from_file(str(checkpoint / _VOCABULARY), str(checkpoint / _MERGES))
     except Exception as error:  # the package raises plain Exception
-        raise DllmError(f"{checkpoint}: {_VOCABULARY} and {_MERGES} are not readable ({error}): download them again.") from error
+        raise DllmError(
+            f"{checkpoint}: {_VOCABULARY} and {_MERGES} are not readable ({error}): download them again."
+        ) from error
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_SPLITS[name]), "isolated")
@@ -134,9 +153,12 @@ def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any
         named = {token: {"content": text, "special": True} for text, token in read_json(older).items()}
     listed: dict[int, dict[str, Any]] = {}
     for token, entry in (named or {}).items() if isinstance(named or {}, dict) else [("", named)]:
-        texts = isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_text(entry["content"])
+        texts = (
+            isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_text(entry["content"])
+        )
         flags = texts and all(
-            isinstance(entry.get(key, False), bool) for key in ("single_word", "lstrip", "rstrip", "normalized")
+            isinstance(entry.get(key, False), bool)
+            for key in ("single_word", "lstrip", "rstrip", "normalized")
         )
         if not str(token).isdigit() or not flags:
             raise DllmError(

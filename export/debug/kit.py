@@ -48,7 +48,9 @@ class KitConfig:
     checkpoint: str | None = None
 
 
-def write(artifact: Path, out: Path, config: KitConfig, note: Callable[[str], object] = lambda text: None) -> list[Call]:
+def write(
+    artifact: Path, out: Path, config: KitConfig, note: Callable[[str], object] = lambda text: None
+) -> list[Call]:
     """Write the kit to a new directory. Returns the recorded calls. Raises DllmError."""
     manifest = manifests.load(artifact)
     if not manifest.dims.writes_caches:
@@ -94,7 +96,9 @@ def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iter
         yield artifact
         return
     fp32_twin = import_optional(
-        "export.parity.verify", "polygraphy of a bf16 artifact", commands.install("export", "ort", "reference")
+        "export.parity.verify",
+        "polygraphy of a bf16 artifact",
+        commands.install("export", "ort", "reference"),
     ).fp32_twin
     with tempfile.TemporaryDirectory() as temporary:
         yield fp32_twin(manifest, checkpoint, Path(temporary))
@@ -103,7 +107,9 @@ def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iter
 def prompts(manifest: Manifest) -> list[list[int]]:
     """Random prompts of unequal lengths, of ordinary tokens."""
     special, rng = manifest.decoding.special_token_ids, np.random.default_rng(0)
-    ordinary = np.array([token for token in range(min(manifest.model.vocab_size, 4096)) if token not in special])
+    ordinary = np.array(
+        [token for token in range(min(manifest.model.vocab_size, 4096)) if token not in special]
+    )
     room = max(1, manifest.model.max_length - _GENERATED)
     return [rng.choice(ordinary, min(length, room)).tolist() for length in _PROMPTS]
 
@@ -111,13 +117,17 @@ def prompts(manifest: Manifest) -> list[list[int]]:
 def decoding(manifest: Manifest) -> GenerationConfig:
     """A short decoding with both caches, so that prefix passes and refine steps come."""
     length = min(_GENERATED, manifest.model.max_length - 1)
-    return GenerationConfig(gen_length=length, block_length=min(_BLOCK, length), cache="dual", stop_at_eos=False)
+    return GenerationConfig(
+        gen_length=length, block_length=min(_BLOCK, length), cache="dual", stop_at_eos=False
+    )
 
 
 def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *, link: bool) -> None:
     """Both graphs with the capacity written in, beside their weights."""
     for role in contract.ROLES:
-        (out / f"{role}.onnx").write_bytes(builder.with_capacity(artifact / manifest.graphs[role].file, capacity))
+        (out / f"{role}.onnx").write_bytes(
+            builder.with_capacity(artifact / manifest.graphs[role].file, capacity)
+        )
     for name in manifest.files:
         if name.endswith((".data", ".safetensors")):
             (os.link if link else shutil.copyfile)((artifact / name).resolve(), out / name)
@@ -134,10 +144,15 @@ def settings(calls: list[Call], dtype: str) -> str:
         for kind, shapes in (("MIN", {name: held.min(0) for name, held in seen.items()}), ("OPT", {name: held.max(0) for name, held in seen.items()}),
                              ("MAX", {name: held.max(0) for name, held in seen.items()}), ("FIRST", {name: held[0] for name, held in seen.items()})):  # fmt: skip
             lines.append(
-                _array(f"{role.upper()}_{kind}", (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items()))
+                _array(
+                    f"{role.upper()}_{kind}",
+                    (f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items()),
+                )
             )
         limits = record.allowed(ours, dtype)
-        lines.append(_array(f"{role.upper()}_ATOL", (f"{name}:{value:.6g}" for name, value in limits.items())))
+        lines.append(
+            _array(f"{role.upper()}_ATOL", (f"{name}:{value:.6g}" for name, value in limits.items()))
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +172,9 @@ def _save(out: Path, calls: list[Call], inputs: str | None, outputs: str) -> Non
                 np.savez(out / folder / name, allow_pickle=False, **arrays)
 
 
-def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Callable[[str], object]) -> list[Call] | None:
+def _reference(
+    artifact: Path, calls: list[Call], config: KitConfig, note: Callable[[str], object]
+) -> list[Call] | None:
     """The same calls on PyTorch; None where it is not asked for, or not there."""
     if config.reference is False:
         return None
@@ -167,12 +184,16 @@ def _reference(artifact: Path, calls: list[Call], config: KitConfig, note: Calla
         backend = TorchBackend(artifact, checkpoint=config.checkpoint, dtype="fp32", threads=1)
     except (ImportError, DllmError) as error:
         if config.reference:
-            raise DllmError(f"PyTorch's outputs cannot be recorded ({error}): leave --reference out.") from error
+            raise DllmError(
+                f"PyTorch's outputs cannot be recorded ({error}): leave --reference out."
+            ) from error
         note(f"PyTorch's outputs are not recorded: {error}")
         return None
     made = [
         Call(
-            call.role, call.inputs, record.replayed(backend, call.role, call.inputs, want_logits=contract.LOGITS in call.outputs)
+            call.role,
+            call.inputs,
+            record.replayed(backend, call.role, call.inputs, want_logits=contract.LOGITS in call.outputs),
         )
         for call in calls
     ]

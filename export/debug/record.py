@@ -44,7 +44,12 @@ class Recording(Backend):
     name = "recording"
 
     def __init__(self, inner: Backend, wanted: dict[str, set[int]] | None = None) -> None:
-        self.inner, self.manifest, self.max_batch, self.wanted = inner, inner.manifest, inner.max_batch, wanted
+        self.inner, self.manifest, self.max_batch, self.wanted = (
+            inner,
+            inner.manifest,
+            inner.max_batch,
+            wanted,
+        )
         self.counts = dict.fromkeys(contract.ROLES, 0)
         self.calls: list[Call] = []
 
@@ -64,7 +69,9 @@ class Recording(Backend):
             small = {item.name: getattr(window, item.name) for item in fields(window)}
             held = small | caches
             inputs = {spec.name: held[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
-            self.calls.append(Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims)))
+            self.calls.append(
+                Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims))
+            )
         return stats
 
 
@@ -74,7 +81,11 @@ def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> d
     if stats.logits is not None:
         made[contract.LOGITS] = stats.logits
     return made | dict(
-        zip(contract.returned_names(dims), (caches[name] for name in contract.cache_names("cache", dims)), strict=True)
+        zip(
+            contract.returned_names(dims),
+            (caches[name] for name in contract.cache_names("cache", dims)),
+            strict=True,
+        )
     )
 
 
@@ -82,7 +93,11 @@ def window_of(inputs: dict[str, Array]) -> Window:
     """The window of a call, from the inputs of its graph."""
     zeros = np.zeros(len(inputs["kv_len"]), np.int64)
     return Window(
-        inputs["input_ids"], inputs["position_ids"], inputs.get("write_index", zeros), inputs["kv_len"], inputs["logit_rows"]
+        inputs["input_ids"],
+        inputs["position_ids"],
+        inputs.get("write_index", zeros),
+        inputs["kv_len"],
+        inputs["logit_rows"],
     )
 
 
@@ -92,7 +107,9 @@ def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logi
     batch, capacity = len(inputs["kv_len"]), next(iter(caches.values())).shape[2]
     cache, slots = backend.new_cache(batch, capacity), slice(0, batch)
     beyond = ((0, 0), (0, 0), (0, cache.capacity - capacity), (0, 0))  # engines have a capacity of their own
-    backend.write_cache(cache, slots, {name: np.pad(value.astype(np.float32), beyond) for name, value in caches.items()})
+    backend.write_cache(
+        cache, slots, {name: np.pad(value.astype(np.float32), beyond) for name, value in caches.items()}
+    )
     stats = backend.forward(role, cache, slots, window_of(inputs), want_logits=want_logits)
     after = {name: value[:, :, :capacity] for name, value in backend.read_cache(cache, slots).items()}
     return outputs_of(stats, after, backend.manifest.dims)
@@ -103,7 +120,8 @@ def decode(backend: Backend, prompts: Rows[list[int]], config: GenerationConfig,
     whole = Recording(backend)
     _run(whole, prompts, config)
     wanted = {
-        role: set(np.linspace(0, number - 1, min(count, number)).astype(int).tolist()) for role, number in whole.counts.items()
+        role: set(np.linspace(0, number - 1, min(count, number)).astype(int).tolist())
+        for role, number in whole.counts.items()
     }
     again = Recording(backend, wanted)
     _run(again, prompts, config)
@@ -115,7 +133,9 @@ def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig)
     for prompt in prompts:
         check_prompt(prompt, resolved, backend.manifest)
     rules = rules_of(resolved, backend.manifest)
-    Generator(backend, [Sequence(np.array(prompt, np.int64), rules, seed) for seed, prompt in enumerate(prompts)]).run()
+    Generator(
+        backend, [Sequence(np.array(prompt, np.int64), rules, seed) for seed, prompt in enumerate(prompts)]
+    ).run()
 
 
 def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
@@ -125,8 +145,14 @@ def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
         for name, value in call.outputs.items():
             largest[name] = max(largest.get(name, 1.0), float(np.abs(value).max()))
     logits, caches = tolerances.LOGITS[dtype], tolerances.CACHE[dtype]
-    kinds = {"token": 0.0, "confidence": tolerances.CONFIDENCE[dtype], "runner_up": tolerances.CONFIDENCE[dtype]}
+    kinds = {
+        "token": 0.0,
+        "confidence": tolerances.CONFIDENCE[dtype],
+        "runner_up": tolerances.CONFIDENCE[dtype],
+    }
     return {
-        name: kinds[name] if name in kinds else (logits if name in (contract.LOGITS, "entropy") else caches) * size
+        name: kinds[name]
+        if name in kinds
+        else (logits if name in (contract.LOGITS, "entropy") else caches) * size
         for name, size in largest.items()
     }

@@ -36,7 +36,9 @@ _KINDS = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 class BackendRunner(BaseRunner):  # type: ignore[misc]
     """A backend that is open, in a role. want_logits: whether logits are among the outputs."""
 
-    def __init__(self, backend: Backend, role: str, name: str | None = None, *, want_logits: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, role: str, name: str | None = None, *, want_logits: bool = False
+    ) -> None:
         super().__init__(name=name or backend.name, prefix=f"dllm-trt-{backend.name}")
         self.backend, self.role, self.want_logits = backend, role, want_logits
 
@@ -50,14 +52,21 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         """Names, element types and shapes (-1 where free); bf16 caches come in float32."""
         made = TensorMetadata()
         for spec in contract.inputs(self.role, self.backend.manifest.dims):
-            made.add(spec.name, _KINDS.get(spec.dtype, np.float32), [axis if isinstance(axis, int) else -1 for axis in spec.axes])
+            made.add(
+                spec.name,
+                _KINDS.get(spec.dtype, np.float32),
+                [axis if isinstance(axis, int) else -1 for axis in spec.axes],
+            )
         return made
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> OrderedDict[str, Array]:
         """One call over a cache of its own."""
         begin = time.perf_counter()
         made = replayed(
-            self.backend, self.role, {name: np.array(value) for name, value in feed_dict.items()}, want_logits=self.want_logits
+            self.backend,
+            self.role,
+            {name: np.array(value) for name, value in feed_dict.items()},
+            want_logits=self.want_logits,
         )
         self.inference_time = (
             time.perf_counter() - begin
@@ -72,7 +81,9 @@ def feeds(calls: Iterable[Call], role: str, dtype: str) -> list[dict[str, Array]
             for call in calls if call.role == role]  # fmt: skip
 
 
-def differences(runners: list[BaseRunner], given: list[dict[str, Array]]) -> Iterator[tuple[str, str, int, dict[str, float]]]:
+def differences(
+    runners: list[BaseRunner], given: list[dict[str, Array]]
+) -> Iterator[tuple[str, str, int, dict[str, float]]]:
     """Run the runners over the same feeds, and compare each with the first one: its name, the first one's, the number of the feed, and the largest
     difference of each output. Tokens are compared by whether they differ."""
     with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it tells of every tensor on standard output
@@ -86,7 +97,9 @@ def differences(runners: list[BaseRunner], given: list[dict[str, Array]]) -> Ite
                 first[0],
                 number,
                 {
-                    key: float((a != b).mean()) if key == "token" else float(np.abs(a.astype(np.float64) - b).max())
+                    key: float((a != b).mean())
+                    if key == "token"
+                    else float(np.abs(a.astype(np.float64) - b).max())
                     for key, a, b in pairs
                 },
             )

@@ -15,7 +15,10 @@ from .base import Family
 
 _PARTS = ("base", "transformers_network")
 FAMILIES: Registry[Family] = Registry(
-    "model type", "dllm_trt.families", "an instance of export.families.base.Family", lambda item: isinstance(item, Family)
+    "model type",
+    "dllm_trt.families",
+    "an instance of export.families.base.Family",
+    lambda item: isinstance(item, Family),
 )
 
 

@@ -47,7 +47,12 @@ _KERNEL_KEY = re.compile(r"_*(attn|attention)_(impl|backend|kernel|type)", re.IG
 _KERNEL = re.compile(
     r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|mem_efficient)([_-]?(attn|attention))?([_-]?[234])?"
 )
-_PLAIN_ROPE: tuple[Any, ...] = ({}, {"rope_type": "default"}, {"type": "default"}, {"type": "default", "rope_type": "default"})
+_PLAIN_ROPE: tuple[Any, ...] = (
+    {},
+    {"rope_type": "default"},
+    {"type": "default"},
+    {"type": "default", "rope_type": "default"},
+)
 # keys that compute nothing at these values; another value stops the export
 _COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,), "causal": (False,), "is_decoder": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
@@ -69,9 +74,13 @@ class ConfigReader:
         value: Any = self.config.get(key)
         if value is None:
             if default is None:
-                raise DllmError(f"{self.where}: {key} is missing: this model needs it; take the config.json of the checkpoint.")
+                raise DllmError(
+                    f"{self.where}: {key} is missing: this model needs it; take the config.json of the checkpoint."
+                )
             return default
-        if not isinstance(value, (int, float) if kind is float else (kind,)) or (kind is not bool and isinstance(value, bool)):
+        if not isinstance(value, (int, float) if kind is float else (kind,)) or (
+            kind is not bool and isinstance(value, bool)
+        ):
             raise DllmError(f"{self.where}: {key} is {value!r}, expected {kind.__name__}.")
         if kind is float and not 0 < value < 1e30:
             raise DllmError(f"{self.where}: {key} is {value!r}, expected a number above 0.")
@@ -97,7 +106,9 @@ class ConfigReader:
                 )
             inner.require("rope_type", "default")
             if self.config.get("rope_theta") not in (None, theta):
-                raise DllmError(f"{self.where}: rope_theta is {self.config['rope_theta']!r}, rope_parameters say {theta:g}.")
+                raise DllmError(
+                    f"{self.where}: rope_theta is {self.config['rope_theta']!r}, rope_parameters say {theta:g}."
+                )
         if theta < 1:
             raise DllmError(f"{self.where}: rope_theta is {theta:g}, expected 1 or more.")
         return theta
@@ -108,7 +119,9 @@ class ConfigReader:
         value = self.config.get(key)
         if value is not None and value not in supported:
             known = " or ".join(repr(item) for item in supported) or "null"
-            raise DllmError(f"{self.where}: {key} is {shown(value)}, which is not implemented: supported is {known}.")
+            raise DllmError(
+                f"{self.where}: {key} is {shown(value)}, which is not implemented: supported is {known}."
+            )
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not change what the exported model computes."""
@@ -122,7 +135,9 @@ class ConfigReader:
         """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the config's."""
         value = self.config.get(key) if other.get(key) is None else other[key]
         ids = value if isinstance(value, list) else [value]
-        if not ids or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
+        if not ids or any(
+            not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids
+        ):
             raise DllmError(f"{self.where}: {key} is {value!r}, expected a token id or a list of them.")
         return tuple(dict.fromkeys(ids))
 
@@ -139,9 +154,15 @@ class ConfigReader:
         for key, harmless in _COMPUTES_NOTHING_AT.items():
             if key not in self._seen:
                 self.require(key, *harmless)
-        if isinstance(kinds := self.config.get("layer_types"), list) and set(map(str, kinds)) <= {"full_attention"}:
+        if isinstance(kinds := self.config.get("layer_types"), list) and set(map(str, kinds)) <= {
+            "full_attention"
+        }:
             self._seen.add("layer_types")
-        unread = [key for key, value in self.config.items() if key not in self._seen | set(ignored) and value is not None]
+        unread = [
+            key
+            for key, value in self.config.items()
+            if key not in self._seen | set(ignored) and value is not None
+        ]
         noted = [key for key in unread if _computes_nothing(key, self.config[key])]
         unknown = [key for key in unread if key not in noted]
         if strange := sorted(set(ignored) - set(self.config)):
@@ -161,7 +182,11 @@ def _computes_nothing(key: str, value: Any) -> bool:
 
 def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:
     """gen_length and block_length, where generation_config.json names them."""
-    defaults = {key: generation_config[key] for key in ("gen_length", "block_length") if generation_config.get(key) is not None}
+    defaults = {
+        key: generation_config[key]
+        for key in ("gen_length", "block_length")
+        if generation_config.get(key) is not None
+    }
     for key, value in defaults.items():
         if type(value) is not int or value < 1:
             raise DllmError(f"generation_config.json: {key} is {value!r}, expected a whole number from 1.")
@@ -173,7 +198,11 @@ _HF_LAYER = {
     "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
 }  # fmt: skip
-_HF_OUTSIDE = {decoder.EMBEDDING: "model.embed_tokens", decoder.FINAL_NORM: "model.norm", decoder.HEAD: "lm_head"}
+_HF_OUTSIDE = {
+    decoder.EMBEDDING: "model.embed_tokens",
+    decoder.FINAL_NORM: "model.norm",
+    decoder.HEAD: "lm_head",
+}
 
 
 def hf_name(weight: str) -> str:
@@ -228,7 +257,9 @@ class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
     title: str  # what messages call it
-    allowed_surplus: Iterable[str] = ()  # regular expressions: tensors that a checkpoint may hold and the decoder does not use
+    allowed_surplus: Iterable[
+        str
+    ] = ()  # regular expressions: tensors that a checkpoint may hold and the decoder does not use
 
     @abstractmethod
     def decoder(self, config: ConfigReader) -> DecoderConfig:

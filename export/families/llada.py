@@ -42,7 +42,9 @@ class Llada(Family):
         config.ignore("alibi_bias_max", "attention_dropout", "residual_dropout", "embedding_dropout", "flash_attention",
                       "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision", "vocab_size",
                       "attention_layer_norm_with_affine")  # fmt: skip
-        config.require("tie_word_embeddings", config.get("weight_tying", bool, False))  # transformers' name, which it may add
+        config.require(
+            "tie_word_embeddings", config.get("weight_tying", bool, False)
+        )  # transformers' name, which it may add
         hidden, heads = config.positive("d_model"), config.positive("n_heads")
         vocab = config.positive("vocab_size")
         return DecoderConfig(
@@ -59,7 +61,9 @@ class Llada(Family):
                 rope_theta=config.rope_theta(),
                 rotary_float32=config.get("rope_full_precision", bool, True),
             ),
-            feed_forward=SwiGLU(hidden, config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden)),
+            feed_forward=SwiGLU(
+                hidden, config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden)
+            ),
             tied_head=config.get("weight_tying", bool, False),
         )
 

@@ -74,7 +74,11 @@ class TransformersNetwork:
 
     def hidden_states(self, input_ids: Any, position_ids: Any, mask: Any, cache: Any) -> Any:
         return self.module.model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=False
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=False,
         ).last_hidden_state
 
     def logits(self, hidden: Any) -> Any:

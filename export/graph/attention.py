@@ -44,14 +44,18 @@ class Attention:
         factor, _ = on.lowering.scales(self.head_dim, on.dtype)
         return self._rotate(on, self._heads(on, h, layer, "q_proj", self.num_heads, rows), rows, factor)
 
-    def attend(self, on: Context, query: ir.Value, layer: int, rows: Rows, keys: ir.Value, values: ir.Value) -> ir.Value:
+    def attend(
+        self, on: Context, query: ir.Value, layer: int, rows: Rows, keys: ir.Value, values: ir.Value
+    ) -> ir.Value:
         """What the queries make of keys and values [B, H, C, D]: [T, hidden]."""
         _, scale = on.lowering.scales(self.head_dim, on.dtype)
         group = self.num_heads // self.num_kv_heads
         attended = on.lowering.attention(
             on.op, query, keys, values, rows.mask, scale=scale, head_dim=self.head_dim, group=group
         )  # fmt: skip
-        flat = on.op.Reshape(on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim])
+        flat = on.op.Reshape(
+            on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim]
+        )
         return on.linear(flat, layer, "o_proj")
 
     def _heads(self, on: Context, h: ir.Value, layer: int, name: str, heads: int, rows: Rows) -> ir.Value:

@@ -73,7 +73,12 @@ class DecoderConfig:
 def weight_shapes(config: DecoderConfig) -> Shapes:
     """Every weight of the decoder that comes from the checkpoint, in the order of use: name -> shape, [out, in]."""
     norm = (config.hidden_size,)
-    layer = {"attention_norm": norm, **config.attention.shapes(), "mlp_norm": norm, **config.feed_forward.shapes()}
+    layer = {
+        "attention_norm": norm,
+        **config.attention.shapes(),
+        "mlp_norm": norm,
+        **config.feed_forward.shapes(),
+    }
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for i in range(config.num_layers):
         shapes |= {layer_name(i, name): shape for name, shape in layer.items()}
@@ -106,11 +111,21 @@ class Decoder:
         weight: Callable[[str], ir.Value],
         linears: Linears,
     ) -> None:
-        self.op, self.config, self.lowering, self.dtype, self.weight, self.linears = op, config, lowering, dtype, weight, linears
+        self.op, self.config, self.lowering, self.dtype, self.weight, self.linears = (
+            op,
+            config,
+            lowering,
+            dtype,
+            weight,
+            linears,
+        )
         linears.begin(op, weight_shapes(config))
-        self.on = Context(op, lowering, dtype, weight, linears, (weight(ROPE_COS), weight(ROPE_SIN)), config.norm_eps)
+        self.on = Context(
+            op, lowering, dtype, weight, linears, (weight(ROPE_COS), weight(ROPE_SIN)), config.norm_eps
+        )
         self.constants = [
-            op.initializer(ir.tensor(value, dtype=dtype), name) for name, value in (("valid", 0.0), ("masked", MASKED))
+            op.initializer(ir.tensor(value, dtype=dtype), name)
+            for name, value in (("valid", 0.0), ("masked", MASKED))
         ]
 
     def build(self, window: Window, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
@@ -122,7 +137,9 @@ class Decoder:
             x = op.Cast(x, to=int(self.dtype))
         rows = self._rows(window, caches[0][0], window.position_ids)
         write_index = window.write_index
-        if write_index is None and caches[0][0] is not None:  # Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
+        if (
+            write_index is None and caches[0][0] is not None
+        ):  # Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
             write_index = op.Min(window.kv_len, 0)
         for i, cache in enumerate(caches):
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
@@ -151,7 +168,9 @@ class Decoder:
             h, x = picked(h), picked(x)
         query = attention.queries(on, h, i, rows)
         (keys, new_key), (values, new_value) = (
-            (new, new) if old is None or write_index is None else self.lowering.extend(self.op, old, new, write_index)
+            (new, new)
+            if old is None or write_index is None
+            else self.lowering.extend(self.op, old, new, write_index)
             for old, new in zip(cache, (key, value), strict=True)
         )
         if prefix:
@@ -167,9 +186,13 @@ class Decoder:
         if cache is None or window.write_index is None:
             valid = [self.lowering.valid_rows(op, window.input_ids, length)]
         else:
-            valid = self.lowering.valid_keys(op, cache, window.input_ids, op.Unsqueeze(window.write_index, [1]), length)
+            valid = self.lowering.valid_keys(
+                op, cache, window.input_ids, op.Unsqueeze(window.write_index, [1]), length
+            )
         pieces = [op.Where(piece, self.constants[0], self.constants[1]) for piece in valid]
-        masked = op.Concat(*pieces, axis=1) if len(pieces) > 1 else pieces[0]  # [B, keys]; booleans do not concatenate everywhere
+        masked = (
+            op.Concat(*pieces, axis=1) if len(pieces) > 1 else pieces[0]
+        )  # [B, keys]; booleans do not concatenate everywhere
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return Rows(positions, op.Shape(positions), mask)
@@ -185,6 +208,8 @@ class Decoder:
 
         def picked(x: ir.Value) -> ir.Value:
             """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT computes on the host."""
-            return op.Reshape(op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size])
+            return op.Reshape(
+                op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size]
+            )
 
         return self._rows(window, cache, positions), picked

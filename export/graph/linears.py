@@ -24,7 +24,9 @@ class Linears:
         """A graph begins: forget the one before. `shapes` of the weights, by name."""
         self.shapes = shapes
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
         """x [T, K] -> [T, N], with `bias` [N] added."""
         return op.Gemm(*(value for value in (x, weight(name), bias) if value is not None), transB=1)
 

@@ -18,7 +18,16 @@ from . import lowering as lowerings
 from .linears import MICROSOFT
 
 # ops that TensorRT cannot build, or whose shape outputs it cannot bound
-_FORBIDDEN_OPS = {"NonZero", "MatMulInteger", "DynamicQuantizeLinear", "Slice", "Loop", "If", "Scan", "ReduceLogSumExp"}
+_FORBIDDEN_OPS = {
+    "NonZero",
+    "MatMulInteger",
+    "DynamicQuantizeLinear",
+    "Slice",
+    "Loop",
+    "If",
+    "Scan",
+    "ReduceLogSumExp",
+}
 # (op, attribute): the values that every target reads alike; the parser ignores or misreads others
 _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
     ("Attention", "is_causal"): {0}, ("Attention", "softcap"): {0.0}, ("Attention", "softmax_precision"): set(),
@@ -27,16 +36,24 @@ _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
     ("RotaryEmbedding", "interleaved"): {0}, ("RotaryEmbedding", "rotary_embedding_dim"): {0},
     ("TensorScatter", "axis"): {-2}, ("TensorScatter", "mode"): {"linear"},
 }  # fmt: skip
-_ATTENTION_INPUTS = 4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
+_ATTENTION_INPUTS = (
+    4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
+)
 
 
-def check(model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()) -> None:
+def check(
+    model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()
+) -> None:
     """Raise DllmError naming every breach of the rules in a graph. `operators` of com.microsoft are allowed in it."""
     if breaches := list(find(model, role, dims, head, operators)):
-        raise DllmError(f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches))
+        raise DllmError(
+            f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches)
+        )
 
 
-def find(model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()) -> Iterator[str]:
+def find(
+    model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """A sentence for each breach."""
     graph = model.graph
     opset = lowerings.find(dims.lowering).OPSET
@@ -51,14 +68,21 @@ def find(model: ir.Model, role: str, dims: contract.Dims, head: str, operators: 
         if not initializer.uses():
             yield f"initializer {initializer.name} is consumed by no node"
         tensor = initializer.const_value
-        if isinstance(tensor, ir.ExternalTensor) and ("/" in str(tensor.location) or ".." in str(tensor.location)):
+        if isinstance(tensor, ir.ExternalTensor) and (
+            "/" in str(tensor.location) or ".." in str(tensor.location)
+        ):
             yield f"initializer {initializer.name} lies in {tensor.location!s}, expected a bare file name"
     for node in graph:
         yield from _check_node(node, graph, operators)
 
 
-def _check_signature(side: str, values: Iterable[ir.Value], specs: list[contract.TensorSpec]) -> Iterator[str]:
-    got = [(v.name, str(v.dtype).lower(), tuple(d if isinstance(d, int) else d.value for d in v.shape or ())) for v in values]
+def _check_signature(
+    side: str, values: Iterable[ir.Value], specs: list[contract.TensorSpec]
+) -> Iterator[str]:
+    got = [
+        (v.name, str(v.dtype).lower(), tuple(d if isinstance(d, int) else d.value for d in v.shape or ()))
+        for v in values
+    ]
     names = {"float32": "float"}
     expected = [(spec.name, names.get(spec.dtype, spec.dtype), spec.axes) for spec in specs]
     for mine, wanted in zip(got, expected, strict=False):
@@ -79,7 +103,11 @@ def _check_node(node: ir.Node, graph: ir.Graph, operators: frozenset[str]) -> It
             yield f"{node.name}: {node.op_type}.{name} is {attribute.value!r}, allowed: {sorted(allowed) or 'not set'}"
     if node.op_type == "Attention":
         yield from _check_attention(node)
-    if node.op_type == "Shape" and node.attributes and graph.opset_imports[""] == lowerings.find(contract.LEGACY).OPSET:
+    if (
+        node.op_type == "Shape"
+        and node.attributes
+        and graph.opset_imports[""] == lowerings.find(contract.LEGACY).OPSET
+    ):
         yield f"{node.name}: Shape has {sorted(node.attributes)}, which TensorRT 8.6 takes and ignores"
     if node.op_type == "TensorScatter":
         if node.inputs[0] not in graph.inputs:

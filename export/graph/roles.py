@@ -46,7 +46,8 @@ def build(
     builder = GraphBuilder(graph)
     dims = dims_of(config, dtype, lowering)
     given = {
-        spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes)) for spec in contract.inputs(role, dims)
+        spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes))
+        for spec in contract.inputs(role, dims)
     }
     registered: dict[str, ir.Value] = {}
 
@@ -57,15 +58,27 @@ def build(
 
     names = contract.cache_names("cache", dims)
     caches = [(given.get(key), given.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)]
-    window = Window(given["input_ids"], given["position_ids"], given.get("write_index"), given["kv_len"], given["logit_rows"])
-    logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight, linears).build(window, caches)
+    window = Window(
+        given["input_ids"],
+        given["position_ids"],
+        given.get("write_index"),
+        given["kv_len"],
+        given["logit_rows"],
+    )
+    logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight, linears).build(
+        window, caches
+    )
     made = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
-    made |= dict(zip(contract.returned_names(dims), [tensor for pair in returned for tensor in pair], strict=True))
+    made |= dict(
+        zip(contract.returned_names(dims), [tensor for pair in returned for tensor in pair], strict=True)
+    )
     for spec in contract.outputs(role, dims, head):
         value = made[spec.name]
         value.name, value.shape, value.dtype = spec.name, ir.Shape(spec.axes), _SPEC_DTYPES[spec.dtype]
         builder.add_output(value, spec.name)
-    made[contract.LOGITS].name = contract.LOGITS  # also where it is no output: verify exposes it under this name
+    made[
+        contract.LOGITS
+    ].name = contract.LOGITS  # also where it is no output: verify exposes it under this name
     for node in graph:
         node.metadata_props.clear()
     return ir.Model(graph, ir_version=11 if spelled.OPSET >= 23 else 8, producer_name="dllm-trt")

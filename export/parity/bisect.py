@@ -117,7 +117,9 @@ def compare(
     every = np.ones((*refine.input_ids.shape, 1), bool)
     tables = {}
     for role in contract.ROLES:  # one session at a time
-        engine = OrtBackend(artifact, role=role, model_bytes=exposed(artifact, role, [*names, contract.LOGITS], facts.dtype))
+        engine = OrtBackend(
+            artifact, role=role, model_bytes=exposed(artifact, role, [*names, contract.LOGITS], facts.dtype)
+        )
         cache = engine.new_cache(batch, length)
         kinds = [(f"prefix pass, {role} graph", full, valid, expected["prefix"])]
         if role == "refine":
@@ -131,7 +133,9 @@ def compare(
 
 
 @torch.inference_mode()
-def _residuals(reference: TorchBackend, cache: Any, slots: slice, call: Window, *, own_rows_only: bool) -> dict[str, Array]:
+def _residuals(
+    reference: TorchBackend, cache: Any, slots: slice, call: Window, *, own_rows_only: bool
+) -> dict[str, Array]:
     kept: dict[str, Array] = {}
 
     def keep(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
@@ -150,11 +154,21 @@ def difference(mine: Array, theirs: Array) -> float:
 
 def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
     bad = int((~np.isfinite(mine)).sum())
-    a, b = (np.where(keep, np.nan_to_num(x.astype(np.float64), posinf=0.0, neginf=0.0), 0.0) for x in (mine, theirs))
+    a, b = (
+        np.where(keep, np.nan_to_num(x.astype(np.float64), posinf=0.0, neginf=0.0), 0.0)
+        for x in (mine, theirs)
+    )
     worst = difference(a, b)
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     cosine = float((a * b).sum() / max(norms[0] * norms[1], 1e-30))
-    return Row(name, worst, cosine, norms[0] / max(norms[1], 1e-30), bad, bad == 0 and worst <= tolerances.LOGITS[dtype])
+    return Row(
+        name,
+        worst,
+        cosine,
+        norms[0] / max(norms[1], 1e-30),
+        bad,
+        bad == 0 and worst <= tolerances.LOGITS[dtype],
+    )
 
 
 def table(rows: list[Row]) -> Iterator[str]:

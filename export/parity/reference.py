@@ -38,7 +38,9 @@ class _Writer:
     write_index: list[int]  # [B], on the host: reading it back from a GPU in every layer would wait each time
     own_rows_only: bool
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = key.shape[2]
         first = self.write_index[0]
         for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
@@ -70,7 +72,9 @@ class TorchBackend(Backend):
         facts = manifests.load(artifact)
         source = source_of(facts, checkpoint, artifact)
         # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
-        decoding = replace(source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults)
+        decoding = replace(
+            source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults
+        )
         self.artifact, self.manifest, self.source = artifact, replace(facts, decoding=decoding), source
         self.device, self.dtype = torch.device(device), TORCH_DTYPES[dtype or facts.model.dtype]
         if threads is not None:
@@ -85,13 +89,18 @@ class TorchBackend(Backend):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         model = self.manifest.model
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
-        zeros = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * model.num_layers)]
+        zeros = [
+            torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * model.num_layers)
+        ]
         return Cache(batch, capacity, list(zip(zeros[::2], zeros[1::2], strict=True)))
 
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, np.ndarray[Any, Any]]:
         tensors = [tensor for pair in cache.buffers for tensor in pair]
         names = contract.cache_names("cache", self.manifest.dims)
-        return {name: tensor[slots].float().cpu().numpy().copy() for name, tensor in zip(names, tensors, strict=True)}
+        return {
+            name: tensor[slots].float().cpu().numpy().copy()
+            for name, tensor in zip(names, tensors, strict=True)
+        }
 
     def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         tensors = [tensor for pair in cache.buffers for tensor in pair]
@@ -112,7 +121,12 @@ class TorchBackend(Backend):
         log_total = logits.logsumexp(-1, keepdim=True)
         probability = (logits - log_total).exp()
         entropy = log_total[..., 0] - (probability * logits).sum(-1)
-        arrays = [token[..., 0], (proposed - log_total).exp()[..., 0], (runner_up - log_total).exp()[..., 0], entropy]
+        arrays = [
+            token[..., 0],
+            (proposed - log_total).exp()[..., 0],
+            (runner_up - log_total).exp()[..., 0],
+            entropy,
+        ]
         numpy = [array.cpu().numpy() for array in arrays]
         return Stats(numpy[0], numpy[1], numpy[2], numpy[3], logits.cpu().numpy() if want_logits else None)
 
@@ -140,10 +154,14 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, t
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
     ignored = manifest.source.get("ignored_keys", [])
     if not isinstance(ignored, list) or not all(isinstance(key, str) for key in ignored):
-        raise DllmError(f"the manifest's source.ignored_keys is {ignored!r}, expected a list of names: export it again.")
+        raise DllmError(
+            f"the manifest's source.ignored_keys is {ignored!r}, expected a list of names: export it again."
+        )
     mask = manifest.source.get("mask_token")
     if mask is not None and (type(mask) is not int or mask < 0):
-        raise DllmError(f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again.")
+        raise DllmError(
+            f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again."
+        )
     return name, tuple(ignored), None if mask is None else str(mask)
 
 
@@ -151,9 +169,14 @@ def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Pa
     """The checkpoint behind an artifact, read. Raises DllmError if it is another one."""
     name, ignored_keys, mask_token = origin(manifest, checkpoint)
     source = pipeline.read(name, ignored_keys=ignored_keys, mask_token=mask_token)
-    expected, got = manifest.source.get("config_sha256"), manifests.sha256_of(source.checkpoint.path / "config.json")
+    expected, got = (
+        manifest.source.get("config_sha256"),
+        manifests.sha256_of(source.checkpoint.path / "config.json"),
+    )
     if expected != got:
-        raise DllmError(f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint.")
+        raise DllmError(
+            f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint."
+        )
     return source
 
 

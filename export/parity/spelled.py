@@ -56,7 +56,9 @@ def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProt
     inputs, block, bits = facts["K"], facts["block_size"], facts["bits"]
     names, number = _Names(node), -(-facts["K"] // facts["block_size"])
     weight = held[stored]
-    weight.data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8  # the same bytes, the first number in the lower half
+    weight.data_type = (
+        TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
+    )  # the same bytes, the first number in the lower half
     weight.dims[:] = [facts["N"], number * block]
     scale = held[scales]
     scale.dims[:] = [facts["N"], number]
@@ -87,7 +89,9 @@ def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProt
         helper.make_node("Round", [names("ratio")], [names("rounded")]),
         helper.make_node("Mul", [names("rounded"), names("own")], [names("blocks")]),
         helper.make_node("Reshape", [names("blocks"), joined], [names("rows")]),
-        helper.make_node("DequantizeLinear", [stored, scales, names("middle")], [names("weight")], axis=1, block_size=block),
+        helper.make_node(
+            "DequantizeLinear", [stored, scales, names("middle")], [names("weight")], axis=1, block_size=block
+        ),
         helper.make_node("Transpose", [names("weight")], [names("turned")], perm=[1, 0]),
         helper.make_node("MatMul", [names("rows"), names("turned")], [node.output[0]]),
     ]

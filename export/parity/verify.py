@@ -65,8 +65,12 @@ class Stage:
     said: str = ""  # what was measured, in words; else the names and numbers themselves
 
     def __str__(self) -> str:
-        shown = self.said or ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.measured.items())
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (f" -- {self.advice}" if self.advice else "")
+        shown = self.said or ", ".join(
+            f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.measured.items()
+        )
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (
+            f" -- {self.advice}" if self.advice else ""
+        )
 
 
 def verify(
@@ -81,7 +85,9 @@ def verify(
     manifest = manifests.load(artifact, check_hashes=True)
     stages, made = [], _stages if manifest.quantization is None else _quantized_stages
     if with_polygraphy and manifest.quantization is not None:
-        raise DllmError(f"{artifact}: is quantised, and not to agree with PyTorch output by output: leave --with-polygraphy out.")
+        raise DllmError(
+            f"{artifact}: is quantised, and not to agree with PyTorch output by output: leave --with-polygraphy out."
+        )
     for stage in made(artifact, checkpoint, manifest, doing):
         stages.append(stage)
         yield stage
@@ -106,21 +112,32 @@ def _polygraphy(artifact: Path, checkpoint: str | None) -> Stage:
 def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, TorchBackend]]:
     """The artifact as it can run here (a bf16 one as its fp32 twin), and the reference in fp32."""
     manifest = manifests.load(artifact)
-    reference = TorchBackend(artifact, checkpoint=checkpoint, dtype="fp32", threads=quality.threads_of(manifest.model.parameters))
+    reference = TorchBackend(
+        artifact, checkpoint=checkpoint, dtype="fp32", threads=quality.threads_of(manifest.model.parameters)
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        yield artifact if manifest.model.dtype != "bf16" else fp32_twin(manifest, checkpoint, Path(temporary)), reference
+        yield (
+            artifact if manifest.model.dtype != "bf16" else fp32_twin(manifest, checkpoint, Path(temporary)),
+            reference,
+        )
 
 
 def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
     """Layer by layer, for a prefix pass and a refine step: where a failure begins. Raises DllmError."""
     if manifests.load(artifact).quantization is not None:
-        raise DllmError(f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without --quantize.")
+        raise DllmError(
+            f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without --quantize."
+        )
     with opened(artifact, checkpoint) as (runnable, reference):
-        calls = verify_graphs.calls_of(reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length))
+        calls = verify_graphs.calls_of(
+            reference.manifest, np.random.default_rng(0), min(31, reference.manifest.model.max_length)
+        )
         return layers.compare(runnable, reference, calls, verify_graphs.exposed)
 
 
-def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest, doing: Callable[[str], object]) -> Iterator[Stage]:
+def _stages(
+    artifact: Path, checkpoint: str | None, manifest: Manifest, doing: Callable[[str], object]
+) -> Iterator[Stage]:
     doing("opening the reference" + (" and exporting an fp32 twin" if manifest.model.dtype == "bf16" else ""))
     with opened(artifact, checkpoint) as (runnable, reference):
         doing("weights: comparing every tensor with the checkpoint's")
@@ -131,7 +148,11 @@ def _stages(artifact: Path, checkpoint: str | None, manifest: Manifest, doing: C
         yield _range(worst.ranges, manifest.model.dtype, manifest.weight_maxima)
         allowed = tolerances.LOGITS[dtype]
         logits_ok = worst.logits <= allowed and worst.same <= tolerances.SAME_GRAPH[dtype]
-        yield Stage("logits", logits_ok, {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed})
+        yield Stage(
+            "logits",
+            logits_ok,
+            {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed},
+        )
         cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
         measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
                     "allowed for logits": allowed}  # fmt: skip
@@ -154,7 +175,9 @@ def _quantized_stages(
     yield _canvases(artifact, manifest)
     measured = manifest.quantization.quality
     advice = "" if measured else "its quality was not measured: export it with --data and --gate yes"
-    yield Stage("quality", measured is not None, measured or {}, advice, render.quality(measured) if measured else "")
+    yield Stage(
+        "quality", measured is not None, measured or {}, advice, render.quality(measured) if measured else ""
+    )
 
 
 def _canvases(artifact: Path, manifest: Manifest) -> Stage:
@@ -162,12 +185,24 @@ def _canvases(artifact: Path, manifest: Manifest) -> Stage:
     dtype = manifest.model.dtype
     if dtype == "bf16":
         return Stage(
-            "canvases", True, {"run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version makes"}
+            "canvases",
+            True,
+            {
+                "run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version makes"
+            },
         )
     assert manifest.quantization is not None
-    worst, allowed = verify_graphs.compare_quantised(artifact, manifest), tolerances.QUANTIZED_GRAPH[manifest.quantization.target]
+    worst, allowed = (
+        verify_graphs.compare_quantised(artifact, manifest),
+        tolerances.QUANTIZED_GRAPH[manifest.quantization.target],
+    )
     largest = max(worst.logits, worst.refine_logits, worst.caches)
-    measured = {"logits": worst.logits, "refine logits": worst.refine_logits, "cache": worst.caches, "allowed": allowed}
+    measured = {
+        "logits": worst.logits,
+        "refine logits": worst.refine_logits,
+        "cache": worst.caches,
+        "allowed": allowed,
+    }
     advice = "this processor, or this ONNX Runtime, does not compute what the graphs say: 'dllm-trt doctor' tells of its 8-bit products"
     return Stage("canvases", largest <= allowed, measured, "" if largest <= allowed else advice)
 
@@ -176,7 +211,9 @@ def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Sta
     """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
     mode = "copy" if stream.holds_all(manifest) else "link"
     scheme = _scheme(artifact, manifest)
-    planned = weights.plan(source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme)
+    planned = weights.plan(
+        source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme
+    )
     wrong: list[str] = []
     for role in contract.ROLES:
         graph = verify_graphs.graph_in(artifact / manifest.graphs[role].file)
@@ -189,7 +226,11 @@ def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Sta
                 wrong.append(f"{weight.name} in the {role} graph")
     if not wrong:
         wrong = [weight.name for weight in planned if not weight.is_in(artifact)]
-    measured: dict[str, Any] = {"tensors": len(planned), "files": len(manifest.files), "hashes": "as in the manifest"}
+    measured: dict[str, Any] = {
+        "tensors": len(planned),
+        "files": len(manifest.files),
+        "hashes": "as in the manifest",
+    }
     if wrong:
         measured["not the checkpoint's"] = f"{len(wrong)}, first {wrong[0]}"
     return Stage("weights", not wrong, measured, "export it again" if wrong else "")
@@ -204,10 +245,16 @@ def _scheme(artifact: Path, manifest: Manifest) -> Scheme | None:
 
 
 def _built(
-    role: str, source: pipeline.Source, manifest: Manifest, planned: list[weights.Weight], scheme: Scheme | None
+    role: str,
+    source: pipeline.Source,
+    manifest: Manifest,
+    planned: list[weights.Weight],
+    scheme: Scheme | None,
 ) -> onnx.GraphProto:
     """The graph that this version builds for the checkpoint: what stands in for running a bf16 one."""
-    model = pipeline.graph_of(role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned, scheme)
+    model = pipeline.graph_of(
+        role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned, scheme
+    )
     return onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()).graph
 
 
@@ -227,7 +274,9 @@ def _range(ranges: layers.Ranges, dtype: str, maxima: dict[str, float]) -> Stage
     passed = ranges.largest <= FP16_LARGEST
     near = f"{ranges.where} comes near fp16's range ({FP16_LARGEST:g}): prefer DTYPE=bf16"
     over = f"{ranges.where} leaves fp16's range ({FP16_LARGEST:g}): export with DTYPE=bf16"
-    return Stage("range", passed, measured, over if not passed else near if ranges.largest > stream.FP16_NEAR else "")
+    return Stage(
+        "range", passed, measured, over if not passed else near if ranges.largest > stream.FP16_NEAR else ""
+    )
 
 
 def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dtype: str) -> Stage:
@@ -242,14 +291,26 @@ def _decode(engine: OrtBackend, reference: TorchBackend, manifest: Manifest, dty
     if wrong:
         return Stage("decode", False, measured | {"first": wrong[0]})
     if ambiguous > _MOST_AMBIGUOUS * decisions:
-        return Stage("decode", False, measured, "too many decisions within rounding: nothing is proven; verify it in fp32")
+        return Stage(
+            "decode",
+            False,
+            measured,
+            "too many decisions within rounding: nothing is proven; verify it in fp32",
+        )
     return Stage("decode", True, measured)
 
 
 def _different_facts(source: pipeline.Source, artifact: Path, manifest: Manifest) -> str:
     """The first thing that the manifest says otherwise than the checkpoint; empty if there is none."""
-    expected, got = _expected_facts(source, artifact, manifest), {**asdict(manifest.decoding), **asdict(manifest.model)}
-    different = (f"{key} is {got[key]}, the checkpoint says {expected[key]}" for key in expected if expected[key] != got[key])
+    expected, got = (
+        _expected_facts(source, artifact, manifest),
+        {**asdict(manifest.decoding), **asdict(manifest.model)},
+    )
+    different = (
+        f"{key} is {got[key]}, the checkpoint says {expected[key]}"
+        for key in expected
+        if expected[key] != got[key]
+    )
     return next(different, "")
 
 
@@ -269,14 +330,18 @@ def fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Pa
     """The artifact's checkpoint exported in fp32: what stands for a bf16 artifact on a CPU."""
     name, ignored, mask = origin(manifest, checkpoint)
     twin = directory / "fp32-twin"
-    config = pipeline.ExportConfig(name, twin, lowering=manifest.lowering, ignored_keys=ignored, mask_token=mask)
+    config = pipeline.ExportConfig(
+        name, twin, lowering=manifest.lowering, ignored_keys=ignored, mask_token=mask
+    )
     pipeline.export(config, lambda total: lambda done: None)
     return twin
 
 
 def _write(artifact: Path, manifest: Manifest, stages: list[Stage]) -> None:
     against = f"transformers {transformers.__version__} on PyTorch {torch.__version__}, fp32, CPU"
-    backend = f"onnxruntime {onnxruntime.__version__}" + (", fp32 twin" if manifest.model.dtype == "bf16" else "")
+    backend = f"onnxruntime {onnxruntime.__version__}" + (
+        ", fp32 twin" if manifest.model.dtype == "bf16" else ""
+    )
     if manifest.quantization is not None:
         against = "the checkpoint, quantised again by this version, and the quality that its export measured"
     verified = {

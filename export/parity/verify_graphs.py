@@ -45,16 +45,22 @@ class Worst:
         self.logits = max(self.logits, layers.difference(mine.logits * valid, theirs.logits * valid))
         caches = list(zip(mine.caches, theirs.caches, strict=True))
         if role == "refine":
-            self.refine_logits = max(self.refine_logits, layers.difference(mine.refine_logits, theirs.refine_logits))
+            self.refine_logits = max(
+                self.refine_logits, layers.difference(mine.refine_logits, theirs.refine_logits)
+            )
             caches += zip(mine.refined, theirs.refined, strict=True)
-        self.caches = max(self.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in caches))
+        self.caches = max(
+            self.caches, *(layers.difference(a * valid[:, None], b * valid[:, None]) for a, b in caches)
+        )
 
 
 def graph_in(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors
-        raise DllmError(f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again.") from error
+        raise DllmError(
+            f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again."
+        ) from error
 
 
 def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") -> bytes:
@@ -74,7 +80,10 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
     """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine step. One graph is
     open at a time: the weights of both would take twice the memory."""
     worst, rng = Worst(), np.random.default_rng(0)
-    calls = [calls_of(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length)) for n in range(_CANVASES)]
+    calls = [
+        calls_of(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length))
+        for n in range(_CANVASES)
+    ]
     with layers.watched(reference, worst.ranges):
         theirs = [_torch_run(reference, *call[:2]) for call in calls]
     made: dict[str, list[Run]] = {}
@@ -91,7 +100,9 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
     for i, (_, _, valid) in enumerate(calls):
         for role in contract.ROLES:
             worst.add(role, made[role][i], theirs[i], valid)
-        worst.same = max(worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid))
+        worst.same = max(
+            worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid)
+        )
     return worst, engine
 
 
@@ -174,9 +185,13 @@ def compare_quantised(artifact: Path, manifest: Manifest) -> Worst:
     assert manifest.quantization is not None
     worst, rng = Worst(), np.random.default_rng(0)
     calls = [calls_of(manifest, rng, min(24 + 7 * n, manifest.model.max_length)) for n in range(_CANVASES)]
-    graphs = {role: exposed(artifact, role, [contract.LOGITS], manifest.model.dtype) for role in contract.ROLES}
+    graphs = {
+        role: exposed(artifact, role, [contract.LOGITS], manifest.model.dtype) for role in contract.ROLES
+    }
     for_cpu = manifest.quantization.target == manifests.ORT_CPU
-    beside = spelled(onnx.load_from_string(graphs["refine"])).SerializeToString() if for_cpu else graphs["refine"]
+    beside = (
+        spelled(onnx.load_from_string(graphs["refine"])).SerializeToString() if for_cpu else graphs["refine"]
+    )
     expected = _runs(artifact, manifest, "refine", beside, calls, optimise=not for_cpu)
     for role in contract.ROLES:
         made = _runs(artifact, manifest, role, graphs[role], calls)
@@ -195,7 +210,11 @@ def _runs(
     optimise: bool = True,
 ) -> list[Run]:
     engine = OrtBackend(
-        artifact, role=role, model_bytes=graph, threads=quality.threads_of(manifest.model.parameters), optimise=optimise
+        artifact,
+        role=role,
+        model_bytes=graph,
+        threads=quality.threads_of(manifest.model.parameters),
+        optimise=optimise,
     )
     made = [_ort_run(engine, *call[:2]) for call in calls]
     engine.close()

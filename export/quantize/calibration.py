@@ -37,7 +37,9 @@ class Observing(Linears):
         self.seen: dict[ir.Value, ir.Value] = {}
         self.layers: dict[str, ir.Value] = {}
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
         if x not in self.seen:
             self.seen[x] = op.ReduceMax(op.Abs(x), [0], keepdims=0)
         self.layers[name] = self.seen[x]
@@ -52,10 +54,18 @@ def observe(artifact: Path, source: Source, canvases: Iterable[Canvas]) -> Calib
     names = dict[str, str]()
     for name, value in observing.layers.items():
         if value not in graph.graph.outputs:
-            value.name, value.dtype, value.shape = f"largest.{name}", ir.DataType.FLOAT, ir.Shape([shapes[name][1]])
+            value.name, value.dtype, value.shape = (
+                f"largest.{name}",
+                ir.DataType.FLOAT,
+                ir.Shape([shapes[name][1]]),
+            )
             graph.graph.outputs.append(value)
         names[name] = str(value.name)
-    backend = OrtBackend(artifact, model_bytes=ir.to_proto(graph).SerializeToString(), threads=quality.threads_of(_size(source)))
+    backend = OrtBackend(
+        artifact,
+        model_bytes=ir.to_proto(graph).SerializeToString(),
+        threads=quality.threads_of(_size(source)),
+    )
     asked, found = sorted(set(names.values())), dict[str, Array]()
     for canvas in canvases:
         cache = backend.new_cache(1, len(canvas.ids))

@@ -74,8 +74,14 @@ def export(
     source = pipeline.read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
-        note(f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used")
-    prepared = Prepared() if how.data is None else _prepare(config, how, source, kind, examples.read(how.data), shown)
+        note(
+            f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used"
+        )
+    prepared = (
+        Prepared()
+        if how.data is None
+        else _prepare(config, how, source, kind, examples.read(how.data), shown)
+    )
     scheme = kind(config.dtype, prepared.calibration)
 
     def complete(directory: Path, manifest: Manifest) -> Manifest:
@@ -105,7 +111,9 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
             f"export with DTYPE={kind.dtypes[0]}."
         )
     if config.weights != "copy":
-        raise DllmError("--weights link keeps the checkpoint's weights as they are: leave it out with --quantize.")
+        raise DllmError(
+            "--weights link keeps the checkpoint's weights as they are: leave it out with --quantize."
+        )
     if config.lowering != contract.MODERN:
         raise DllmError(
             "--quantize goes with the modern lowering (opset 24): use ONNX Runtime 1.24 or newer, and leave --lowering out."
@@ -116,17 +124,27 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
             if kind.is_calibrated
             else "to measure the quality on (or leave that out with --gate no)"
         )
-        raise DllmError(f"--quantize {kind.name} needs prompts {why}: give a file of them with --data (DATA=...).")
+        raise DllmError(
+            f"--quantize {kind.name} needs prompts {why}: give a file of them with --data (DATA=...)."
+        )
 
 
 def _prepare(
-    config: ExportConfig, how: QuantizeConfig, source: Source, kind: type[Scheme], held: list[Example], shown: Line
+    config: ExportConfig,
+    how: QuantizeConfig,
+    source: Source,
+    kind: type[Scheme],
+    held: list[Example],
+    shown: Line,
 ) -> Prepared:
     """Run an fp32 twin of the checkpoint."""
     if not (how.gate or kind.is_calibrated):
         return Prepared()
     facts = pipeline.facts_of_source(source, "fp32")
-    needed, free = memory(facts, Work(1, min(1024, facts.max_length), 32), LAYOUTS[0], on_cpu=True).total, meminfo("MemAvailable")
+    needed, free = (
+        memory(facts, Work(1, min(1024, facts.max_length), 32), LAYOUTS[0], on_cpu=True).total,
+        meminfo("MemAvailable"),
+    )
     if free and needed > free:
         raise DllmError(
             f"measuring the quality runs the model in fp32: about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: "
@@ -137,7 +155,10 @@ def _prepare(
     with tempfile.TemporaryDirectory(prefix=f".{config.out.name}.twin-", dir=config.out.parent) as temporary:
         twin = Path(temporary) / "fp32"
         with shown.task("writing the model as it is, in fp32, beside which the quantised one is judged"):
-            pipeline.export(replace(config, out=twin, dtype="fp32", head=contract.HEADS[0]), lambda total: lambda done: None)
+            pipeline.export(
+                replace(config, out=twin, dtype="fp32", head=contract.HEADS[0]),
+                lambda total: lambda done: None,
+            )
         model = _opened(twin)
         expected = quality.expect(model, held[split:] or held, shown) if how.gate else None
         base = GenerationConfig().resolved(model.manifest)
@@ -158,13 +179,17 @@ def _dtype_here(config: ExportConfig) -> str:
     return "fp32" if config.dtype == "bf16" else config.dtype
 
 
-def _measure(directory: Path, config: ExportConfig, scheme: Scheme, expected: Expected, match: str, shown: Line) -> Quality:
+def _measure(
+    directory: Path, config: ExportConfig, scheme: Scheme, expected: Expected, match: str, shown: Line
+) -> Quality:
     """The artifact in `directory`, or, if it cannot run here, one like it in fp32."""
     if scheme.dtype == config.dtype:
         return _judged(directory, expected, match, shown)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         twin = Path(temporary) / scheme.dtype
-        pipeline.export(replace(config, out=twin, dtype=scheme.dtype), lambda total: lambda done: None, scheme=scheme)
+        pipeline.export(
+            replace(config, out=twin, dtype=scheme.dtype), lambda total: lambda done: None, scheme=scheme
+        )
         return _judged(twin, expected, match, shown)
 
 

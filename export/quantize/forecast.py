@@ -25,7 +25,9 @@ from ..weights.sources import NUMPY_DTYPES
 _CONFIG_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def quantised(name: str, dtype: str | None, scheme: str, target: str | None) -> tuple[ModelFacts, Quantization]:
+def quantised(
+    name: str, dtype: str | None, scheme: str, target: str | None
+) -> tuple[ModelFacts, Quantization]:
     """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, `weight_bytes` those of weights.data, and the scheme. `dtype`: of
     the rest; None takes the one that an export would. Raises DllmError."""
     kind = schemes.find(scheme, target)
@@ -38,11 +40,15 @@ def quantised(name: str, dtype: str | None, scheme: str, target: str | None) -> 
         )
     family, _, decoder = pipeline.understood(config, where)
     stored = _stored(Path(name), config, family, decoder)
-    nothing = defaultdict[str, Array](lambda: np.ones(1, np.float32))  # sizes do not depend on what was observed
+    nothing = defaultdict[str, Array](
+        lambda: np.ones(1, np.float32)
+    )  # sizes do not depend on what was observed
     scheme_of = kind(dtype, Calibration(nothing, nothing) if kind.is_calibrated else None)
     planned = weights.plan(decoder, family, stored, dtype, scheme=scheme_of)
     facts = pipeline.checked_facts(config, generation_config, where, dtype)
-    return replace(facts, weight_bytes=planned[-1].offset + planned[-1].size), Quantization(kind.name, kind.target)
+    return replace(facts, weight_bytes=planned[-1].offset + planned[-1].size), Quantization(
+        kind.name, kind.target
+    )
 
 
 def _stored(path: Path, config: dict[str, Any], family: Family, decoder: DecoderConfig) -> Checkpoint:
@@ -51,7 +57,9 @@ def _stored(path: Path, config: dict[str, Any], family: Family, decoder: Decoder
     return Checkpoint(path, config, {}, _empty(path, kind, family, decoder))
 
 
-def _empty(path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig) -> dict[str, StoredTensor]:
+def _empty(
+    path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig
+) -> dict[str, StoredTensor]:
     """Tensors of the shapes that the family's weights ask for: a weight in several pieces has an equal share of its rows in each."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, shape in weight_shapes(decoder).items():
@@ -59,7 +67,10 @@ def _empty(path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConf
         for piece in pieces:
             rows = shape[0] // len(pieces) if piece.rows is None else piece.rows[1]
             shapes[piece.tensor] = (max(rows, shapes.get(piece.tensor, (0,))[0]), *shape[1:])
-    return {name: StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize) for name, shape in shapes.items()}
+    return {
+        name: StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize)
+        for name, shape in shapes.items()
+    }
 
 
 def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:

@@ -104,10 +104,17 @@ class Quality:
             yield f"{self.right} of {self.judged} answers are right, {self.right_before} were before: allowed are {self.allowed_losses:g} less"
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
 
     def __str__(self) -> str:
-        right = f"; right answers {self.right} of {self.judged}, before {self.right_before}" if self.judged else ""
+        right = (
+            f"; right answers {self.right} of {self.judged}, before {self.right_before}"
+            if self.judged
+            else ""
+        )
         return (
             f"KL {self.kl_mean:.2g} nats on {self.masked_rows} masked rows (largest {self.kl_largest:.2g}); of {self.commits} commits "
             f"{100 * self.same_token:.1f} % the same token, {100 * self.same_commit:.1f} % in the same forward; "
@@ -133,7 +140,9 @@ def decode(
         row = model.sequence(example.prompt, config)
         Generator(model.backend, [row]).run()
         useful = row.prompt_length + row.num_useful
-        made.append(Decoded(example, row.trace, row.canvas.copy(), row.prompt_length, useful, _text(model, row)))
+        made.append(
+            Decoded(example, row.trace, row.canvas.copy(), row.prompt_length, useful, _text(model, row))
+        )
     return made
 
 
@@ -146,7 +155,9 @@ def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[C
             place = round(PLACES[(number + i) % len(PLACES)] * (blocks - 1))
             start = done.prompt_length + place * block_length
             end = min(start + block_length, len(done.canvas))
-            masked = np.sort(rng.choice(np.arange(start, end), max(1, round(ratio * (end - start))), replace=False))
+            masked = np.sort(
+                rng.choice(np.arange(start, end), max(1, round(ratio * (end - start))), replace=False)
+            )
             ids = done.canvas.copy()
             ids[masked], ids[end:] = mask, mask
             made.append(Canvas(ids, masked))
@@ -157,7 +168,9 @@ def window_of(canvas: Canvas, rows: Array) -> Window:
     """A prefix pass over a canvas that asks for `rows`."""
     ids = canvas.ids[None].astype(np.int64)
     length = ids.shape[1]
-    return Window(ids, np.arange(length)[None], np.zeros(1, np.int64), np.array([length]), rows[None].astype(np.int64))
+    return Window(
+        ids, np.arange(length)[None], np.zeros(1, np.int64), np.array([length]), rows[None].astype(np.int64)
+    )
 
 
 def expect(model: Model, examples: Sequence[Example], progress: Progress = SILENT) -> Expected:
@@ -166,7 +179,10 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
     config = GenerationConfig().resolved(model.manifest)
     assert config.block_length is not None
     decoded = decode(model, examples, config, progress, "gate: decoding prompts with the model as it was")
-    drawn, vocabulary = canvases(decoded, config.block_length, facts.mask_token_id), model.manifest.model.vocab_size
+    drawn, vocabulary = (
+        canvases(decoded, config.block_length, facts.mask_token_id),
+        model.manifest.model.vocab_size,
+    )
     most = max(1, _MOST_ROWS // (vocabulary * config.block_length))
     drawn = drawn[:: -(-len(drawn) // most)]
     seen = progress.each(drawn, "gate: canvases of the model as it was")
@@ -176,9 +192,18 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
 def measure(model: Model, expected: Expected, match: str, progress: Progress = SILENT) -> Quality:
     """The quantised model beside what was expected of it; `match` is how answers are compared (examples.MATCHES)."""
     divergence, best = _divergence(model, expected, progress)
-    commits = [_forced(model, done, expected.config) for done in progress.each(expected.decoded, "gate: commits, forced")]
+    commits = [
+        _forced(model, done, expected.config)
+        for done in progress.each(expected.decoded, "gate: commits, forced")
+    ]
     number, tokens, same = (sum(column) for column in zip(*commits, strict=True))
-    again = decode(model, [done.example for done in expected.decoded], expected.config, progress, "gate: decoding prompts again")
+    again = decode(
+        model,
+        [done.example for done in expected.decoded],
+        expected.config,
+        progress,
+        "gate: decoding prompts again",
+    )
     pairs = list(zip(again, expected.decoded, strict=True))
     judged = [(mine, theirs) for mine, theirs in pairs if theirs.example.answers is not None]
     right = [[is_right(done.text or "", done.example, match) for done in pair] for pair in judged]

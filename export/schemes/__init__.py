@@ -29,5 +29,7 @@ def find(name: str, target: str | None = None) -> type[Scheme]:
     found = next((scheme for scheme in named if target in (None, scheme.target)), None)
     if found is None:
         others = ", ".join(scheme.name for scheme in SCHEMES if scheme.target == target)
-        raise DllmError(f"{name} is for {named[0].target}, not for {target}: leave the target out, or quantise with {others}.")
+        raise DllmError(
+            f"{name} is for {named[0].target}, not for {target}: leave the target out, or quantise with {others}."
+        )
     return found

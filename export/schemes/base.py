@@ -38,7 +38,8 @@ class Calibration:
         """Into an artifact, so that its weights can be made again and compared."""
         sides = {side: getattr(self, side) for side in _SIDES}
         np.savez(
-            directory / FILE_NAME, **{f"{side}/{name}": array for side, held in sides.items() for name, array in held.items()}
+            directory / FILE_NAME,
+            **{f"{side}/{name}": array for side, held in sides.items() for name, array in held.items()},
         )
 
     @classmethod

@@ -22,14 +22,22 @@ def count(inputs: int, block: int) -> int:
 
 
 def rounded(
-    rows: Iterator[Array], shape: tuple[int, int], block: int, bits: int, stored: Callable[[Array], Array] = lambda scale: scale
+    rows: Iterator[Array],
+    shape: tuple[int, int],
+    block: int,
+    bits: int,
+    stored: Callable[[Array], Array] = lambda scale: scale,
 ) -> tuple[Array, Array]:
     """A weight [N, K] in signed whole numbers int8 [N, G, block] (zeros pad the last block), and their scales float32 [N, G].
     `stored` gives scales as they will be stored."""
     outputs, inputs = shape
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     blocks = count(inputs, block)
-    whole, scales, at = np.empty((outputs, blocks, block), np.int8), np.empty((outputs, blocks), np.float32), 0
+    whole, scales, at = (
+        np.empty((outputs, blocks, block), np.int8),
+        np.empty((outputs, blocks), np.float32),
+        0,
+    )
     for piece in rows:
         there = slice(at, at := at + len(piece))
         padded = np.zeros((len(piece), blocks * block), np.float32)

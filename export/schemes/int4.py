@@ -32,7 +32,10 @@ class Int4(Scheme):
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
         rows, columns = shape
         bits, number = _bits(name), blocks.count(columns, BLOCK)
-        return {f"int{bits}": Part("uint8", (rows, number, BLOCK * bits // 8)), "scale": Part("fp32", (rows, number))}
+        return {
+            f"int{bits}": Part("uint8", (rows, number, BLOCK * bits // 8)),
+            "scale": Part("fp32", (rows, number)),
+        }
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         """Unsigned around 8 (or 128), which is the operator's own zero."""
@@ -41,7 +44,9 @@ class Int4(Scheme):
         held = blocks.packed(whole + 8) if bits == 4 else (whole.view("uint8") ^ 128)
         return {f"int{bits}": held, "scale": scales}
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
         stored = weight(f"{name}.int{_bits(name)}")
         outputs, inputs = self.shapes[name]
         made = op.MatMulNBits(

@@ -63,8 +63,12 @@ class Int4Blocks(_QDQ):
         whole, scales = blocks.rounded(rows, shape, self.block, 4, self.scale)
         return {"int4": blocks.packed(whole), "scale": self.scale(scales)}
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
-        held = op.DequantizeLinear(weight(f"{name}.int4"), weight(f"{name}.scale"), axis=1, block_size=self.block)
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
+        held = op.DequantizeLinear(
+            weight(f"{name}.int4"), weight(f"{name}.scale"), axis=1, block_size=self.block
+        )
         return op.Gemm(*(value for value in (x, held, bias) if value is not None), transB=1)
 
 
@@ -94,14 +98,20 @@ class _Static(_QDQ):
         whole /= scale.astype(np.float32).reshape(-1, 1)
         kind = self.zero.dtype
         made = np.clip(np.rint(whole) if kind == np.int8 else whole, -self.largest, self.largest).astype(kind)
-        return {self.stored: made, "scale": scale, "input_scale": self.scale(self.smoothed(name).max() / self.largest)}
+        return {
+            self.stored: made,
+            "scale": scale,
+            "input_scale": self.scale(self.smoothed(name).max() / self.largest),
+        }
 
     def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().begin(op, shapes)
         self._zero = op.initializer(ir.tensor(self.zero), "quantized_zero")
         self._rounded: dict[tuple[ir.Value, str], ir.Value] = {}
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
         own = weight(f"{name}.input_scale")
         x = op.DequantizeLinear(op.QuantizeLinear(x, own, self._zero), own, self._zero)
         axis = {"axis": 0} if self.per_output else {}
@@ -137,4 +147,6 @@ class SmoothQuant(_Static):
         given = self.calibration.inputs[readers[0]]
         weights = np.max([self.calibration.weights[name] for name in readers], axis=0)
         least = np.float32(1e-5)
-        return portable.power(np.maximum(given, least), _STRENGTH) / portable.power(np.maximum(weights, least), 1 - _STRENGTH)
+        return portable.power(np.maximum(given, least), _STRENGTH) / portable.power(
+            np.maximum(weights, least), 1 - _STRENGTH
+        )

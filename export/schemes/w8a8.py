@@ -33,7 +33,11 @@ class W8A8(Scheme):
     def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().begin(op, shapes)
         self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        constants = {"one": np.float32(1), "zero_point": np.uint8(_ZERO), "zero_points": np.array([_ZERO], np.uint8)}
+        constants = {
+            "one": np.float32(1),
+            "zero_point": np.uint8(_ZERO),
+            "zero_points": np.array([_ZERO], np.uint8),
+        }
         self._constants = {name: op.initializer(ir.tensor(value), name) for name, value in constants.items()}
 
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
@@ -50,7 +54,9 @@ class W8A8(Scheme):
             held[:, there] = np.rint(piece / scale[there, None]).astype(np.int8).T
         return {"int8": held, "scale": scale}
 
-    def linear(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None) -> ir.Value:
+    def linear(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
+    ) -> ir.Value:
         made, scale = self._multiply(op, x, name, weight)
         made = op.Mul(made, scale)
         return made if bias is None else op.Add(made, bias)
@@ -65,14 +71,22 @@ class W8A8(Scheme):
         down, own = self._multiply(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), names[2], weight)
         return op.Mul(down, op.Mul(own, scale))
 
-    def _multiply(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> tuple[ir.Value, ir.Value]:
+    def _multiply(
+        self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer
+    ) -> tuple[ir.Value, ir.Value]:
         """x @ W without the scales of tokens [T, N], and these [T, 1]."""
         if x not in self._rounded:  # once for all layers that take x
             self._rounded[x] = self._round(op, x)
         rounded, scale = self._rounded[x]
         one, zero_point = self._constants["one"], self._constants["zero_point"]
         made = op.MatMulIntegerToFloat(
-            rounded, weight(f"{name}.int8"), one, weight(f"{name}.scale"), zero_point, _domain=MICROSOFT, _version=1
+            rounded,
+            weight(f"{name}.int8"),
+            one,
+            weight(f"{name}.scale"),
+            zero_point,
+            _domain=MICROSOFT,
+            _version=1,
         )
         return made, scale
 

@@ -17,13 +17,17 @@ def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Che
     wanted = list(dict.fromkeys(piece.tensor for each in pieces.values() for piece in each))
     there = set(checkpoint.tensors)
     surplus = [
-        name for name in sorted(there - set(wanted)) if not any(re.fullmatch(pattern, name) for pattern in family.allowed_surplus)
+        name
+        for name in sorted(there - set(wanted))
+        if not any(re.fullmatch(pattern, name) for pattern in family.allowed_surplus)
     ]
     missing = [name for name in wanted if name not in there]
     if why := tensor_names.why_different(wanted, missing, surplus):
         raise DllmError(f"{checkpoint.path}: {why}")
     if missing:
-        raise DllmError(f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}: download the checkpoint again.")
+        raise DllmError(
+            f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}: download the checkpoint again."
+        )
     if surplus:
         advice = "they would be left out silently; check that config.json belongs to these weights"
         if all(name.endswith(".bias") for name in surplus):

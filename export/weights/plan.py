@@ -68,7 +68,12 @@ class Weight:
     def external(self) -> ir.ExternalTensor:
         """The initializer that refers to this weight without holding it."""
         return ir.ExternalTensor(
-            self.file, self.offset, self.size, STORED[self.dtype][1], shape=ir.Shape(self.shape), name=self.name
+            self.file,
+            self.offset,
+            self.size,
+            STORED[self.dtype][1],
+            shape=ir.Shape(self.shape),
+            name=self.name,
         )
 
     def is_in(self, artifact: Path) -> bool:
@@ -109,7 +114,17 @@ class _Layout:
                 "export with --weights copy."
             )
         self.weights.append(
-            Weight(name, dtype, shape, stored.file.name, stored.offset, stored.size, source, source.name, linked_to=stored.file)
+            Weight(
+                name,
+                dtype,
+                shape,
+                stored.file.name,
+                stored.offset,
+                stored.size,
+                source,
+                source.name,
+                linked_to=stored.file,
+            )
         )
 
 
@@ -154,7 +169,12 @@ def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Che
 
 
 def _quantized(
-    name: str, shape: tuple[int, ...], stored: FromCheckpoint, scheme: Scheme, config: DecoderConfig, dtype: str
+    name: str,
+    shape: tuple[int, ...],
+    stored: FromCheckpoint,
+    scheme: Scheme,
+    config: DecoderConfig,
+    dtype: str,
 ) -> Iterator[tuple[str, str, tuple[int, ...], Source]]:
     """Name, type, shape and source of what is stored for a weight. A tied head is stored beside the embedding."""
     is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)
@@ -163,7 +183,12 @@ def _quantized(
         factor, _ = scheme.factors(name)
         if name == decoder.EMBEDDING and scheme.target == ORT_CPU:
             dtype = DTYPE_OF.get(stored.dtype, dtype)  # rows of it are widened as they are looked up
-        yield name, dtype, shape, stored if factor is None else Made(partial(_scaled, stored, factor, NUMPY_DTYPES[dtype]))
+        yield (
+            name,
+            dtype,
+            shape,
+            stored if factor is None else Made(partial(_scaled, stored, factor, NUMPY_DTYPES[dtype])),
+        )
     if is_covered:
         outputs, inputs = shape
         made = Quantized(scheme, name, (outputs, inputs), stored)
@@ -183,7 +208,9 @@ def total_size(weights: Iterable[Weight]) -> int:
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
     """cos and sin of `position * theta^(-2i/head_dim)`, float32 [max_length, head_dim/2], the same on every processor."""
-    exponent = np.arange(0, config.attention.head_dim, 2, dtype=np.float32) / np.float32(config.attention.head_dim)
+    exponent = np.arange(0, config.attention.head_dim, 2, dtype=np.float32) / np.float32(
+        config.attention.head_dim
+    )
     frequency = np.float32(1.0) / portable.power(config.attention.rope_theta, exponent)
     angle = np.outer(np.arange(config.max_length, dtype=np.float32), frequency)
     return np.cos(angle), np.sin(angle)

@@ -52,7 +52,11 @@ def _rows(stored: StoredTensor, rows: tuple[int, int] | None) -> StoredTensor:
     start, stop = rows
     each = stored.size // stored.shape[0]
     return StoredTensor(
-        stored.file, stored.dtype, (stop - start, *stored.shape[1:]), stored.offset + start * each, (stop - start) * each
+        stored.file,
+        stored.dtype,
+        (stop - start, *stored.shape[1:]),
+        stored.offset + start * each,
+        (stop - start) * each,
     )
 
 
@@ -135,7 +139,9 @@ class FromCheckpoint(Source):
         for stored in self.stored:
             flat, outputs = stored.open(), math.prod(stored.shape) // columns
             for start in range(0, outputs, step):
-                piece = flat[start * columns : (start + step) * columns].astype(np.float32).reshape(-1, columns)
+                piece = (
+                    flat[start * columns : (start + step) * columns].astype(np.float32).reshape(-1, columns)
+                )
                 if not np.isfinite(piece).all():
                     raise no_number(self.name)
                 yield piece
@@ -193,4 +199,6 @@ def bytes_of(array: Array) -> memoryview:
 
 
 def no_number(name: str) -> DllmError:
-    return DllmError(f"tensor {name}: holds values that are no number (NaN, infinite): the checkpoint is damaged.")
+    return DllmError(
+        f"tensor {name}: holds values that are no number (NaN, infinite): the checkpoint is damaged."
+    )

@@ -116,7 +116,9 @@ class _Hasher:
         return FileFacts(self.size, self._digest.hexdigest())
 
 
-def _hash_shard(path: Path, weights: list[Weight], written: Written, progress: Callable[[int], object]) -> FileFacts:
+def _hash_shard(
+    path: Path, weights: list[Weight], written: Written, progress: Callable[[int], object]
+) -> FileFacts:
     """Hash a whole safetensors file, and note the largest magnitudes of the tensors in it."""
     ordered = sorted(weights, key=lambda weight: weight.offset)
     with _Hasher() as hasher:

@@ -22,7 +22,11 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
         return f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged ({some(of_adapter)}): {MERGE}."
     if not missing or not surplus:
         return ""
-    found = max(_changes(names, missing, surplus), key=lambda change: len(set(change[1].values()) & set(surplus)), default=None)
+    found = max(
+        _changes(names, missing, surplus),
+        key=lambda change: len(set(change[1].values()) & set(surplus)),
+        default=None,
+    )
     if found is None:
         return ""
     said, change = found
@@ -42,15 +46,26 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
     )
 
 
-def _changes(names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]) -> Iterator[tuple[str, Change]]:
+def _changes(
+    names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]
+) -> Iterator[tuple[str, Change]]:
     """Ways in which the names here may have come from the family's, with what to say of each."""
-    for own, there in sorted({pair for name in surplus for other in missing[:2] for pair in _beginnings(other, name)}):
+    for own, there in sorted(
+        {pair for name in surplus for other in missing[:2] for pair in _beginnings(other, name)}
+    ):
         if own:
-            said = f"the names begin with {there!r} in place of {own!r}" if there else f"the names lack the prefix {own!r}"
+            said = (
+                f"the names begin with {there!r} in place of {own!r}"
+                if there
+                else f"the names lack the prefix {own!r}"
+            )
         else:
             said = f"the names carry the prefix {there!r}"
         for rest in (there, ""):  # of names that do not begin with `own`, as an lm_head
-            yield said, {name: there + name[len(own) :] if name.startswith(own) else rest + name for name in names}
+            yield (
+                said,
+                {name: there + name[len(own) :] if name.startswith(own) else rest + name for name in names},
+            )
     if inside := sorted({match.group(0) for name in surplus for match in _WRAPPERS.finditer(name)}):
         unwrapped = {_WRAPPERS.sub("", name): name for name in surplus}
         said = f"the names carry {' and '.join(map(repr, inside))}, of a wrapper"

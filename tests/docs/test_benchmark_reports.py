@@ -23,7 +23,9 @@ from reports import system as render_system
 @pytest.fixture(scope="module")
 def w8a8(tmp_path_factory):
     out = tmp_path_factory.mktemp("system") / "w8a8"
-    quantize.export(ExportConfig(str(DEMO), out), QuantizeConfig("w8a8", gate=False), lambda total: lambda done: None)
+    quantize.export(
+        ExportConfig(str(DEMO), out), QuantizeConfig("w8a8", gate=False), lambda total: lambda done: None
+    )
     return out
 
 
@@ -41,16 +43,38 @@ def variants(demo_artifact, w8a8, tmp_path_factory):
 def test_quantised_and_reference_rows_stand_beside_the_artifacts(variants):
     held = json.loads(variants.read_text())
     rows = {row["variant"]: row for row in held["rows"]}
-    assert list(rows) == ["ort vanilla", "ort dual", "ort w8a8 vanilla", "ort w8a8 dual", "torch fp32 dual", "torch bf16 dual"]
-    assert rows["ort vanilla"]["nfe"] == 16 and all(rows[name]["nfe"] == 8 for name in rows if name.endswith("dual"))
-    assert rows["ort vanilla"]["refine_ms"] is None and all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert list(rows) == [
+        "ort vanilla",
+        "ort dual",
+        "ort w8a8 vanilla",
+        "ort w8a8 dual",
+        "torch fp32 dual",
+        "torch bf16 dual",
+    ]
+    assert rows["ort vanilla"]["nfe"] == 16 and all(
+        rows[name]["nfe"] == 8 for name in rows if name.endswith("dual")
+    )
+    assert rows["ort vanilla"]["refine_ms"] is None and all(
+        row["tokens_per_second"] > 0 for row in rows.values()
+    )
     assert set(held["peak_memory_mib"]) == {"ort", "ort w8a8", "torch fp32", "torch bf16"}
     assert held["peak_memory_mib"]["torch fp32"] > held["peak_memory_mib"]["ort"]
 
 
 def test_beside_takes_the_same_model_only(demo_artifact, w8a8, tmp_path, capsys):
     other = export_quietly(GOLDENS / "llada_tiny", tmp_path / "other")
-    command = ["bench", str(demo_artifact), "--count", "1", "--repeats", "1", "--prompt-length", "8", "--gen-length", "8"]
+    command = [
+        "bench",
+        str(demo_artifact),
+        "--count",
+        "1",
+        "--repeats",
+        "1",
+        "--prompt-length",
+        "8",
+        "--gen-length",
+        "8",
+    ]
     assert cli.main([*command, "--beside", str(other)]) == 1
     assert "is of another model" in capsys.readouterr().err
     assert cli.main([*command, "--beside", str(w8a8), "--beside", str(w8a8)]) == 1
@@ -64,7 +88,9 @@ def scaling(demo_artifact, w8a8):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(system, "BASE", {"prompt": 40, "gen_length": 16, "block": 8, "batch": 1, "threads": 1})
         patch.setattr(
-            system, "SWEEPS", {"prompt": (16, 160), "gen_length": (8, 16), "block": (4, 8), "batch": (1, 4), "threads": (1,)}
+            system,
+            "SWEEPS",
+            {"prompt": (16, 160), "gen_length": (8, 16), "block": (4, 8), "batch": (1, 4), "threads": (1,)},
         )
         rates = {"fp32": 1e11, "int8": 4e11, "bandwidth": 2e10}
         patch.setattr(system, "peaks", lambda threads: rates)
@@ -91,12 +117,18 @@ def test_the_roofline_counts_every_multiplication(demo_artifact):
     linear = attention = 0
     for layer in range(facts.num_layers):
         rows = 8 if layer == facts.num_layers - 1 else 56
-        linear += 56 * 2 * hidden * 2 * facts.num_kv_heads * facts.head_dim + rows * 2 * (2 * hidden * wide + 3 * hidden * mlp)
+        linear += 56 * 2 * hidden * 2 * facts.num_kv_heads * facts.head_dim + rows * 2 * (
+            2 * hidden * wide + 3 * hidden * mlp
+        )
         attention += rows * 56 * 4 * wide
     linear += 8 * 2 * hidden * facts.vocab_size
     rates = {"fp32": 1e9, "int8": 4e9, "bandwidth": 1e15}
-    assert system.rooflines(facts, at, rates, False)["prefix_roofline_ms"] == pytest.approx(3 * (linear + attention) / 1e6)
-    assert system.rooflines(facts, at, rates, True)["prefix_roofline_ms"] == pytest.approx(3 * (linear / 4 + attention) / 1e6)
+    assert system.rooflines(facts, at, rates, False)["prefix_roofline_ms"] == pytest.approx(
+        3 * (linear + attention) / 1e6
+    )
+    assert system.rooflines(facts, at, rates, True)["prefix_roofline_ms"] == pytest.approx(
+        3 * (linear / 4 + attention) / 1e6
+    )
     slow = {"fp32": 1e15, "int8": 1e15, "bandwidth": 1e6}
     read = (facts.parameters - facts.vocab_size * hidden + facts.max_length * facts.head_dim) * 4
     assert system.rooflines(facts, at, slow, False)["refine_roofline_ms"] == pytest.approx(read / 1e3)
@@ -112,7 +144,12 @@ def test_windows_ask_for_the_first_block():
     window = system.window_of(canvas, 0, 30, 20, 4)
     assert window.logit_rows.tolist() == [[20, 21, 22, 23]] * 2 and window.write_index.tolist() == [0, 0]
     window = system.window_of(canvas, 20, 24, 20, 4)
-    assert window.logit_rows.tolist() == [[0, 1, 2, 3]] * 2 and window.position_ids[1].tolist() == [20, 21, 22, 23]
+    assert window.logit_rows.tolist() == [[0, 1, 2, 3]] * 2 and window.position_ids[1].tolist() == [
+        20,
+        21,
+        22,
+        23,
+    ]
     assert window.input_ids[1].tolist() == [50, 51, 52, 53] and window.kv_len.tolist() == [30, 30]
 
 
@@ -129,20 +166,26 @@ def llama(tmp_path, text, status=0):
 
 @pytest.mark.parametrize("steps", ["", "steps: 128, "])
 def test_llama_cpp_runs_beside_the_artifact(demo_artifact, tmp_path, steps, monkeypatch, capsys):
-    asked = llama(tmp_path, rf"\ntotal time: 1600.00ms, {steps}time per step: 12.50ms, sampling time per step: 1.00ms\n")
+    asked = llama(
+        tmp_path, rf"\ntotal time: 1600.00ms, {steps}time per step: 12.50ms, sampling time per step: 1.00ms\n"
+    )
     monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *asked])
     system.main()
     made = json.loads((tmp_path / "out" / "system-llama-cpp.json").read_text())
     assert made["tokens_per_second"]["llama.cpp"] == pytest.approx(80)
     assert made["tokens_per_second"]["dual, threshold 0.9"] > made["tokens_per_second"]["vanilla"] > 0
     first = (tmp_path / "asked").read_text().splitlines()[0].split()
-    assert first[first.index("--diffusion-steps") + 1] == "128" and int(first[first.index("-ub") + 1]) % 32 == 0
+    assert (
+        first[first.index("--diffusion-steps") + 1] == "128" and int(first[first.index("-ub") + 1]) % 32 == 0
+    )
     assert "times llama.cpp" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "status"), [("nothing", 0), ("total time: 1ms, time per step: 1ms", 3)])
 def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text, status, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *llama(tmp_path, text, status)])
+    monkeypatch.setattr(
+        sys, "argv", ["system.py", "--artifact", str(demo_artifact), *llama(tmp_path, text, status)]
+    )
     with pytest.raises(SystemExit, match=f"ended with {status} and told no time"):
         system.main()
 
@@ -167,7 +210,11 @@ def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, m
     render_system.main()
     text = document.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "| ONNX Runtime w8a8 | dual cache |" in text and "| PyTorch bf16 | dual cache |" in text and "1 thread;" in text
+    assert (
+        "| ONNX Runtime w8a8 | dual cache |" in text
+        and "| PyTorch bf16 | dual cache |" in text
+        and "1 thread;" in text
+    )
     assert all(
         (document.parent / f"{name}.{suffix}").stat().st_size > 5000
         for name in ("system", "system-scaling")

@@ -15,9 +15,24 @@ import trt_runtime as rt
 sys.path.append(str(ROOT / "tools"))
 import demo_task
 
-SOURCES = [*DOCUMENTS, ROOT / ".ci" / "run", ROOT / "trt_runtime" / "model.py", ROOT / "tools" / "record_decoding.py"]
+SOURCES = [
+    *DOCUMENTS,
+    ROOT / ".ci" / "run",
+    ROOT / "trt_runtime" / "model.py",
+    ROOT / "tools" / "record_decoding.py",
+]
 _VERBS = [verb for verbs in demo_task.VERBS.values() for verb in verbs]
-_WORDS = [*demo_task.COLORS, *demo_task.ITEMS, *demo_task.ROOMS, *demo_task.PEOPLE, *demo_task.TOOLS, "from", "to", "in", "with"]
+_WORDS = [
+    *demo_task.COLORS,
+    *demo_task.ITEMS,
+    *demo_task.ROOMS,
+    *demo_task.PEOPLE,
+    *demo_task.TOOLS,
+    "from",
+    "to",
+    "in",
+    "with",
+]
 _STEP = rf"(?:{'|'.join(_VERBS)})(?: (?:{'|'.join(_WORDS)})\b)+"
 _JOINTS = "|".join(re.escape(joint) for joint in sorted(demo_task.JOINTS, key=len, reverse=True))
 _ORDER = re.compile(rf"\b{_STEP}(?:(?:{_JOINTS}){_STEP})*")
@@ -48,7 +63,9 @@ def test_the_answers_that_the_readme_shows_are_right():
 
 def test_orders_are_found_and_understood():
     """In each document that shows some; and what is drawn is read back."""
-    held = {path.relative_to(ROOT).as_posix(): orders_of(path.read_text(encoding="utf-8")) for path in SOURCES}
+    held = {
+        path.relative_to(ROOT).as_posix(): orders_of(path.read_text(encoding="utf-8")) for path in SOURCES
+    }
     for name in (
         "README.md",
         "docs/python-api.md",

@@ -112,7 +112,9 @@ def test_the_servers_of_the_documents_start_and_stop(place, monkeypatch):
                                           if "ArgumentParser" in path.read_text(encoding="utf-8")))  # fmt: skip
 def test_every_script_explains_itself(script):
     """--help names every option that documents give it."""
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for _, words in COMMANDS:
         if words[1] == script:
@@ -122,12 +124,15 @@ def test_every_script_explains_itself(script):
 def test_links_to_the_world_are_well_formed():
     """No network here: an address must be https and of a kind that is known to stay."""
     found = [
-        (path.name, url) for path in DOCUMENTS for url in re.findall(r"https?://[^\s)>`\"']+", path.read_text(encoding="utf-8"))
+        (path.name, url)
+        for path in DOCUMENTS
+        for url in re.findall(r"https?://[^\s)>`\"']+", path.read_text(encoding="utf-8"))
     ]
     assert len(found) > 3
     for name, url in found:
         if re.match(r"http://(127\.0\.0\.1|localhost)[:/]", url):
             continue
         assert re.fullmatch(
-            r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w.-]+(/[\w./-]+)?|pypi\.org/project/[\w-]+/?)", url
+            r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w.-]+(/[\w./-]+)?|pypi\.org/project/[\w-]+/?)",
+            url,
         ), (name, url)

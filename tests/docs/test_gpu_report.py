@@ -34,7 +34,11 @@ def results(tmp_path_factory):
 def stages_of(folder) -> dict:
     (file,) = folder.glob("*.json")
     held = json.loads(file.read_text())
-    assert file.name == "gpu-report-twin.json" and held["format"] == "dllm-trt gpu report" and held["format_version"] == 1
+    assert (
+        file.name == "gpu-report-twin.json"
+        and held["format"] == "dllm-trt gpu report"
+        and held["format_version"] == 1
+    )
     return held["stages"]
 
 
@@ -56,10 +60,17 @@ def test_every_stage_has_a_twin(results):
     assert not [name for name, made in held.items() if "failed" in made]
     assert held["ort"]["parity"]["passed"] and held["ort"]["parity"]["refine"]["tokens_as_fp32"] == 1.0
     assert len(held["ort"]["speeds"]) == 4 and all(row["refine_share"] > 0 for row in held["ort"]["speeds"])
-    assert held["ort"]["tokens_per_second"]["nfe"] == held["ort"]["tokens_per_second_looking_every_4"]["nfe"] == 6
+    assert (
+        held["ort"]["tokens_per_second"]["nfe"]
+        == held["ort"]["tokens_per_second_looking_every_4"]["nfe"]
+        == 6
+    )
     assert held["kernels"]["row_statistics"][0]["tokens_equal"] and held["kernels"]["commit"]["cases"] == 5
     assert held["tensorrt86"]["exported"] == "legacy, fp16" and held["build"]["engine_bytes"] > 100_000
-    assert held["environment"]["machine"]["instruction_sets"] is not None and "no engine" in held["tensorrt"]["skipped"]
+    assert (
+        held["environment"]["machine"]["instruction_sets"] is not None
+        and "no engine" in held["tensorrt"]["skipped"]
+    )
     artifacts = json.loads((results / "good" / "gpu-report-twin.json").read_text())["artifacts"]
     assert len(artifacts["artifact"]["refine.onnx"]) == 64
 
@@ -84,8 +95,15 @@ def test_a_stage_that_fails_says_so_and_stops_no_other(results):
     done = _run(REPORT, "--twin", "--output", results / "bad", "--work", work, "--stages", "ort,environment")
     assert done.returncode == 1 and "failed: ort; the other stages' results are in" in done.stderr
     made = stages_of(results / "bad")
-    assert "further from PyTorch in fp32 than rounding explains" in made["ort"]["failed"] and made["ort"]["tokens_per_second"]
-    assert "failed" not in made["environment"] and "| ONNX Runtime |" in done.stdout and "`ort`: parity FAILED" in done.stdout
+    assert (
+        "further from PyTorch in fp32 than rounding explains" in made["ort"]["failed"]
+        and made["ort"]["tokens_per_second"]
+    )
+    assert (
+        "failed" not in made["environment"]
+        and "| ONNX Runtime |" in done.stdout
+        and "`ort`: parity FAILED" in done.stdout
+    )
 
 
 def test_engines_have_a_time_of_their_own_and_nobody_waits_for_them(results, tmp_path):
@@ -103,8 +121,23 @@ def test_engines_have_a_time_of_their_own_and_nobody_waits_for_them(results, tmp
         "1",
     )
     made = stages_of(tmp_path)
-    assert done.returncode == 0 and made["ort"]["skipped"] == "no time was left" and made["build"]["engine_bytes"] > 100_000
-    done = _run(REPORT, "--twin", "--output", tmp_path, "--work", tmp_path / "empty", "--stages", "build", "--build-seconds", "1")
+    assert (
+        done.returncode == 0
+        and made["ort"]["skipped"] == "no time was left"
+        and made["build"]["engine_bytes"] > 100_000
+    )
+    done = _run(
+        REPORT,
+        "--twin",
+        "--output",
+        tmp_path,
+        "--work",
+        tmp_path / "empty",
+        "--stages",
+        "build",
+        "--build-seconds",
+        "1",
+    )
     assert "no time was left" in done.stdout
 
 
@@ -120,9 +153,14 @@ def test_the_model_fits_the_gpu():
     sizes = {gib: gpu_report.preset_for(gib) for gib in (7.6, 15.7, 23.6, 39.4, 79.6, 140)}
     assert list(sizes.values()) == ["llada-1.5b"] * 4 + ["llada-8b"] * 2
     config = PRESETS["llada-1.5b"][0]
-    parameters = facts_of_config(families.find("llada").decoder(ConfigReader(config, "config.json")), config, "bf16").parameters
+    parameters = facts_of_config(
+        families.find("llada").decoder(ConfigReader(config, "config.json")), config, "bf16"
+    ).parameters
     assert 1.4e9 < parameters < 1.7e9 and 2 * parameters < 0.5 * 7.6 * 2**30
-    assert gpu_report._slug("NVIDIA GeForce RTX 4090") == "rtx-4090" and gpu_report._slug("NVIDIA H200") == "h200"
+    assert (
+        gpu_report._slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
+        and gpu_report._slug("NVIDIA H200") == "h200"
+    )
 
 
 def test_reports_become_a_table_and_a_plot_and_are_merged(results, tmp_path):
@@ -135,7 +173,11 @@ def test_reports_become_a_table_and_a_plot_and_are_merged(results, tmp_path):
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     rows = [line for line in text.splitlines() if line.startswith(("| PyTorch", "| ONNX"))]
-    assert [row.split("|")[1].strip() for row in rows] == ["PyTorch, eager", "PyTorch, CUDA graph (*)", "ONNX Runtime"]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "PyTorch, eager",
+        "PyTorch, CUDA graph (*)",
+        "ONNX Runtime",
+    ]
     assert "| 1.00 |" in rows[0] and "`ort`: parity passed" in text and "`tensorrt86`: not run" in text
     drawn = (tmp_path / "gpu-report.svg").read_text()
     assert ElementTree.fromstring(drawn).tag.endswith("svg")

@@ -44,7 +44,9 @@ def pieces(tmp_path):
 
 
 def _run(*command, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60, **options)
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, timeout=60, **options
+    )
 
 
 def _refusal(*command, **options) -> str:
@@ -99,7 +101,9 @@ def test_missing_pieces_are_named(pieces, tmp_path):
     (pieces / "tensorrt86.tar.xz.01").unlink()
     (pieces / "tensorrt86.tar.xz.02").unlink()
     line = _refusal("bash", UNPACK, pieces, tmp_path / "target")
-    assert "has 1 of the 3 pieces" in line and line.endswith("copy what is missing: tensorrt86.tar.xz.01 tensorrt86.tar.xz.02")
+    assert "has 1 of the 3 pieces" in line and line.endswith(
+        "copy what is missing: tensorrt86.tar.xz.01 tensorrt86.tar.xz.02"
+    )
     assert not (tmp_path / "target").exists()
 
 

@@ -15,7 +15,9 @@ from places import ROOT
 from trt_runtime.cli import main as cli
 
 PACKAGE = [
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "trt_runtime").rglob("*") if path.suffix in (".py", ".html", ".typed")
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "trt_runtime").rglob("*")
+    if path.suffix in (".py", ".html", ".typed")
 ]
 
 
@@ -51,7 +53,9 @@ def test_the_import_is_lean():
         "importlib.metadata",
     )
     script = f"import sys, trt_runtime; trt_runtime.load; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -76,12 +80,16 @@ def test_links_between_documents_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_documents_name_exist(document):
     text = document.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:trt_runtime|export|tools|tests|benchmarks|docs|checkpoints)/[\w./-]+)`", text):
+    for name in re.findall(
+        r"`((?:trt_runtime|export|tools|tests|benchmarks|docs|checkpoints)/[\w./-]+)`", text
+    ):
         assert (ROOT / name).exists() or "/<" in name, f"{document.name} names {name}"
 
 
 def _help(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
@@ -108,8 +116,12 @@ COMMANDS = {
 
 def test_every_option_is_documented_and_every_documented_option_exists():
     document = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    sections = {title: body for title, body in re.findall(r"^## `([^`]+)`\n(.*?)(?=^## |\Z)", document, re.M | re.S)}
-    helps = {f"dllm-trt {name}": _help(*command) for name, command in COMMANDS.items()} | {"python -m export": _help("export")}
+    sections = {
+        title: body for title, body in re.findall(r"^## `([^`]+)`\n(.*?)(?=^## |\Z)", document, re.M | re.S)
+    }
+    helps = {f"dllm-trt {name}": _help(*command) for name, command in COMMANDS.items()} | {
+        "python -m export": _help("export")
+    }
     assert set(sections) == set(helps)
     for title, body in sections.items():
         exist = set(re.findall(r"--[a-z][\w-]+", helps[title])) - {"--help"}
@@ -126,7 +138,11 @@ def test_every_command_of_the_documents_is_one():
             parser.parse_args(words)  # exits where it does not fit
         elif kind == "make":
             done = subprocess.run(
-                ["make", "--no-print-directory", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False
+                ["make", "--no-print-directory", "-n", *words],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == 0, (where, words, done.stderr)
         elif words[0] != "-m":
@@ -139,7 +155,11 @@ def test_what_the_readme_uses_is_installed_first():
     """The first line of a section installs the extras that its commands name, but for the reference, which their comments name."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it\n\n```\n")[1].split("```")[0]
     first, *rest = section.splitlines()
-    installed = set(re.fullmatch(r"\.venv/bin/pip install -c constraints\.txt -e '\.\[([\w,]+)\]' *(#.*)?", first)[1].split(","))
+    installed = set(
+        re.fullmatch(r"\.venv/bin/pip install -c constraints\.txt -e '\.\[([\w,]+)\]' *(#.*)?", first)[
+            1
+        ].split(",")
+    )
     commands = {words[1] for line in rest if len(words := shlex.split(line, comments=True)) > 1}
     assert {"serve", "eval"} & commands <= installed
     named = set(re.findall(r"(\w+) extra", section))
@@ -147,7 +167,9 @@ def test_what_the_readme_uses_is_installed_first():
 
 
 def test_make_help_lists_the_targets():
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "help",
         "demo",
@@ -164,14 +186,18 @@ def test_make_help_lists_the_targets():
 
 
 def test_nothing_refers_to_this_machine():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in tracked:
         data = (ROOT / name).read_bytes()
         assert b"../shar" + b"ed" not in data and b"/wo" + b"rk/" not in data, name
 
 
 def test_the_python_example_of_the_documents_runs(demo_artifact, tmp_path, capsys, monkeypatch):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8"), re.S)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8"), re.S
+    )
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "llada-demo").symlink_to(demo_artifact)
     monkeypatch.chdir(tmp_path)

@@ -40,8 +40,14 @@ LLADA = families.find("llada")
         ({"rope_theta": "big"}, ("rope_theta is 'big'", "expected float")),
         ({"rope_theta": 1e-320}, ("rope_theta is", "expected 1 or more")),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500000.0}}, ("rope_type is 'yarn'",)),
-        ({"rope_parameters": {"rope_theta": 500000.0, "factor": 2}}, ("rope_parameters: factor is not implemented",)),
-        ({"rope_parameters": {"rope_theta": 10000.0}}, ("rope_theta is 500000.0, rope_parameters say 10000",)),
+        (
+            {"rope_parameters": {"rope_theta": 500000.0, "factor": 2}},
+            ("rope_parameters: factor is not implemented",),
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 10000.0}},
+            ("rope_theta is 500000.0, rope_parameters say 10000",),
+        ),
         ({"n_layers": 1 << 30}, ("layers, supported are up to",)),
         ({"max_sequence_length": 1 << 30}, ("positions, supported are up to",)),
         ({"embedding_size": 2, "vocab_size": 2}, ("a vocabulary of 2",)),
@@ -79,7 +85,9 @@ def test_an_ignored_key_travels_to_the_verification(tiny, tmp_path):
     pytest.importorskip("torch")
     from export.parity.verify import verify
 
-    artifact = export_quietly(tiny(config={"my_note": "x"}), tmp_path / "out", ignored_keys=("my_note",), dtype="bf16")
+    artifact = export_quietly(
+        tiny(config={"my_note": "x"}), tmp_path / "out", ignored_keys=("my_note",), dtype="bf16"
+    )
     assert all(stage.passed for stage in verify(artifact))
 
 
@@ -104,10 +112,19 @@ def test_generation_config_is_checked(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop("model.transformer.blocks.1.up_proj.weight"), ("1 tensors are missing", "blocks.1.up_proj")),
+        (
+            lambda t: t.pop("model.transformer.blocks.1.up_proj.weight"),
+            ("1 tensors are missing", "blocks.1.up_proj"),
+        ),
         (lambda t: t.update(extra=np.zeros(3, np.float32)), ("1 tensors are not part", "extra")),
-        (lambda t: t.update({"model.transformer.ln_f.weight": np.zeros(3, np.float32)}), ("ln_f.weight has shape [3]",)),
-        (lambda t: t.update({"model.transformer.ln_f.weight": np.zeros(64, np.int8)}), ("is I8", "supported are F32")),
+        (
+            lambda t: t.update({"model.transformer.ln_f.weight": np.zeros(3, np.float32)}),
+            ("ln_f.weight has shape [3]",),
+        ),
+        (
+            lambda t: t.update({"model.transformer.ln_f.weight": np.zeros(64, np.int8)}),
+            ("is I8", "supported are F32"),
+        ),
     ],
 )
 def test_tensors_are_accounted_for_one_by_one(tiny, tmp_path, change, said):
@@ -229,7 +246,14 @@ def test_overlapping_tensors_and_odd_shard_names_are_refused(tiny, tmp_path):
     sharded = tiny("sharded", shards=2)
     index = sharded / "model.safetensors.index.json"
     listed = index.read_text()
-    for name in ("weights.data", "refine.onnx", "manifest.json", "manifest.json.tmp", "x:y.safetensors", "tokenizer"):
+    for name in (
+        "weights.data",
+        "refine.onnx",
+        "manifest.json",
+        "manifest.json.tmp",
+        "x:y.safetensors",
+        "tokenizer",
+    ):
         index.write_text(listed.replace("model-00001-of-00002.safetensors", name))
         refused(sharded, tmp_path / "out", "is not a bare file name like", weights="link")
 
@@ -266,7 +290,17 @@ def test_a_killed_export_leaves_no_half_artifact(tmp_path, signum):
     path = tmp_path / "checkpoint"
     full = LLADA.tiny_config() | config
     write_sparse(LLADA, path, full)
-    command = [sys.executable, "-m", "export", "--checkpoint", str(path), "--out", str(tmp_path / "out"), "--verify", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--verify",
+        "no",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not list(tmp_path.glob(".out.partial-*/artifact/weights.data")) and time.time() < deadline:
@@ -293,7 +327,10 @@ def test_a_slip_in_a_directorys_name_is_no_hub_id(monkeypatch, tmp_path):
     (tmp_path / "models" / "llada").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name in ("models/lada", "./models/lada"):
-        with pytest.raises(DllmError, match=r"no such directory; in models lies llada\. .* give models/lada@main|not a hub id"):
+        with pytest.raises(
+            DllmError,
+            match=r"no such directory; in models lies llada\. .* give models/lada@main|not a hub id",
+        ):
             checkpoint.locate(name)
         with pytest.raises(DllmError, match="no such directory"):
             checkpoint.config_of(name)
@@ -306,7 +343,9 @@ def test_a_hub_id_without_a_network_is_one_clear_line(monkeypatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(DllmError, match=r"GSAI-ML/LLaDA-8B-Base: .* not to be had from the hub \(OSError: no route to host\)"):
+    with pytest.raises(
+        DllmError, match=r"GSAI-ML/LLaDA-8B-Base: .* not to be had from the hub \(OSError: no route to host\)"
+    ):
         checkpoint.locate("GSAI-ML/LLaDA-8B-Base")
 
 

@@ -85,15 +85,22 @@ def test_plan_takes_what_an_export_takes(tiny, change, capsys):
 
 
 def test_transformers_own_name_of_a_tied_head_must_say_the_same(tiny, tmp_path):
-    assert facts_of_checkpoint(str(tiny("a", config={"tie_word_embeddings": False})), "bf16").tied_head is False
+    assert (
+        facts_of_checkpoint(str(tiny("a", config={"tie_word_embeddings": False})), "bf16").tied_head is False
+    )
     refused(
-        tiny("b", config={"tie_word_embeddings": True}), tmp_path / "out", "tie_word_embeddings is True", "supported is False"
+        tiny("b", config={"tie_word_embeddings": True}),
+        tmp_path / "out",
+        "tie_word_embeddings is True",
+        "supported is False",
     )
 
 
 def test_all_unknown_keys_stand_in_one_suggestion(tiny, tmp_path):
     path = tiny(config={"one": 1, "two words": [0] * 900, "three": None, "_comment": "x"})
-    refused(path, tmp_path / "out", "one = 1, two words = [0, 0", "--ignore-key one --ignore-key 'two words'.")
+    refused(
+        path, tmp_path / "out", "one = 1, two words = [0, 0", "--ignore-key one --ignore-key 'two words'."
+    )
     with pytest.raises(DllmError) as error:
         export_quietly(path, tmp_path / "out")
     assert len(str(error.value)) < 500 + len(str(path))
@@ -108,7 +115,9 @@ def _with_tokenizer(path, special, names, **config):
     write_checkpoint(families.find("llada"), path, model={"vocab_size": size, "embedding_size": size, "mask_token_id": None, "eos_token_id": None,
                                                             "pad_token_id": None, **config})  # fmt: skip
     made.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({**names, "added_tokens_decoder": decoder_entries(made)}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({**names, "added_tokens_decoder": decoder_entries(made)})
+    )
     return {text: made.token_to_id(text) for text in special}
 
 
@@ -117,17 +126,28 @@ LIKE_ILLADA = ["<eos>", "<[MASK]>", "<pad>", "<|eot|>"]
 
 def test_tokens_that_only_the_tokenizer_names_are_taken_from_it(tmp_path):
     path = tmp_path / "c"
-    ids = _with_tokenizer(path, LIKE_ILLADA, {"mask_token": "<[MASK]>", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}})
+    ids = _with_tokenizer(
+        path, LIKE_ILLADA, {"mask_token": "<[MASK]>", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
+    )
     said = _noted(path, tmp_path / "a")
     decoding = manifests.load(tmp_path / "a").decoding
     assert (decoding.mask_token_id, decoding.pad_token_id) == (ids["<[MASK]>"], ids["<pad>"])
     assert decoding.eos_token_ids == (ids["<eos>"], ids["<pad>"])
-    for key, name in (("mask_token_id", "mask_token"), ("eos_token_id", "eos_token"), ("pad_token_id", "pad_token")):
-        assert sum(f"config.json has no {key}" in text and f"the tokenizer's {name}" in text for text in said) == 1
+    for key, name in (
+        ("mask_token_id", "mask_token"),
+        ("eos_token_id", "eos_token"),
+        ("pad_token_id", "pad_token"),
+    ):
+        assert (
+            sum(f"config.json has no {key}" in text and f"the tokenizer's {name}" in text for text in said)
+            == 1
+        )
     assert facts_of_checkpoint(str(path), "bf16").num_layers == 3
     (path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<[MASK]>", "eos_token": "<eos>"}))
     assert manifests.load(export_quietly(path, tmp_path / "b")).decoding.pad_token_id == ids["<eos>"]
-    (path / "generation_config.json").write_text(json.dumps({"mask_token_id": ids["<pad>"], "eos_token_id": [ids["<|eot|>"]]}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"mask_token_id": ids["<pad>"], "eos_token_id": [ids["<|eot|>"]]})
+    )
     (path / "tokenizer_config.json").write_text("{}")
     decoding = manifests.load(export_quietly(path, tmp_path / "d")).decoding
     assert (decoding.mask_token_id, decoding.eos_token_ids, decoding.pad_token_id) == (
@@ -140,12 +160,16 @@ def test_tokens_that_only_the_tokenizer_names_are_taken_from_it(tmp_path):
 def test_slow_tokenizer_files_name_the_mask_too(tmp_path):
     made = trained(DREAM_SPECIAL, tokenizer._QWEN2)
     path = write_checkpoint(
-        families.find("dream"), tmp_path / "c", model={"vocab_size": made.get_vocab_size(), "mask_token_id": None}
+        families.find("dream"),
+        tmp_path / "c",
+        model={"vocab_size": made.get_vocab_size(), "mask_token_id": None},
     )
     made.model.save(str(path))
     (path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>", "added_tokens_decoder": decoder_entries(made)}))  # fmt: skip
-    assert manifests.load(export_quietly(path, tmp_path / "a")).decoding.mask_token_id == made.token_to_id("<|mask|>")
+    assert manifests.load(export_quietly(path, tmp_path / "a")).decoding.mask_token_id == made.token_to_id(
+        "<|mask|>"
+    )
 
 
 def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
@@ -155,7 +179,10 @@ def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
     refused(path, tmp_path / "out", "is the mask: give it with --mask-token", f"<[MASK]> ({mask})")
     for i, given in enumerate(("<[MASK]>", str(mask))):
         out = tmp_path / f"a{i}"
-        assert cli.main(["--checkpoint", str(path), "--out", str(out), "--mask-token", given, "--verify", "no"]) == 0
+        assert (
+            cli.main(["--checkpoint", str(path), "--out", str(out), "--mask-token", given, "--verify", "no"])
+            == 0
+        )
         manifest = manifests.load(out)
         assert manifest.decoding.mask_token_id == mask == manifest.source["mask_token"]
     capsys.readouterr()
@@ -171,7 +198,9 @@ def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
     refused(path, tmp_path / "out", "is also an end token", mask_token="<eos>")
     (path / "tokenizer.json").unlink()
     refused(path, tmp_path / "out", "is the mask: give it with --mask-token", mask_token=None)
-    refused(path, tmp_path / "out", "has no tokenizer that knows it: give the token's id", mask_token="<[MASK]>")
+    refused(
+        path, tmp_path / "out", "has no tokenizer that knows it: give the token's id", mask_token="<[MASK]>"
+    )
     refused(path, tmp_path / "out", "eos_token_id", "ends a text", mask_token=str(mask))
 
 
@@ -184,8 +213,13 @@ def test_two_masks_of_the_checkpoint_are_a_contradiction(tiny, tmp_path):
     other.write_text(json.dumps({"mask_token_id": 124}))
     with pytest.raises(DllmError) as planned:
         facts_of_checkpoint(str(path), "bf16")
-    refused(path, tmp_path / "out", str(planned.value), "is 126, generation_config.json says 124", "--mask-token")
-    assert manifests.load(export_quietly(path, tmp_path / "given", mask_token="124")).decoding.mask_token_id == 124
+    refused(
+        path, tmp_path / "out", str(planned.value), "is 126, generation_config.json says 124", "--mask-token"
+    )
+    assert (
+        manifests.load(export_quietly(path, tmp_path / "given", mask_token="124")).decoding.mask_token_id
+        == 124
+    )
 
 
 def test_end_tokens_that_come_twice_count_once(tiny, tmp_path):
@@ -211,7 +245,9 @@ def test_a_mask_that_was_given_travels_to_the_verification(dtype, tmp_path):
     from export.parity.verify import verify
 
     path = tmp_path / "c"
-    _with_tokenizer(path, LIKE_ILLADA, {"eos_token": "<eos>", "mask_token": "<|eot|>"}, max_sequence_length=64)
+    _with_tokenizer(
+        path, LIKE_ILLADA, {"eos_token": "<eos>", "mask_token": "<|eot|>"}, max_sequence_length=64
+    )
     artifact = export_quietly(path, tmp_path / "a", mask_token="<[MASK]>", dtype=dtype)
     assert all(stage.passed for stage in verify(artifact))
     manifest = json.loads((artifact / "manifest.json").read_text())
@@ -242,14 +278,19 @@ def test_a_pad_token_of_its_own_ends_an_answer(tmp_path, capsys):
     head, pad = "lm_head.weight", ids["<|dlm_pad|>"]
     artifact = export_quietly(path, tmp_path / "a", head="logits")
     decoding = manifests.load(artifact).decoding
-    assert decoding.eos_token_ids == (ids["<|endoftext|>"], pad) and decoding.pad_token_id == ids["<|endoftext|>"]
+    assert (
+        decoding.eos_token_ids == (ids["<|endoftext|>"], pad)
+        and decoding.pad_token_id == ids["<|endoftext|>"]
+    )
     assert main(["info", str(artifact)]) == 0
     assert f"end {ids['<|endoftext|>']}, {pad}," in capsys.readouterr().out
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
     tensors["model.norm.weight"] = np.ones_like(tensors["model.norm.weight"])
-    tensors["model.embed_tokens.weight"][:] = 1.0  # every row is the same, so every position proposes the same token: padding
+    tensors["model.embed_tokens.weight"][:] = (
+        1.0  # every row is the same, so every position proposes the same token: padding
+    )
     tensors[head] = np.zeros_like(tensors[head])
     for name in [n for n in tensors if n.endswith(("o_proj.weight", "down_proj.weight"))]:
         tensors[name][:] = 0

@@ -59,20 +59,30 @@ def test_three_runners_agree_on_both_graphs(golden_artifact):
     assert {call.role for call in calls} == set(contract.ROLES)
     assert any(len(set(call.inputs["kv_len"].tolist())) > 1 for call in calls)  # ragged
     assert any(
-        call.role == "refine" and call.inputs["write_index"].min() > 0 and np.abs(call.inputs["cache_key.1"]).max() > 0
+        call.role == "refine"
+        and call.inputs["write_index"].min() > 0
+        and np.abs(call.inputs["cache_key.1"]).max() > 0
         for call in calls
     )
     passed, measured, failure = runners.stage(golden_artifact, engine, reference)
     assert passed and failure == "" and measured["calls"] == len(calls)
-    assert 0 < measured["dllm-trt, share of what is allowed"] < 1 and measured["OnnxrtRunner, share of what is allowed"] < 1
+    assert (
+        0 < measured["dllm-trt, share of what is allowed"] < 1
+        and measured["OnnxrtRunner, share of what is allowed"] < 1
+    )
 
 
 def test_verification_with_polygraphy_finds_a_layer_that_is_two_percent_off(golden_artifact, tmp_path):
-    good = {stage.name: stage for stage in verify(shutil.copytree(golden_artifact, tmp_path / "good"), with_polygraphy=True)}
+    good = {
+        stage.name: stage
+        for stage in verify(shutil.copytree(golden_artifact, tmp_path / "good"), with_polygraphy=True)
+    }
     assert good["polygraphy"].passed and list(good)[-1] == "polygraphy"
     broken = with_fault(golden_artifact, tmp_path / "broken")
     stages = {stage.name: stage for stage in verify(broken, with_polygraphy=True)}
-    assert not stages["polygraphy"].passed and "times as far from PyTorch as it may be" in str(stages["polygraphy"])
+    assert not stages["polygraphy"].passed and "times as far from PyTorch as it may be" in str(
+        stages["polygraphy"]
+    )
     assert manifests.load(broken).verified["passed"] is False
 
 
@@ -92,10 +102,12 @@ def test_caches_are_read_and_written_by_every_backend_alike(golden_artifact, gol
 def test_bf16_is_rounded_to_the_nearest_even():
     import torch
 
-    values = np.concatenate([np.random.default_rng(0).standard_normal(10_000), [0, -0.0, 1.00390625, 1.01171875, 3e38]]).astype(
-        np.float32
-    )
-    assert (widened(narrowed(values, "bf16"), "bf16") == torch.from_numpy(values).bfloat16().float().numpy()).all()
+    values = np.concatenate(
+        [np.random.default_rng(0).standard_normal(10_000), [0, -0.0, 1.00390625, 1.01171875, 3e38]]
+    ).astype(np.float32)
+    assert (
+        widened(narrowed(values, "bf16"), "bf16") == torch.from_numpy(values).bfloat16().float().numpy()
+    ).all()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +175,9 @@ def test_the_layer_at_fault_is_found(made):
     """One layer 2 % off: the first tensor that differs, and what `debug reduce` leaves, are that layer's."""
     output = scale(made / "refine.onnx", made / "bad.onnx")
     done = command(made, "first", "refine", "bad.onnx")
-    assert done.returncode != 0 and re.search(rf"Difference exceeds tolerance.*|{re.escape(output)}", done.stdout)
+    assert done.returncode != 0 and re.search(
+        rf"Difference exceeds tolerance.*|{re.escape(output)}", done.stdout
+    )
     done = command(made, "reduce", "refine", "bad.onnx")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     left = onnx.load(made / "reduced-refine-linear.onnx")
@@ -171,13 +185,17 @@ def test_the_layer_at_fault_is_found(made):
 
 
 def test_wrong_use_is_one_line(made, golden_artifact, tmp_path, capsys):
-    assert cli.main(["polygraphy", str(golden_artifact), str(made)]) == 1 and "is there already" in capsys.readouterr().err
+    assert (
+        cli.main(["polygraphy", str(golden_artifact), str(made)]) == 1
+        and "is there already" in capsys.readouterr().err
+    )
     legacy = export_quietly(GOLDENS / "llada_tiny", tmp_path / "legacy", lowering="legacy")
     with pytest.raises(DllmError, match="legacy lowering"):
         kit.write(legacy, tmp_path / "out", kit.KitConfig())
     assert not (tmp_path / "out").exists()
     assert (
-        cli.main(["verify", str(golden_artifact), "--layers", "--with-polygraphy"]) == 1 and "two ways" in capsys.readouterr().err
+        cli.main(["verify", str(golden_artifact), "--layers", "--with-polygraphy"]) == 1
+        and "two ways" in capsys.readouterr().err
     )
 
 
@@ -188,7 +206,9 @@ def test_a_bf16_artifact_is_recorded_on_its_twin(tmp_path):
     artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "bf16", dtype="bf16")
     kit.write(artifact, tmp_path / "kit", kit.KitConfig(count=1, reference=False))
     code = "from load_windows import load_refine; f = next(load_refine()); print(f['cache_key.0'].dtype, f['input_ids'].dtype)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "kit", capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "kit", capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [str(torch.bfloat16), "int64"]
     assert (
         not (tmp_path / "kit" / "expected-pytorch").exists()

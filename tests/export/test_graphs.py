@@ -26,7 +26,11 @@ from trt_runtime.measure import tolerances
 @pytest.mark.parametrize("name", ["c0", "c1"])
 def test_forward_goldens(golden_backend, golden_family, name):
     """Full pass, keys and values, and both refine calls after edits of the block: 1e-4 relative. Logits stand at their own row."""
-    data = {k[3:]: v for k, v in load_file(GOLDENS / f"{golden_family}_forward.safetensors").items() if k.startswith(name)}
+    data = {
+        k[3:]: v
+        for k, v in load_file(GOLDENS / f"{golden_family}_forward.safetensors").items()
+        if k.startswith(name)
+    }
     meta = json.loads((GOLDENS / "forward_meta.json").read_text())[f"{golden_family}.{name}"]
     start, length = meta["s"], meta["L"]
     kv_heads = golden_backend.manifest.model.num_kv_heads
@@ -45,7 +49,9 @@ def test_forward_goldens(golden_backend, golden_family, name):
             close(cache.buffers.arrays[f"cache_value.{layer}"], heads(data[f"v.{layer}"]))
             close(cache.buffers.arrays[f"cache_key.{layer}"], _rotated(heads(data[f"k.{layer}"]), theta))
         close(logits(golden_backend, cache, window(ids, start, [length])), data[f"{kind}_refine_logits"])
-    assert np.abs(data["recompute_logits"][:, start : start + 8] - data["dual_refine_logits"]).max() > 0.1  # a cache matters
+    assert (
+        np.abs(data["recompute_logits"][:, start : start + 8] - data["dual_refine_logits"]).max() > 0.1
+    )  # a cache matters
 
 
 def _rotated(keys: np.ndarray, theta: float) -> np.ndarray:
@@ -66,7 +72,10 @@ def test_prefix_graph_equals_refine_graph_at_index_zero(tiny_artifact):
         cache = backend.new_cache(3, 40)
         made[role] = (logits(backend, cache, call), cache.buffers.arrays)
     for row, length in enumerate(call.kv_len):
-        assert np.abs(made["prefix"][0][row, :length] - made["refine"][0][row, :length]).max() <= tolerances.SAME_GRAPH["fp32"]
+        assert (
+            np.abs(made["prefix"][0][row, :length] - made["refine"][0][row, :length]).max()
+            <= tolerances.SAME_GRAPH["fp32"]
+        )
         for name, array in made["prefix"][1].items():
             assert np.abs(array[row, :, :length] - made["refine"][1][name][row, :, :length]).max() <= 1e-5
 
@@ -122,8 +131,12 @@ def test_the_mask_token_is_never_proposed_and_ties_take_the_lowest_id(tmp_path):
     ir.save(ir.Model(graph, ir_version=11), tmp_path / "statistics.onnx")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(tmp_path / "statistics.onnx"), providers=["CPUExecutionProvider"])
-    values = np.array([[1, 5, 9, 3, 2, 0], [9, 5, 8, 3, 2, 0], [9, 8, 7, 3, 2, 0], [4, 4, 4, 4, 4, 4]], np.float32)
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "statistics.onnx"), providers=["CPUExecutionProvider"]
+    )
+    values = np.array(
+        [[1, 5, 9, 3, 2, 0], [9, 5, 8, 3, 2, 0], [9, 8, 7, 3, 2, 0], [4, 4, 4, 4, 4, 4]], np.float32
+    )
     got = session.run(list(contract.STATISTICS), {"given": values, "rows": np.zeros((1, 4), np.int64)})
     weights = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
     assert got[0].tolist() == [[1, 0, 0, 0]]
@@ -188,8 +201,14 @@ def test_graphs_declare_the_contract(tiny_artifact):
     dims = backend.manifest.dims
     for role in contract.ROLES:
         graph = onnx.load(tiny_artifact / f"{role}.onnx", load_external_data=False).graph
-        for side, specs in ((graph.input, contract.inputs(role, dims)), (graph.output, contract.outputs(role, dims, "logits"))):
-            shown = [(v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim)) for v in side]
+        for side, specs in (
+            (graph.input, contract.inputs(role, dims)),
+            (graph.output, contract.outputs(role, dims, "logits")),
+        ):
+            shown = [
+                (v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim))
+                for v in side
+            ]
             assert shown == [(spec.name, spec.axes) for spec in specs]
         listed = backend.manifest.graphs[role]
         assert [row[0] for row in listed.inputs] == [v.name for v in graph.input]
@@ -198,7 +217,9 @@ def test_graphs_declare_the_contract(tiny_artifact):
 def _graph(role="refine", dtype="fp32", head="statistics", lowering="modern"):
     source = read(str(GOLDENS / "llada_tiny"))
     weights = {w.name: w.external() for w in plan(source.decoder, source.family, source.checkpoint, dtype)}
-    model = roles.build(role, source.decoder, dtype=dtype, head=head, mask_token_id=1000, weights=weights, lowering=lowering)
+    model = roles.build(
+        role, source.decoder, dtype=dtype, head=head, mask_token_id=1000, weights=weights, lowering=lowering
+    )
     return model, roles.dims_of(source.decoder, dtype, lowering)
 
 
@@ -227,10 +248,22 @@ def _extra_attention_input(model):
     [
         (_extra_attention_input, "Attention has 7 inputs"),
         (lambda m: _node(m, "Attention").attributes.add(ir.AttrInt64("is_causal", 1)), "is_causal is 1"),
-        (lambda m: _node(m, "Attention").attributes.add(ir.AttrInt64("left_window_size", 4)), "left_window_size is 4"),
-        (lambda m: _node(m, "RotaryEmbedding").attributes.add(ir.AttrInt64("interleaved", 1)), "interleaved is 1"),
-        (lambda m: _node(m, "TensorScatter").attributes.add(ir.AttrString("mode", "circular")), "mode is 'circular'"),
-        (lambda m: m.graph.inputs.append(ir.val("spare", ir.DataType.INT64, ["B"])), "input spare is consumed by no node"),
+        (
+            lambda m: _node(m, "Attention").attributes.add(ir.AttrInt64("left_window_size", 4)),
+            "left_window_size is 4",
+        ),
+        (
+            lambda m: _node(m, "RotaryEmbedding").attributes.add(ir.AttrInt64("interleaved", 1)),
+            "interleaved is 1",
+        ),
+        (
+            lambda m: _node(m, "TensorScatter").attributes.add(ir.AttrString("mode", "circular")),
+            "mode is 'circular'",
+        ),
+        (
+            lambda m: m.graph.inputs.append(ir.val("spare", ir.DataType.INT64, ["B"])),
+            "input spare is consumed by no node",
+        ),
         (lambda m: setattr(_node(m, "Sigmoid"), "domain", "com.microsoft"), "not a standard op"),
         (lambda m: setattr(_node(m, "Sigmoid"), "op_type", "NonZero"), "NonZero does not build"),
         (lambda m: setattr(m.graph.inputs[3], "name", "kv_lengths"), "the contract says ('kv_len'"),
@@ -263,5 +296,7 @@ def test_bf16_graphs_pass_the_checker(tmp_path):
 
 
 def test_exposed_values_are_outputs(tiny_artifact):
-    names = [o.name for o in onnx.load_from_string(exposed(tiny_artifact, "refine", ["logits", "x"])).graph.output]
+    names = [
+        o.name for o in onnx.load_from_string(exposed(tiny_artifact, "refine", ["logits", "x"])).graph.output
+    ]
     assert names.count("logits") == 1 and "x" in names

@@ -20,7 +20,10 @@ from trt_runtime.artifact import manifest as manifests
 pytest.importorskip("huggingface_hub")
 REVISION = hashlib.sha1(b"a commit").hexdigest()
 LARGE = "notes.txt"  # large enough that the client writes a part of it before the transfer breaks
-CODE = {"modeling_llada.py": b"raise SystemExit('code of a checkpoint was run')", "pytorch_model.bin": b"pickle"}
+CODE = {
+    "modeling_llada.py": b"raise SystemExit('code of a checkpoint was run')",
+    "pytorch_model.bin": b"pickle",
+}
 
 
 class Hub(ThreadingHTTPServer):
@@ -28,7 +31,11 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {file.name: file.read_bytes() for file in DEMO.iterdir() if file.suffix in (".json", ".safetensors")} | CODE
+        self.files = {
+            file.name: file.read_bytes()
+            for file in DEMO.iterdir()
+            if file.suffix in (".json", ".safetensors")
+        } | CODE
         self.files[LARGE] = bytes(24_000_000)
         self.asked: list[tuple[str, str, str | None]] = []
         self.dropped = False
@@ -48,9 +55,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.command, path, self.headers.get("Range")))
         if path.startswith("/api/models/org/demo/revision/"):
             siblings = [{"rfilename": name} for name in self.server.files]
-            return self._send(json.dumps({"id": "org/demo", "sha": REVISION, "siblings": siblings}).encode(), {})
+            return self._send(
+                json.dumps({"id": "org/demo", "sha": REVISION, "siblings": siblings}).encode(), {}
+            )
         if path == f"/api/models/org/demo/tree/{REVISION}":
-            entries = [{"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in self.server.files.items()]
+            entries = [
+                {"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in self.server.files.items()
+            ]
             return self._send(json.dumps(entries).encode(), {})
         if path != f"/org/demo/resolve/{REVISION}/{name}" or name not in self.server.files:
             return self.send_error(404)
@@ -86,7 +97,17 @@ def hub():
 def _export(hub, tmp_path, checkpoint, out):
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home"),
                                 "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "export", "--checkpoint", checkpoint, "--out", str(tmp_path / out), "--verify", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        str(tmp_path / out),
+        "--verify",
+        "no",
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -110,12 +131,16 @@ def test_a_hub_id_is_downloaded_resumed_pinned_and_runs_no_code(hub, tmp_path):
                              "--verify", "no", "--dtype", "bf16", "--weights", "link"], cwd=ROOT, capture_output=True, text=True, check=False,
                             env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})  # fmt: skip
     assert linked.returncode == 0, linked.stderr
-    assert manifests.load(tmp_path / "linked").files["model.safetensors"].size == len(hub.files["model.safetensors"])
+    assert manifests.load(tmp_path / "linked").files["model.safetensors"].size == len(
+        hub.files["model.safetensors"]
+    )
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
     done = _export(hub, tmp_path, "org/none", "out")
-    assert done.returncode == 1 and done.stderr.startswith("error: org/none: no such directory, and not to be had from the hub")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: org/none: no such directory, and not to be had from the hub"
+    )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 

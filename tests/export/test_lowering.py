@@ -45,7 +45,9 @@ def test_legacy_equals_modern(tmp_path, name, dtype, allowed, kv_heads):
     full = window(rng.integers(0, 120, (2, 30)), kv_len=[30, 24])
     step = window(rng.integers(0, 120, (2, 5)), 9, [30, 24])
     for lowering in ("modern", "legacy"):
-        artifact = export_quietly(tmp_path / "checkpoint", tmp_path / lowering, lowering=lowering, dtype=dtype, head="logits")
+        artifact = export_quietly(
+            tmp_path / "checkpoint", tmp_path / lowering, lowering=lowering, dtype=dtype, head="logits"
+        )
         for role in ("prefix", "refine"):
             backend = OrtBackend(artifact, role=role, threads=1)
             cache = backend.new_cache(2, 30)
@@ -55,7 +57,9 @@ def test_legacy_equals_modern(tmp_path, name, dtype, allowed, kv_heads):
             made[lowering, role] = results + [array[:, :, :24] for array in cache.buffers.arrays.values()]
     for role in ("prefix", "refine"):
         for mine, theirs in zip(made["legacy", role], made["modern", role], strict=True):
-            assert np.abs(mine.astype(np.float32) - theirs).max() < allowed * max(1.0, float(np.abs(theirs).max()))
+            assert np.abs(mine.astype(np.float32) - theirs).max() < allowed * max(
+                1.0, float(np.abs(theirs).max())
+            )
 
 
 def test_the_lowering_follows_the_onnx_runtime_that_is_installed(monkeypatch, capsys):

@@ -49,9 +49,14 @@ def test_it_decodes_and_is_quantised(family, tmp_path):
     backend = OrtBackend(artifact, threads=1)
     recorded = replay.record(backend, cases.random_cases(backend.manifest, 6))["cases"]
     assert all(replay.compare(case, replay.replay(backend, case)) is None for case in recorded)
-    export(ExportConfig(str(path), tmp_path / "w8a8"), lambda total: lambda done: None, scheme=schemes.find("w8a8")("fp32"))
+    export(
+        ExportConfig(str(path), tmp_path / "w8a8"),
+        lambda total: lambda done: None,
+        scheme=schemes.find("w8a8")("fp32"),
+    )
     mine, theirs = (
-        load(tmp_path / name, threads=1).generate([[5, 6, 7]], GenerationConfig(gen_length=32))[0] for name in ("fp32", "w8a8")
+        load(tmp_path / name, threads=1).generate([[5, 6, 7]], GenerationConfig(gen_length=32))[0]
+        for name in ("fp32", "w8a8")
     )
     assert len(mine.tokens) == len(theirs.tokens) > 0
 
@@ -64,7 +69,9 @@ def test_weights_of_several_tensors_and_slices_of_one(monkeypatch, tmp_path):
     with added(families.FAMILIES, FAMILY, "toy"):
         tensors = {}
         path = write_checkpoint(FAMILY, tmp_path / "checkpoint", change=tensors.update)
-        assert {"toy.0.qkv", "toy.1.gate_proj.first", "toy.1.gate_proj.second"} <= set(tensors) and "toy.0.q_proj" not in tensors
+        assert {"toy.0.qkv", "toy.1.gate_proj.first", "toy.1.gate_proj.second"} <= set(
+            tensors
+        ) and "toy.0.q_proj" not in tensors
         artifact = export_quietly(path, tmp_path / "out")
         manifest = load(artifact, threads=1).manifest
         largest = manifest.weight_maxima
@@ -75,21 +82,30 @@ def test_weights_of_several_tensors_and_slices_of_one(monkeypatch, tmp_path):
             export_quietly(path, tmp_path / "linked", weights="link")
 
         short = write_checkpoint(
-            FAMILY, tmp_path / "short", change=lambda held: held.update({"toy.0.qkv": held["toy.0.qkv"][:100]})
+            FAMILY,
+            tmp_path / "short",
+            change=lambda held: held.update({"toy.0.qkv": held["toy.0.qkv"][:100]}),
         )
-        with pytest.raises(DllmError, match=r"toy.0.qkv has 100 rows, the weights of this config take them up to 128"):
+        with pytest.raises(
+            DllmError, match=r"toy.0.qkv has 100 rows, the weights of this config take them up to 128"
+        ):
             export_quietly(short, tmp_path / "no")
 
         class Forgetful(type(FAMILY)):
             def pieces(self, weight):
                 return tuple(
-                    Piece(piece.tensor, (0, 32) if piece.rows == (64, 96) else piece.rows) for piece in super().pieces(weight)
+                    Piece(piece.tensor, (0, 32) if piece.rows == (64, 96) else piece.rows)
+                    for piece in super().pieces(weight)
                 )
 
         forgetful = Forgetful()
         source = read(str(path))
         with pytest.raises(DllmError, match="take them up to"):
-            accounts.check({name: forgetful.pieces(name) for name in weight_shapes(source.decoder)}, forgetful, source.checkpoint)
+            accounts.check(
+                {name: forgetful.pieces(name) for name in weight_shapes(source.decoder)},
+                forgetful,
+                source.checkpoint,
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +114,17 @@ def test_the_commands_know_an_installed_one(name, tmp_path, monkeypatch):
     made = __import__(NAMES[name]).FAMILY
     sys.modules.pop(NAMES[name])
     path = write_checkpoint(made, tmp_path / "checkpoint")
-    done = command("-m", "export", "--checkpoint", path, "--out", tmp_path / "out", "--verify", "yes", cwd=OUTSIDE.parents[2])
+    done = command(
+        "-m",
+        "export",
+        "--checkpoint",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--verify",
+        "yes",
+        cwd=OUTSIDE.parents[2],
+    )
     assert done.returncode == 0 and "verified" in done.stdout + done.stderr, done.stderr
     planned = command("-m", "trt_runtime.cli", "plan", path, "--device", "cpu")
     assert planned.returncode == 0, planned.stderr

@@ -48,7 +48,12 @@ import demo_task
 LLADA = families.find("llada")
 NAME = "layers.0.up_proj"
 KINDS = schemes.SCHEMES
-ALLOWED = {"w8a8": 0.03, "int8-sq": 0.24, "fp8": 0.08, "int4": 0.2}  # the largest seen: 0.020, 0.185, 0.064, 0.168
+ALLOWED = {
+    "w8a8": 0.03,
+    "int8-sq": 0.24,
+    "fp8": 0.08,
+    "int4": 0.2,
+}  # the largest seen: 0.020, 0.185, 0.064, 0.168
 TARGETED = [(kind, dtype) for kind in KINDS for dtype in kind.dtypes if dtype != "bf16"]
 
 
@@ -60,7 +65,9 @@ def made(kind, weight: np.ndarray, inputs: np.ndarray, dtype="fp32", name=NAME):
     """A scheme calibrated for one layer of weight [N, K], and the parts that it stores of it, given in pieces of three rows."""
     others = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     names = [name, *(f"layers.0.{other}" for other in others)]
-    scheme = kind(dtype, Calibration(dict.fromkeys(names, inputs), {key: np.abs(weight).max(0) for key in names}))
+    scheme = kind(
+        dtype, Calibration(dict.fromkeys(names, inputs), {key: np.abs(weight).max(0) for key in names})
+    )
     scheme.factors = lambda name: (None, None)  # the smoothing has its own test
     pieces = (weight[i : i + 3] for i in range(0, len(weight), 3))
     return scheme, scheme.quantize(name, weight.shape, pieces)
@@ -103,7 +110,10 @@ def test_what_is_stored_stands_for_the_weight(kind):
         size = (part.shape[0] * part.shape[1] // 2,) if part.dtype == "int4" else part.shape
         assert parts[name].dtype == kept and parts[name].size == np.prod(size, dtype=int)
     got = dequantised(kind, parts, weight.shape)
-    steps = {"w8a8": np.abs(weight).max(1, keepdims=True) / 127, "int8-sq": np.abs(weight).max(1, keepdims=True) / 127}
+    steps = {
+        "w8a8": np.abs(weight).max(1, keepdims=True) / 127,
+        "int8-sq": np.abs(weight).max(1, keepdims=True) / 127,
+    }
     if kind.name in steps:
         assert (np.abs(got - weight) <= 0.5001 * steps[kind.name] + 1e-9).all()
     elif kind.name == "fp8":
@@ -117,7 +127,9 @@ def test_what_is_stored_stands_for_the_weight(kind):
             rounding = np.square(
                 np.clip(np.rint(weight[:, there] / np.maximum(step, 1e-9)), -8, 7) * step - weight[:, there]
             ).sum(1)
-            assert (np.square(got - weight)[:, there].sum(1) <= rounding + 1e-6).all()  # no worse than without clipping
+            assert (
+                np.square(got - weight)[:, there].sum(1) <= rounding + 1e-6
+            ).all()  # no worse than without clipping
     assert (got[3] == 0).all()
 
 
@@ -165,7 +177,9 @@ def run_layer(scheme, parts, x: np.ndarray, shape) -> np.ndarray:
         int8.settings_for(scheme.name) if scheme.target == "ort-cpu" else {"session.disable_quant_qdq": "1"}
     ).items():
         options.add_session_config_entry(key, value)  # as an artifact is opened on this processor
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )[0]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids)
@@ -173,7 +187,9 @@ def test_a_layer_computes_its_rule(kind):
     """Against the rule in NumPy, on tokens of very different sizes, one of them all zeros."""
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((24, 128)).astype(np.float32)
-    x = rng.standard_normal((7, 128)).astype(np.float32) * np.array([[1], [100], [1e-3], [0], [3], [0.1], [30]], np.float32)
+    x = rng.standard_normal((7, 128)).astype(np.float32) * np.array(
+        [[1], [100], [1e-3], [0], [3], [0.1], [30]], np.float32
+    )
     scheme, parts = made(kind, weight, np.abs(x).max(0))
     got, held = run_layer(scheme, parts, x, weight.shape), dequantised(kind, parts, weight.shape)
     if kind.name == "w8a8":
@@ -188,7 +204,9 @@ def test_a_layer_computes_its_rule(kind):
     else:
         rounded = x.astype(np.float64)
     expected = rounded @ held.T
-    allowed = 0.02 if ids(kind) == "int4-ort-cpu" else 1e-3  # that operator rounds activations to 8 bits in blocks of its own
+    allowed = (
+        0.02 if ids(kind) == "int4-ort-cpu" else 1e-3
+    )  # that operator rounds activations to 8 bits in blocks of its own
     assert (np.abs(got - expected) <= allowed * np.abs(expected).max(1, keepdims=True) + 1e-6).all()
     assert (got[3] == 0).all()
 
@@ -197,7 +215,10 @@ def test_a_layer_computes_its_rule(kind):
 def test_a_token_is_rounded_alone(kind):
     """A row's result does not depend on the tokens beside it, however large they are."""
     rng = np.random.default_rng(3)
-    weight, x = rng.standard_normal((16, 128)).astype(np.float32), rng.standard_normal((5, 128)).astype(np.float32)
+    weight, x = (
+        rng.standard_normal((16, 128)).astype(np.float32),
+        rng.standard_normal((5, 128)).astype(np.float32),
+    )
     scheme, parts = made(kind, weight, np.ones(128, np.float32))
     before = run_layer(scheme, parts, x, weight.shape)
     x[[0, 1, 3, 4]] *= 1e4
@@ -208,13 +229,19 @@ def test_smoothing_changes_nothing_but_where_sizes_stand():
     """Norms and up_proj divided, columns multiplied: without rounding every product is as before."""
     config = LLADA.decoder(ConfigReader(LLADA.tiny_config(), "config.json"))
     rng = np.random.default_rng(4)
-    shapes = {name: shape for name, shape in weight_shapes(config).items() if is_linear(name) and name != "head"}
-    inputs = {name: np.exp(2 * rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {
+        name: shape for name, shape in weight_shapes(config).items() if is_linear(name) and name != "head"
+    }
+    inputs = {
+        name: np.exp(2 * rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()
+    }
     for i in range(3):
         for name in ("k_proj", "v_proj"):
             inputs[f"layers.{i}.{name}"] = inputs[f"layers.{i}.q_proj"]
         inputs[f"layers.{i}.up_proj"] = inputs[f"layers.{i}.gate_proj"]
-    weights_of = {name: np.exp(rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()}
+    weights_of = {
+        name: np.exp(rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()
+    }
     scheme = schemes.find("int8-sq")("fp32", Calibration(inputs, weights_of))
     for reader, before in (
         ("q_proj", "attention_norm"),
@@ -234,7 +261,9 @@ def test_smoothing_changes_nothing_but_where_sizes_stand():
 def calm(tensors):
     """Layers that add little to the residual stream: random ones of unit gain would amplify any rounding."""
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and ("proj" in name or "attn_out" in name or ("blocks" in name and "ff_out" in name)):
+        if tensor.ndim == 2 and (
+            "proj" in name or "attn_out" in name or ("blocks" in name and "ff_out" in name)
+        ):
             np.multiply(tensor, 0.3, out=tensor)
 
 
@@ -252,17 +281,25 @@ def prompted(request, tmp_path_factory):
     rng = np.random.default_rng(5)
     lines = [json.dumps({"prompt": rng.integers(0, 100, 9).tolist()}) for _ in range(4)]
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    path = write_checkpoint(family, directory / "checkpoint", model={**wide(family), **_short(family)}, change=calm)
+    path = write_checkpoint(
+        family, directory / "checkpoint", model={**wide(family), **_short(family)}, change=calm
+    )
     return path, directory / "prompts.jsonl"
 
 
 def _short(family):
-    return {"max_sequence_length" if "max_sequence_length" in family.tiny_config() else "max_position_embeddings": 160}
+    return {
+        "max_sequence_length"
+        if "max_sequence_length" in family.tiny_config()
+        else "max_position_embeddings": 160
+    }
 
 
 def quantised(path, out, kind, data=None, dtype=None, **how):
     config = ExportConfig(str(path), out, dtype=dtype or kind.dtypes[0])
-    quantize.export(config, QuantizeConfig(kind.name, kind.target, data, **how), lambda total: lambda done: None)
+    quantize.export(
+        config, QuantizeConfig(kind.name, kind.target, data, **how), lambda total: lambda done: None
+    )
     return out
 
 
@@ -273,7 +310,9 @@ def forward(artifact, ids):
     return backend.prefix(backend.new_cache(1, ids.shape[1]), slice(0, 1), window, want_logits=True).logits[0]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), TARGETED, ids=lambda value: value if isinstance(value, str) else ids(value))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), TARGETED, ids=lambda value: value if isinstance(value, str) else ids(value)
+)
 def test_a_whole_model_stays_near_itself(prompted, tmp_path, kind, dtype):
     """Logits of both families beside the model as it was: error over their spread, root mean squares."""
     path, data = prompted
@@ -284,21 +323,30 @@ def test_a_whole_model_stays_near_itself(prompted, tmp_path, kind, dtype):
 
 
 def test_a_tied_head_is_quantised_beside_the_embedding(tmp_path):
-    path = write_checkpoint(LLADA, tmp_path / "checkpoint", model={**wide(LLADA), "weight_tying": True}, change=calm)
+    path = write_checkpoint(
+        LLADA, tmp_path / "checkpoint", model={**wide(LLADA), "weight_tying": True}, change=calm
+    )
     before = forward(export_quietly(path, tmp_path / "fp32"), np.arange(3, 43)[None])
     for kind in KINDS[:2]:
         after = forward(quantised(path, tmp_path / kind.name, kind, gate=False), np.arange(3, 43)[None])
         assert np.corrcoef(after.ravel(), before.ravel())[0, 1] > 0.95
         names = {
-            tensor.name for tensor in onnx.load(tmp_path / kind.name / "refine.onnx", load_external_data=False).graph.initializer
+            tensor.name
+            for tensor in onnx.load(
+                tmp_path / kind.name / "refine.onnx", load_external_data=False
+            ).graph.initializer
         }
-        assert {"embedding", "embedding.scale"} <= names and not any(name.startswith("head") for name in names)
+        assert {"embedding", "embedding.scale"} <= names and not any(
+            name.startswith("head") for name in names
+        )
 
 
 def test_the_embedding_keeps_the_checkpoints_16_bits_on_a_cpu(tmp_path):
     """The demo checkpoint is in 16 bits: its embedding is not blown up, and decodes as widened."""
     artifact = quantised(DEMO, tmp_path / "out", KINDS[0], gate=False)
-    held = {t.name: t for t in onnx.load(artifact / "refine.onnx", load_external_data=False).graph.initializer}
+    held = {
+        t.name: t for t in onnx.load(artifact / "refine.onnx", load_external_data=False).graph.initializer
+    }
     assert held["embedding"].data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     assert load(artifact, threads=1).generate(["clean hall with mop"])[0].text
 
@@ -318,7 +366,9 @@ def test_graphs_hold_no_foreign_operators_but_those_of_their_scheme(tiny_checkpo
 def test_canvases_are_masked_at_every_ratio_and_place():
     rng = np.random.default_rng(6)
     canvas = rng.integers(1, 50, 60)
-    done = quality.Decoded(None, [], canvas, 20, 47, None)  # 27 useful tokens: blocks of 8 begin at 20, 28, 36, 44
+    done = quality.Decoded(
+        None, [], canvas, 20, 47, None
+    )  # 27 useful tokens: blocks of 8 begin at 20, 28, 36, 44
     drawn = quality.canvases([done] * 6, 8, 0)
     assert len(drawn) == 24
     for number, made_canvas in enumerate(drawn):
@@ -357,7 +407,10 @@ def test_what_is_observed_is_the_largest_input_of_each_layer(tmp_path):
     with torch.inference_mode():
         for canvas in drawn:
             reference.logits(
-                reference.new_cache(1, 30), slice(0, 1), quality.window_of(canvas, np.arange(30)), own_rows_only=True
+                reference.new_cache(1, 30),
+                slice(0, 1),
+                quality.window_of(canvas, np.arange(30)),
+                own_rows_only=True,
             )
     assert set(found.inputs) == set(seen) == set(found.weights)
     for name, largest in seen.items():
@@ -366,7 +419,9 @@ def test_what_is_observed_is_the_largest_input_of_each_layer(tmp_path):
         assert (found.weights[name] == np.abs(stored.open().reshape(stored.shape)).max(0)).all()
     found.write(tmp_path)
     again = Calibration.read(tmp_path)
-    assert all((again.inputs[name] == found.inputs[name]).all() for name in seen) and set(again.weights) == set(seen)
+    assert all((again.inputs[name] == found.inputs[name]).all() for name in seen) and set(
+        again.weights
+    ) == set(seen)
     (tmp_path / "calibration.npz").write_bytes(b"PK\3\4 nothing")
     with pytest.raises(DllmError, match=r"calibration.npz: cannot be read"):
         Calibration.read(tmp_path)
@@ -399,7 +454,9 @@ def test_every_scheme_passes_the_gate_on_the_demo_model(demo_data, tmp_path, kin
         measured["judged"] == (8 if kind.is_calibrated else 16)
         and measured["right"] + 1 >= measured["right_before"] >= measured["judged"] - 1
     )
-    assert 0 < measured["kl_mean"] < tolerances.QUANTIZED_KL and measured["canvases"] == 4 * measured["examples"]
+    assert (
+        0 < measured["kl_mean"] < tolerances.QUANTIZED_KL and measured["canvases"] == 4 * measured["examples"]
+    )
     assert (facts.calibration or {}).get("prompts") == (8 if kind.is_calibrated else None)
     stages = list(verify.verify(artifact))
     assert [stage.name for stage in stages if not stage.passed] == []
@@ -412,7 +469,9 @@ def test_a_quantised_artifact_is_one_of_ours_in_every_way(w8a8, capsys):
     model = load(w8a8, threads=1)
     config = GenerationConfig(gen_length=40)
     prompts = ["hand blue pens to Mia, and clean hall with mop", "find red keys in attic"]
-    assert [r.tokens for r in model.generate(prompts, config)] == [model.generate([p], config)[0].tokens for p in prompts]
+    assert [r.tokens for r in model.generate(prompts, config)] == [
+        model.generate([p], config)[0].tokens for p in prompts
+    ]
     assert manifests.load(w8a8).verified["passed"]
 
 
@@ -427,7 +486,9 @@ def _info(artifact, capsys):
 def test_changed_weights_of_a_quantised_artifact_are_found(w8a8, tmp_path):
     copy = shutil.copytree(w8a8, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
-    planned = plan(read(str(DEMO)).decoder, LLADA, read(str(DEMO)).checkpoint, "fp32", scheme=KINDS[0]("fp32"))
+    planned = plan(
+        read(str(DEMO)).decoder, LLADA, read(str(DEMO)).checkpoint, "fp32", scheme=KINDS[0]("fp32")
+    )
     place = next(weight for weight in planned if weight.name == "layers.2.up_proj.int8")
     with open(copy / "weights.data", "r+b") as file:
         file.seek(place.offset + 5)
@@ -449,9 +510,12 @@ def test_without_the_gate_nothing_is_claimed(tmp_path, capsys):
 def test_a_scheme_that_changes_the_model_too_much_is_refused(demo_data, tmp_path, monkeypatch):
     """Three bits where four are promised: nothing is left, and the sentence says what was measured."""
     real = blocks.rounded
-    monkeypatch.setattr(blocks, "rounded", lambda rows, shape, block, bits, *o: real(rows, shape, block, min(bits, 3), *o))
+    monkeypatch.setattr(
+        blocks, "rounded", lambda rows, shape, block, bits, *o: real(rows, shape, block, min(bits, 3), *o)
+    )
     with pytest.raises(
-        DllmError, match=r"int4 changes this model too much: KL .* allowed 0.015; .* proposed again.*--gate no"
+        DllmError,
+        match=r"int4 changes this model too much: KL .* allowed 0.015; .* proposed again.*--gate no",
     ) as error:
         quantised(DEMO, tmp_path / "out", KINDS[1], demo_data, match="json")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
@@ -462,7 +526,9 @@ def test_lost_answers_alone_fail_the_gate():
     assert list(held.failures()) == []
     worse = quality.Quality(200, 800, 4000, 0.001, 0.1, 1.0, 9000, 0.999, 0.99, 0.9, 200, 196, 193)
     assert [*worse.failures()] == ["193 of 200 answers are right, 196 were before: allowed are 2 less"]
-    assert len([*quality.Quality(2, 8, 40, float("nan"), 0.1, 1.0, 9, 0.9, 0.9, 0.9, 0, 0, 0).failures()]) == 3
+    assert (
+        len([*quality.Quality(2, 8, 40, float("nan"), 0.1, 1.0, 9, 0.9, 0.9, 0.9, 0, 0, 0).failures()]) == 3
+    )
 
 
 REFUSALS = [
@@ -530,7 +596,9 @@ def test_a_cpu_artifact_is_refused_on_gpus(w8a8, tmp_path, monkeypatch):
 def test_tensorrt_rtx_builds_every_scheme_for_its_targets(demo_data, tmp_path, kind):
     """No GPU is needed. That weights stay in few bits shows in the engine's size beside that of the fp16 artifact's."""
     pytest.importorskip("tensorrt_rtx_bindings")
-    artifact = quantised(DEMO, tmp_path / "out", kind, demo_data, "fp16" if kind.name != "int8-sq" else "bf16", gate=False)
+    artifact = quantised(
+        DEMO, tmp_path / "out", kind, demo_data, "fp16" if kind.name != "int8-sq" else "bf16", gate=False
+    )
     targets = ("sm89", "sm120") if kind.name == "fp8" else ("sm86", "sm89", "sm120")
     config = store.BuildConfig("tensorrt-rtx", targets=targets, max_length=128, block_length=8)
     assert list(store.build(artifact, tmp_path / "engines", config).glob("*.engine"))

@@ -40,7 +40,9 @@ REFUSED = {
 def _write(path, name, tokenizer=None, **change):
     """A checkpoint with a real configuration of a smaller network, and a real tokenizer. All weights are zero."""
     config = config_of(name)
-    write_sparse(families.find(config["model_type"]), path, {**config, **SMALL[config["model_type"]], **change}, "bf16")
+    write_sparse(
+        families.find(config["model_type"]), path, {**config, **SMALL[config["model_type"]], **change}, "bf16"
+    )
     if tokenizer:
         put_tokenizer(tokenizer, path)
     return path
@@ -79,7 +81,9 @@ def test_every_real_configuration_is_accepted_or_refused_by_name(tmp_path):
 def test_the_tensors_of_a_real_index_are_the_familys(name):
     config = config_of(name)
     family = families.find(config["model_type"])
-    names = {family.tensor_name(weight) for weight in weight_shapes(family.decoder(ConfigReader(config, name)))}
+    names = {
+        family.tensor_name(weight) for weight in weight_shapes(family.decoder(ConfigReader(config, name)))
+    }
     assert names == set(json.loads((REAL / name / "model.safetensors.index.json").read_text())["weight_map"])
 
 
@@ -90,7 +94,11 @@ def test_the_tensors_of_a_real_index_are_the_familys(name):
 def test_what_a_trainer_added_is_noted_once(tmp_path, name, noted):
     tokenizer = "midstreeeam-tinystory2" if "tllada" in name else None
     path, said = _write(tmp_path / "checkpoint", name, tokenizer), []
-    export(ExportConfig(str(path), tmp_path / "a", "bf16", weights="link"), lambda total: lambda done: None, said.append)
+    export(
+        ExportConfig(str(path), tmp_path / "a", "bf16", weights="link"),
+        lambda total: lambda done: None,
+        said.append,
+    )
     assert len([text for text in said if "ignored" in text and noted in text]) == 1
 
 
@@ -104,15 +112,21 @@ def _texts(tokenizer, count):
     for i in range(count):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 24)))
         if i % 10 == 0:
-            text = tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=bool(i % 20))
+            text = tokenizer.render_chat(
+                [{"role": "user", "content": text}], add_generation_prompt=bool(i % 20)
+            )
         if i % 7 == 0:
-            text += "".join(chr(rng.choice([rng.randrange(32, 0xD800), rng.randrange(0xE000, 0x11000)])) for _ in range(8))
+            text += "".join(
+                chr(rng.choice([rng.randrange(32, 0xD800), rng.randrange(0xE000, 0x11000)])) for _ in range(8)
+            )
         yield text
 
 
 def _qwen2(path, tmp_path):
     transformers = pytest.importorskip("transformers")
-    plain = shutil.copytree(path, tmp_path / "plain", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    plain = shutil.copytree(
+        path, tmp_path / "plain", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
+    )
     config = json.loads((plain / "tokenizer_config.json").read_text())
     changed = {key: value for key, value in config.items() if key not in ("auto_map", "backend", "is_local")}
     (plain / "tokenizer_config.json").write_text(json.dumps({**changed, "tokenizer_class": "Qwen2Tokenizer"}))
@@ -146,7 +160,9 @@ def test_a_tokenizer_that_transformers_5_saved_with_131_added_tokens(tmp_path):
         text = "".join(rng.choices(parts, k=9))
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    rendered = theirs.apply_chat_template([{"role": "user", "content": "[C][O]"}], tokenize=False, add_generation_prompt=True)
+    rendered = theirs.apply_chat_template(
+        [{"role": "user", "content": "[C][O]"}], tokenize=False, add_generation_prompt=True
+    )
     assert ours.render_chat([{"role": "user", "content": "[C][O]"}]) == rendered
     assert manifests.load(artifact).decoding.eos_token_ids == (151643, 151645)
 
@@ -155,7 +171,13 @@ def test_a_vocabulary_that_is_cut_short_is_one_clear_line(dream, tmp_path):
     """As one public repository holds it: the first 2 MiB."""
     path = _write(tmp_path / "checkpoint", "Dream-v0-Instruct-7B", "Dream-v0-Instruct-7B")
     (path / "vocab.json").write_bytes(dream_vocabulary()["vocab.json"][: 1 << 21])
-    refused(path, tmp_path / "out", "vocab.json and merges.txt are not readable", "download them again", dtype="bf16")
+    refused(
+        path,
+        tmp_path / "out",
+        "vocab.json and merges.txt are not readable",
+        "download them again",
+        dtype="bf16",
+    )
 
 
 def test_the_real_template_of_llada_names_its_end_of_turn(tmp_path):
@@ -181,8 +203,19 @@ def test_the_real_template_of_llada_names_its_end_of_turn(tmp_path):
 
 def test_the_mask_of_a_real_small_llada_is_its_tokenizers(tmp_path):
     """config.json names neither mask nor end; the tokenizer does. [PAD] is a token of its own, so it ends an answer too."""
-    path, said = _write(tmp_path / "checkpoint", "small-llada-configs/midstreeeam-tllada_56m.json", "midstreeeam-tinystory2"), []
-    export(ExportConfig(str(path), tmp_path / "a", "bf16", weights="link"), lambda total: lambda done: None, said.append)
+    path, said = (
+        _write(
+            tmp_path / "checkpoint",
+            "small-llada-configs/midstreeeam-tllada_56m.json",
+            "midstreeeam-tinystory2",
+        ),
+        [],
+    )
+    export(
+        ExportConfig(str(path), tmp_path / "a", "bf16", weights="link"),
+        lambda total: lambda done: None,
+        said.append,
+    )
     decoding = manifests.load(tmp_path / "a").decoding
     assert (decoding.mask_token_id, decoding.eos_token_ids, decoding.pad_token_id) == (4, (6, 0), 0)
     assert any("mask_token_id: it is 4, the tokenizer's mask_token" in text for text in said)
@@ -196,7 +229,9 @@ def test_wordpiece_texts_are_those_of_transformers(name, cleans, tmp_path):
     put_tokenizer(name, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     if cleans is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "clean_up_tokenization_spaces": cleans}))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({**config, "clean_up_tokenization_spaces": cleans})
+        )
     ours, theirs = Tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     text = "Tom said , \" I do n't know ! \" We 're here , he 's not . Is it ' so ' ?"
     ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -221,5 +256,14 @@ def test_config_json_without_include_bias_leaves_the_biases_to_the_tensors(tmp_p
     held = {name: tensor.shape for name, tensor in checkpoint.load(path).tensors.items()}
     from random_checkpoint import write_safetensors
 
-    write_safetensors(path / "model.safetensors", {**held, "model.transformer.blocks.0.q_proj.bias": (64,)}, "bf16", ())
-    refused(path, tmp_path / "b", "1 tensors are not part", "blocks.0.q_proj.bias", "without these biases", dtype="bf16")
+    write_safetensors(
+        path / "model.safetensors", {**held, "model.transformer.blocks.0.q_proj.bias": (64,)}, "bf16", ()
+    )
+    refused(
+        path,
+        tmp_path / "b",
+        "1 tensors are not part",
+        "blocks.0.q_proj.bias",
+        "without these biases",
+        dtype="bf16",
+    )

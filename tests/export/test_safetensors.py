@@ -63,7 +63,10 @@ def test_transformers_takes_the_same_file(tmp_path):
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     held, notes = checkpoint._tensors(tmp_path)
-    assert float(loaded.model.norm.weight[0].detach()) == 7 == held["model.norm.weight"].open()[0] and len(notes) == 2
+    assert (
+        float(loaded.model.norm.weight[0].detach()) == 7 == held["model.norm.weight"].open()[0]
+        and len(notes) == 2
+    )
 
 
 def test_a_stale_index_says_what_is_missing_and_what_is_there(tiny, tmp_path):
@@ -83,7 +86,9 @@ def test_files_that_the_index_does_not_list_are_not_read_and_noted(tiny, tmp_pat
     path = tiny(shards=2)
     save_file({"anything": np.zeros(3, np.int8)}, path / "consolidated.safetensors")
     taken, noted = _export(path, tmp_path / "b")
-    assert taken == whole and noted == [f"consolidated.safetensors: not read, the weights are those of {INDEX}"]
+    assert taken == whole and noted == [
+        f"consolidated.safetensors: not read, the weights are those of {INDEX}"
+    ]
 
 
 def test_an_index_that_contradicts_itself_is_refused(tiny, tmp_path):
@@ -93,17 +98,27 @@ def test_an_index_that_contradicts_itself_is_refused(tiny, tmp_path):
     rows = [f"{json.dumps(n)}: {json.dumps(s)}" for n, s in listed.items()]
     (path / INDEX).write_text('{"weight_map": {' + ", ".join([*rows, f'"{name}": "{shard}"']) + "}}")
     _export(path, tmp_path / "same")  # twice the same is no contradiction
-    (path / INDEX).write_text('{"weight_map": {' + ", ".join([*rows, f'"{name}": "model-00002-of-00002.safetensors"']) + "}}")
+    (path / INDEX).write_text(
+        '{"weight_map": {' + ", ".join([*rows, f'"{name}": "model-00002-of-00002.safetensors"']) + "}}"
+    )
     refused(path, tmp_path / "out", "comes twice, with different values")
     shutil.copyfile(path / shard, path / "model-00003-of-00003.safetensors")
-    (path / INDEX).write_text(json.dumps({"weight_map": {**listed, "more": "model-00003-of-00003.safetensors"}}))
+    (path / INDEX).write_text(
+        json.dumps({"weight_map": {**listed, "more": "model-00003-of-00003.safetensors"}})
+    )
     refused(path, tmp_path / "out", "model-00003-of-00003.safetensors: ", "disagree on")
 
 
 def test_other_safetensors_alone_are_named(tiny, tmp_path):
     path = tiny(shards=2)
     (path / INDEX).unlink()
-    refused(path, tmp_path / "out", "neither model.safetensors nor", "there are model-00001-of-00002.safetensors", "index")
+    refused(
+        path,
+        tmp_path / "out",
+        "neither model.safetensors nor",
+        "there are model-00001-of-00002.safetensors",
+        "index",
+    )
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -124,7 +139,8 @@ def test_names_under_a_prefix_are_said_to_be(family, change, said, tmp_path):
     refused(path, tmp_path / "out", said, f"all {len(tensors)} tensors fit but for that", "save_file")
     first = next(iter(tensors))
     save_file(
-        {change(name): tensor for name, tensor in tensors.items() if name != first} | {"odd": np.zeros(2, np.float32)},
+        {change(name): tensor for name, tensor in tensors.items() if name != first}
+        | {"odd": np.zeros(2, np.float32)},
         path / SINGLE,
     )
     refused(path, tmp_path / "out", said, "1 tensors are missing and 1 are not part", first, "odd")
@@ -132,10 +148,15 @@ def test_names_under_a_prefix_are_said_to_be(family, change, said, tmp_path):
 
 def test_a_prefix_is_not_blamed_for_other_faults(tiny, tmp_path):
     path = tiny(
-        change=lambda t: t.update({"foo." + n: t.pop(n) for n in [*t] if n.endswith("wte.weight")}, bar=np.zeros(1, np.float32))
+        change=lambda t: t.update(
+            {"foo." + n: t.pop(n) for n in [*t] if n.endswith("wte.weight")}, bar=np.zeros(1, np.float32)
+        )
     )
     refused(path, tmp_path / "out", "'foo.'", "1 are not part")
-    path = tiny("other", change=lambda t: t.update({n.replace("q_proj", "query"): t.pop(n) for n in [*t] if "q_proj" in n}))
+    path = tiny(
+        "other",
+        change=lambda t: t.update({n.replace("q_proj", "query"): t.pop(n) for n in [*t] if "q_proj" in n}),
+    )
     refused(path, tmp_path / "out", "3 tensors are missing", "download the checkpoint again")
 
 
@@ -143,13 +164,28 @@ def test_adapters_have_to_be_merged_first(tiny, tmp_path):
     """An adapter alone, one beside its base model (transformers would apply it), and weights in which it is still apart."""
     alone = tmp_path / "alone"
     alone.mkdir()
-    (alone / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Base"}')
-    save_file({"base_model.model.q.lora_A.weight": np.zeros(2, np.float32)}, alone / "adapter_model.safetensors")
-    refused(alone, tmp_path / "out", "adapter_config.json is of an adapter", "PeftModel.from_pretrained", "merge_and_unload()")
+    (alone / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Base"}'
+    )
+    save_file(
+        {"base_model.model.q.lora_A.weight": np.zeros(2, np.float32)}, alone / "adapter_model.safetensors"
+    )
+    refused(
+        alone,
+        tmp_path / "out",
+        "adapter_config.json is of an adapter",
+        "PeftModel.from_pretrained",
+        "merge_and_unload()",
+    )
     path = tiny()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(alone / name, path / name)
-    refused(path, tmp_path / "out", "merge_and_unload", "or move adapter_config.json and adapter_model.safetensors elsewhere")
+    refused(
+        path,
+        tmp_path / "out",
+        "merge_and_unload",
+        "or move adapter_config.json and adapter_model.safetensors elsewhere",
+    )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (path / name).unlink()
 
@@ -160,7 +196,10 @@ def test_adapters_have_to_be_merged_first(tiny, tmp_path):
                         f"{stem}.lora_B.default.weight": np.zeros((64, 2), np.float32)}  # fmt: skip
 
     refused(
-        tiny("apart", change=apart), tmp_path / "out", "9 tensors are of an adapter (LoRA) that is not merged", "merge_and_unload"
+        tiny("apart", change=apart),
+        tmp_path / "out",
+        "9 tensors are of an adapter (LoRA) that is not merged",
+        "merge_and_unload",
     )
 
 
@@ -221,9 +260,13 @@ def _mutated(rng, header, data):
         name = rng.choice([n for n in header if isinstance(header[n], dict) and n != "__metadata__"])
         entry, kind = header[name], rng.randrange(8)
         if kind == 0:
-            entry["shape"] = [rng.choice([*numbers, *(entry.get("shape") or [])]) for _ in range(rng.randint(0, 4))]
+            entry["shape"] = [
+                rng.choice([*numbers, *(entry.get("shape") or [])]) for _ in range(rng.randint(0, 4))
+            ]
         elif kind == 1:
-            entry["data_offsets"] = [rng.choice([*numbers, len(data)]) for _ in range(rng.choice([1, 2, 2, 2, 3]))]
+            entry["data_offsets"] = [
+                rng.choice([*numbers, len(data)]) for _ in range(rng.choice([1, 2, 2, 2, 3]))
+            ]
         elif kind == 2:
             entry["dtype"] = rng.choice(["F16", "F64", "I8", "BF16", "F32", "", 7, None, "f32"])
         elif kind == 3:
@@ -245,7 +288,11 @@ def _mutated(rng, header, data):
 def test_no_lie_is_believed_that_safetensors_refuses(tmp_path):
     """1,500 damaged files: one clear line, or the tensors that the safetensors package reads from it too."""
     path, rng = tmp_path / "x.safetensors", random.Random(0)
-    good = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16), "c": np.ones((1, 2), np.float32)}
+    good = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.ones(4, np.float16),
+        "c": np.ones((1, 2), np.float32),
+    }
     save_file(good, path, metadata={"format": "pt"})
     header, data = _parts(path)
     taken = 0
@@ -264,5 +311,7 @@ def test_no_lie_is_believed_that_safetensors_refuses(tmp_path):
                     if stored.size and stored.dtype.name != "bfloat16":
                         assert theirs.get_tensor(name).tobytes() == stored.open().tobytes()
         except SafetensorError as error:
-            raise AssertionError(f"taken, and refused by safetensors: {error}: {path.read_bytes()[:600]!r}") from error
+            raise AssertionError(
+                f"taken, and refused by safetensors: {error}: {path.read_bytes()[:600]!r}"
+            ) from error
     assert 20 < taken < 700

@@ -43,7 +43,14 @@ DREAM_TEMPLATE = """{%- if tools %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
-LLADA_SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
+LLADA_SPECIAL = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|mdm_mask|>",
+]
 CONVERSATIONS = [
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  Hello,\n\tworld!  "}],
@@ -61,7 +68,9 @@ def llada(tmp_path_factory):
         "vocab_size": size, "embedding_size": size, "mask_token_id": ids["<|mdm_mask|>"], "eos_token_id": ids["<|endoftext|>"],
         "pad_token_id": ids["<|endoftext|>"]})  # fmt: skip
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}))
+    (path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"})
+    )
     (path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>", "chat_template": LLADA_TEMPLATE, "added_tokens_decoder": decoder_entries(tokenizer)}))  # fmt: skip
@@ -96,7 +105,9 @@ def _theirs(path, name, tmp_path):
     transformers = pytest.importorskip("transformers")
     plain = shutil.copytree(path, tmp_path / "plain")
     config = json.loads((plain / "tokenizer_config.json").read_text())
-    (plain / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name} | {"auto_map": None}))
+    (plain / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokenizer_class": name} | {"auto_map": None})
+    )
     return getattr(transformers, name).from_pretrained(plain)
 
 
@@ -131,7 +142,9 @@ def test_conversations_and_texts_are_those_of_transformers_token_by_token(publis
         text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids) == theirs.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def test_the_end_of_a_turn_ends_a_generation(published, tmp_path):
@@ -139,7 +152,10 @@ def test_the_end_of_a_turn_ends_a_generation(published, tmp_path):
     path, _, special = published
     manifest = manifests.load(export_quietly(path, tmp_path / "artifact"))
     tokenizer = Ours(tmp_path / "artifact" / "tokenizer")
-    ends = [tokenizer.encode(text)[0] for text in ("<|endoftext|>", "<|eot_id|>" if "<|eot_id|>" in special else "<|im_end|>")]
+    ends = [
+        tokenizer.encode(text)[0]
+        for text in ("<|endoftext|>", "<|eot_id|>" if "<|eot_id|>" in special else "<|im_end|>")
+    ]
     assert manifest.decoding.eos_token_ids == tuple(ends)
     model = load(tmp_path / "artifact", threads=1)
     assert model.encode("What is 2+2?") == tokenizer.encode(tokenizer.render_chat(CONVERSATIONS[0]))
@@ -148,7 +164,10 @@ def test_the_end_of_a_turn_ends_a_generation(published, tmp_path):
 def test_several_end_tokens_of_generation_config_and_several_templates(llada, tmp_path):
     path = shutil.copytree(llada, tmp_path / "checkpoint")
     config = json.loads((path / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": LLADA_TEMPLATE}]
+    config["chat_template"] = [
+        {"name": "tool_use", "template": "no"},
+        {"name": "default", "template": LLADA_TEMPLATE},
+    ]
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     tokenizer = Ours(path)
@@ -201,7 +220,9 @@ def test_tokenizers_that_do_not_fit_are_refused(dream, llada, tmp_path):
     with_config(added_tokens_decoder={"9999": {"content": "<|far|>", "special": True}})
     _refused(path, tmp_path, "'<|far|>' comes to id .* says 9999")
     with_config(added_tokens_decoder={})
-    (path / "added_tokens.json").write_text(json.dumps({e["content"]: int(i) for i, e in config["added_tokens_decoder"].items()}))
+    (path / "added_tokens.json").write_text(
+        json.dumps({e["content"]: int(i) for i, e in config["added_tokens_decoder"].items()})
+    )
     assert Ours(export_quietly(path, tmp_path / "older") / "tokenizer").encode("<|mask|>") == Ours(
         export_quietly(dream, tmp_path / "newer") / "tokenizer").encode("<|mask|>")  # fmt: skip
     (path / "merges.txt").write_text("a b c d\n")
@@ -215,8 +236,16 @@ def test_a_checkpoint_without_a_tokenizer_says_so(dream, tmp_path, capsys):
     path = shutil.copytree(dream, tmp_path / "checkpoint")
     (path / "vocab.json").unlink()
     (path / "tokenizer.model").write_bytes(b"")
-    for said in ("tokenizer.model is a SentencePiece model", "has no tokenizer.json: prompts must be token ids"):
-        assert cli.main(["--checkpoint", str(path), "--out", str(tmp_path / "a"), "--verify", "no", "--overwrite"]) == 0
+    for said in (
+        "tokenizer.model is a SentencePiece model",
+        "has no tokenizer.json: prompts must be token ids",
+    ):
+        assert (
+            cli.main(
+                ["--checkpoint", str(path), "--out", str(tmp_path / "a"), "--verify", "no", "--overwrite"]
+            )
+            == 0
+        )
         assert said in capsys.readouterr().err
         (path / "tokenizer.model").unlink(missing_ok=True)
 

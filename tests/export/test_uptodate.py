@@ -62,7 +62,12 @@ def test_the_same_again_is_up_to_date(run):
 def test_other_options_are_refused(run, options, said):
     assert run()[0] == 0
     status, text, made = run(*options)
-    assert (status, made) == (1, False) and said in text and "OVERWRITE=1 (--overwrite)" in text and text.count("\n") == 1
+    assert (
+        (status, made) == (1, False)
+        and said in text
+        and "OVERWRITE=1 (--overwrite)" in text
+        and text.count("\n") == 1
+    )
 
 
 def test_other_files_are_refused(run, checkpoint):
@@ -125,7 +130,12 @@ def test_a_result_of_verify_is_kept(run, tmp_path):
 
 def test_bf16_is_said_to_be_for_no_cpu(run):
     status, said, _ = run("--dtype", "bf16")
-    assert status == 0 and "computes no bf16 on a CPU" in said and "DTYPE=fp32" in said and "--quantize w8a8" in said
+    assert (
+        status == 0
+        and "computes no bf16 on a CPU" in said
+        and "DTYPE=fp32" in said
+        and "--quantize w8a8" in said
+    )
     assert "next: " + commands.command("build") in said
 
 
@@ -137,7 +147,8 @@ def test_info_names_the_twin(run, tmp_path):
     assert "yes, against PyTorch, on onnxruntime 1, fp32 twin" in text
     assert (
         "yes, against PyTorch\n"
-        in render.describe(tmp_path, replace(manifest, verified={"passed": True, "against": "PyTorch"})) + "\n"
+        in render.describe(tmp_path, replace(manifest, verified={"passed": True, "against": "PyTorch"}))
+        + "\n"
     )
 
 
@@ -152,7 +163,10 @@ def test_the_next_step_runs(run, tmp_path, checkpoint, capsys):
     made = capsys.readouterr()
     assert "next:" not in made.out
     words = _next(made.err)
-    assert words[words.index("--checkpoint") + 1] == str(checkpoint) and words[words.index("--dtype") + 1] == "fp32"
+    assert (
+        words[words.index("--checkpoint") + 1] == str(checkpoint)
+        and words[words.index("--dtype") + 1] == "fp32"
+    )
     status, said, _ = run(*words[words.index("--dtype") :])
     words = _next(said)
     done = subprocess.run([*words, "--threads", "1"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -170,19 +184,25 @@ def test_the_next_step_of_a_plan(tmp_path, checkpoint, capsys):
     assert words[-6:] == ["--quantize", "int4", "--target", "tensorrt", "--data", "prompts.txt"]
     assert planned("--json") == ""
     made = {"model": {"dtype": "fp32"}, "quantised": None, "devices": {"x": {"fits": {"ort": False}}}}
-    assert next_steps.after_plan("m n", made, "cpu") == commands.command("plan", "m n", "--device", "cpu", "--quantize", "w8a8")
-    assert next_steps.after_plan("m", {**made, "quantised": {"scheme": "w8a8"}}, "cpu").endswith("--quantize int4")
+    assert next_steps.after_plan("m n", made, "cpu") == commands.command(
+        "plan", "m n", "--device", "cpu", "--quantize", "w8a8"
+    )
+    assert next_steps.after_plan("m", {**made, "quantised": {"scheme": "w8a8"}}, "cpu").endswith(
+        "--quantize int4"
+    )
     assert next_steps.after_plan("m", {**made, "quantised": {"scheme": "int4"}}, "cpu") is None
     assert next_steps.after_plan("m", made, "l4") is None
 
 
 def test_the_next_step_of_builds_and_of_the_doctor(demo_artifact, tmp_path, monkeypatch, capsys):
     words = shlex.split(next_steps.after_build(demo_artifact, "tensorrt-rtx", tmp_path / "my engines"))
-    assert words[-4:] == ["--backend", "tensorrt-rtx", "--engines", str(tmp_path / "my engines")] and words[-6] == str(
-        demo_artifact
-    )
+    assert words[-4:] == ["--backend", "tensorrt-rtx", "--engines", str(tmp_path / "my engines")] and words[
+        -6
+    ] == str(demo_artifact)
     manifest = manifests.load(demo_artifact)
-    assert " build " in next_steps.of_artifact(demo_artifact, replace(manifest, quantization=Quantization("fp8", "tensorrt")))
+    assert " build " in next_steps.of_artifact(
+        demo_artifact, replace(manifest, quantization=Quantization("fp8", "tensorrt"))
+    )
     words = shlex.split(next_steps.of_artifact(demo_artifact, replace(manifest, tokenizer=None)))
     special = {manifest.decoding.mask_token_id, *manifest.decoding.eos_token_ids}
     assert words[-2] == "--ids" and not special & set(map(int, words[-1].split(",")))
@@ -195,7 +215,9 @@ def test_the_next_step_of_builds_and_of_the_doctor(demo_artifact, tmp_path, monk
     (tmp_path / "artifacts" / "demo").symlink_to(demo_artifact)
     assert runtime.main(["doctor"]) == 0
     assert _next(capsys.readouterr().err)[2] == "artifacts/demo"
-    monkeypatch.setattr(doctor, "findings", lambda: iter([doctor.Finding("numpy", doctor.FAILURE, "no", "pip install numpy")]))
+    monkeypatch.setattr(
+        doctor, "findings", lambda: iter([doctor.Finding("numpy", doctor.FAILURE, "no", "pip install numpy")])
+    )
     assert runtime.main(["doctor"]) == 1
     assert _next(capsys.readouterr().err) == ["pip", "install", "numpy"]
     assert runtime.main(["doctor", "--json"]) == 1
@@ -208,7 +230,9 @@ def test_the_command_of_the_exporter_finds_it(monkeypatch, tmp_path):
     assert "PYTHONPATH" not in commands.export("--model", "llada")
     monkeypatch.chdir(tmp_path)
     assert commands.export("--help").startswith(f"PYTHONPATH={shlex.quote(str(ROOT))} ")
-    done = subprocess.run(commands.export("--help"), shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        commands.export("--help"), shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "--checkpoint" in done.stdout
 
 
@@ -224,7 +248,9 @@ def test_the_command_of_the_exporter_finds_it(monkeypatch, tmp_path):
     ],
 )
 def test_make_export(given, there, absent):
-    done = subprocess.run(["make", "-n", "export", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "export", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     (command,) = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "-m export" in line]
     assert all(text in command for text in there) and not any(text in command for text in absent), command
 
@@ -238,10 +264,15 @@ def test_make_clean_keeps_what_took_long(tmp_path):
     for name in (*kept, *gone):
         (tmp_path / name).mkdir(parents=True)
     subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
-    assert all((tmp_path / name).is_dir() for name in kept) and not any((tmp_path / name).exists() for name in gone)
+    assert all((tmp_path / name).is_dir() for name in kept) and not any(
+        (tmp_path / name).exists() for name in gone
+    )
     subprocess.run(["make", "distclean"], cwd=tmp_path, capture_output=True, check=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "a"]
-    assert "make distclean" in (ROOT / ".ci" / "run").read_text() and "make clean" not in (ROOT / ".ci" / "run").read_text()
+    assert (
+        "make distclean" in (ROOT / ".ci" / "run").read_text()
+        and "make clean" not in (ROOT / ".ci" / "run").read_text()
+    )
 
 
 def test_every_variable_of_the_makefile_is_explained():

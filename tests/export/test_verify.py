@@ -42,13 +42,17 @@ def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):
     assert verified["stages"]["decode"]["cases"] == 12
     assert ("fp32 twin" in verified["backend"]) == (dtype == "bf16")
     if dtype == "fp32":
-        assert verified["stages"]["decode"]["decisions"] > 100 and verified["stages"]["decode"]["ambiguous"] < 20
+        assert (
+            verified["stages"]["decode"]["decisions"] > 100 and verified["stages"]["decode"]["ambiguous"] < 20
+        )
 
 
 def _swap_gate_and_up(monkeypatch):
     real = Linears.gated
     monkeypatch.setattr(
-        Linears, "gated", lambda self, op, h, names, weight: real(self, op, h, (names[1], names[0], names[2]), weight)
+        Linears,
+        "gated",
+        lambda self, op, h, names, weight: real(self, op, h, (names[1], names[0], names[2]), weight),
     )
 
 
@@ -66,11 +70,15 @@ def _swap_heads(monkeypatch):
 
 def _wrong_scale(monkeypatch):
     real = modern.attention
-    monkeypatch.setattr(modern, "attention", lambda *v, scale, **more: real(*v, scale=scale * 1.1**-0.5, **more))
+    monkeypatch.setattr(
+        modern, "attention", lambda *v, scale, **more: real(*v, scale=scale * 1.1**-0.5, **more)
+    )
 
 
 def _with_theta(config, factor):
-    return replace(config, attention=replace(config.attention, rope_theta=config.attention.rope_theta * factor))
+    return replace(
+        config, attention=replace(config.attention, rope_theta=config.attention.rope_theta * factor)
+    )
 
 
 def _wrong_rope_base(monkeypatch):
@@ -80,7 +88,9 @@ def _wrong_rope_base(monkeypatch):
 
 def _interleaved_rotation(monkeypatch):
     monkeypatch.setattr(
-        modern, "rotate", lambda op, x, cos, sin, positions: op.RotaryEmbedding(x, cos, sin, positions, interleaved=1)
+        modern,
+        "rotate",
+        lambda op, x, cos, sin, positions: op.RotaryEmbedding(x, cos, sin, positions, interleaved=1),
     )
     monkeypatch.setattr(lint, "find", lambda *_: [])  # the lint would refuse it first
 
@@ -88,7 +98,9 @@ def _interleaved_rotation(monkeypatch):
 def _position_off_by_one(monkeypatch):
     """All positions: logits know only differences, but the keys in the cache are rotated too far."""
     real = modern.rotate
-    monkeypatch.setattr(modern, "rotate", lambda op, x, cos, sin, positions: real(op, x, cos, sin, op.Add(positions, 1)))
+    monkeypatch.setattr(
+        modern, "rotate", lambda op, x, cos, sin, positions: real(op, x, cos, sin, op.Add(positions, 1))
+    )
 
 
 def _position_off_by_one_in_refine_steps(monkeypatch):
@@ -131,7 +143,9 @@ def _stale_cache(monkeypatch):
 
 def _cache_written_at_the_wrong_row(monkeypatch):
     real = modern.extend
-    monkeypatch.setattr(modern, "extend", lambda op, cache, update, index: real(op, cache, update, op.Mul(index, 0)))
+    monkeypatch.setattr(
+        modern, "extend", lambda op, cache, update, index: real(op, cache, update, op.Mul(index, 0))
+    )
 
 
 def _one_tensor_not_loaded(monkeypatch):
@@ -139,7 +153,10 @@ def _one_tensor_not_loaded(monkeypatch):
 
     def wrong(self, piece, dtype, largest):
         return real(
-            self, piece * 0 if self.name.endswith("2.up_proj.weight") or ".2.mlp.up_proj" in self.name else piece, dtype, largest
+            self,
+            piece * 0 if self.name.endswith("2.up_proj.weight") or ".2.mlp.up_proj" in self.name else piece,
+            dtype,
+            largest,
         )
 
     monkeypatch.setattr(FromCheckpoint, "converted", wrong)
@@ -151,7 +168,9 @@ def _shift_off_by_one(monkeypatch):
     def wrong(*arguments):
         manifest = real(*arguments)
         shift = 1 - manifest.decoding.logit_shift
-        return replace(manifest, decoding=replace(manifest.decoding, logit_shift=shift, first_commit=shift == 1))
+        return replace(
+            manifest, decoding=replace(manifest.decoding, logit_shift=shift, first_commit=shift == 1)
+        )
 
     monkeypatch.setattr(pipeline, "_manifest", wrong)
 
@@ -166,7 +185,9 @@ FAULTS = [
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(("fault", "stage"), FAULTS, ids=lambda item: getattr(item, "__name__", item))
-def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype):
+def test_an_injected_fault_is_caught_and_its_stage_named(
+    golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype
+):
     """The first stage that fails is where the fault lies. It is injected into the export alone, not into what verifies it."""
     with monkeypatch.context() as patch:
         fault(patch)
@@ -178,14 +199,18 @@ def test_an_injected_fault_is_caught_and_its_stage_named(golden_checkpoint, monk
         assert not all(row.passed for rows in bisect(artifact).values() for row in rows)
 
 
-@pytest.mark.parametrize(("relative", "passes"), [(2.0**-23, True), (-(2.0**-23), True), (1e-4, False), (np.nan, False)])
+@pytest.mark.parametrize(
+    ("relative", "passes"), [(2.0**-23, True), (-(2.0**-23), True), (1e-4, False), (np.nan, False)]
+)
 def test_rotation_tables_may_differ_in_the_last_bit_of_their_frequencies(
     golden_checkpoint, monkeypatch, tmp_path, relative, passes
 ):
     """As another processor computes them: an artifact travels."""
 
     def other(config):
-        frequency = config.attention.rope_theta ** -(np.arange(0, size := config.attention.head_dim, 2) / size) * (1 + relative)
+        frequency = config.attention.rope_theta ** -(
+            np.arange(0, size := config.attention.head_dim, 2) / size
+        ) * (1 + relative)
         angles = np.outer(np.arange(config.max_length), frequency)
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
@@ -255,8 +280,13 @@ def _outlier(family, value):
 def test_fp16_is_warned_about_and_refused_by_what_activations_need(tiny_checkpoint, tmp_path, capsys):
     family = families.find(json.loads((tiny_checkpoint / "config.json").read_text())["model_type"])
     usual = _range_of(family, tmp_path / "usual", 1e3) / 1e3  # what the unit gives per unit of its size
-    for largest, passed, said in ((3e4, True, "comes near fp16's range"), (2e5, False, "leaves fp16's range")):
-        checkpoint = write_checkpoint(family, tmp_path / f"c{largest:g}", change=_outlier(family, largest / usual))
+    for largest, passed, said in (
+        (3e4, True, "comes near fp16's range"),
+        (2e5, False, "leaves fp16's range"),
+    ):
+        checkpoint = write_checkpoint(
+            family, tmp_path / f"c{largest:g}", change=_outlier(family, largest / usual)
+        )
         stage = _range_stage(export_quietly(checkpoint, tmp_path / f"a{largest:g}", dtype="fp16"))
         assert stage.passed == passed and said in stage.advice
         assert "layers.1.mlp.down_proj (input)" in stage.advice and "DTYPE=bf16" in stage.advice
@@ -374,8 +404,17 @@ def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):
     assert said.count("ok  ") == 5 and "verified: the result is in the manifest" in said
     assert "yes, against transformers" in _info(artifact, capsys)
     real = modern.attention
-    monkeypatch.setattr(modern, "attention", lambda *a, scale, **more: real(*a, scale=scale * 2**-0.5, **more))
-    command = ["--checkpoint", str(GOLDENS / "llada_tiny"), "--out", str(tmp_path / "broken"), "--verify", "yes"]
+    monkeypatch.setattr(
+        modern, "attention", lambda *a, scale, **more: real(*a, scale=scale * 2**-0.5, **more)
+    )
+    command = [
+        "--checkpoint",
+        str(GOLDENS / "llada_tiny"),
+        "--out",
+        str(tmp_path / "broken"),
+        "--verify",
+        "yes",
+    ]
     assert export_cli.main(command) == 1
     assert "NOT VERIFIED: do not deploy" in capsys.readouterr().out
     assert "FAILED" in _info(tmp_path / "broken", capsys)
@@ -405,6 +444,8 @@ def test_what_was_tuned_is_no_fact_of_the_checkpoint(tmp_path):
     assert all(stage.passed for stage in verify(artifact))
     held = manifests.load(artifact)
     assert held.verified["passed"] and held.decoding.tuned["gamma"] == 0.05
-    manifests.write(replace(held, decoding=replace(held.decoding, pad_token_id=held.decoding.pad_token_id - 1)), artifact)
+    manifests.write(
+        replace(held, decoding=replace(held.decoding, pad_token_id=held.decoding.pad_token_id - 1)), artifact
+    )
     stages = {stage.name: stage for stage in verify(artifact)}
     assert not stages["decode"].passed and "pad_token_id" in str(stages["decode"])

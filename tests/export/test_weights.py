@@ -67,7 +67,9 @@ def test_the_largest_magnitude_of_every_tensor_is_in_the_manifest(tiny_checkpoin
         names = {source.family.tensor_name(name): name for name in maxima}
         assert set(names) == set(source.checkpoint.tensors)
         for stored, name in names.items():
-            assert maxima[name] == pytest.approx(float(np.abs(source.checkpoint.tensors[stored].open()).max()), rel=1e-7)
+            assert maxima[name] == pytest.approx(
+                float(np.abs(source.checkpoint.tensors[stored].open()).max()), rel=1e-7
+            )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -77,17 +79,29 @@ def test_weights_that_are_no_number_are_refused(tiny, tmp_path, bad):
 
     path = tiny(change=damage)
     for dtype, mode in (("fp32", "copy"), ("bf16", "copy"), ("fp32", "link")):
-        refused(path, tmp_path / "out", "blocks.1.up_proj.weight", "no number", "damaged", dtype=dtype, weights=mode)
+        refused(
+            path,
+            tmp_path / "out",
+            "blocks.1.up_proj.weight",
+            "no number",
+            "damaged",
+            dtype=dtype,
+            weights=mode,
+        )
 
 
 def test_weights_near_the_range_of_fp16_are_warned_about(tiny, tmp_path, capsys):
     from export import cli
 
-    path = tiny(change=lambda tensors: tensors["model.transformer.blocks.2.up_proj.weight"].__setitem__((5, 7), -3e4))
+    path = tiny(
+        change=lambda tensors: tensors["model.transformer.blocks.2.up_proj.weight"].__setitem__((5, 7), -3e4)
+    )
     command = ["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--dtype", "fp16", "--verify", "no"]
     assert cli.main(command) == 0
     said = capsys.readouterr().err
-    assert "layers.2.up_proj holds 30000, near the end of fp16's range" in said and "prefer DTYPE=bf16" in said
+    assert (
+        "layers.2.up_proj holds 30000, near the end of fp16's range" in said and "prefer DTYPE=bf16" in said
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -99,7 +113,8 @@ def test_linked_weights_give_the_same_logits_and_take_no_room(tiny_checkpoint, t
     for file in path.glob("*.safetensors"):
         assert file.samefile(linked / file.name) and file.name in manifest.files
     assert (linked / "weights.data").stat().st_size == (copied / "weights.data").stat().st_size - sum(
-        -(-stored.size // weights.ALIGNMENT) * weights.ALIGNMENT for stored in read(str(path)).checkpoint.tensors.values()
+        -(-stored.size // weights.ALIGNMENT) * weights.ALIGNMENT
+        for stored in read(str(path)).checkpoint.tensors.values()
     )
     rows = np.arange(20)[None]
     call = Window(rows % 7, rows, np.zeros(1, np.int64), np.array([20]), rows)
@@ -120,8 +135,17 @@ def test_a_link_that_cannot_be_made_becomes_a_copy_and_a_conversion_is_refused(t
     monkeypatch.setattr(os, "link", no_link)
     artifact = export_quietly(path, tmp_path / "copied", weights="link")
     assert not (artifact / "model.safetensors").samefile(path / "model.safetensors")
-    assert OrtBackend(artifact, threads=1).manifest.files["model.safetensors"].size == (path / "model.safetensors").stat().st_size
-    refused(path, tmp_path / "out", "is fp32, and --weights link cannot convert it to bf16", dtype="bf16", weights="link")
+    assert (
+        OrtBackend(artifact, threads=1).manifest.files["model.safetensors"].size
+        == (path / "model.safetensors").stat().st_size
+    )
+    refused(
+        path,
+        tmp_path / "out",
+        "is fp32, and --weights link cannot convert it to bf16",
+        dtype="bf16",
+        weights="link",
+    )
 
 
 @pytest.mark.parametrize("mode", weights.MODES)
@@ -137,7 +161,9 @@ from export.pipeline import ExportConfig, export
 export(ExportConfig({str(path)!r}, Path({str(tmp_path / "out")!r}), dtype="bf16", weights={mode!r}), lambda total: lambda done: None)
 print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 250
     assert sum(file.size for file in manifests.load(tmp_path / "out").files.values()) > 1.05e9
     shutil.rmtree(tmp_path / "out")
@@ -157,7 +183,9 @@ def test_graphs_of_full_size_models_pass_the_checker_by_path(tmp_path, preset, l
     assert 7.5e9 < sum(math.prod(stored.shape) for stored in source.checkpoint.tensors.values()) < 8.1e9
     planned = weights.plan(source.decoder, source.family, source.checkpoint, dtype)
     for role in contract.ROLES:
-        pipeline._write_graph(role, source, ExportConfig(str(path), made, dtype, lowering=lowering), planned, made)
+        pipeline._write_graph(
+            role, source, ExportConfig(str(path), made, dtype, lowering=lowering), planned, made
+        )
     with open(made / weights.FILE_NAME, "wb") as file:
         file.truncate(planned[-1].offset + planned[-1].size)
     pipeline._check_graphs(made, [weights.FILE_NAME])
@@ -176,7 +204,9 @@ def test_rotation_tables_and_powers_are_the_same_on_every_processor(sets):
         "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, 128)"
         " for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, head_dim=size), max_length=4096))))"
     )
-    here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    here = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     made = subprocess.run(
         [sys.executable, "tools/cpu_without.py", sets, "--", sys.executable, "-c", code],
         capture_output=True,

@@ -18,4 +18,6 @@ def window(ids, start=0, kv_len=None, rows=None, write_index=None) -> Window:
 
 
 def logits(backend, cache, call, slots=None) -> np.ndarray:
-    return backend.run(cache, slots or slice(0, call.input_ids.shape[0]), call, [contract.LOGITS])[contract.LOGITS]
+    return backend.run(cache, slots or slice(0, call.input_ids.shape[0]), call, [contract.LOGITS])[
+        contract.LOGITS
+    ]

@@ -11,7 +11,9 @@ from places import ROOT
 DOCUMENTS = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not any(part.startswith(".") or part in ("artifacts", "build") for part in path.relative_to(ROOT).parts)
+    if not any(
+        part.startswith(".") or part in ("artifacts", "build") for part in path.relative_to(ROOT).parts
+    )
 )
 
 
@@ -22,6 +24,10 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         scripts = [f"{found}\n" for found in re.findall(r"`(python \w+/[^`]+)`", text)]
         for block in [*re.findall(r"^```\n(.*?)^```", text, re.M | re.S), *scripts]:
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                words = shlex.split(line, comments=True) if re.match(r"(\S*/)?(dllm-trt|python|make) ", line) else []
+                words = (
+                    shlex.split(line, comments=True)
+                    if re.match(r"(\S*/)?(dllm-trt|python|make) ", line)
+                    else []
+                )
                 if words:
                     yield document.name, words

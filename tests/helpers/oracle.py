@@ -46,7 +46,9 @@ def decaying_quota(masked: int, steps: int, first: int) -> list[int]:
     return counts
 
 
-def bounded_threshold(confidence: Sequence[float], masked: Sequence[bool], value: float, budget: int) -> set[int]:
+def bounded_threshold(
+    confidence: Sequence[float], masked: Sequence[bool], value: float, budget: int
+) -> set[int]:
     """Of the `budget` most confident, the first always and the others with confidence >= value."""
     order = ranked(confidence, masked)[:budget]
     return {i for rank, i in enumerate(order) if rank == 0 or confidence[i] >= value}

@@ -30,5 +30,10 @@ def command(*words: object, cwd=ROOT, installed: bool = True) -> subprocess.Comp
     path = os.pathsep.join([str(ROOT), *([str(OUTSIDE)] if installed else [])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )

@@ -54,7 +54,13 @@ class Registry:
 def package():
     trt = types.ModuleType("tensorrt")
     trt.__path__ = [real.__path__[0]]
-    trt.__dict__.update({name: held for name, held in vars(real).items() if not name.startswith("__") or name == "__version__"})
+    trt.__dict__.update(
+        {
+            name: held
+            for name, held in vars(real).items()
+            if not name.startswith("__") or name == "__version__"
+        }
+    )
     registry = Registry()
     trt.IDimensionExpr, trt.IExprBuilder, trt.DimsExprs, trt.ISymExpr, trt.ITensor = (
         Expression, Expressions, Shapes, type("ISymExpr", (), {}), Tensor)  # fmt: skip

@@ -30,7 +30,9 @@ class Terminal:
         self.stream.feed(text)
 
     def rows(self) -> list[str]:
-        above = ["".join(row[x].data for x in range(max(row, default=-1) + 1)) for row in self.screen.history.top]
+        above = [
+            "".join(row[x].data for x in range(max(row, default=-1) + 1)) for row in self.screen.history.top
+        ]
         return [row.rstrip() for row in [*above, *self.screen.display]]
 
     def text(self) -> str:

@@ -23,7 +23,10 @@ def dream_vocabulary() -> dict[str, bytes]:
     pairs = [line for line in merges.decode().split("\n")[1:] if line]
     letters = sorted(_byte_alphabet(), key=lambda letter: (ord(letter) > 0xFF, ord(letter)))
     tokens = [*letters, *(pair.replace(" ", "") for pair in pairs)]
-    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    vocabulary = (
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, indent=2, sort_keys=True)
+        + "\n"
+    )
     made = {"merges.txt": merges, "vocab.json": vocabulary.encode()}
     assert {name: hashlib.sha256(data).hexdigest() for name, data in made.items()} == _SHA256
     return made
@@ -38,7 +41,12 @@ def config_of(name: str) -> dict:
 def put_tokenizer(name: str, path: Path) -> None:
     """Copy the tokenizer of a directory to `path`, with Dream's vocabulary where it is Dream's."""
     for file in (REAL / name).iterdir():
-        if file.name not in ("config.json", "generation_config.json", "model.safetensors.index.json", "merges.txt.xz"):
+        if file.name not in (
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "merges.txt.xz",
+        ):
             shutil.copyfile(file, path / file.name)
     if name.lower().startswith("dream"):
         for file, data in dream_vocabulary().items():

@@ -58,7 +58,11 @@ def until(condition, seconds=5):
 
 
 def chat(client, prompt=PROMPT, **options):
-    extra = {key: options.pop(key) for key in ("threshold", "policy", "cache", "block_length", "template") if key in options}
+    extra = {
+        key: options.pop(key)
+        for key in ("threshold", "policy", "cache", "block_length", "template")
+        if key in options
+    }
     return client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": prompt}], extra_body=extra, **options
     )
@@ -80,7 +84,12 @@ def process_of(demo_artifact, *options, program=None):
         *options,
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""}
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"DLLM_API_KEY": ""},
     )
     for line in process.stderr:  # what Ray says comes before
         if found := re.match(r"http://\S+?/v1", line):

@@ -25,7 +25,12 @@ class Cuda:
         cudaStreamCaptureModeRelaxed = 2
 
     class Code(enum.IntEnum):
-        cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported = 0, 1, 2, 900
+        cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported = (
+            0,
+            1,
+            2,
+            900,
+        )
 
     cudaStreamNonBlocking = 1
 
@@ -68,7 +73,8 @@ class Cuda:
     def holds(self, space, address, size) -> bool:
         """Whether memory of a space covers these bytes."""
         return any(
-            start <= address and address + size <= start + len(raw) - ALIGNMENT for start, raw in self.spaces[space].items()
+            start <= address and address + size <= start + len(raw) - ALIGNMENT
+            for start, raw in self.spaces[space].items()
         )
 
     # work
@@ -89,7 +95,9 @@ class Cuda:
 
     def cudaMemcpy2DAsync(self, target, target_pitch, source, source_pitch, width, height, kind, stream):
         ends = ((target, target_pitch), (source, source_pitch))
-        if any(pitch < width or not self.holds("device", at, pitch * (height - 1) + width) for at, pitch in ends):
+        if any(
+            pitch < width or not self.holds("device", at, pitch * (height - 1) + width) for at, pitch in ends
+        ):
             return (self.Code.cudaErrorInvalidValue,)
 
         def work():

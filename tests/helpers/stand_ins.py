@@ -15,7 +15,12 @@ import onnx
 import onnxruntime as ort
 from stand_in_cuda import ALIGNMENT, Cuda, view
 
-_KINDS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+_KINDS = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
 
 
 class Context:
@@ -39,7 +44,9 @@ class Context:
 
     def set_input_shape(self, name, shape):
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
-        if len(shape) != len(least) or not all(low <= n <= high for low, n, high in zip(least, shape, most, strict=True)):
+        if len(shape) != len(least) or not all(
+            low <= n <= high for low, n, high in zip(least, shape, most, strict=True)
+        ):
             return False
         self.is_settled &= self.shapes.get(name) == shape
         self.shapes[name] = shape
@@ -51,19 +58,27 @@ class Context:
 
     def execute_async_v3(self, stream):
         engine = self.engine
-        if set(self.addresses) != set(engine.kinds) or set(self.shapes) != set(engine.inputs) or not self.scratch:
+        if (
+            set(self.addresses) != set(engine.kinds)
+            or set(self.shapes) != set(engine.inputs)
+            or not self.scratch
+        ):
             return False
         if self.cuda.captured is not None and not self.is_settled:
             return False  # TensorRT asks for a run after a change of shapes before a capture
         for name in engine.inputs:
             if name.startswith("cache_") and name.replace("cache_", "updated_") in engine.kinds:
-                assert self.addresses[name.replace("cache_", "updated_")] == self.addresses[name], "not in place"
+                assert self.addresses[name.replace("cache_", "updated_")] == self.addresses[name], (
+                    "not in place"
+                )
         self.is_settled = True
         if self.cuda.captured is not None:
             held = (dict(self.shapes), dict(self.addresses))
 
             def unchanged():
-                assert (self.shapes, self.addresses) == held, "a graph is replayed after its context was changed"
+                assert (self.shapes, self.addresses) == held, (
+                    "a graph is replayed after its context was changed"
+                )
 
             self.cuda._queued(unchanged)
         shapes, addresses = dict(self.shapes), dict(self.addresses)
@@ -78,9 +93,13 @@ class Engine:
         self.cuda, self.profiles, self.num_optimization_profiles = cuda, profiles, len(profiles)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4  # the CPU copies caches, and says so
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(graph).parent))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(Path(graph).parent)
+        )
         model = onnx.load(graph, load_external_data=False)
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         both = (*self.session.get_inputs(), *self.session.get_outputs())
@@ -258,7 +277,9 @@ class Settings86:
 class Engine86(Engine):
     def __init__(self, newer):
         self.__dict__.update(newer.__dict__)
-        self.kinds = {name: np.dtype(np.int32) if kind == np.int64 else kind for name, kind in newer.kinds.items()}
+        self.kinds = {
+            name: np.dtype(np.int32) if kind == np.int64 else kind for name, kind in newer.kinds.items()
+        }
         self.device_memory_size = 1000
 
     def __getattribute__(self, name):
@@ -271,7 +292,10 @@ class Engine86(Engine):
 
     def run(self, shapes, addresses):
         given = {name: view(addresses[name], shapes[name], self.kinds[name]).copy() for name in self.inputs}
-        wide = {name: array.astype(np.int64) if array.dtype == np.int32 else array for name, array in given.items()}
+        wide = {
+            name: array.astype(np.int64) if array.dtype == np.int32 else array
+            for name, array in given.items()
+        }
         for name, made in zip(self.outputs, self.session.run(self.outputs, wide), strict=True):
             view(addresses[name], made.shape, self.kinds[name])[...] = made
 
@@ -343,7 +367,9 @@ def tensorrt(cuda: Cuda, rtx):
             opened = Engine(cuda, facts["graph"], facts["profiles"])
             opened.stripped = "STRIP_PLAN" in facts["flags"]
             opened.create_engine_inspector = lambda: types.SimpleNamespace(
-                get_engine_information=lambda kind: json.dumps({"Layers": [], "verbosity": facts["verbosity"]})
+                get_engine_information=lambda kind: json.dumps(
+                    {"Layers": [], "verbosity": facts["verbosity"]}
+                )
             )
             return opened
 
@@ -391,7 +417,12 @@ def tensorrt86(cuda: Cuda, rtx):
             return Engine86(super().deserialize_cuda_engine(data))
 
     flags = ("FP16", "OBEY_PRECISION_CONSTRAINTS", "TF32")
-    for name in ("IProgressMonitor", "ExecutionContextAllocationStrategy", "OnnxParserRefitter", "IStreamReaderV2"):
+    for name in (
+        "IProgressMonitor",
+        "ExecutionContextAllocationStrategy",
+        "OnnxParserRefitter",
+        "IStreamReaderV2",
+    ):
         delattr(package, name)
     vars(package).update(Builder=Builder, OnnxParser=parser, Runtime=Runtime, Settings=Settings86, __version__="8.6.1", float32=rtx.float32,
                          float16=rtx.float16, NetworkDefinitionCreationFlag=types.SimpleNamespace(EXPLICIT_BATCH=0),

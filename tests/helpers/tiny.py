@@ -70,5 +70,7 @@ def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
-    write_safetensors(path / "model.safetensors", {family.tensor_name(n): shape for n, shape in shapes.items()}, dtype, ())
+    write_safetensors(
+        path / "model.safetensors", {family.tensor_name(n): shape for n, shape in shapes.items()}, dtype, ()
+    )
     return path

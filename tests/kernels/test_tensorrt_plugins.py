@@ -28,7 +28,9 @@ rtx = pytest.importorskip("tensorrt_rtx_bindings")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
     """Types, shapes, launch and PTX, through the real tensorrt.plugin of the version."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | bindings_of(version, tmp_path)
+    environment = {
+        key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
+    } | bindings_of(version, tmp_path)
     environment["PYTHONPATH"] += f":{ROOT}"
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "plugin_harness.py"), "126464", "126336", "90"], cwd=tmp_path,
                           capture_output=True, text=True, env=environment, check=False)  # fmt: skip
@@ -61,7 +63,9 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
     """Outputs keep names, order, types and shapes; nothing of the old statistics is needed any more; TensorRT-RTX builds it."""
     from plugins.tensorrt_plugins import replace_statistics
 
-    artifact = export_quietly(GOLDENS / "dream_tiny", tmp_path / "artifact", lowering=lowering, dtype=dtype, head=head)
+    artifact = export_quietly(
+        GOLDENS / "dream_tiny", tmp_path / "artifact", lowering=lowering, dtype=dtype, head=head
+    )
     manifest, seen = manifests.load(artifact), []
 
     def outputs(network):
@@ -72,13 +76,19 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
         before = outputs(network)
         replace_statistics(network, trt, manifest.decoding.mask_token_id, ordinary_layers(network))
         assert outputs(network) == before
-        makers = {layer.get_output(k).name: layer for layer in builder._layers(network) for k in range(layer.num_outputs)}
+        makers = {
+            layer.get_output(k).name: layer
+            for layer in builder._layers(network)
+            for k in range(layer.num_outputs)
+        }
         waiting, needed = [name for name, _, _ in before], set()
         while waiting:
             layer = makers.get(waiting.pop())
             if layer is not None and layer.name not in needed:
                 needed.add(layer.name)
-                waiting += [tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None]
+                waiting += [
+                    tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None
+                ]
         assert not [name for name in needed if "TopK_node" in name or "ReduceSum" in name]
         with pytest.raises(DllmError, match="would be"):
             replace_statistics(network, trt, 0, lambda logits, _: [logits] * 4)

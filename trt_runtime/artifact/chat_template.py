@@ -33,8 +33,12 @@ def render(
     """
     plain = []
     for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(item, str) for pair in message.items() for item in pair):
-            raise DllmError(f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': '...'}}.")
+        if not isinstance(message, Mapping) or not all(
+            isinstance(item, str) for pair in message.items() for item in pair
+        ):
+            raise DllmError(
+                f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': '...'}}."
+            )
         plain.append({str(key): str(value) for key, value in message.items()})
     if not continue_final_message:
         return _rendered(template, plain, special, add_generation_prompt)
@@ -44,20 +48,32 @@ def render(
         )
     content = plain[-1]["content"]
     if _END.strip() in "".join(message.get("content", "") for message in plain):
-        raise DllmError(f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave it out.")
+        raise DllmError(
+            f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave it out."
+        )
     plain[-1]["content"] = content + _END
     text = _rendered(template, plain, special, add_generation_prompt)
     begun, found, _ = text.rpartition(_END.strip())
     if not found or content.strip() not in begun:
-        raise DllmError("the chat template drops or changes the message that is to be continued: its answer cannot be begun.")
-    return begun if text.startswith(begun + _END) else begun.rstrip()  # what was trimmed is no part of the text
+        raise DllmError(
+            "the chat template drops or changes the message that is to be continued: its answer cannot be begun."
+        )
+    return (
+        begun if text.startswith(begun + _END) else begun.rstrip()
+    )  # what was trimmed is no part of the text
 
 
-def _rendered(template: str, messages: list[dict[str, str]], special: Mapping[str, str], add_generation_prompt: bool) -> str:
+def _rendered(
+    template: str, messages: list[dict[str, str]], special: Mapping[str, str], add_generation_prompt: bool
+) -> str:
     try:
         return str(
             _compiled(template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special,
             )
         )
     except Exception as error:  # a template can raise anything
@@ -92,7 +108,9 @@ def _generation_tag() -> Any:
     return Generation
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 

@@ -31,7 +31,12 @@ class FileFacts:
 
 
 def check(
-    artifact: Path, listed: Mapping[str, FileFacts], graphs: list[str], *, check_hashes: bool, may_be_microsoft: bool
+    artifact: Path,
+    listed: Mapping[str, FileFacts],
+    graphs: list[str],
+    *,
+    check_hashes: bool,
+    may_be_microsoft: bool,
 ) -> None:
     """Raise DllmError unless the directory holds the listed files, and the graphs among them refer to nothing else.
 
@@ -44,7 +49,9 @@ def check(
             f"{artifact / name}: the manifest does not list it: the file was added after export: remove it, or {AGAIN}."
         )
     for name in graphs:
-        _check_references(artifact / name, listed, (*_STANDARD, _MICROSOFT) if may_be_microsoft else _STANDARD)
+        _check_references(
+            artifact / name, listed, (*_STANDARD, _MICROSOFT) if may_be_microsoft else _STANDARD
+        )
 
 
 def sha256_of(path: Path) -> str:
@@ -82,7 +89,9 @@ def found(artifact: Path, passes_by: Callable[[str], bool] = lambda name: False)
             continue
         seen.add((at.st_dev, at.st_ino))
         inside = Path(where).relative_to(artifact)
-        directories[:] = sorted(name for name in directories if not passes_by(f"{(inside / name).as_posix()}/"))
+        directories[:] = sorted(
+            name for name in directories if not passes_by(f"{(inside / name).as_posix()}/")
+        )
         for name in sorted(names):
             yield (inside / name).as_posix()
 
@@ -119,4 +128,6 @@ def _check_references(path: Path, listed: Mapping[str, FileFacts], domains: tupl
     for domain, operator in sorted(refers.operators):
         if domain not in domains:
             what = f"{domain}.{operator}"[:200]
-            raise DllmError(f"{path}: holds the operator {what}, which no artifact of this kind has: do not use this artifact.")
+            raise DllmError(
+                f"{path}: holds the operator {what}, which no artifact of this kind has: do not use this artifact."
+            )

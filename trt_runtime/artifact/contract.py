@@ -25,7 +25,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPARE_ROWS = 64  # rows of a cache beyond the longest canvas, which a scheduler uses for rows that are idle or padded
+SPARE_ROWS = (
+    64  # rows of a cache beyond the longest canvas, which a scheduler uses for rows that are idle or padded
+)
 ROLES = ("prefix", "refine")
 MODERN, LEGACY = LOWERINGS = ("modern", "legacy")
 HEADS = ("statistics", "logits")

@@ -9,7 +9,9 @@ from typing import Any
 # transformers' clean_up_tokenization, in its order: each is replaced by itself without its space (" ' " without both)
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _IN_CLEANED = set("".join(_CLEANED))
-_GOES_ON = {text[i] for text in _CLEANED for i in range(len(text) - 1)}  # characters that another one may follow in these
+_GOES_ON = {
+    text[i] for text in _CLEANED for i in range(len(text) - 1)
+}  # characters that another one may follow in these
 _PAIRS = {text[i : i + 2] for text in _CLEANED for i in range(len(text) - 1)}
 
 
@@ -71,7 +73,9 @@ class Detokenizer:
 def _is_byte_level(tokenizer: Any) -> bool:
     def holds(decoder: Any) -> bool:
         inner = decoder.get("decoders", []) if isinstance(decoder, dict) else []
-        return isinstance(decoder, dict) and (decoder.get("type") == "ByteLevel" or any(holds(part) for part in inner))
+        return isinstance(decoder, dict) and (
+            decoder.get("type") == "ByteLevel" or any(holds(part) for part in inner)
+        )
 
     return tokenizer.decoder is not None and holds(json.loads(tokenizer.decoder.__getstate__()))
 

@@ -63,7 +63,9 @@ def _walk(data: memoryview, kind: str, made: References, depth: int) -> None:
         made.operators.add((texts.get(7, ""), texts[4]))
     if entries:
         length = entries.get("length")
-        made.data.add((entries.get("location", ""), int(entries.get("offset") or 0), int(length) if length else None))
+        made.data.add(
+            (entries.get("location", ""), int(entries.get("offset") or 0), int(length) if length else None)
+        )
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -167,7 +167,9 @@ def parse(read: object, where: str) -> Manifest:
     """A manifest from decoded JSON; `where` names it in errors."""
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         got = read.get("format") if isinstance(read, dict) else type(read).__name__
-        raise DllmError(f"{where}: format is {got!r}, expected '{FORMAT}': this is not the manifest of a dllm-trt artifact.")
+        raise DllmError(
+            f"{where}: format is {got!r}, expected '{FORMAT}': this is not the manifest of a dllm-trt artifact."
+        )
     version = read.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise DllmError(f"{where}: format_version is {version!r}, expected a whole number from 1: {_AGAIN}.")
@@ -183,7 +185,9 @@ def parse(read: object, where: str) -> Manifest:
         if manifest.graphs[role].file not in manifest.files:
             raise DllmError(f"{where}: graph '{role}' is not among the files: {_AGAIN}.")
     if manifest.model.dtype not in contract.DTYPES:
-        raise DllmError(f"{where}: model.dtype is {manifest.model.dtype!r}, expected one of {sorted(contract.DTYPES)}.")
+        raise DllmError(
+            f"{where}: model.dtype is {manifest.model.dtype!r}, expected one of {sorted(contract.DTYPES)}."
+        )
     if manifest.head not in contract.HEADS:
         raise DllmError(f"{where}: head is {manifest.head!r}, expected one of {list(contract.HEADS)}.")
     _check_facts(manifest, where)
@@ -211,7 +215,9 @@ def _check_notes(manifest: Manifest, where: str) -> None:
                 f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a text or null: tune it again."
             )
     measured = manifest.quantization.quality if manifest.quantization else None
-    if measured is not None and (lacking := [key for key in _MEASURED if type(measured.get(key)) not in (int, float)]):
+    if measured is not None and (
+        lacking := [key for key in _MEASURED if type(measured.get(key)) not in (int, float)]
+    ):
         raise DllmError(
             f"{where}: quantization.quality: {lacking[0]} is {measured.get(lacking[0])!r}, expected a number: {_AGAIN}."
         )
@@ -223,20 +229,28 @@ def _check_facts(manifest: Manifest, where: str) -> None:
         raise DllmError(f"{where}: lists no weights: {_AGAIN}.")
     for key, value in decoding.defaults.items():
         if type(value) is not int or not 1 <= value < 2**31:
-            raise DllmError(f"{where}: decoding.defaults: {key} is {value!r}, expected a whole number from 1: {_AGAIN}.")
+            raise DllmError(
+                f"{where}: decoding.defaults: {key} is {value!r}, expected a whole number from 1: {_AGAIN}."
+            )
     for item in fields(model):
         value = getattr(model, item.name)
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**48:
-            raise DllmError(f"{where}: model.{item.name} is {str(value)[:40]}, expected a whole number from 1: {_AGAIN}.")
+            raise DllmError(
+                f"{where}: model.{item.name} is {str(value)[:40]}, expected a whole number from 1: {_AGAIN}."
+            )
     if manifest.quantization is not None and manifest.quantization.target not in TARGETS:
         raise DllmError(
             f"{where}: quantization.target is {manifest.quantization.target!r}, expected one of {list(TARGETS)}: {_AGAIN}."
         )
     if decoding.sampling not in SAMPLINGS:
-        raise DllmError(f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}.")
+        raise DllmError(
+            f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}."
+        )
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
         if not 0 <= token < model.vocab_size:
-            raise DllmError(f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}.")
+            raise DllmError(
+                f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}."
+            )
     if decoding.mask_token_id in decoding.eos_token_ids or decoding.logit_shift not in (0, 1):
         raise DllmError(
             f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, logit_shift "
@@ -260,14 +274,18 @@ def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Man
     with atomic.locked(artifact):
         held = load(artifact)
         if held.files != since.files or held.model != since.model:
-            raise DllmError(f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command again.")
+            raise DllmError(
+                f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command again."
+            )
         write(change(held), artifact)
 
 
 def foreign_files(artifact: Path) -> Iterator[str]:
     """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if the manifest is none."""
     try:
-        listed = set(parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files)
+        listed = set(
+            parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files
+        )
     except (OSError, ValueError, RecursionError, DllmError):
         return check.found(artifact)
     return check.unlisted(artifact, listed)
@@ -316,7 +334,9 @@ def _typed_dataclass(expected: Any, value: Any, where: str) -> Any:
     for item in fields(expected):
         if item.name in value:
             taken[item.name] = _typed(hints[item.name], value[item.name], f"{where}: {item.name}")
-    required = [f.name for f in fields(expected) if f.default is f.default_factory]  # both are the MISSING mark
+    required = [
+        f.name for f in fields(expected) if f.default is f.default_factory
+    ]  # both are the MISSING mark
     missing = [name for name in required if name not in taken]
     if missing:
         raise DllmError(f"{where}: lacks {', '.join(missing)}: {_AGAIN}.")

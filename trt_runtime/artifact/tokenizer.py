@@ -25,8 +25,12 @@ class Tokenizer:
             self._tokenizer.no_truncation()  # settings of a training run, which some files carry
             self._tokenizer.no_padding()
         except Exception as error:  # the package raises plain Exception
-            raise DllmError(f"{path / 'tokenizer.json'}: not readable ({error}): export the artifact again.") from error
-        config, older = (_read_object(path / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+            raise DllmError(
+                f"{path / 'tokenizer.json'}: not readable ({error}): export the artifact again."
+            ) from error
+        config, older = (
+            _read_object(path / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
         texts = {name: _text(config.get(name)) or _text(older.get(name)) for name in SPECIAL}
         self._special: dict[str, str] = {name: text for name, text in texts.items() if text}
         self._template = _template(path, config)
@@ -68,7 +72,9 @@ class Tokenizer:
         bos = self.special_id("bos_token")
         if bos is None:
             return False
-        return config.get("add_bos_token") is True or self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [bos]
+        return config.get("add_bos_token") is True or self._tokenizer.encode(
+            "a", add_special_tokens=True
+        ).ids[:1] == [bos]
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added.
@@ -138,7 +144,9 @@ class Tokenizer:
         the last message, which the model then goes on with.
         """
         if self._template is None:
-            raise DllmError("this model has no chat template: use 'generate --raw', which takes the prompt as it stands.")
+            raise DllmError(
+                "this model has no chat template: use 'generate --raw', which takes the prompt as it stands."
+            )
         opens = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         return chat_template.render(
             self._template,
@@ -152,7 +160,10 @@ class Tokenizer:
         """The special token that the chat template puts behind an answer; None where it puts none."""
         if self._template is None:
             return None
-        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "the-answer"}
+        question, answer = (
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "the-answer"},
+        )
         try:
             text = self.render_chat([question, answer], add_generation_prompt=False)
         except DllmError:
@@ -163,7 +174,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         opening = [token for token in self.encode(before) if token in added and added[token].special][-1:]
         closing = [token for token in self.encode(after)[:1] if token in added and added[token].special]
-        return closing[0] if closing and closing != opening else None  # a token that opens a turn does not end one
+        return (
+            closing[0] if closing and closing != opening else None
+        )  # a token that opens a turn does not end one
 
     def _encoding(self, text: str) -> Any:
         try:
@@ -181,7 +194,9 @@ def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     except UnicodeDecodeError as error:
         raise DllmError(f"{file}: is not UTF-8 ({error}): export the artifact again.") from error
     if isinstance(template, list):
-        template = next((i.get("template") for i in template if isinstance(i, dict) and i.get("name") == "default"), None)
+        template = next(
+            (i.get("template") for i in template if isinstance(i, dict) and i.get("name") == "default"), None
+        )
     if template is not None and not isinstance(template, str):
         raise DllmError(
             f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text: export the artifact again."
@@ -202,5 +217,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): export the artifact again.") from error
     if not isinstance(read, dict):
-        raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: export the artifact again.")
+        raise DllmError(
+            f"{path}: holds a {type(read).__name__}, expected an object: export the artifact again."
+        )
     return read

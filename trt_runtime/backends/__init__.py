@@ -19,7 +19,14 @@ DEFAULT, REFERENCE = "ort", "torch"
 _RENAMED = {"steps_per_look": "steps_per_sync"}
 _ENGINE_OPTIONS = ("device", "steps_per_sync", "engines")
 _ENGINES = tuple(
-    Layout(f"tensorrt, {words} ({label})", f"trt {label}", copies, scores=False, quantized_for=TENSORRT, reads_whole=True)
+    Layout(
+        f"tensorrt, {words} ({label})",
+        f"trt {label}",
+        copies,
+        scores=False,
+        quantized_for=TENSORRT,
+        reads_whole=True,
+    )
     for words, label, copies in (("one engine", "shared", 1), ("two engines", "split", 2))
 )
 

@@ -30,7 +30,12 @@ class CommitKernel:
     """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as engine.json has them."""
 
     def __init__(self, device: cuda.Device, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
-        self.device, self.max_batch, self.columns, self._facts = device, max_batch, int(facts["columns"]), facts
+        self.device, self.max_batch, self.columns, self._facts = (
+            device,
+            max_batch,
+            int(facts["columns"]),
+            facts,
+        )
         self._kernel = device.kernel(ptx, facts["entry"])
         self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * self.columns)))
 

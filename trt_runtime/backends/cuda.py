@@ -31,7 +31,9 @@ def _mend() -> str:
 
 def _bindings() -> tuple[Any, Any]:
     try:
-        return importlib.import_module("cuda.bindings.runtime"), importlib.import_module("cuda.bindings.driver")
+        return importlib.import_module("cuda.bindings.runtime"), importlib.import_module(
+            "cuda.bindings.driver"
+        )
     except ImportError as error:
         raise DllmError(f"the GPU needs a package that is missing ({error}): {_mend()}.") from error
 
@@ -124,7 +126,9 @@ class Device:
     def _facts(self, index: int) -> Facts:
         found, version = self._do("cudaGetDeviceProperties", index), int(self._do("cudaDriverGetVersion"))
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
-        return Facts(name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}")
+        return Facts(
+            name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}"
+        )
 
     def _remedy(self, error: BackendError) -> str:
         """What to do where the GPU cannot be used: most often cuda-bindings is of a newer CUDA than the driver runs."""
@@ -188,10 +192,14 @@ class Device:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._do("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
 
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
+    ) -> None:
         """Queue a copy of `height` pieces of `width` bytes on the device, each a pitch behind the one before."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._do("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind, self.stream)
+        self._do(
+            "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind, self.stream
+        )
 
     def synchronize(self) -> None:
         """Wait for all that was queued."""
@@ -199,7 +207,11 @@ class Device:
 
     def record(self, work: Callable[[], None]) -> Graph:
         """What `work` queues, recorded and not run. Nothing in it may wait or allocate."""
-        self._do("cudaStreamBeginCapture", self.stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+        self._do(
+            "cudaStreamBeginCapture",
+            self.stream,
+            self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed,
+        )
         try:
             work()
         except BaseException:
@@ -221,7 +233,9 @@ class Device:
         """A kernel of a PTX text, compiled by the driver for this GPU. Raises DllmError."""
         self.enter()
         try:
-            module = self._checked("cuModuleLoadData", self._driver.cuModuleLoadData(ptx.rstrip(b"\0") + b"\0"))
+            module = self._checked(
+                "cuModuleLoadData", self._driver.cuModuleLoadData(ptx.rstrip(b"\0") + b"\0")
+            )
         except BackendError as error:
             found = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
             version = found[1].decode() if found else "unknown"
@@ -229,7 +243,9 @@ class Device:
                 f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} (8.7 needs CUDA 12.8), the driver "
                 f"runs CUDA {self.facts.driver}: update the driver, or go without --plugins."
             ) from error
-        function = self._checked("cuModuleGetFunction", self._driver.cuModuleGetFunction(module, entry.encode()))
+        function = self._checked(
+            "cuModuleGetFunction", self._driver.cuModuleGetFunction(module, entry.encode())
+        )
         return Kernel(self, function)
 
 
@@ -240,7 +256,9 @@ class Kernel:
     device: Device
     function: Any
 
-    def queue(self, grid: int, threads: int, shared: int, addresses: Sequence[int], sizes: Sequence[int] = ()) -> None:
+    def queue(
+        self, grid: int, threads: int, shared: int, addresses: Sequence[int], sizes: Sequence[int] = ()
+    ) -> None:
         """Queue a launch of `grid` blocks of `threads` threads; the arguments are device addresses, then int32 sizes."""
         kinds = (ctypes.c_void_p,) * len(addresses) + (ctypes.c_int32,) * len(sizes)
         arguments = ((*addresses, *sizes), kinds)

@@ -29,65 +29,115 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
 
     plan = command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT",
                    "checkpoints/llada-demo --device l4 --batch 8")  # fmt: skip
-    plan.add_argument("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
+    plan.add_argument(
+        "--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)"
+    )
     plan.add_argument("--batch", type=int, default=1, help="rows at a time (default 1)")
     most = planning.DEFAULT_LENGTH
     plan.add_argument(
-        "--length", type=int, help=f"tokens of the longest canvas (default {most}, or the most that the model takes)"
+        "--length",
+        type=int,
+        help=f"tokens of the longest canvas (default {most}, or the most that the model takes)",
     )
     plan.add_argument("--block-length", type=int, default=32, help="tokens of a block (default 32)")
-    plan.add_argument("--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)")
-    plan.add_argument("--quantize", help="of a checkpoint: what an export with --quantize would take (w8a8, int4, fp8, int8-sq)")
+    plan.add_argument(
+        "--dtype", help="another dtype than the artifact's (a checkpoint's default: bf16, on a CPU fp32)"
+    )
+    plan.add_argument(
+        "--quantize",
+        help="of a checkpoint: what an export with --quantize would take (w8a8, int4, fp8, int8-sq)",
+    )
     add_output(plan, "the forecast")
 
     doctor = command(commands, "doctor", _doctor, "what this machine can do", "-")
     add_output(doctor, "the findings")
 
-    build = command(commands, "build", _build, "build TensorRT engines", example="artifacts/llada-demo --max-batch 4")
+    build = command(
+        commands, "build", _build, "build TensorRT engines", example="artifacts/llada-demo --max-batch 4"
+    )
     base = store.BuildConfig()
-    build.add_argument("--backend", default=base.backend, help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx")
     build.add_argument(
-        "--target", default="", metavar="SM,...", help=f"of tensorrt-rtx: {','.join(store.TARGETS)} (default: this GPU)"
-    )
-    build.add_argument("--layout", default=base.layout, help="shared (default: one engine, weights once) or split (two engines)")
-    build.add_argument("--max-batch", type=int, default=base.max_batch, help=f"rows at a time (default {base.max_batch})")
-    build.add_argument(
-        "--max-length", type=int, default=base.max_length, help=f"tokens of the longest canvas (default {base.max_length})"
+        "--backend",
+        default=base.backend,
+        help="tensorrt (default; on the GPU that will run it) or tensorrt-rtx",
     )
     build.add_argument(
-        "--block-length", type=int, default=base.block_length, help=f"tokens of a block (default {base.block_length})"
+        "--target",
+        default="",
+        metavar="SM,...",
+        help=f"of tensorrt-rtx: {','.join(store.TARGETS)} (default: this GPU)",
+    )
+    build.add_argument(
+        "--layout",
+        default=base.layout,
+        help="shared (default: one engine, weights once) or split (two engines)",
+    )
+    build.add_argument(
+        "--max-batch", type=int, default=base.max_batch, help=f"rows at a time (default {base.max_batch})"
+    )
+    build.add_argument(
+        "--max-length",
+        type=int,
+        default=base.max_length,
+        help=f"tokens of the longest canvas (default {base.max_length})",
+    )
+    build.add_argument(
+        "--block-length",
+        type=int,
+        default=base.block_length,
+        help=f"tokens of a block (default {base.block_length})",
     )
     build.add_argument("--max-rows", type=int, help="positions asked for in one forward (default: a block)")
     build.add_argument("--optimization-level", type=int, help="0 to 5: of the builder (default its own)")
     build.add_argument(
-        "--strip", action="store_true", help="leave the weights out; they come from the artifact when the engine is opened"
+        "--strip",
+        action="store_true",
+        help="leave the weights out; they come from the artifact when the engine is opened",
     )
-    build.add_argument("--plugins", action="store_true", help="put the kernels of plugins/ in the place of layers")
-    build.add_argument("--inspect", action="store_true", help="also write what the builder made of each layer, as JSON")
-    build.add_argument("--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)")
+    build.add_argument(
+        "--plugins", action="store_true", help="put the kernels of plugins/ in the place of layers"
+    )
+    build.add_argument(
+        "--inspect", action="store_true", help="also write what the builder made of each layer, as JSON"
+    )
+    build.add_argument(
+        "--out", type=Path, default=Path("engines"), help="the cache of engines (default engines)"
+    )
     add_output(build, "the engines' files")
 
     verify = command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest",
                      example="artifacts/llada-demo")  # fmt: skip
-    verify.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
     verify.add_argument(
-        "--layers", action="store_true", help="instead, show the residual stream layer by layer: where it goes wrong"
+        "--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)"
+    )
+    verify.add_argument(
+        "--layers",
+        action="store_true",
+        help="instead, show the residual stream layer by layer: where it goes wrong",
     )
     add_output(verify, "the result")
     verify.add_argument(
-        "--with-polygraphy", action="store_true", help="also compare recorded calls by Polygraphy's Comparator (debug extra)"
+        "--with-polygraphy",
+        action="store_true",
+        help="also compare recorded calls by Polygraphy's Comparator (debug extra)",
     )
 
     debug = command(commands, "polygraphy", _polygraphy, "write what Polygraphy's command line needs to work on the graphs",
                     example="artifacts/llada-demo /tmp/kit")  # fmt: skip
     debug.add_argument("out", type=Path, help="a new directory")
-    debug.add_argument("--prompts", type=Path, help="a file with one prompt a line to record (default: random token ids)")
+    debug.add_argument(
+        "--prompts", type=Path, help="a file with one prompt a line to record (default: random token ids)"
+    )
     debug.add_argument("--count", type=int, default=3, help="recorded calls of each graph (default 3)")
     debug.add_argument(
-        "--link", action="store_true", help="hard-link the weights: no second copy, but the onnx package refuses links"
+        "--link",
+        action="store_true",
+        help="hard-link the weights: no second copy, but the onnx package refuses links",
     )
     debug.add_argument("--no-reference", action="store_true", help="do not record PyTorch's outputs")
-    debug.add_argument("--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)")
+    debug.add_argument(
+        "--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)"
+    )
     add_output(debug, "what was written")
 
 
@@ -108,7 +158,10 @@ def _build(args: argparse.Namespace) -> int:
     with progress_of(args).task(f"building engines of {args.artifact}"):
         directory = store.build(args.artifact, args.out, config, lambda text: note(args, f"warning: {text}"))
     files = {str(file): file.stat().st_size for file in sorted(directory.glob(f"*{store.SUFFIX}"))}
-    value = {"directory": str(directory), "engines": [{"file": file, "bytes": size} for file, size in files.items()]}
+    value = {
+        "directory": str(directory),
+        "engines": [{"file": file, "bytes": size} for file, size in files.items()],
+    }
     report(args, value, "\n".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in files.items()))
     hint(args, lambda: next_steps.after_build(args.artifact, args.backend, args.out))
     return 0
@@ -140,8 +193,14 @@ def _verify(args: argparse.Namespace) -> int:
         import_optional("export.parity.verify", "verify", mend)
     if args.layers and args.with_polygraphy:
         raise DllmError("--layers and --with-polygraphy are two ways to look: leave one of them out.")
-    run = tool.verify_layers if args.layers else functools.partial(tool.verify, with_polygraphy=args.with_polygraphy)
-    passed, value = run(args.artifact, args.checkpoint, say=lambda line: say(args, line), progress=progress_of(args))
+    run = (
+        tool.verify_layers
+        if args.layers
+        else functools.partial(tool.verify, with_polygraphy=args.with_polygraphy)
+    )
+    passed, value = run(
+        args.artifact, args.checkpoint, say=lambda line: say(args, line), progress=progress_of(args)
+    )
     if args.json:
         report(args, value, "")
     return 0 if passed else 1
@@ -154,8 +213,12 @@ def _polygraphy(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         tokenizer = Tokenizer(args.artifact / (manifest.load(args.artifact).tokenizer or "tokenizer"))
         texts = [example.prompt for example in examples.read(args.prompts)]
-        prompts = [text if isinstance(text, list) else tokenizer.encode(_rendered(tokenizer, text)) for text in texts]
-    config = kit.KitConfig(prompts, args.count, args.link, False if args.no_reference else None, args.checkpoint)
+        prompts = [
+            text if isinstance(text, list) else tokenizer.encode(_rendered(tokenizer, text)) for text in texts
+        ]
+    config = kit.KitConfig(
+        prompts, args.count, args.link, False if args.no_reference else None, args.checkpoint
+    )
     with progress_of(args).task(f"recording calls of {args.artifact}"):
         calls = kit.write(args.artifact, args.out, config, lambda text: note(args, f"note: {text}"))
     numbers = {role: sum(call.role == role for call in calls) for role in contract.ROLES}

@@ -22,23 +22,39 @@ from trt_runtime.system import screen
 
 _HISTORY_LINES = 1000
 _MOST_WORDS, _LONGEST_WORD = 20, 40  # of a warning: words, columns of each
-_COMMANDS = {"/help": "this list", "/reset": "begin a new conversation (also /new)", "/exit": "end (also /quit, Ctrl-D)"}
+_COMMANDS = {
+    "/help": "this list",
+    "/reset": "begin a new conversation (also /new)",
+    "/exit": "end (also /quit, Ctrl-D)",
+}
 _ALIASES = {"/new": "/reset", "/quit": "/exit"}
 
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
     """Add the commands to the parser's subcommands."""
     example = 'artifacts/llada-demo "clean hall with mop" --stream'
-    generate = cli_parser.command(commands, "generate", _generate, "complete one or several prompts", example=example)
-    generate.add_argument("prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input")
-    generate.add_argument("--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)")
-    generate.add_argument("--raw", action="store_true", help="take the prompt as it stands, without the chat template")
+    generate = cli_parser.command(
+        commands, "generate", _generate, "complete one or several prompts", example=example
+    )
+    generate.add_argument(
+        "prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input"
+    )
+    generate.add_argument(
+        "--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)"
+    )
+    generate.add_argument(
+        "--raw", action="store_true", help="take the prompt as it stands, without the chat template"
+    )
     generate.add_argument("--stream", action="store_true", help="show the block being unmasked in place")
     add_decoding(generate)
     cli_parser.add_output(generate, "the results")
 
-    chat = cli_parser.command(commands, "chat", _chat, "talk to the model, a line at a time", example="artifacts/llada-demo")
-    chat.add_argument("--single-turn", action="store_true", help="every line begins a conversation of its own")
+    chat = cli_parser.command(
+        commands, "chat", _chat, "talk to the model, a line at a time", example="artifacts/llada-demo"
+    )
+    chat.add_argument(
+        "--single-turn", action="store_true", help="every line begins a conversation of its own"
+    )
     add_decoding(chat)
     cli_parser.add_output(chat)
 
@@ -91,7 +107,9 @@ def _as_json(result: Result) -> dict[str, object]:
 
 def _warn_of_unknown_words(args: argparse.Namespace, model: Model, prompts: list[Prompt]) -> None:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if model.tokenizer and (words := list(dict.fromkeys(w for text in texts for w in model.tokenizer.unknown_words(text)))):
+    if model.tokenizer and (
+        words := list(dict.fromkeys(w for text in texts for w in model.tokenizer.unknown_words(text)))
+    ):
         named = ", ".join(screen.fitted(word, _LONGEST_WORD) for word in words[:_MOST_WORDS])
         more = f" and {len(words) - _MOST_WORDS} more" if len(words) > _MOST_WORDS else ""
         note(args, f"warning: not in the model's vocabulary: {named}{more}")
@@ -154,7 +172,10 @@ class _Chat:
         elif name == "/help":
             print("\n".join(f"{name:8} {text}" for name, text in _COMMANDS.items()))
         else:
-            print(f"error: {unknown('command', line.split(maxsplit=1)[0], [*_COMMANDS, *_ALIASES])}", file=sys.stderr)
+            print(
+                f"error: {unknown('command', line.split(maxsplit=1)[0], [*_COMMANDS, *_ALIASES])}",
+                file=sys.stderr,
+            )
         return True
 
     def _answer(self, line: str) -> None:
@@ -170,7 +191,9 @@ class _Chat:
             if not self.is_typed:
                 raise
             text = stopped.text
-        except KeyboardInterrupt:  # before the first forward, or a second one during a long forward: there is no answer to keep
+        except (
+            KeyboardInterrupt
+        ):  # before the first forward, or a second one during a long forward: there is no answer to keep
             if not self.is_typed:
                 raise
             print("[stopped]")
@@ -207,7 +230,9 @@ class _History:
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-            if hasattr(self.readline, "append_history_file"):  # so that two conversations keep each other's lines
+            if hasattr(
+                self.readline, "append_history_file"
+            ):  # so that two conversations keep each other's lines
                 self.readline.append_history_file(1, str(self.path))
             else:
                 self.readline.write_history_file(str(self.path))

@@ -63,36 +63,63 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=cli_parser.Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("export", help="make an artifact from a checkpoint (export extra)", add_help=False)  # _export runs it
+    commands.add_parser(
+        "export", help="make an artifact from a checkpoint (export extra)", add_help=False
+    )  # _export runs it
     cli_generate.add(commands)
 
     serve = cli_parser.command(
         commands, "serve", _serve, "serve OpenAI's API over HTTP", example="artifacts/llada-demo --port 8000"
     )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0 takes a free one)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
+    serve.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default 8000; 0 takes a free one)"
+    )
     serve.add_argument("--name", help="the model's name in requests (default: the artifact's directory)")
     serve.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
     serve.add_argument(
-        "--lanes", type=int, default=1, help="threads that make forwards, on a CPU, each for its share of the slots (default 1)"
+        "--lanes",
+        type=int,
+        default=1,
+        help="threads that make forwards, on a CPU, each for its share of the slots (default 1)",
     )
     serve.add_argument(
         "--max-length",
         type=int,
         help="tokens of prompt and answer (default: the model's most, or what half of the free memory holds)",
     )
-    serve.add_argument("--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)")
+    serve.add_argument(
+        "--queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default 64)"
+    )
     serve.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request (default 1 MiB)")
-    serve.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)")
     serve.add_argument(
-        "--ray", type=int, metavar="N", help="serve with N replicas, which Ray watches and replaces (default: one process)"
+        "--timeout", type=float, default=300.0, help="seconds that an answer may take (default 300)"
     )
     serve.add_argument(
-        "--api-key", action="append", help="ask clients for this key, or one of several (better: DLLM_API_KEY, with commas)"
+        "--ray",
+        type=int,
+        metavar="N",
+        help="serve with N replicas, which Ray watches and replaces (default: one process)",
     )
-    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this origin ask ('*': all)")
     serve.add_argument(
-        "--examples", type=Path, metavar="FILE", help="prompts that the page offers (default: prompts.txt beside the checkpoint)"
+        "--api-key",
+        action="append",
+        help="ask clients for this key, or one of several (better: DLLM_API_KEY, with commas)",
+    )
+    serve.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin ask ('*': all)",
+    )
+    serve.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FILE",
+        help="prompts that the page offers (default: prompts.txt beside the checkpoint)",
     )
     add_backend(serve)
     cli_parser.add_output(serve)
@@ -138,7 +165,9 @@ def _serve(args: argparse.Namespace) -> int:
             raise DllmError(f"--{name} is {getattr(args, name):g}, expected {expected}.")
     serving.cors.check(tuple(args.cors))
     if args.name is not None and not (args.name.strip() and args.name.isprintable()):
-        raise DllmError("--name is empty, or has line breaks or other characters that cannot be shown: give another one.")
+        raise DllmError(
+            "--name is empty, or has line breaks or other characters that cannot be shown: give another one."
+        )
     options = serving.Options(
         args.name or args.artifact.resolve().name,
         slots=args.slots,
@@ -156,7 +185,9 @@ def _serve(args: argparse.Namespace) -> int:
         args.threads = max(1, (os.cpu_count() or 1) // parts)
     if args.ray is None:
         return int(serving.run(open_model(args), options, args.host, args.port))
-    replicas = import_optional("trt_runtime.serving.replicas", "serve --ray", commands.install("serve", "ray"))
+    replicas = import_optional(
+        "trt_runtime.serving.replicas", "serve --ray", commands.install("serve", "ray")
+    )
     setup = replicas.Setup(str(args.artifact.resolve()), args.backend, backend_options(args))
     return int(replicas.run(setup, options, args.host, args.port, args.ray))
 
@@ -168,7 +199,9 @@ def _api_keys(given: list[str] | None) -> tuple[str, ...] | None:
     held = os.environ.get("DLLM_API_KEY") or None
     keys = given if given is not None else [key.strip() for key in held.split(",")] if held else []
     if any(not key or not key.isascii() or key != key.strip() for key in keys):
-        raise DllmError("an API key is empty, or has spaces around it or letters beyond ASCII: give another one.")
+        raise DllmError(
+            "an API key is empty, or has spaces around it or letters beyond ASCII: give another one."
+        )
     return tuple(keys) or None
 
 
@@ -180,7 +213,10 @@ def _triton_repo(args: argparse.Namespace) -> int:
     from trt_runtime.serving.triton import repository as triton_repo
 
     check_counts(args, "slots", "max_length")
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in backend_options(args).items()}
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in backend_options(args).items()
+    }
     made = triton_repo.write(args.artifact, args.out, name=args.name, backend=args.backend, options=options, slots=args.slots,
                              max_length=args.max_length)  # fmt: skip
     print(f"{made} written: tritonserver --model-repository {args.out}")

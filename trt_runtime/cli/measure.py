@@ -22,9 +22,14 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     """Add the commands to the parser's subcommands."""
     again = command(commands, "replay", _replay, "run recorded decode cases and compare, or record some",
                     example="artifacts/llada-demo checkpoints/llada-demo/cases.json")  # fmt: skip
-    again.add_argument("cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record")
     again.add_argument(
-        "--record", type=Path, metavar="NEW.json", help="write cases made by this backend, from CASES.json or random prompts"
+        "cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record"
+    )
+    again.add_argument(
+        "--record",
+        type=Path,
+        metavar="NEW.json",
+        help="write cases made by this backend, from CASES.json or random prompts",
     )
     again.add_argument("--count", type=int, default=24, help="random cases to record (default 24)")
     again.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
@@ -34,20 +39,32 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
 
     bench = command(commands, "bench", _bench, "measure caches and parallel unmasking side by side",
                     example="artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt")  # fmt: skip
-    bench.add_argument("--prompts", type=Path, help="a file with one prompt a line (default: random token ids)")
+    bench.add_argument(
+        "--prompts", type=Path, help="a file with one prompt a line (default: random token ids)"
+    )
     bench.add_argument("--prompt-length", type=int, default=64, help="tokens of a random prompt (default 64)")
     bench.add_argument("--count", type=int, default=4, help="prompts of a run (default 4)")
     bench.add_argument("--repeats", type=int, default=3, help="interleaved runs of every variant (default 3)")
     bench.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
     bench.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
     bench.add_argument("--threshold", type=float, default=0.9, help="of the parallel variants (default 0.9)")
-    bench.add_argument("--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead")
-    bench.add_argument("--variants", default="", metavar="NAMES", help="variants to run, e.g. none,dual (default all)")
     bench.add_argument(
-        "--reference", default="", metavar="NAMES", help="variants to run on PyTorch too, e.g. none,dual, or 'all'"
+        "--tokens-per-step", type=int, help="measure a fixed schedule of this many tokens a forward instead"
     )
     bench.add_argument(
-        "--reference-dtypes", default="", metavar="NAMES", help="of PyTorch, e.g. fp32,bf16 (default the artifact's)"
+        "--variants", default="", metavar="NAMES", help="variants to run, e.g. none,dual (default all)"
+    )
+    bench.add_argument(
+        "--reference",
+        default="",
+        metavar="NAMES",
+        help="variants to run on PyTorch too, e.g. none,dual, or 'all'",
+    )
+    bench.add_argument(
+        "--reference-dtypes",
+        default="",
+        metavar="NAMES",
+        help="of PyTorch, e.g. fp32,bf16 (default the artifact's)",
     )
     bench.add_argument("--beside", type=Path, action="append", default=[], metavar="ARTIFACT",
                        help="another artifact of the same model, quantised, say, that runs the same variants (may be repeated)")  # fmt: skip
@@ -58,16 +75,26 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
 
     tuning = command(commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts",
                      example="artifacts/llada-demo --data checkpoints/llada-demo/prompts.txt")  # fmt: skip
-    tuning.add_argument("--data", type=Path, required=True, help="a prompt a line, or lines of JSON with prompt and answers")
-    tuning.add_argument("--max-drop", type=float, default=1.0, help="points of right answers that may be lost (default 1)")
     tuning.add_argument(
-        "--match", default="exact", help="how answers are compared: exact (default), or json: values, whatever the order of keys"
+        "--data", type=Path, required=True, help="a prompt a line, or lines of JSON with prompt and answers"
+    )
+    tuning.add_argument(
+        "--max-drop", type=float, default=1.0, help="points of right answers that may be lost (default 1)"
+    )
+    tuning.add_argument(
+        "--match",
+        default="exact",
+        help="how answers are compared: exact (default), or json: values, whatever the order of keys",
     )
     tuning.add_argument("--count", type=int, help="prompts to use (default all)")
     tuning.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
-    tuning.add_argument("--block-length", type=int, help="tokens of a block of the baseline (default: the model's)")
     tuning.add_argument(
-        "--write", action="store_true", help="note the choice in the artifact: it holds where the user gives no options"
+        "--block-length", type=int, help="tokens of a block of the baseline (default: the model's)"
+    )
+    tuning.add_argument(
+        "--write",
+        action="store_true",
+        help="note the choice in the artifact: it holds where the user gives no options",
     )
     add_backend(tuning)
     add_output(tuning, "the choice and all trials", "write all trials")
@@ -79,24 +106,40 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
     evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
                           help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
-    evaluate.add_argument("--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories")
-    evaluate.add_argument("--num-fewshot", type=int, help="examples before each question (default the task's)")
+    evaluate.add_argument(
+        "--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories"
+    )
+    evaluate.add_argument(
+        "--num-fewshot", type=int, help="examples before each question (default the task's)"
+    )
     evaluate.add_argument("--limit", type=int, help="questions of each task (default all)")
     evaluate.add_argument("--batch", type=int, default=8, help="answers decoded together (default 8)")
-    evaluate.add_argument("--chat", action="store_true", help="put questions into the artifact's chat template")
+    evaluate.add_argument(
+        "--chat", action="store_true", help="put questions into the artifact's chat template"
+    )
     evaluate.add_argument("--max-length", type=int, metavar="N",
                           help="tokens of a prompt with its answer (default the model's), and of windows of long texts (default at most 4096)")  # fmt: skip
     evaluate.add_argument(
-        "--add-bos", default="auto", help="BOS token before texts: auto (as the tokenizer says; default), yes, no"
+        "--add-bos",
+        default="auto",
+        help="BOS token before texts: auto (as the tokenizer says; default), yes, no",
     )
-    evaluate.add_argument("--escape-until", action="store_true", help="leave answers whole, whatever stop strings a task has")
+    evaluate.add_argument(
+        "--escape-until", action="store_true", help="leave answers whole, whatever stop strings a task has"
+    )
     evaluate.add_argument("--gen-kwargs", metavar="A=1,B=2", help="generation options in place of the task's")
-    evaluate.add_argument("--mc-samples", type=int, default=128, help="forwards of a likelihood's estimate (default 128)")
     evaluate.add_argument(
-        "--check-greedy", action="store_true", help="also find out whether targets are what the model writes itself (slow)"
+        "--mc-samples", type=int, default=128, help="forwards of a likelihood's estimate (default 128)"
     )
     evaluate.add_argument(
-        "--confirm-run-unsafe-code", action="store_true", help="let tasks run the code that the model writes (HumanEval, MBPP)"
+        "--check-greedy",
+        action="store_true",
+        help="also find out whether targets are what the model writes itself (slow)",
+    )
+    evaluate.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="let tasks run the code that the model writes (HumanEval, MBPP)",
     )
     add_decoding(evaluate)
     add_output(evaluate, "all results and settings", "write all results and settings")
@@ -121,7 +164,11 @@ def _replay(args: argparse.Namespace) -> int:
     if args.record is not None:
         shown = progress_of(args).each(ours, f"recording cases on {model.backend.name}")
         write_json(args.record, replay.record(model.backend, shown))
-        report(args, {"recorded": len(ours), "file": str(args.record)}, f"recorded {len(ours)} cases in {args.record}")
+        report(
+            args,
+            {"recorded": len(ours), "file": str(args.record)},
+            f"recorded {len(ours)} cases in {args.record}",
+        )
         return 0
     return _compare(args, model, ours, read.format if read else decode_cases.FORMAT)
 
@@ -143,10 +190,15 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
         ambiguous = found.ambiguous and not args.exact
         near, wrong = near + ambiguous, wrong + (not ambiguous)
     if args.output is not None:
-        write_json(args.output, {"format": written, "cases": [decode_cases.spelled_for(result, written) for result in results]})
+        write_json(
+            args.output,
+            {"format": written, "cases": [decode_cases.spelled_for(result, written) for result in results]},
+        )
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:
-        raise DllmError("no case says what to expect (output, trace): nothing was compared; give --output to keep the results.")
+        raise DllmError(
+            "no case says what to expect (output, trace): nothing was compared; give --output to keep the results."
+        )
     value = {"cases": len(cases), "backend": model.backend.name, "dtype": dtype, "expecting": expecting, "mismatches": wrong,
              "ambiguous": near, "excused": excused, "differences": differences}  # fmt: skip
     report(args, value, f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
@@ -171,7 +223,9 @@ def _eval(args: argparse.Namespace) -> int:
     check_counts(args, "limit", "batch", "mc_samples", "max_length")
     tasks = [name for name in args.tasks.split(",") if name]
     if not tasks or (args.num_fewshot is not None and args.num_fewshot < 0):
-        raise DllmError(f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and from 0.")
+        raise DllmError(
+            f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and from 0."
+        )
     if missing := [path for path in args.include_path if not path.is_dir()]:
         raise DllmError(f"--include-path is {missing[0]}: no such directory.")
     model = open_model(args)
@@ -203,9 +257,12 @@ def _tune(args: argparse.Namespace) -> int:
     model = open_model(args)
     base = GenerationConfig(gen_length=args.gen_length, block_length=args.block_length)
     with progress_of(args).task("trying ways of decoding"):
-        found = tune.run(model, held, base, max_drop=args.max_drop, match=args.match, tell=lambda line: say(args, line))
+        found = tune.run(
+            model, held, base, max_drop=args.max_drop, match=args.match, tell=lambda line: say(args, line)
+        )
     words = " ".join(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in found["options"].items()
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in found["options"].items()
     )
     if args.output is not None:
         write_json(args.output, found)
@@ -213,7 +270,11 @@ def _tune(args: argparse.Namespace) -> int:
         tune.write(args.artifact, found["options"], model.manifest)
     right = f"{found['right']} of {found['examples']} right"
     if found["chosen"] == found["baseline"]:
-        report(args, found, f"nothing within {args.max_drop:g} points is faster than the baseline: {right}: {words}")
+        report(
+            args,
+            found,
+            f"nothing within {args.max_drop:g} points is faster than the baseline: {right}: {words}",
+        )
     else:
         report(
             args,

@@ -11,7 +11,10 @@ from trt_runtime.artifact.manifest import ORT_CPU, TENSORRT, Manifest
 from trt_runtime.errors import DllmError
 from trt_runtime.system import commands
 
-_DEMO = ("take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop", "llada-demo")
+_DEMO = (
+    "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop",
+    "llada-demo",
+)
 _PROMPT = "Why is the sky blue?"
 
 
@@ -28,7 +31,9 @@ def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
 
 def of_artifact(artifact: Path, manifest: Manifest) -> str:
     """An artifact for a CPU is asked; one that no CPU runs is built first."""
-    for_gpu = manifest.model.dtype == "bf16" or (manifest.quantization is not None and manifest.quantization.target == TENSORRT)
+    for_gpu = manifest.model.dtype == "bf16" or (
+        manifest.quantization is not None and manifest.quantization.target == TENSORRT
+    )
     return commands.command("build", artifact) if for_gpu else generate(artifact, manifest)
 
 
@@ -45,7 +50,9 @@ def after_plan(path: str, made: dict[str, Any], device: str | None) -> str | Non
         if not fits:
             return None
         manifest = manifests.load(Path(path))
-        on_gpu = device not in (None, "cpu") and (manifest.quantization is None or manifest.quantization.target != ORT_CPU)
+        on_gpu = device not in (None, "cpu") and (
+            manifest.quantization is None or manifest.quantization.target != ORT_CPU
+        )
         return commands.command("build", path) if on_gpu else of_artifact(Path(path), manifest)
     how = made["quantised"]
     if not fits:

@@ -25,15 +25,25 @@ def add_backend(command: argparse.ArgumentParser) -> None:
     """The group of options that choose and set up a backend."""
     parser = command.add_argument_group("backend")
     names = ", ".join(backends.names())
-    parser.add_argument("--backend", default=backends.DEFAULT, help=f"what runs the model: {names} (default {backends.DEFAULT})")
+    parser.add_argument(
+        "--backend",
+        default=backends.DEFAULT,
+        help=f"what runs the model: {names} (default {backends.DEFAULT})",
+    )
     parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
-    parser.add_argument("--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)")
+    parser.add_argument(
+        "--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)"
+    )
     parser.add_argument(
         "--steps-per-sync", "--steps-per-look", type=int, dest="steps_per_sync", metavar="N",
         help="refine steps that the device makes before the host synchronises with it (default 1; --steps-per-look is its former name)",
     )  # fmt: skip
-    parser.add_argument("--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)")
-    parser.add_argument("--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)")
+    parser.add_argument(
+        "--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)"
+    )
+    parser.add_argument(
+        "--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)"
+    )
 
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
@@ -43,13 +53,19 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
     _add_caches(command.add_argument_group("caches"), default)
     parser = command.add_argument_group("schedules and sampling")
     takers = ", ".join(policy.name for policy in POLICIES.all() if policy.takes_steps())
-    parser.add_argument("--steps", type=int, help=f"forwards in all (default one token a forward); for {takers}")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)")
+    parser.add_argument(
+        "--steps", type=int, help=f"forwards in all (default one token a forward); for {takers}"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)"
+    )
     parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this sum")
     parser.add_argument("--top-k", type=int, help="keep this many tokens")
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
     parser = command.add_argument_group("the end and gaps")
-    parser.add_argument("--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens")
+    parser.add_argument(
+        "--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens"
+    )
     parser.add_argument(
         "--hold-back-eos", action="store_true", default=None, help="commit an end token only when nothing else is left in the block"
     )  # fmt: skip
@@ -60,7 +76,9 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
 def _add_policies(parser: argparse._ArgumentGroup, default: GenerationConfig) -> None:
     parser.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
     parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
-    parser.add_argument("--policy", help=f"{', '.join(POLICIES.names())}, or module:Class (default {default.policy})")
+    parser.add_argument(
+        "--policy", help=f"{', '.join(POLICIES.names())}, or module:Class (default {default.policy})"
+    )
     for name, item in registry.options().items():
         flag = f"--{name.replace('_', '-')}"
         said = f"{item.help}; for {', '.join(registry.takers(name))} (default {item.default}, {item.range})"
@@ -68,24 +86,43 @@ def _add_policies(parser: argparse._ArgumentGroup, default: GenerationConfig) ->
             parser.add_argument(flag, action="store_true", default=None, help=said)
         else:
             parser.add_argument(flag, type=item.kind, help=said)
-    parser.add_argument("--speculate", type=int, help="steps that one call may verify, without changing the answer (default 1)")
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        help="steps that one call may verify, without changing the answer (default 1)",
+    )
 
 
 def _add_caches(parser: argparse._ArgumentGroup, default: GenerationConfig) -> None:
-    parser.add_argument("--cache", help=f"{', '.join(PLANS.names())}, or module:Class (default {default.cache})")
     parser.add_argument(
-        "--refresh-every", type=int, help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)"
+        "--cache", help=f"{', '.join(PLANS.names())}, or module:Class (default {default.cache})"
     )
     parser.add_argument(
-        "--refresh-window", type=int, help="positions around a block that begins without a rebuilt cache (default 0)"
+        "--refresh-every",
+        type=int,
+        help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)",
+    )
+    parser.add_argument(
+        "--refresh-window",
+        type=int,
+        help="positions around a block that begins without a rebuilt cache (default 0)",
     )
     parser.add_argument("--suffix", type=int, help="masks after the block that a forward sees (default all)")
-    parser.add_argument("--suffix-decay", action="store_true", default=None, help="take those of --suffix at growing distances")
+    parser.add_argument(
+        "--suffix-decay",
+        action="store_true",
+        default=None,
+        help="take those of --suffix at growing distances",
+    )
 
 
 def load_modules(words: list[str]) -> None:
     """Import what --policy, --cache and --backend name as module:Name, so that the parser knows their options. Raises DllmError."""
-    registries: dict[str, Registry[Any]] = {"--policy": POLICIES, "--cache": PLANS, "--backend": backends.BACKENDS}
+    registries: dict[str, Registry[Any]] = {
+        "--policy": POLICIES,
+        "--cache": PLANS,
+        "--backend": backends.BACKENDS,
+    }
     given = zip(words, [*words[1:], ""], strict=True)
     for flag, value in [(word.partition("=")[0], word.partition("=")[2] or after) for word, after in given]:
         if flag in registries and ":" in value:
@@ -121,7 +158,9 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
         options[name] = value
     if "device" in options and not spec.devices:
         if not args.device.isdecimal():
-            raise DllmError(f"--device is {args.device}, expected the number of a GPU with --backend {args.backend}.")
+            raise DllmError(
+                f"--device is {args.device}, expected the number of a GPU with --backend {args.backend}."
+            )
         options["device"] = int(args.device)
     return options
 
@@ -131,7 +170,9 @@ def config_of(args: argparse.Namespace, manifest: Manifest, *, may_draw: bool = 
     values = {name: value for name in option_names() if (value := getattr(args, name, None)) is not None}
     config = configured(values, manifest)
     if not may_draw and args.seed is not None and not config.draws:
-        raise DllmError("--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn.")
+        raise DllmError(
+            "--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn."
+        )
     return config
 
 

@@ -35,13 +35,18 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, which says what may have been meant. Options have to be written out."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        defaults: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
         super().__init__(*args, **defaults | options)
 
     def error(self, message: str) -> NoReturn:
         if len(message) > _LONGEST:
             message = message[:_LONGEST] + "..."
-        print(f"error: {' '.join(message.split())} ('{self.prog} --help' lists what there is)", file=sys.stderr)
+        print(
+            f"error: {' '.join(message.split())} ('{self.prog} --help' lists what there is)", file=sys.stderr
+        )
         sys.exit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -53,7 +58,11 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, strange: list[str]) -> NoReturn:
         """Exit because of arguments that nobody asked for."""
         known = [name for action in self._actions for name in action.option_strings]
-        hints = [hint for word in strange if word.startswith("-") and (hint := did_you_mean(word.partition("=")[0], known))]
+        hints = [
+            hint
+            for word in strange
+            if word.startswith("-") and (hint := did_you_mean(word.partition("=")[0], known))
+        ]
         self.error(f"unrecognized arguments: {' '.join(strange)}" + (f":{hints[0]}" if hints else ""))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -67,7 +76,9 @@ class Parser(argparse.ArgumentParser):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' did you mean X?' of what is known, or nothing."""
     names = list(known)
-    near = [name for name in names if len(word) > 3 and name.startswith(word)] or difflib.get_close_matches(word, names, n=1)
+    near = [name for name in names if len(word) > 3 and name.startswith(word)] or difflib.get_close_matches(
+        word, names, n=1
+    )
     return f" did you mean {near[0]}?" if near else ""
 
 
@@ -76,7 +87,10 @@ class Version(argparse.Action):
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
         super().__init__(
-            option_strings, argparse.SUPPRESS, nargs=0, help="show the versions of dllm-trt, ONNX Runtime and Python"
+            option_strings,
+            argparse.SUPPRESS,
+            nargs=0,
+            help="show the versions of dllm-trt, ONNX Runtime and Python",
         )
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -103,20 +117,39 @@ def add_output(parser: argparse.ArgumentParser, as_json: str = "", output: str =
     if output:
         group.add_argument("--output", type=Path, metavar="OUT.json", help=output)
     if as_json:
-        group.add_argument("--json", action="store_true", help=f"print {as_json} as JSON, and nothing else, on standard output")
-    group.add_argument("-q", "--quiet", action="store_true", help="no notes, warnings, progress or summaries on standard error")
+        group.add_argument(
+            "--json",
+            action="store_true",
+            help=f"print {as_json} as JSON, and nothing else, on standard output",
+        )
+    group.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="no notes, warnings, progress or summaries on standard error",
+    )
 
 
 def command(  # type: ignore[no-untyped-def]
-    commands, name: str, run: Callable[[argparse.Namespace], int], text: str, takes: str = "", example: str = ""
+    commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    takes: str = "",
+    example: str = "",
 ) -> argparse.ArgumentParser:
     """A subcommand that takes an artifact, or what `takes` names ('-': nothing). example: its arguments in an example."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[:1].upper() + text[1:] + ".", epilog=f"example:\n  dllm-trt {name} {example}".rstrip()
+        name,
+        help=text,
+        description=text[:1].upper() + text[1:] + ".",
+        epilog=f"example:\n  dllm-trt {name} {example}".rstrip(),
     )
     if takes and takes != "-":
         parser.add_argument(
-            "model", metavar=takes, help="an artifact, a checkpoint's directory (config.json is enough), or a hub id"
+            "model",
+            metavar=takes,
+            help="an artifact, a checkpoint's directory (config.json is enough), or a hub id",
         )
     elif not takes:
         parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
@@ -140,7 +173,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise DllmError for a number beyond all use, or a path that no library takes."""
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if isinstance(value, int) and not isinstance(value, bool) and value > (most := _MOST.get(name, _MOST_OTHERS)):
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > (most := _MOST.get(name, _MOST_OTHERS))
+        ):
             shown = str(value) if value < 1 << 64 else "a number of more than 64 bits"
             raise DllmError(f"{option} is {shown}, expected at most {most}.")
         for path in value if isinstance(value, list) else [value]:

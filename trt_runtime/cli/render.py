@@ -47,7 +47,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def show_stream(
-    model: Model, prompt: Prompt, config: GenerationConfig, *, raw: bool = False, out: TextIO | None = None, quiet: bool = False
+    model: Model,
+    prompt: Prompt,
+    config: GenerationConfig,
+    *,
+    raw: bool = False,
+    out: TextIO | None = None,
+    quiet: bool = False,
 ) -> str | None:
     """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is printed once. `quiet`: without the
     line about forwards and seconds. Ctrl-C ends the answer before the next forward, marks it, and raises Stopped."""
@@ -140,7 +146,9 @@ def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
     return spans, settled
 
 
-def _styled(model: Model, tokens: list[int], first: int, changed: set[int], *, is_whole: bool) -> list[screen.Span]:
+def _styled(
+    model: Model, tokens: list[int], first: int, changed: set[int], *, is_whole: bool
+) -> list[screen.Span]:
     """A run of tokens, which begins at position `first`, decoded together: a tokenizer may join what two tokens mean. Unless it `is_whole`,
     what is left of a character whose other bytes are still to come is left out."""
 
@@ -172,7 +180,9 @@ def describe(path: Path, manifest: Manifest) -> str:
         + (f", on {verified['backend']}" if verified.get("backend") else "")
     )
     size = sum(file.size for file in manifest.files.values())
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if model.dtype == "fp32" else 2)
+    per_token = (
+        2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if model.dtype == "fp32" else 2)
+    )
     rows = {
         "artifact": f"{path} ({size / 1e6:,.1f} MB in {len(manifest.files)} files)",
         "model": f"{model.family}, {model.parameters / 1e6:,.1f} M parameters, {model.dtype}",
@@ -189,7 +199,10 @@ def describe(path: Path, manifest: Manifest) -> str:
         "verified": said,
     }
     if decoding.tuned:
-        rows["tuned"] = ", ".join(f"{key} {value}" for key, value in decoding.tuned.items()) + " (where you give no options)"
+        rows["tuned"] = (
+            ", ".join(f"{key} {value}" for key, value in decoding.tuned.items())
+            + " (where you give no options)"
+        )
     if manifest.quantization is not None:
         rows["quantised"] = _quantised(manifest.quantization)
     return "\n".join(f"{name:10} {text}" for name, text in rows.items())
@@ -209,5 +222,7 @@ def quality(measured: dict[str, Any]) -> str:
         if measured["judged"]
         else ""
     )
-    same = f"same token {100 * measured['same_token']:.1f} %, same commit {100 * measured['same_commit']:.1f} %"
+    same = (
+        f"same token {100 * measured['same_token']:.1f} %, same commit {100 * measured['same_commit']:.1f} %"
+    )
     return f"KL {measured['kl_mean']:.2g} nats, {same}{right}"

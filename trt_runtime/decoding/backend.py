@@ -95,7 +95,9 @@ class Backend(ABC):
 
     is_on_cpu: bool = False
     is_concurrent: bool = False  # whether threads may call it at a time, each with caches of its own
-    steps_per_sync: int = 1  # refine steps that are made before the host synchronises and sees what they committed
+    steps_per_sync: int = (
+        1  # refine steps that are made before the host synchronises and sees what they committed
+    )
 
     @property
     def steps_per_look(self) -> int:
@@ -140,7 +142,9 @@ class Backend(ABC):
     @abstractmethod
     def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats: ...
 
-    def forward(self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+    def forward(
+        self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False
+    ) -> Stats:
         """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of the cache that the B rows of the call
         stand in. Raises DllmError for inputs outside the contract, BackendError where the device fails.
 
@@ -162,17 +166,25 @@ class Backend(ABC):
         """A refine step: `forward` by the refine graph."""
         return self.forward("refine", cache, slots, window, want_logits=want_logits)
 
-    def refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+    def refine_steps(
+        self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
+    ) -> Committed:
         """Up to `steps_per_sync` refine steps of blocks that begin the windows, each with its commit; a rule a row.
 
         Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose block is full wait. No more steps are made than some row can need; those in which a row waits are not its forwards.
         """
-        if len(rules) != len(window.input_ids) or any(not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules):
-            raise DllmError(f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R positions.")
+        if len(rules) != len(window.input_ids) or any(
+            not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules
+        ):
+            raise DllmError(
+                f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R positions."
+            )
         self._check(cache, slots, window, want_logits=False)
         return self._refine_steps(cache, slots, window, rules)
 
-    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+    def _refine_steps(
+        self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
+    ) -> Committed:
         """On the host, step by step: what a device does by itself."""
         ids, held = window.input_ids.copy(), steps.plan_of(rules, window.logit_rows.shape[1])
         mask = self.manifest.decoding.mask_token_id
@@ -185,7 +197,9 @@ class Backend(ABC):
         model = self.manifest.model
         batch, rows = slots.stop - slots.start, window.input_ids.shape[-1]
         if not 0 <= slots.start < slots.stop <= cache.batch:
-            raise DllmError(f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not empty.")
+            raise DllmError(
+                f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not empty."
+            )
         shapes = {"input_ids": (batch, rows), "position_ids": (batch, rows), "write_index": (batch,), "kv_len": (batch,),
                   "logit_rows": (batch, window.logit_rows.shape[-1])}  # fmt: skip
         limits = {"input_ids": (0, model.vocab_size - 1), "position_ids": (0, model.max_length - 1),
@@ -193,7 +207,9 @@ class Backend(ABC):
         for name, shape in shapes.items():
             array = getattr(window, name)
             if array.dtype != np.int64 or array.shape != shape or 0 in shape:
-                raise DllmError(f"{name}: {array.dtype} {list(array.shape)}, expected int64 {list(shape)} with no empty axis.")
+                raise DllmError(
+                    f"{name}: {array.dtype} {list(array.shape)}, expected int64 {list(shape)} with no empty axis."
+                )
             low, high = limits[name]
             if array.min() < low or array.max() > high:
                 raise DllmError(f"{name}: values {array.min()} to {array.max()}, expected {low} to {high}.")

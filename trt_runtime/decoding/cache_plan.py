@@ -23,7 +23,12 @@ from trt_runtime.registry import Registry, of_classes
 
 PREFIX, REFINE = "prefix", "refine"  # roles: contract.ROLES
 # kinds of forwards, as traces, recorded cases and metrics name them
-PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR = "prefix_pass", "refine_block", "refine_suffix", "refine_near"
+PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR = (
+    "prefix_pass",
+    "refine_block",
+    "refine_suffix",
+    "refine_near",
+)
 KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
 
 
@@ -181,7 +186,9 @@ class _BlockCache(CachePlan):
             return prefix_pass(row, row.masked if row.fills_gaps else row.first_candidates, after)
         # masks of a bounded suffix stand in other rows than before: all of them are made anew
         reach = len(after) if self.computes_suffix or self.suffix.most is not None else self.refresh.window
-        return Forward(REFINE, REFINE_NEAR, near, row.end, row.first_candidates, after[:reach], row.end + len(after))
+        return Forward(
+            REFINE, REFINE_NEAR, near, row.end, row.first_candidates, after[:reach], row.end + len(after)
+        )
 
     def _near(self, row: RowView) -> int | None:
         """Where the window of a block's first forward begins, if that is no prefix pass."""
@@ -214,5 +221,9 @@ def prefix_pass(row: RowView, candidates: Ints, after: Ints) -> Forward:
 
 
 PLANS: Registry[type[CachePlan]] = Registry(
-    "cache", "dllm_trt.cache_plans", "a class that extends CachePlan", of_classes(CachePlan), (NoCache, PrefixCache, DualCache)
+    "cache",
+    "dllm_trt.cache_plans",
+    "a class that extends CachePlan",
+    of_classes(CachePlan),
+    (NoCache, PrefixCache, DualCache),
 )

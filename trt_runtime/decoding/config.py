@@ -26,7 +26,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def option_names() -> list[str]:
     """Every option of a generation by its name, those of the registered policies among them."""
-    return [*(item.name for item in fields(GenerationConfig) if item.name != "policy_options"), *registry.options()]
+    return [
+        *(item.name for item in fields(GenerationConfig) if item.name != "policy_options"),
+        *registry.options(),
+    ]
 
 
 def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig:
@@ -46,7 +49,9 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
     if given.get("policy", policy) != policy or (_active(given) & of_policies) - own:
         tuned = {name: value for name, value in tuned.items() if name != "policy" and name not in of_policies}
     if isinstance(given.get("cache"), str) and not PLANS.find(given["cache"]).keeps_cache:
-        tuned = {name: value for name, value in tuned.items() if name not in ("refresh_every", "refresh_window")}
+        tuned = {
+            name: value for name, value in tuned.items() if name not in ("refresh_every", "refresh_window")
+        }
     made = {**tuned, **given}
     check_options(given, made.get("policy", "threshold"))
     return GenerationConfig(**made)
@@ -68,7 +73,11 @@ def check_options(given: Mapping[str, Any], policy: str) -> None:
 def _active(given: Mapping[str, Any]) -> set[str]:
     """The options that were given and do something: alg_temp 0, say, does not."""
     known = registry.options()
-    return {name for name, value in given.items() if name not in known or known[name].off is None or known[name].off != value}
+    return {
+        name
+        for name, value in given.items()
+        if name not in known or known[name].off is None or known[name].off != value
+    }
 
 
 @dataclass(frozen=True, init=False)
@@ -147,7 +156,9 @@ class GenerationConfig:
         if strange := sorted(set(made) - set(known)):
             raise TypeError(f"GenerationConfig has no option '{strange[0]}', nor has any policy.")
         # a value that is the default says nothing, so configurations that decode alike are equal
-        own = {name: value for name, value in made.items() if type(value) is bool or value != known[name].default}
+        own = {
+            name: value for name, value in made.items() if type(value) is bool or value != known[name].default
+        }
         values = {**locals(), "policy_options": own}
         for item in fields(self):
             object.__setattr__(self, item.name, values[item.name])
@@ -163,7 +174,9 @@ class GenerationConfig:
         """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out of range."""
         self._check_types()
         defaults, keeps_cache = manifest.decoding.defaults, PLANS.find(self.cache).keeps_cache
-        gen = self.gen_length if self.gen_length is not None else defaults.get("gen_length", DEFAULT_GEN_LENGTH)
+        gen = (
+            self.gen_length if self.gen_length is not None else defaults.get("gen_length", DEFAULT_GEN_LENGTH)
+        )
         block = self.block_length
         if block is None and (keeps_cache or manifest.decoding.blocks_without_cache):
             block = defaults.get("block_length", DEFAULT_BLOCK_LENGTH)
@@ -184,7 +197,9 @@ class GenerationConfig:
         for name, value in self.policy_options.items():
             known[name].check(value)
         for item in options_of(policy):
-            item.check(getattr(self, item.name))  # its range may be another than that of other policies' option of the name
+            item.check(
+                getattr(self, item.name)
+            )  # its range may be another than that of other policies' option of the name
         for name, value in self.policy_options.items():
             off = known[name].off
             if off is not None and value != off and name not in {item.name for item in options_of(policy)}:
@@ -198,7 +213,9 @@ class GenerationConfig:
             if value is not None and value < 0:
                 raise DllmError(f"{name} is {value}, expected a whole number from 0.")
         if not PLANS.find(self.cache).keeps_cache and (self.refresh_every != 1 or self.refresh_window):
-            raise DllmError("refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave them out.")
+            raise DllmError(
+                "refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave them out."
+            )
         if self.refresh_window and self.refresh_every == 1:
             raise DllmError(
                 "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the whole canvas."
@@ -208,14 +225,18 @@ class GenerationConfig:
 
     def _check_sampling(self, sampling: str) -> None:
         if not 1 <= self.speculate <= MAX_SPECULATE:
-            raise DllmError(f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}.")
+            raise DllmError(
+                f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}."
+            )
         filters = sampling == CATEGORICAL and (self.top_p < 1 or self.top_k is not None)
         if self.speculate > 1 and (self.draws or filters):
             raise DllmError(
                 "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy 'origin': leave one of them out."
             )
         if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            raise DllmError(f"temperature is {self.temperature}, expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}.")
+            raise DllmError(
+                f"temperature is {self.temperature}, expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}."
+            )
         if not 0 < self.top_p <= 1:
             raise DllmError(f"top_p is {self.top_p}, expected above 0 and at most 1 (1 keeps every token).")
         if self.top_k is not None and self.top_k < 1:
@@ -262,7 +283,10 @@ class GenerationConfig:
 
     def make_plan(self) -> CachePlan:
         """The cache plan of a resolved configuration."""
-        refresh, suffix = Refresh(self.refresh_every, self.refresh_window), Suffix(self.suffix, self.suffix_decay)
+        refresh, suffix = (
+            Refresh(self.refresh_every, self.refresh_window),
+            Suffix(self.suffix, self.suffix_decay),
+        )
         return PLANS.find(self.cache)(refresh, suffix)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:

@@ -58,7 +58,9 @@ def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int
     for rule, row in zip(rules, ids, strict=True):
         masks = int((row[: rule.limit] == mask_token_id).sum())
         left.append(
-            min(masks, max(1, rule.steps - rule.number)) if rule.kind == "fixed" and rule.masks == masks + _done(rule) else masks
+            min(masks, max(1, rule.steps - rule.number))
+            if rule.kind == "fixed" and rule.masks == masks + _done(rule)
+            else masks
         )
     return max(1, min(most, max(left)))
 
@@ -76,7 +78,9 @@ def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
             "'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
     if (held.state[:, 1] == PROPOSED_MASK).any():
-        raise DllmError("the model proposed the mask token: its graph is not of this manifest: export it again.")
+        raise DllmError(
+            "the model proposed the mask token: its graph is not of this manifest: export it again."
+        )
     first = np.array([rule.number for rule in rules], np.int32)[:, None]
     return Committed(ids, np.where(held.committed < 0, -1, held.committed - first).astype(np.int32))
 

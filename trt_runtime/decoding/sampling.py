@@ -36,13 +36,17 @@ class Sampler:
     def _filters(self) -> bool:
         return self.top_p < 1 or self.top_k is not None
 
-    def propose(self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator) -> RowStats:
+    def propose(
+        self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator
+    ) -> RowStats:
         """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is never proposed."""
         if self.kind == GUMBEL:
             kept = None
             if self._filters:
                 kept = filtered(logits, self.temperature, self.top_p, self.top_k, mask_token_id) > 0
-            token, confidence = gumbel_propose(logits, rng.random(logits.shape), self.temperature, mask_token_id, kept)
+            token, confidence = gumbel_propose(
+                logits, rng.random(logits.shape), self.temperature, mask_token_id, kept
+            )
             return RowStats(token, confidence, stats.runner_up, stats.entropy, best=stats.confidence)
         return self._categorical(logits, mask_token_id, rng)
 
@@ -83,7 +87,9 @@ def gumbel_propose(
     return token.astype(np.int64), probability
 
 
-def filtered(logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int) -> Floats:
+def filtered(
+    logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int
+) -> Floats:
     """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in this order.
 
     top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k keeps the k best and their equals.

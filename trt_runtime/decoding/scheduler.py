@@ -169,7 +169,10 @@ class Scheduler:
         if len(group) == count:
             return made
         at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]
-        idle, no_mask = np.full(count, self.cache.capacity - size), int(group[0].sequence.rules.mask_token_id == 0)
+        idle, no_mask = (
+            np.full(count, self.cache.capacity - size),
+            int(group[0].sequence.rules.mask_token_id == 0),
+        )
         full = Window(np.full((count, size), no_mask, np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
                       np.zeros((count, made.logit_rows.shape[1]), np.int64))  # fmt: skip
         for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):

@@ -162,7 +162,9 @@ class Sequence:
         `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
         """
         assert self.block is not None
-        state = replace(self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates)
+        state = replace(
+            self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates
+        )
         stats, chosen, forced = self._choose(stats, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
@@ -176,7 +178,11 @@ class Sequence:
         """The statistics that count [R], which candidates are committed [R], and whether that is the block's first, whatever the policy."""
         every = np.ones(len(stats.token), np.bool_)
         if not self.rules.hold_back_eos:
-            return stats, every if self._is_forced else self.rules.policy.select(stats, every, state), self._is_forced
+            return (
+                stats,
+                every if self._is_forced else self.rules.policy.select(stats, every, state),
+                self._is_forced,
+            )
         is_end = np.isin(stats.token, self.rules.eos_token_ids)
         stats = without_confidence(stats, is_end)
         if self._is_forced and not is_end[0]:
@@ -187,7 +193,12 @@ class Sequence:
         """The policy's choices in the running block as data, if a device can follow them from this forward on."""
         assert self.block is not None
         inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
-        if forward.is_prefix_pass or self.rules.sampler.needs_logits or self.rules.hold_back_eos or not inside:
+        if (
+            forward.is_prefix_pass
+            or self.rules.sampler.needs_logits
+            or self.rules.hold_back_eos
+            or not inside
+        ):
             return None
         return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
 
@@ -196,7 +207,12 @@ class Sequence:
         self._write(self.next_forward(), (positions.tolist(), tokens.tolist()), forced=self._is_forced)
 
     def _write(
-        self, forward: Forward, chosen: Written, written: Written | None = None, seen: Seen | None = None, forced: bool = False
+        self,
+        forward: Forward,
+        chosen: Written,
+        written: Written | None = None,
+        seen: Seen | None = None,
+        forced: bool = False,
     ) -> None:
         """Write positions into the canvas, note the step with what was chosen, and move on."""
         assert self.block is not None
@@ -204,7 +220,11 @@ class Sequence:
         self.canvas[positions] = tokens
         self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
-        before = (*self.state.before, (seen[0], seen[1].confidence)) if seen is not None and not forced else self.state.before
+        before = (
+            (*self.state.before, (seen[0], seen[1].confidence))
+            if seen is not None and not forced
+            else self.state.before
+        )
         self.state = BlockState(left, self.state.step + 1, self.state.forced + forced, before=before)
         if self.rules.stop_at_eos and self._has_ended():
             self.block = None

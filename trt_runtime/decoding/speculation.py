@@ -32,7 +32,9 @@ class Speculating(Generator):
                 f"speculate is {branches}: the engines take {backend.max_batch} rows a call: ask for less, or build with a larger --max-batch."
             )
         if backend.steps_per_sync > 1:
-            raise DllmError("speculate and steps_per_sync are two ways to save calls: leave one of them at 1.")
+            raise DllmError(
+                "speculate and steps_per_sync are two ways to save calls: leave one of them at 1."
+            )
         self.branches = branches
         super().__init__(backend, sequences)
 
@@ -62,7 +64,8 @@ class Speculating(Generator):
     def _verify(self, row: Sequence, first: int) -> None:
         block = row.block
         group = [
-            Wanted(first + i, draft, draft.next_forward()) for i, draft in enumerate([row, *_drafts(row, self.branches - 1)])
+            Wanted(first + i, draft, draft.next_forward())
+            for i, draft in enumerate([row, *_drafts(row, self.branches - 1)])
         ]
         stats = self._call(group)
         for i, wanted in enumerate(group):

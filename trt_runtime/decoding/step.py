@@ -46,7 +46,11 @@ def slots_of(group: list[Wanted]) -> slice:
 
 
 def advance(
-    backend: Backend, cache: Cache, group: list[Wanted], window: Window, instead: Mapping[int, Written] | None = None
+    backend: Backend,
+    cache: Cache,
+    group: list[Wanted],
+    window: Window,
+    instead: Mapping[int, Written] | None = None,
 ) -> None:
     """One call for the group, after which each of its rows commits: a forward, or the several refine steps that the backend makes before the host
     synchronises, where all rows decide by rules that it can follow. The one way in which rows move on.
@@ -60,7 +64,9 @@ def advance(
         return
     stats = forward(backend, cache, group, window)
     for wanted in group:
-        wanted.sequence.commit(wanted.forward, propose(wanted, stats, index_of(wanted, group)), (instead or {}).get(wanted.slot))
+        wanted.sequence.commit(
+            wanted.forward, propose(wanted, stats, index_of(wanted, group)), (instead or {}).get(wanted.slot)
+        )
 
 
 def forward(backend: Backend, cache: Cache, group: list[Wanted], window: Window) -> Stats:
@@ -82,7 +88,9 @@ def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | N
     return rules if len(rules) == len(group) else None
 
 
-def _several_steps(backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]) -> None:
+def _several_steps(
+    backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]
+) -> None:
     """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended.
 
     `window` has a row for every slot, the group's or not: rows that are not hold no mask, and commit nothing.
@@ -94,7 +102,9 @@ def _several_steps(backend: Backend, cache: Cache, group: list[Wanted], window: 
     every = [CommitRule("threshold", 1, 1.0)] * len(window.input_ids)
     for index, rule in zip(at, rules, strict=True):
         every[index] = rule
-    made = backend.refine_steps(cache, slots_of(group), replace(window, logit_rows=np.tile(logit_rows, (len(every), 1))), every)
+    made = backend.refine_steps(
+        cache, slots_of(group), replace(window, logit_rows=np.tile(logit_rows, (len(every), 1))), every
+    )
     for index, wanted in zip(at, group, strict=True):
         ids, step = made.ids[index], made.step[index]
         for number in range(int(step.max()) + 1):

@@ -52,12 +52,29 @@ class Device:
     reads_whole: bool = False
 
 
-def _gpu(name: str, capability: int, gib: float, bandwidth: float, rate16: float, rate32: float, reserved: float = 0.7) -> Device:
-    return Device(name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32, compute_capability=capability)
+def _gpu(
+    name: str,
+    capability: int,
+    gib: float,
+    bandwidth: float,
+    rate16: float,
+    rate32: float,
+    reserved: float = 0.7,
+) -> Device:
+    return Device(
+        name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32, compute_capability=capability
+    )
 
 
 def _jetson(
-    name: str, capability: int, gib: float, bandwidth: float, rate16: float, rate32: float, *, reads_whole: bool
+    name: str,
+    capability: int,
+    gib: float,
+    bandwidth: float,
+    rate16: float,
+    rate32: float,
+    *,
+    reads_whole: bool,
 ) -> Device:
     made = _gpu(name, capability, gib, bandwidth, rate16, rate32, reserved=4)
     return replace(made, shared=True, reads_whole=reads_whole)
@@ -102,7 +119,14 @@ def this_machine() -> Device:
     bandwidth, rate = rates
     gain = _INT8_GAIN if has_int8() else 1.0
     return Device(
-        "this machine's CPU", total, total // 10, bandwidth / 1e9, None, rate / 1e12, is_cpu=True, rate8=gain * rate / 1e12
+        "this machine's CPU",
+        total,
+        total // 10,
+        bandwidth / 1e9,
+        None,
+        rate / 1e12,
+        is_cpu=True,
+        rate8=gain * rate / 1e12,
     )
 
 
@@ -127,7 +151,9 @@ def _bandwidth() -> float:
     target = np.zeros_like(source)
     pairs = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
     with ThreadPoolExecutor(cores) as pool:
-        return 2 * source.nbytes / _least(lambda: [None for _ in pool.map(np.copyto, *zip(*pairs, strict=True))])
+        return (
+            2 * source.nbytes / _least(lambda: [None for _ in pool.map(np.copyto, *zip(*pairs, strict=True))])
+        )
 
 
 def _product_rate() -> float:
@@ -162,6 +188,13 @@ def meminfo(key: str) -> int:
 def size_text(size: float) -> str:
     """Bytes in the largest unit of which there is one."""
     unit, name = next(
-        ((unit, name) for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")) if size >= unit), (1, "B")
+        ((unit, name) for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")) if size >= unit),
+        (1, "B"),
     )
-    return f"{size / unit:.2f} {name}" if unit == GIB else f"{size / unit:.1f} {name}" if unit > 1 else f"{size:.0f} B"
+    return (
+        f"{size / unit:.2f} {name}"
+        if unit == GIB
+        else f"{size / unit:.1f} {name}"
+        if unit > 1
+        else f"{size:.0f} B"
+    )

@@ -77,7 +77,9 @@ class Finding:
     mend: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:8} {self.what:31} {self.said}" + (f"\n{'':40} -> {self.mend}" if self.mend else "")
+        return f"{self.status:8} {self.what:31} {self.said}" + (
+            f"\n{'':40} -> {self.mend}" if self.mend else ""
+        )
 
 
 def findings() -> Iterator[Finding]:
@@ -121,7 +123,11 @@ def _python() -> Finding:
     wanted = f"use Python {least[0]}.{least[1]} to {most[0]}.{most[1]}"
     if version < least:
         return Finding("Python", FAILURE, said, wanted)
-    return Finding("Python", OK, said) if version <= most else Finding("Python", WARNING, f"{said}: newer than tested", wanted)
+    return (
+        Finding("Python", OK, said)
+        if version <= most
+        else Finding("Python", WARNING, f"{said}: newer than tested", wanted)
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -144,7 +150,9 @@ def package_finding(package: Package) -> Finding:
             importlib.import_module(package.module)
     except (Exception, SystemExit) as error:  # a broken package can raise anything
         said = f"{version}, but its import fails: {type(error).__name__}: {_first_line(error)}"
-        return Finding(package.name, FAILURE if package.needed else WARNING, said, f"install it again: {package.mend}")
+        return Finding(
+            package.name, FAILURE if package.needed else WARNING, said, f"install it again: {package.mend}"
+        )
     return Finding(package.name, OK, f"{version}; for: {package.purpose}")
 
 
@@ -192,7 +200,10 @@ def _describe_gpu(cuda: Any, index: int) -> str:
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    for value, attribute in (
+        (major, 75),
+        (minor, 76),
+    ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
     return f"{name.value.decode(errors='replace')}, {size.value / GIB:.1f} GiB, compute capability {major.value}.{minor.value}"
 
@@ -221,7 +232,11 @@ def _providers() -> Iterator[Finding]:
             continue
         try:
             got = onnxruntime.InferenceSession(_IDENTITY, providers=[name]).get_providers()
-            said = "a session runs on it" if name in got else f"listed, but a session falls back to {', '.join(got)}"
+            said = (
+                "a session runs on it"
+                if name in got
+                else f"listed, but a session falls back to {', '.join(got)}"
+            )
         except Exception as error:  # onnxruntime raises several unrelated types
             got, said = [], f"listed, but no session opens: {_first_line(error)}"
         mend = (
@@ -247,7 +262,10 @@ def _products() -> Iterator[Finding]:
         try:
             settings = int8.exact_with(probe)
         except Exception as error:  # onnxruntime raises several unrelated types
-            said, mend = f"{probe}: cannot be tried: {_first_line(error)}", "install onnxruntime 1.24 or newer"
+            said, mend = (
+                f"{probe}: cannot be tried: {_first_line(error)}",
+                "install onnxruntime 1.24 or newer",
+            )
             yield Finding("8-bit products", WARNING, said, mend)
             continue
         if settings is None:
@@ -255,7 +273,11 @@ def _products() -> Iterator[Finding]:
             yield Finding("8-bit products", WARNING, f"{probe}: wrong on this processor", mend)
             continue
         words = ", ".join(f"{key} = {value}" for key, value in settings.items())
-        said = f"exact with {words}, which opening an artifact sets; slower than with VNNI" if settings else "exact"
+        said = (
+            f"exact with {words}, which opening an artifact sets; slower than with VNNI"
+            if settings
+            else "exact"
+        )
         yield Finding("8-bit products", OK, f"{probe}: {said}")
 
 
@@ -272,7 +294,12 @@ def _disk() -> Finding:
         if free > 40 * GIB
         else "an 8 B model in bf16 takes 15 GiB, and as much again for its checkpoint (less with --weights link)"
     )
-    return Finding("disk", OK if free > 40 * GIB else WARNING, f"{free / GIB:.1f} GiB free in the current directory", mend)
+    return Finding(
+        "disk",
+        OK if free > 40 * GIB else WARNING,
+        f"{free / GIB:.1f} GiB free in the current directory",
+        mend,
+    )
 
 
 def _version(package: str) -> str | None:

@@ -65,7 +65,9 @@ def weight_bytes(facts: ModelFacts) -> int:
 
 def cache_bytes(facts: ModelFacts, work: Work) -> int:
     """Keys and values of every layer: `length` rows for each of `batch` slots."""
-    return 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * _item(facts) * work.batch * work.length
+    return (
+        2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * _item(facts) * work.batch * work.length
+    )
 
 
 def runs(facts: ModelFacts, layout: Layout, device: Device, quantised: Quantization | None = None) -> bool:
@@ -86,7 +88,9 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
     activations = rows * (2 * facts.hidden_size + 3 * facts.intermediate_size) * _item(facts)
     if layout.scores:
         activations += work.batch * facts.num_heads * work.length * work.length * 4
-    statistics = 3 * work.batch * min(work.block_length, work.length) * facts.vocab_size * 4  # logits, shifted, exponentials
+    statistics = (
+        3 * work.batch * min(work.block_length, work.length) * facts.vocab_size * 4
+    )  # logits, shifted, exponentials
     weights = layout.copies * (weight_bytes(facts) + head)
     if on_cpu and layout.widens and _item(facts) == 2:
         weights = int(_CPU_16BIT * facts.parameters) + weight_bytes(facts) - 2 * facts.parameters
@@ -117,7 +121,9 @@ def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
     return float(layers + attention + 2 * asked * hidden * facts.vocab_size)
 
 
-def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int, quantised: Quantization | None = None) -> float | None:
+def seconds(
+    facts: ModelFacts, work: Work, device: Device, *, rows: int, quantised: Quantization | None = None
+) -> float | None:
     """The roofline time of a forward over windows of `rows`; None where the device's rates are not known.
 
     On a CPU fp16 is computed in fp32, and 8-bit products (of 4-bit weights as well) at a rate of their own; attention stays in fp32. On a GPU
@@ -133,7 +139,9 @@ def seconds(facts: ModelFacts, work: Work, device: Device, *, rows: int, quantis
     attention = flops(facts, rows, work.length, asked) - layers
     multiply = work.batch * (layers / of_layers + attention / rate) / 1e12
     return max(
-        multiply, (_read_bytes(facts, 4 if in_fp32 else _item(facts)) + cache_bytes(facts, work)) / (device.bandwidth * 1e9)
+        multiply,
+        (_read_bytes(facts, 4 if in_fp32 else _item(facts)) + cache_bytes(facts, work))
+        / (device.bandwidth * 1e9),
     )
 
 
@@ -144,7 +152,9 @@ def _read_bytes(facts: ModelFacts, item: int) -> int:
         facts.weight_bytes is not None
     ):  # a tied head is stored beside the embedding, whose numbers have 16 bits (or 32, then this is too much)
         return facts.weight_bytes - 2 * head
-    return (facts.parameters - (0 if facts.tied_head else head)) * item + (4 - item) * head  # the head multiplies in float32
+    return (facts.parameters - (0 if facts.tied_head else head)) * item + (
+        4 - item
+    ) * head  # the head multiplies in float32
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,16 @@ def model_of(path: str, dtype: str | None, quantize: str | None = None, device: 
         manifest = manifests.load(Path(path))
         if quantize is not None:
             source = manifest.source.get("checkpoint", "the checkpoint")
-            raise DllmError(f"{path}: --quantize forecasts the export of a checkpoint, this is an artifact: give {source}.")
+            raise DllmError(
+                f"{path}: --quantize forecasts the export of a checkpoint, this is an artifact: give {source}."
+            )
         if dtype is not None and manifest.quantization is not None:
-            raise DllmError(f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype out.")
-        return Model(manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization)
+            raise DllmError(
+                f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype out."
+            )
+        return Model(
+            manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization
+        )
     mend = commands.install("export")
     if quantize is None:
         facts_of = import_optional("export.pipeline", "plan of a checkpoint", mend).facts_of_checkpoint
@@ -195,18 +211,24 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
     )
     what = f"{layout.name} on {device.name}{why}"
     room = f"{size_text(free)}" + (
-        f" (its {size_text(device.memory)} less {size_text(device.reserved)} for driver and system)" if device.reserved else ""
+        f" (its {size_text(device.memory)} less {size_text(device.reserved)} for driver and system)"
+        if device.reserved
+        else ""
     )
     if all_of_it <= free:
         return f"fits: {what} needs {size_text(all_of_it)} of {room}."
     short = f"does not fit: {what} needs {size_text(all_of_it)} of {room}"
-    fitting = next((words for words, model, less in _smaller(facts, work, device) if needed(model, less) <= free), None)
+    fitting = next(
+        (words for words, model, less in _smaller(facts, work, device) if needed(model, less) <= free), None
+    )
     if fitting:
         return f"{short}; {fitting} would."
     least = needed(facts, replace(work, batch=1, length=min(work.length, _SHORTEST)))
     enough = [d.name for d in sorted(DEVICES.values(), key=lambda d: d.memory)
               if needed_bytes(facts, work, layout, d) <= d.memory - d.reserved]  # fmt: skip
-    other = f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
+    other = (
+        f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
+    )
     one = ", or one engine instead of two" if layout.copies > 1 else ""
     return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {size_text(least)}: {other}{one}."
 
@@ -222,7 +244,11 @@ def _smaller(facts: ModelFacts, work: Work, device: Device) -> Iterator[tuple[st
         yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
     if facts.dtype == "fp32" and facts.weight_bytes is None and not device.is_cpu:
         yield "DTYPE=bf16 (--dtype bf16)", replace(facts, dtype="bf16"), work
-        yield "DTYPE=bf16 (--dtype bf16) and a batch of 1", replace(facts, dtype="bf16"), replace(work, batch=1)
+        yield (
+            "DTYPE=bf16 (--dtype bf16) and a batch of 1",
+            replace(facts, dtype="bf16"),
+            replace(work, batch=1),
+        )
     length = work.length // 4
     while (length := length // 2) >= _SHORTEST:
         yield f"a batch of 1 and a canvas of {length} tokens", facts, replace(work, batch=1, length=length)
@@ -234,16 +260,23 @@ def check(facts: ModelFacts, work: Work) -> None:
     if work.batch > _MOST_ROWS:
         raise DllmError(f"--batch is {str(work.batch)[:20]}, expected up to {_MOST_ROWS}.")
     if work.length > facts.max_length:
-        raise DllmError(f"--length is {work.length}, the model's canvas has up to {facts.max_length} tokens: give less.")
+        raise DllmError(
+            f"--length is {work.length}, the model's canvas has up to {facts.max_length} tokens: give less."
+        )
     if facts.dtype not in contract.DTYPES:
         raise DllmError(f"dtype is {facts.dtype}, expected one of {', '.join(contract.DTYPES)}.")
 
 
-def report(facts: ModelFacts, work: Work, names: list[str], quantised: Quantization | None = None) -> dict[str, Any]:
+def report(
+    facts: ModelFacts, work: Work, names: list[str], quantised: Quantization | None = None
+) -> dict[str, Any]:
     """Everything as plain data: bytes, seconds and rates (GB/s, TFLOPS), for the devices of these names."""
     devices = [find(name) for name in names]
     weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
-    layouts = {device.name: [layout for layout in LAYOUTS if runs(facts, layout, device, quantised)] for device in devices}
+    layouts = {
+        device.name: [layout for layout in LAYOUTS if runs(facts, layout, device, quantised)]
+        for device in devices
+    }
     used = [layout for layout in LAYOUTS if any(layout in held for held in layouts.values())]
     engines = None if quantised is not None and quantised.target == ORT_CPU else weights
 
@@ -287,15 +320,23 @@ def run(
         names = ["cpu"] if quantised.target == ORT_CPU else list(DEVICES)
     made = report(facts, work, names, quantised)
     if quantised is not None and device is not None and not made["memory"]:
-        raise DllmError(f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: {_other(quantised)}.")
-    return json.dumps(made, indent=1) if as_json else forecast_text.describe(facts, made, verdicts=device is not None), made
+        raise DllmError(
+            f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: {_other(quantised)}."
+        )
+    return json.dumps(made, indent=1) if as_json else forecast_text.describe(
+        facts, made, verdicts=device is not None
+    ), made
 
 
 def _other(quantised: Quantization) -> str:
     """Where what is quantised runs."""
     if quantised.target == ORT_CPU:
         return "give --device cpu"
-    able = [name for name, device in DEVICES.items() if device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)]
+    able = [
+        name
+        for name, device in DEVICES.items()
+        if device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)
+    ]
     return f"give --device {', '.join(able)}, or another scheme"
 
 

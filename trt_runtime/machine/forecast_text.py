@@ -30,7 +30,10 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
     if made["build_memory"] is not None:
         lines[-1] += (f", engines {size_text(disk['engines, shared'])} (shared) or {size_text(disk['engines, split'])} (split); building an engine takes "
                       f"about three times the weights, {size_text(made['build_memory'])}, of memory")  # fmt: skip
-    lines += ["", f"{'forecast, at the roofline':26}{'memory':>12}{'prefix pass ms':>16}{'refine step ms':>16}  fits"]
+    lines += [
+        "",
+        f"{'forecast, at the roofline':26}{'memory':>12}{'prefix pass ms':>16}{'refine step ms':>16}  fits",
+    ]
     for name, row in made["devices"].items():
         fitting = [label for label, fits in row["fits"].items() if fits]
         lines.append(f"{name:26}{size_text(row['memory']):>12}{_ms(row['prefix_pass_seconds']):>16}{_ms(row['refine_step_seconds']):>16}"
@@ -41,10 +44,21 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
 
 def _measured(made: dict[str, Any]) -> str:
     """What the forecast for this machine's CPU stands on."""
-    rates = next((row["rates"] for row in made["devices"].values() if row["rates"]["measured"] and row["rates"]["fp32"]), None)
+    rates = next(
+        (
+            row["rates"]
+            for row in made["devices"].values()
+            if row["rates"]["measured"] and row["rates"]["fp32"]
+        ),
+        None,
+    )
     if rates is None:
         return ""
-    eight = f", 8-bit products estimated at {rates['8 bit'] / rates['fp32']:.1f} times that" if made["quantised"] else ""
+    eight = (
+        f", 8-bit products estimated at {rates['8 bit'] / rates['fp32']:.1f} times that"
+        if made["quantised"]
+        else ""
+    )
     return (
         f"; of this CPU a copy of {rates['bandwidth']:.0f} GB/s and products of {1000 * rates['fp32']:.0f} GFLOP/s in fp32, measured just "
         f"now{eight} ('dllm-trt bench' measures an artifact)"

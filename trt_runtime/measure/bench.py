@@ -68,7 +68,9 @@ class Timed:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self.backend.new_cache(batch, capacity)
 
-    def forward(self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False) -> Stats:
+    def forward(
+        self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False
+    ) -> Stats:
         begin = time.perf_counter()
         stats = self.backend.forward(role, cache, slots, window, want_logits=want_logits)
         self.seconds[role].append(time.perf_counter() - begin)
@@ -79,7 +81,8 @@ def options_of(args: argparse.Namespace) -> Options:
     """Options from the command line, checked. Raises DllmError."""
     check_counts(args, "prompt_length", "count", "repeats", "tokens_per_step")
     variants, reference, dtypes = (
-        tuple(name for name in text.split(",") if name) for text in (args.variants, args.reference, args.reference_dtypes)
+        tuple(name for name in text.split(",") if name)
+        for text in (args.variants, args.reference, args.reference_dtypes)
     )
     for dtype in dtypes:
         if dtype not in contract.DTYPES:
@@ -96,7 +99,9 @@ def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str
     for name in (*names, *options.variants):
         if name not in variants:
             raise unknown("variant", name, variants)
-    own = {name: config for name, config in variants.items() if name in options.variants or not options.variants}
+    own = {
+        name: config for name, config in variants.items() if name in options.variants or not options.variants
+    }
     opened = _opened(model, options, bool(names))
     entries: dict[str, tuple[Model, GenerationConfig]] = {}
     for label, held in opened.items():
@@ -106,8 +111,16 @@ def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str
     with progress.task("", len(entries) * (options.repeats + 1)) as task:
         for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
             for name, (held, config) in entries.items():
-                task.doing(f"measuring {name}, round {repeat} of {options.repeats}" if repeat else f"warming up {name}")
-                sample = _measure(held, prompts, config) if repeat else _measure(held, prompts[:1], _one_block(config))
+                task.doing(
+                    f"measuring {name}, round {repeat} of {options.repeats}"
+                    if repeat
+                    else f"warming up {name}"
+                )
+                sample = (
+                    _measure(held, prompts, config)
+                    if repeat
+                    else _measure(held, prompts[:1], _one_block(config))
+                )
                 task.advance()
                 if repeat:
                     samples[name].append(sample)
@@ -129,17 +142,27 @@ def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, M
     found = {model.backend.name: model}
     for path in options.beside:
         facts = manifests.load(path)
-        if replace(facts.model, dtype="", weight_bytes=None) != replace(model.manifest.model, dtype="", weight_bytes=None):
-            raise DllmError(f"--beside {path}: is of another model than {model.path}: give an artifact of the same checkpoint.")
-        label = f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
+        if replace(facts.model, dtype="", weight_bytes=None) != replace(
+            model.manifest.model, dtype="", weight_bytes=None
+        ):
+            raise DllmError(
+                f"--beside {path}: is of another model than {model.path}: give an artifact of the same checkpoint."
+            )
+        label = (
+            f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
+        )
         if label in found:
-            raise DllmError(f"--beside {path}: another artifact is called '{label}' already: give one of each kind.")
+            raise DllmError(
+                f"--beside {path}: another artifact is called '{label}' already: give one of each kind."
+            )
         found[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
     for dtype in (options.reference_dtypes or ("",)) if with_reference else ():
         extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
         extra |= {"dtype": dtype} if dtype else {}
         label = f"{REFERENCE} {dtype}".strip()
-        found[label] = Model(model.path, open_backend(REFERENCE, model.path, threads=options.threads, **extra))
+        found[label] = Model(
+            model.path, open_backend(REFERENCE, model.path, threads=options.threads, **extra)
+        )
     return found
 
 
@@ -159,7 +182,10 @@ def table(report: dict[str, Any]) -> str:
     lines = [list(columns)]
     for row in report["rows"]:
         lines.append(
-            [form.format(row[key]) if row[key] is not None else "-" for form, key in zip(columns.values(), keys, strict=True)]
+            [
+                form.format(row[key]) if row[key] is not None else "-"
+                for form, key in zip(columns.values(), keys, strict=True)
+            ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -191,7 +217,9 @@ def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
         base = replace(base, steps=blocks * -(-base.block_length // options.tokens_per_step))
         return {"vanilla": vanilla} | {cache: replace(base, cache=cache) for cache in PLANS.names()}
     single = {cache: replace(base, cache=cache) for cache in PLANS.names()}
-    return single | {f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in PLANS.names()}
+    return single | {
+        f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in PLANS.names()
+    }
 
 
 def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> dict[str, float]:
@@ -204,7 +232,13 @@ def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> d
     count_all = not config.stop_at_eos
     tokens = sum(len(result.tokens) if count_all else result.num_useful for result in results)
     made = {f"{role}_ms": 1000 * statistics.median(times) for role, times in timed.seconds.items()}
-    return {"seconds": seconds, "tokens": tokens, "nfe": sum(result.nfe for result in results), "answers": len(results), **made}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "nfe": sum(result.nfe for result in results),
+        "answers": len(results),
+        **made,
+    }
 
 
 def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
@@ -247,7 +281,9 @@ def _peak_memory(model: Model, label: str, options: Options, config: GenerationC
     command = [sys.executable, "-m", "trt_runtime.measure.bench", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DllmError(f"the memory measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise DllmError(
+            f"the memory measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     return float(done.stdout)
 
 
@@ -259,7 +295,9 @@ def _child() -> None:
     model = Model(Path(job["artifact"]), backend)
     room = model.manifest.model.max_length - job["gen_length"]
     token = 0 if model.manifest.decoding.mask_token_id else 1
-    config = GenerationConfig(gen_length=job["gen_length"], block_length=job["block_length"], stop_at_eos=False)
+    config = GenerationConfig(
+        gen_length=job["gen_length"], block_length=job["block_length"], stop_at_eos=False
+    )
     model.generate([[token] * max(1, min(room, job["prompt_length"]))], config)
     # not getrusage: its peak survives fork and exec, and would be this process's parent's
     peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))

@@ -56,7 +56,9 @@ def read_file(path: Path) -> CaseFile:
         raise DllmError(f"{path}: not readable as JSON ({error}): give a file of recorded cases.") from error
     cases = read.get("cases") if isinstance(read, dict) else read
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise DllmError(f'{path}: holds no cases: expected {{"cases": [...]}} (make some with replay --record).')
+        raise DllmError(
+            f'{path}: holds no cases: expected {{"cases": [...]}} (make some with replay --record).'
+        )
     written = read.get("format", 1) if isinstance(read, dict) else 1
     if type(written) is not int or not 1 <= written <= FORMAT:
         raise DllmError(
@@ -80,7 +82,9 @@ def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
     if not isinstance(case.get("trace"), list):
         return case
     steps = [
-        [words.get(step[0], step[0]), *step[1:]] if isinstance(step, list) and step and isinstance(step[0], str) else step
+        [words.get(step[0], step[0]), *step[1:]]
+        if isinstance(step, list) and step and isinstance(step[0], str)
+        else step
         for step in case["trace"]
     ]
     return {**case, "trace": steps}
@@ -95,7 +99,9 @@ class Row:
 
     def as_list(self, step: Step) -> tuple[str, int, int, list[int], list[int]]:
         pad = len(self.padding)
-        start, length = (0, step.length + pad) if step.kind == PREFIX_PASS else (step.start + pad, step.length)
+        start, length = (
+            (0, step.length + pad) if step.kind == PREFIX_PASS else (step.start + pad, step.length)
+        )
         return step.kind, start, length, [position + pad for position in step.positions], step.tokens
 
 
@@ -104,7 +110,12 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     rng = np.random.default_rng(seed)
     model, special = manifest.model, manifest.decoding.special_token_ids
     words = np.array([token for token in range(model.vocab_size) if token not in special])
-    options: list[Case] = [{"threshold": 0.9}, {"threshold": None}, {"alg": "topk_margin"}, {"threshold": None, "factor": 1.0}]
+    options: list[Case] = [
+        {"threshold": 0.9},
+        {"threshold": None},
+        {"alg": "topk_margin"},
+        {"threshold": None, "factor": 1.0},
+    ]
     cases = []
     for i in range(count):
         block = int(rng.choice([4, 8, 16]))
@@ -127,17 +138,23 @@ def rows_of(manifest: Manifest, case: Case) -> list[Row]:
     facts, gen = manifest.decoding, case["gen_length"]
     block = None if case["mode"] == "none" and not facts.blocks_without_cache else case.get("block_length")
     if block is None and (case["mode"] != "none" or facts.blocks_without_cache):
-        raise DllmError(f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs.")
+        raise DllmError(
+            f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs."
+        )
     # cases are facts about the loop: thresholds outside (0, 1] are allowed here, unlike in GenerationConfig
     config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
     top_p, top_k = case.get("top_p"), case.get("top_k")
     sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
     if sampler.needs_logits and facts.sampling != CATEGORICAL:
-        raise DllmError(f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know.")
+        raise DllmError(
+            f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know."
+        )
     rules = Rules(gen, block, PLANS.find(case["mode"])(), _policy(case, block), facts.mask_token_id, facts.eos_token_ids, facts.logit_shift,
                   sampler=sampler, first_commit=facts.first_commit)  # fmt: skip
     rows = []
-    for prompt, mask in zip(case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True):
+    for prompt, mask in zip(
+        case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True
+    ):
         pad = 0 if mask is None else mask.index(True)
         check_prompt(prompt[pad:], config, manifest)
         rows.append(Row(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
@@ -145,11 +162,15 @@ def rows_of(manifest: Manifest, case: Case) -> list[Row]:
 
 
 def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and all(type(t) is int for t in row) for row in value)
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(type(t) is int for t in row) for row in value
+    )
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9)
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+    )
 
 
 def _are_steps(value: Any, needed: bool) -> bool:
@@ -159,7 +180,11 @@ def _are_steps(value: Any, needed: bool) -> bool:
 def _is_step(value: Any, several: bool) -> bool:
     """A step of a trace; with `several` rows its positions may be [row, position] pairs."""
     kinds = (str, int, int, list, list, list)
-    ok = isinstance(value, list) and len(value) in (5, 6) and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
+    ok = (
+        isinstance(value, list)
+        and len(value) in (5, 6)
+        and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
+    )
     places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
     return places and len(value[3]) == len(value[4]) and _are_rows([value[4]])
 
@@ -188,10 +213,18 @@ def _check_case(case: Case) -> None:
             lambda v: _is_number(v) and not (bounded and v is None),
             "a number" if bounded else "a number or null",
         ),
-        "factor": (_alg(case) == "factor", lambda v: _is_number(v) and not (v is None and _alg(case) == "factor"), "a number"),
+        "factor": (
+            _alg(case) == "factor",
+            lambda v: _is_number(v) and not (v is None and _alg(case) == "factor"),
+            "a number",
+        ),
         "matches": (False, lambda v: isinstance(v, dict), "an object"),
         "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
-        "top_p": (False, lambda v: _is_number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
+        "top_p": (
+            False,
+            lambda v: _is_number(v) and (v is None or 0 < v <= 1),
+            "a number above 0 and at most 1",
+        ),
         "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
         "attention_mask": (
             False,
@@ -209,7 +242,9 @@ def _check_case(case: Case) -> None:
     for key, (required, is_right, expected) in checks.items():
         if (required and key not in case) or (key in case and not is_right(case[key])):
             shown = f"{key} is {str(case[key])[:60]}" if key in case else f"has no '{key}'"
-            raise DllmError(f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record).")
+            raise DllmError(
+                f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record)."
+            )
     if case["mode"] not in PLANS.names():
         raise unknown("mode", case["mode"], PLANS.names())
     if _alg(case) not in (*_schedules(), "threshold", "factor"):

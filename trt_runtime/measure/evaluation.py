@@ -28,10 +28,17 @@ from trt_runtime.measure.evaluation_errors import in_one_line, unsafe
 from trt_runtime.model import Model
 from trt_runtime.system.progress import SILENT, Progress
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one option, in lm-eval's order
+_LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # one option, in lm-eval's order
 _HONOURED = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
 ADD_BOS = ("auto", "yes", "no")
-MOST_WINDOW = 4096  # tokens of a rolling likelihood's window, where the user says nothing: some models claim 131,072
+MOST_WINDOW = (
+    4096  # tokens of a rolling likelihood's window, where the user says nothing: some models claim 131,072
+)
 
 
 @dataclass
@@ -71,14 +78,22 @@ class Harness(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if model.tokenizer is None:
             raise DllmError(f"{model.path}: has no tokenizer: tasks are texts.")
-        self.model, self.config, self.batch, self.samples, self.check_greedy = model, config, batch, samples, check_greedy
+        self.model, self.config, self.batch, self.samples, self.check_greedy = (
+            model,
+            config,
+            batch,
+            samples,
+            check_greedy,
+        )
         self.add_bos, self.escape_until = add_bos, escape_until
         self._words: Tokenizer = model.tokenizer
         self._has_rendered = False  # chat templates write the begin of a text themselves
         self.figures = Figures()
         most = model.manifest.model.max_length
         if max_length is not None and not 2 <= max_length <= most:
-            raise DllmError(f"max_length is {max_length}, expected 2 to {most}, which is what the model takes.")
+            raise DllmError(
+                f"max_length is {max_length}, expected 2 to {most}, which is what the model takes."
+            )
         self.max_length, self.window = max_length or most, max_length or min(most, MOST_WINDOW)
         if add_bos not in ADD_BOS:
             raise unknown("add_bos", add_bos, ADD_BOS)
@@ -97,7 +112,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
         """A name for lm-eval's fingerprint of a run; the template is the artifact's."""
         return "the artifact's" if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The rendered conversation, up to where the answer begins; or, where the task begins the answer itself (gen_prefix, then the last
         message), right behind that beginning."""
         if not self._words.has_chat_template:
@@ -113,10 +130,14 @@ class Harness(TemplateLM):  # type: ignore[misc]
 
     @property
     def _adds_bos(self) -> bool:
-        return self.add_bos == "yes" or (self.add_bos == "auto" and self._words.adds_bos and not self._has_rendered)
+        return self.add_bos == "yes" or (
+            self.add_bos == "auto" and self._words.adds_bos and not self._has_rendered
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._words.encode(string, add_bos=self._adds_bos if add_special_tokens is None else add_special_tokens)
+        return self._words.encode(
+            string, add_bos=self._adds_bos if add_special_tokens is None else add_special_tokens
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut at the first stop string. Options of a task that are not honoured are refused by name.
@@ -126,7 +147,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
         answers: list[str] = []
         repeats: Counter[str] = Counter()
         with self.progress.task("answers", len(requests)) as task:
-            for _, same in itertools.groupby((request.args for request in requests), key=lambda args: args[1]):
+            for _, same in itertools.groupby(
+                (request.args for request in requests), key=lambda args: args[1]
+            ):
                 asked = list(same)  # a batch decodes in one way
                 for start in range(0, len(asked), self.batch):
                     part = asked[start : start + self.batch]
@@ -155,19 +178,30 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def _config_of(self, options: dict[str, Any]) -> GenerationConfig:
         if strange := sorted(set(options) - _HONOURED):
             raise unknown(
-                "generation option of the task", strange[0], _HONOURED, "Leave it out (--gen-kwargs), or take another task."
+                "generation option of the task",
+                strange[0],
+                _HONOURED,
+                "Leave it out (--gen-kwargs), or take another task.",
             )
         config, given = self.config, self._drawing(options)
         name, length = next(((name, options[name]) for name in _LENGTHS if options.get(name)), ("", None))
         if config.gen_length is None and length is not None:
-            if isinstance(length, bool) or not isinstance(length, (int, float)) or not float(length).is_integer():
-                raise DllmError(f"{name} of the task is {length!r}, expected a whole number from 1 (--gen-kwargs overrides it).")
+            if (
+                isinstance(length, bool)
+                or not isinstance(length, (int, float))
+                or not float(length).is_integer()
+            ):
+                raise DllmError(
+                    f"{name} of the task is {length!r}, expected a whole number from 1 (--gen-kwargs overrides it)."
+                )
             given["gen_length"] = min(int(length), max(1, self.max_length // 2))  # the prompt needs room too
         try:
             return replace(config, **given).resolved(self.model.manifest)
         except DllmError as error:
             told = ", ".join(f"{name} {value}" for name, value in given.items())
-            raise DllmError(f"{error} The task asks for {told} (--gen-kwargs overrides it)." if given else str(error)) from error
+            raise DllmError(
+                f"{error} The task asks for {told} (--gen-kwargs overrides it)." if given else str(error)
+            ) from error
 
     def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:
         """What a task says of drawing, where the command line says nothing. do_sample without a temperature is temperature 1."""
@@ -187,7 +221,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
         """The end of a prompt that leaves no room for `length` more tokens, behind its BOS token; it is counted."""
         room = self.max_length - length
         if room < 1:
-            raise DllmError(f"{length} tokens are to follow a prompt, with which there may be {self.max_length}: {advice}.")
+            raise DllmError(
+                f"{length} tokens are to follow a prompt, with which there may be {self.max_length}: {advice}."
+            )
         if len(ids) <= room:
             return ids
         self.figures.truncated += 1
@@ -199,10 +235,14 @@ class Harness(TemplateLM):  # type: ignore[misc]
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         found = []
         for _, asked, target in self.progress.each(requests, "likelihoods"):
-            context = self._fitting(asked, len(target), "take a task with shorter answers, or a larger --max-length")
+            context = self._fitting(
+                asked, len(target), "take a task with shorter answers, or a larger --max-length"
+            )
             likely = self._likelihood(context, target)
             found.append((likely, self.check_greedy and likelihood.is_greedy(self.model, context, target)))
         return found
@@ -217,7 +257,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of `window` tokens that do not overlap."""
         totals = []
-        for (text,) in self.progress.each([request.args for request in requests], "likelihoods of whole texts"):
+        for (text,) in self.progress.each(
+            [request.args for request in requests], "likelihoods of whole texts"
+        ):
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = list(get_rolling_token_windows(ids, self.prefix_token_id, self.window - 1, 1))
             self.figures.windows += len(windows)
@@ -254,7 +296,9 @@ def run(harness: Harness, tasks: list[str], settings: Settings) -> dict[str, Any
     Raises DllmError for a task that is not there, and for whatever lm-eval, its data and the task's own code raise.
     """
     with in_one_line(run_unsafe_code=settings.run_unsafe_code):
-        manager = TaskManager(include_path=[str(path) for path in settings.include] or None, include_defaults=settings.defaults)
+        manager = TaskManager(
+            include_path=[str(path) for path in settings.include] or None, include_defaults=settings.defaults
+        )
         for name in tasks:
             _check_task(manager, name, settings)
         made = evaluator.simple_evaluate(
@@ -286,9 +330,13 @@ def _check_task(manager: TaskManager, name: str, settings: Settings) -> None:
                 manager.load([str(file)])
             except Exception as error:  # PyYAML's, and those of its tags
                 said = " ".join(str(error).split())
-                raise DllmError(f"{file}: lm-eval cannot read it ({type(error).__name__}: {said}): mend the file.") from error
+                raise DllmError(
+                    f"{file}: lm-eval cannot read it ({type(error).__name__}: {said}): mend the file."
+                ) from error
     raise unknown(
-        "task", name, manager.all_tasks if len(manager.all_tasks) < 40 else ["gsm8k", "minerva_math", "humaneval", "mbpp"]
+        "task",
+        name,
+        manager.all_tasks if len(manager.all_tasks) < 40 else ["gsm8k", "minerva_math", "humaneval", "mbpp"],
     )
 
 
@@ -313,7 +361,10 @@ def table(report: dict[str, Any]) -> str:
             if isinstance(value, (int, float)) and kind and not name.endswith("_stderr"):
                 error = found.get(f"{name}_stderr,{kind}")
                 label = name if kind == "none" else f"{name} ({kind})"  # of several filters, which one
-                lines.append(f"{task:24} {label:20} {value:8.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+                lines.append(
+                    f"{task:24} {label:20} {value:8.4f}"
+                    + (f" ± {error:.4f}" if isinstance(error, float) else "")
+                )
     took = report["figures"]
     if took["answers"]:
         lines.append(f"{took['answers']} answers: {took['nfe_an_answer']:.1f} forwards each, {took['tokens_per_forward']:.2f} tokens a forward, "
@@ -323,5 +374,7 @@ def table(report: dict[str, Any]) -> str:
             f"{took['likelihoods']} likelihoods: {took['likelihood_forwards']} forwards, standard error of the estimates up to {took['largest_standard_error']:.3f}"
         )
     if took["windows"]:
-        lines.append(f"{took['windows']} windows of up to {report['decoding']['window']} tokens (--max-length)")
+        lines.append(
+            f"{took['windows']} windows of up to {report['decoding']['window']} tokens (--max-length)"
+        )
     return "\n".join(lines)

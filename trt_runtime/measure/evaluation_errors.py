@@ -63,12 +63,20 @@ def _known(error: BaseException) -> DllmError | None:
     """What an exception means, if it is of a kind with a remedy of its own."""
     text = str(error)
     if isinstance(error, (ImportError, AssertionError)) and any(name in text for name in _MATH):
-        return DllmError(f"the task needs packages that are missing ({_short(text)}): {commands.install('eval')}.")
+        return DllmError(
+            f"the task needs packages that are missing ({_short(text)}): {commands.install('eval')}."
+        )
     if isinstance(error, ModuleNotFoundError):
-        return DllmError(f"the task needs a package that is missing ({_short(text)}): install it, or leave the task out.")
+        return DllmError(
+            f"the task needs a package that is missing ({_short(text)}): install it, or leave the task out."
+        )
     if isinstance(error, MemoryError):
-        return DllmError(f"the memory does not suffice ({_short(text)}): give a smaller --batch, --max-length or --gen-length.")
-    if {cls.__name__ for cls in type(error).__mro__} & _NOT_REACHED or any(said in text for said in _NOT_CACHED):
+        return DllmError(
+            f"the memory does not suffice ({_short(text)}): give a smaller --batch, --max-length or --gen-length."
+        )
+    if {cls.__name__ for cls in type(error).__mro__} & _NOT_REACHED or any(
+        said in text for said in _NOT_CACHED
+    ):
         return DllmError(
             f"the task's data cannot be downloaded ({_short(text)}): check its name, the network and HF_HUB_OFFLINE, or take a task whose "
             "data are here (--include-path)."

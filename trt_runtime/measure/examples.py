@@ -62,15 +62,20 @@ def _example(line: str, where: str) -> Example:
     try:
         held = json.loads(line)
     except ValueError as error:
-        raise DllmError(f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.') from error
+        raise DllmError(
+            f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.'
+        ) from error
     if not isinstance(held, dict):
         raise DllmError(f'{where}: expected an object {{"prompt": "...", "answer": "..."}}.')
     prompt, answers = held.get("prompt"), held.get("answers", [held["answer"]] if "answer" in held else None)
     is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if not (isinstance(prompt, str) or is_ids) or (
-        answers is not None and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
+        answers is not None
+        and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
     ):
-        raise DllmError(f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.')
+        raise DllmError(
+            f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.'
+        )
     return Example(typing.cast(str | list[int], prompt), None if answers is None else tuple(answers))
 
 

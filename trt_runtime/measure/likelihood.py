@@ -33,7 +33,9 @@ class Likelihood:
     forwards: int
 
 
-def estimate(model: Model, context: list[int], target: list[int], *, samples: int = 128, seed: int = 0) -> Likelihood:
+def estimate(
+    model: Model, context: list[int], target: list[int], *, samples: int = 128, seed: int = 0
+) -> Likelihood:
     """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is too long or empty."""
     facts, mask = model.manifest.model, model.manifest.decoding.mask_token_id
     if not context or not target or samples < 1:
@@ -53,11 +55,17 @@ def estimate(model: Model, context: list[int], target: list[int], *, samples: in
     ids = np.array([*context, *target], np.int64)
     counts = stratified(samples, length, int(rng.integers(1, length + 1)))
     masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
-    calls = list(_calls(masked, facts.vocab_size, max(1, min(model.backend.max_batch or samples, _POSITIONS // len(ids)))))
+    calls = list(
+        _calls(
+            masked, facts.vocab_size, max(1, min(model.backend.max_batch or samples, _POSITIONS // len(ids)))
+        )
+    )
     cache = model.backend.new_cache(max(map(len, calls)), len(ids))
     values = np.zeros(samples)
     for part in calls:
-        window = _window(ids, [(masked[i], asked) for i, asked in part], mask, model.manifest.decoding.logit_shift)
+        window = _window(
+            ids, [(masked[i], asked) for i, asked in part], mask, model.manifest.decoding.logit_shift
+        )
         logits = model.backend.prefix(cache, slice(0, len(part)), window, want_logits=True).logits
         assert logits is not None
         for row, (i, asked) in enumerate(part):
@@ -83,13 +91,17 @@ def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piec
 
 def stratified(samples: int, length: int, first: int) -> Ints:
     """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length [samples]."""
-    spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(np.int64)
+    spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(
+        np.int64
+    )
     return (spread - 1) % length + 1
 
 
 def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
     """Whether the model, one most confident token a forward and without a cache, writes exactly `target`."""
-    config = GenerationConfig(gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False)
+    config = GenerationConfig(
+        gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False
+    )
     return model.generate([context], config)[0].tokens == target
 
 
@@ -100,7 +112,13 @@ def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shi
     tokens = np.tile(ids, (batch, 1))
     for i, (at, asked) in enumerate(rows_of):
         tokens[i, at], rows[i, : len(asked)] = mask_token_id, np.maximum(asked - shift, 0)
-    return Window(tokens, np.tile(np.arange(length), (batch, 1)), np.zeros(batch, np.int64), np.full(batch, length), rows)
+    return Window(
+        tokens,
+        np.tile(np.arange(length), (batch, 1)),
+        np.zeros(batch, np.int64),
+        np.full(batch, length),
+        rows,
+    )
 
 
 def _log_probability(logits: Floats, tokens: Ints) -> float:

@@ -49,8 +49,13 @@ def replay(backend: Backend, case: Case) -> Replayed:
 def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
     """Run several cases as one batch: each must come out as it does alone."""
     groups = [rows_of(backend.manifest, case) for case in cases]
-    if any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows) and not backend.gives_logits:
-        raise DllmError(f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits.")
+    if (
+        any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows)
+        and not backend.gives_logits
+    ):
+        raise DllmError(
+            f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits."
+        )
     Generator(backend, [row.sequence for rows in groups for row in rows]).run()
     return [replayed(case, rows) for case, rows in zip(cases, groups, strict=True)]
 
@@ -82,9 +87,13 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     mask = case.get("mask_token_id")
     left_masks = any(mask in row for row in case.get("output", []))
     left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
-    expected = [step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]]
+    expected = [
+        step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]
+    ]
     if left_masks and not expected:
-        return Mismatch(name, "output: expected mask tokens, which are never left here, and there is no trace to follow")
+        return Mismatch(
+            name, "output: expected mask tokens, which are never left here, and there is no trace to follow"
+        )
     got = result["trace"][: len(expected)] if left_gaps else result["trace"]
     if "trace" in case:
         for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
@@ -97,7 +106,9 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     if "output" in case and not left_masks and result["output"] != case["output"]:
         return Mismatch(name, f"output: {_first_token(case['output'], result['output'])}")
     if "full_output" in case and not left_gaps and result.get("full_output") != case["full_output"]:
-        return Mismatch(name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}")
+        return Mismatch(
+            name, f"full_output: {_first_token(case['full_output'], result.get('full_output', []))}"
+        )
     nfe = case.get("nfe_nonempty", case.get("nfe"))
     differs = nfe is not None and not left_gaps and result["nfe"] != nfe
     return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}") if differs else None
@@ -116,16 +127,25 @@ def follow(backend: Backend, case: Case, margin: float) -> Agreement:
     """Compare every decision of a recorded case of one row, each after the history that was recorded: what the case wrote is
     written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
     (row,) = rows_of(backend.manifest, case)
-    generator, name, ambiguous, trace = Generator(backend, [row.sequence]), str(case.get("id")), 0, _steps(case)
+    generator, name, ambiguous, trace = (
+        Generator(backend, [row.sequence]),
+        str(case.get("id")),
+        0,
+        _steps(case),
+    )
     for number, expected in enumerate(trace):
         if row.sequence.is_finished:
-            return Agreement(number, ambiguous, Mismatch(name, f"step {number}: expected {len(trace)} forwards"))
+            return Agreement(
+                number, ambiguous, Mismatch(name, f"step {number}: expected {len(trace)} forwards")
+            )
         generator.step({0: (expected[3], expected[4])})
         got = list(row.as_list(row.sequence.trace[-1]))
         if got == expected:
             continue
         if not _is_near(row.sequence, number, expected, margin):
-            return Agreement(number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}"))
+            return Agreement(
+                number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}")
+            )
         ambiguous += 1
     return Agreement(len(trace), ambiguous, None)
 
@@ -189,7 +209,9 @@ def _result(case: Case, rows: list[Row]) -> Case:
         "nfe": max(row.sequence.nfe for row in rows),
         "trace": _trace(rows),
     }
-    filled = any(canvas[: len(prompt)] != prompt for canvas, prompt in zip(whole, case["prompt"], strict=True))
+    filled = any(
+        canvas[: len(prompt)] != prompt for canvas, prompt in zip(whole, case["prompt"], strict=True)
+    )
     if filled or "attention_mask" in case:
         result["full_output"] = whole
     return result
@@ -216,7 +238,9 @@ def _difference(expected: list[Any], got: list[Any]) -> str:
     if got[3] != expected[3]:
         first = next((p for p in got[3] + expected[3] if (p in got[3]) != (p in expected[3])), None)
         return f"position {first}: expected positions {expected[3]}, got {got[3]}"
-    position, theirs, mine = next(item for item in zip(expected[3], expected[4], got[4], strict=True) if item[1] != item[2])
+    position, theirs, mine = next(
+        item for item in zip(expected[3], expected[4], got[4], strict=True) if item[1] != item[2]
+    )
     return f"position {position}: expected token {theirs}, got {mine}"
 
 

@@ -60,7 +60,13 @@ class Tuner:
         match: str,
         tell: Callable[[str], None],
     ) -> None:
-        self.model, self.base, self.max_drop, self.match, self.tell = model, base.resolved(model.manifest), max_drop, match, tell
+        self.model, self.base, self.max_drop, self.match, self.tell = (
+            model,
+            base.resolved(model.manifest),
+            max_drop,
+            match,
+            tell,
+        )
         self.examples, self.trials = examples, list[Trial]()
         self.baseline = self._baseline()
 
@@ -70,10 +76,20 @@ class Tuner:
         assert block is not None and gen is not None
         lengths = sorted({max(1, block // 2), block, min(gen, 2 * block), min(gen, 4 * block)})
         best = self._best(
-            [{"block_length": length, "policy": "threshold", "threshold": t} for length in lengths for t in _THRESHOLDS]
+            [
+                {"block_length": length, "policy": "threshold", "threshold": t}
+                for length in lengths
+                for t in _THRESHOLDS
+            ]
         )
         shared = {"block_length": best.options["block_length"]}
-        best = self._best([{**shared, "policy": name, **own} for name in POLICIES.names() for own in POLICIES.find(name).trials])
+        best = self._best(
+            [
+                {**shared, "policy": name, **own}
+                for name in POLICIES.names()
+                for own in POLICIES.find(name).trials
+            ]
+        )
         length = best.options["block_length"]
         self._best([best.options | more for more in (
             {"cache": "prefix"}, {"refresh_every": 2}, {"refresh_every": 0, "refresh_window": length}, {"refresh_every": 2, "refresh_window": length},
@@ -120,11 +136,20 @@ class Tuner:
         begin = time.perf_counter()
         results = [self.model.generate([example.prompt], config)[0] for example in self.examples]
         seconds = time.perf_counter() - begin
-        made = Trial(options, 0, seconds, sum(result.num_useful for result in results), sum(result.nfe for result in results))
+        made = Trial(
+            options,
+            0,
+            seconds,
+            sum(result.num_useful for result in results),
+            sum(result.nfe for result in results),
+        )
         return made, [result.text or "" for result in results]
 
     def _right(self, answers: list[str]) -> int:
-        return sum(is_right(answer, example, self.match) for answer, example in zip(answers, self.examples, strict=True))
+        return sum(
+            is_right(answer, example, self.match)
+            for answer, example in zip(answers, self.examples, strict=True)
+        )
 
     def _line(self, trial: Trial) -> str:
         share = trial.right / len(self.examples)
@@ -134,7 +159,13 @@ class Tuner:
 
 
 def run(
-    model: Model, examples: list[Example], base: GenerationConfig, *, max_drop: float, match: str, tell: Callable[[str], None]
+    model: Model,
+    examples: list[Example],
+    base: GenerationConfig,
+    *,
+    max_drop: float,
+    match: str,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Tune, and return the baseline, the choice, and all trials."""
     tuner = Tuner(model, examples, base, max_drop, match, tell)

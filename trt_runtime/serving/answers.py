@@ -51,7 +51,11 @@ class Options:
 def check_count(worker: Worker, count: int) -> None:
     """Raise Failure for more answers than the server ever takes at a time, before anything is made of them."""
     if count > (most := worker.slots + worker.most_queued):
-        raise Failure(429, f"the queue is full: this server takes {most} answers at a time: ask for fewer.", code="queue_full")
+        raise Failure(
+            429,
+            f"the queue is full: this server takes {most} answers at a time: ask for fewer.",
+            code="queue_full",
+        )
 
 
 class Answer:
@@ -84,7 +88,9 @@ class Answer:
 
             return deliver
 
-        self.jobs = [Job(row.sequence, to(index), wants_updates, is_held=True) for index, row in enumerate(self.rows)]
+        self.jobs = [
+            Job(row.sequence, to(index), wants_updates, is_held=True) for index, row in enumerate(self.rows)
+        ]
         try:
             self.worker.submit(self.jobs)
         except Busy:
@@ -107,7 +113,10 @@ class Answer:
         if stopped and tokenizer is not None:
             self.done[index] = (len(tokenizer.encode(text)) if text else 0, update.nfe)
         elif update.finished:
-            self.done[index] = (row.gaps if row.shown is not None else row.sequence.num_useful, row.sequence.nfe)
+            self.done[index] = (
+                row.gaps if row.shown is not None else row.sequence.num_useful,
+                row.sequence.nfe,
+            )
 
     def usage(self) -> dict[str, int]:
         """Tokens, forwards (nfe), and the tokens that forwards committed, which are the forwards of decoding one token at a time."""

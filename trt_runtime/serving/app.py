@@ -46,7 +46,8 @@ _REFUSALS = {400: "a field that is missing, wrong or not honoured", 401: "no key
 _ERROR: dict[str, Any] = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message", "type"], "properties": {
     "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}  # fmt: skip
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": said, "content": {"application/json": {"schema": _ERROR}}} for status, said in _REFUSALS.items()
+    status: {"description": said, "content": {"application/json": {"schema": _ERROR}}}
+    for status, said in _REFUSALS.items()
 }
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
                                                    "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
@@ -87,7 +88,14 @@ def create_app(model: Model, options: Options) -> FastAPI:
     """The application over an opened model. The worker lives from startup to shutdown. Raises DllmError."""
     metrics = Metrics()
     longest = longest_of(model, options.slots, options.max_length, options.memory_share)
-    worker = Worker(model, metrics, slots=options.slots, max_length=longest, most_queued=options.most_queued, lanes=options.lanes)
+    worker = Worker(
+        model,
+        metrics,
+        slots=options.slots,
+        max_length=longest,
+        most_queued=options.most_queued,
+        lanes=options.lanes,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -145,7 +153,11 @@ def _problem(status: int, message: str, param: str | None = None, code: str | No
 
 def _errors(app: FastAPI, metrics: Metrics) -> None:
     def answer(
-        status: int, message: str, param: str | None = None, code: str | None = None, more: Mapping[str, str] | None = None
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> JSONResponse:
         metrics.errors.labels(str(status)).inc()
         made = _problem(status, message, param, code)
@@ -217,7 +229,9 @@ def _trouble(worker: Worker, options: Options, preparing: Preparing) -> str | No
         return "the worker is not running."
     if (taken := worker.longest_forward()) > options.timeout:
         return f"a forward has been running for {taken:.0f} s: start the server again."
-    return "the threads that prepare prompts do not end: start the server again." if preparing.is_stuck else None
+    return (
+        "the threads that prepare prompts do not end: start the server again." if preparing.is_stuck else None
+    )
 
 
 def _status(app: FastAPI, worker: Worker, options: Options) -> None:
@@ -293,7 +307,9 @@ def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Prep
 
 def _check_model(name: str | None, options: Options) -> None:
     if name is not None and name != options.name:
-        raise Failure(404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found")
+        raise Failure(
+            404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found"
+        )
 
 
 async def _answer(answer: Answer, request: Request) -> Response:
@@ -309,7 +325,8 @@ async def _answer(answer: Answer, request: Request) -> Response:
         if not gone.done():
             answer.cancel("timeout")
         raise Failure(
-            499 if gone.done() else 504, f"no answer within {answer.options.timeout:g} s: lower max_tokens, or try again."
+            499 if gone.done() else 504,
+            f"no answer within {answer.options.timeout:g} s: lower max_tokens, or try again.",
         )
     except BaseException as error:
         if isinstance(error, Exception) or not is_fault(error):

@@ -38,7 +38,9 @@ class _Connection(HttpToolsProtocol):
     most = 1 << 16
     header_seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
-    _running: Any = None  # the request that is being answered; of several that came at once, `cycle` is the last
+    _running: Any = (
+        None  # the request that is being answered; of several that came at once, `cycle` is the last
+    )
     _pending = 0  # bytes since a head, a part of a body or an end was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -92,7 +94,9 @@ class _Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no HTTP/1.1 request that can be read; the server speaks plain HTTP, no TLS.")
+        self._refuse(
+            400, "this is no HTTP/1.1 request that can be read; the server speaks plain HTTP, no TLS."
+        )
 
     def _refuse(self, status: int, message: str) -> None:
         """End the connection with an answer of OpenAI's form, or without one where another answer is under way."""
@@ -100,8 +104,16 @@ class _Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         said = encoded(status, message)
-        headers = {**headers_of(status), "connection": "close", "content-type": "application/json", "content-length": len(said)}
-        lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+        headers = {
+            **headers_of(status),
+            "connection": "close",
+            "content-type": "application/json",
+            "content-length": len(said),
+        }
+        lines = [
+            f"HTTP/1.1 {status} {_REASONS[status]}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + said)
         self.transport.close()
 

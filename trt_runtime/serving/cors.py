@@ -17,7 +17,9 @@ _PORT_OF_ITS_OWN = re.compile(r"http://[^/]*:80|https://[^/]*:443")
 def check(origins: tuple[str, ...]) -> None:
     """Raise DllmError for what no browser sends as an origin, so that it would never match."""
     for origin in origins:
-        if origin not in ("*", "null") and (not _ORIGIN.fullmatch(origin) or _PORT_OF_ITS_OWN.fullmatch(origin)):
+        if origin not in ("*", "null") and (
+            not _ORIGIN.fullmatch(origin) or _PORT_OF_ITS_OWN.fullmatch(origin)
+        ):
             raise DllmError(
                 f"--cors is '{origin[:80]}', expected an origin as browsers send it, like http://localhost:3000 (small letters, no path, no port 80 "
                 "of http or 443 of https; give --cors once for each), or '*' for all."

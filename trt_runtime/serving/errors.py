@@ -9,7 +9,12 @@ from typing import Any
 
 RETRY_SECONDS = 1
 _MOST, _HEAD, _TAIL = 320, 160, 120  # characters of a message; of a longer one those that are kept
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 # what the library says to who calls it in Python or from the command line
 _WORDS = (
     (re.compile(r"\s*\([^()]*--[^()]*\)"), ""),
@@ -28,7 +33,11 @@ class Failure(Exception):
 
 def clipped(text: str, most: int = _MOST) -> str:
     """A text of at most `most` characters or so: of a longer one its beginning and its end. Halves of characters are spelled."""
-    text = text if len(text) <= most else f"{text[: most * _HEAD // _MOST]} [...] {text[-(most * _TAIL // _MOST) :]}"
+    text = (
+        text
+        if len(text) <= most
+        else f"{text[: most * _HEAD // _MOST]} [...] {text[-(most * _TAIL // _MOST) :]}"
+    )
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -51,11 +51,20 @@ class Limits:
         if self.only_local and not is_local_name(headers.get(b"host", b"").decode("latin-1")):
             said = "this server answers to localhost alone: serve with --host to have it elsewhere."
             await self._refuse(send, 403, said)
-        elif self.keys and scope["path"] not in _PUBLIC and not self._has_key(headers.get(b"authorization", b"")):
+        elif (
+            self.keys
+            and scope["path"] not in _PUBLIC
+            and not self._has_key(headers.get(b"authorization", b""))
+        ):
             said = "the API key is missing or wrong: send 'Authorization: Bearer KEY'."
             await self._refuse(send, 401, said, "invalid_api_key")
         elif self.num_open >= self.most_open and scope["path"] not in _PUBLIC:
-            await self._refuse(send, 503, f"{self.most_open} requests are open already: try again later.", "too_many_requests")
+            await self._refuse(
+                send,
+                503,
+                f"{self.most_open} requests are open already: try again later.",
+                "too_many_requests",
+            )
         else:
             self.num_open += 1
             try:
@@ -94,7 +103,9 @@ class Limits:
 
     def _has_key(self, given: bytes) -> bool:
         scheme, _, key = given.partition(b" ")
-        found = [hmac.compare_digest(key.strip(), known) for known in self.keys]  # all of them, so that the time tells nothing
+        found = [
+            hmac.compare_digest(key.strip(), known) for known in self.keys
+        ]  # all of them, so that the time tells nothing
         return scheme.lower() == b"bearer" and any(found)
 
     async def _body(self, receive: Any) -> bytes | None:

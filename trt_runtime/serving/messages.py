@@ -22,7 +22,11 @@ class Part(Strict):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(kind := given.get("type"), str) and kind not in ("text", "refusal"):
+        if (
+            isinstance(given, dict)
+            and isinstance(kind := given.get("type"), str)
+            and kind not in ("text", "refusal")
+        ):
             raise ValueError(f"a part of type '{kind[:40]}': this model reads text alone: leave it out")
         if not isinstance(given, dict):
             return given
@@ -44,7 +48,9 @@ class Message(Strict):
     """A turn: role system (or developer), user or assistant. Fields of OpenAI's message objects that hold nothing (null, [], {}) are taken, as clients
     put an answer's own message back into the conversation."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"description": "what holds nothing: null, [] or {}"}})
+    model_config = ConfigDict(
+        json_schema_extra={"additionalProperties": {"description": "what holds nothing: null, [] or {}"}}
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
@@ -58,13 +64,17 @@ class Message(Strict):
         for name in ("tool_calls", "function_call"):
             if not _says_nothing(given.get(name)):
                 raise ValueError(f"a message with {name}: this model calls no tools: leave it out")
-        return {key: value for key, value in given.items() if key in cls.model_fields or not _says_nothing(value)}
+        return {
+            key: value for key, value in given.items() if key in cls.model_fields or not _says_nothing(value)
+        }
 
     @field_validator("role", mode="before")
     @classmethod
     def _known(cls, role: Any) -> Any:
         if role in ("tool", "function"):
-            raise ValueError(f"a message of role '{role}': this model calls no tools: leave it out, or say it as the user")
+            raise ValueError(
+                f"a message of role '{role}': this model calls no tools: leave it out, or say it as the user"
+            )
         return role
 
     @model_validator(mode="after")
@@ -78,7 +88,9 @@ class Message(Strict):
         """The message as a chat template takes it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.said for part in content)
-        return {"role": _ROLES[self.role], "content": text} | ({"name": self.name} if self.name is not None else {})
+        return {"role": _ROLES[self.role], "content": text} | (
+            {"name": self.name} if self.name is not None else {}
+        )
 
 
 def _says_nothing(value: Any) -> bool:

@@ -46,15 +46,21 @@ class Preparing:
         try:
             await asyncio.wait({done}, timeout=max(0.1, left))
             if not done.done():
-                raise Failure(504, f"the prompt was not prepared within {self.seconds:g} s: shorten it, or try again.")
+                raise Failure(
+                    504, f"the prompt was not prepared within {self.seconds:g} s: shorten it, or try again."
+                )
             return done.result()
         finally:
             if not done.done():
                 done.cancel()
                 self._late = {late for late in self._late if late.is_alive()} | {thread}
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Expired))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Expired)
+                )
 
-    def _started(self, function: Callable[..., T], given: tuple[Any, ...]) -> tuple[asyncio.Future[T], threading.Thread]:
+    def _started(
+        self, function: Callable[..., T], given: tuple[Any, ...]
+    ) -> tuple[asyncio.Future[T], threading.Thread]:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 

@@ -89,9 +89,13 @@ def is_local(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 takes a free one. Raises DllmError."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
+        )
     except OSError as error:
-        raise DllmError(f"cannot listen on {host}:{port} ({error.strerror or error}): give another --host or --port.") from error
+        raise DllmError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): give another --host or --port."
+        ) from error
 
 
 def end(said: str) -> None:

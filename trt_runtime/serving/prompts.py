@@ -44,15 +44,33 @@ def asked(model: Model, body: Common, longest: int) -> Asked:
     if body.seed is None and config.draws:
         config = replace(config, seed=secrets.randbelow(2**31))
     if config.make_sampler(model.manifest).needs_logits and not model.backend.gives_logits:
-        raise Failure(400, "this server's model gives no logits: leave out temperature, top_p and top_k.", "temperature")
+        raise Failure(
+            400, "this server's model gives no logits: leave out temperature, top_p and top_k.", "temperature"
+        )
     made: list[Row] = []
     for number, (ids, gap, tail) in enumerate(_prompts(model, body, config, longest)):
         for _ in range(body.choices):
-            made.append(_row(model, replace(config, seed=(config.seed + len(made)) % (LARGEST_SEED + 1)), number, ids, gap, tail))
+            made.append(
+                _row(
+                    model,
+                    replace(config, seed=(config.seed + len(made)) % (LARGEST_SEED + 1)),
+                    number,
+                    ids,
+                    gap,
+                    tail,
+                )
+            )
     return Asked(made, config.seed if config.draws or body.seed is not None else None)
 
 
-def _row(model: Model, config: GenerationConfig, number: int, ids: list[int], gap: int | None, tail: list[int] | None) -> Row:
+def _row(
+    model: Model,
+    config: GenerationConfig,
+    number: int,
+    ids: list[int],
+    gap: int | None,
+    tail: list[int] | None,
+) -> Row:
     """A choice. gap: tokens to generate behind `ids`; None: the gaps are in them. tail: what stands behind the gap."""
     mask = model.manifest.decoding.mask_token_id
     if gap is not None and tail is None:
@@ -70,7 +88,11 @@ def _prompts(
 ) -> list[tuple[list[int], int | None, list[int] | None]]:
     """Of each prompt: its token ids, the tokens to generate, and the ids behind these where a suffix is given."""
     if isinstance(body, ChatRequest):
-        return [_with_room(model, body, config, _encoded(model, [m.plain for m in body.messages], longest), None, longest)]
+        return [
+            _with_room(
+                model, body, config, _encoded(model, [m.plain for m in body.messages], longest), None, longest
+            )
+        ]
     assert isinstance(body, CompletionRequest)
     if body.template is not None:
         return [(_template(model, body, longest), None, None)]
@@ -79,7 +101,14 @@ def _prompts(
     if not found:
         raise Failure(400, "the prompt is empty: give at least one.", "prompt")
     return [
-        _with_room(model, body, config, [] if tail and prompt == "" else _encoded(model, prompt, longest), tail, longest)
+        _with_room(
+            model,
+            body,
+            config,
+            [] if tail and prompt == "" else _encoded(model, prompt, longest),
+            tail,
+            longest,
+        )
         for prompt in found
     ]
 
@@ -137,7 +166,9 @@ def _without_masks(model: Model, ids: list[int]) -> list[int]:
     mask = model.manifest.decoding.mask_token_id
     if mask in ids:
         said = "use the field template of /v1/completions, which has gaps to fill, or take it out."
-        raise Failure(400, f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: {said}", "prompt")
+        raise Failure(
+            400, f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: {said}", "prompt"
+        )
     return ids
 
 

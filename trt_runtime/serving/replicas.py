@@ -188,7 +188,9 @@ class Front:
                 return
             except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
                 _LOG.warning(
-                    "a replica was lost in an answer that had %s: %s", "begun" if begun else "not begun", type(error).__name__
+                    "a replica was lost in an answer that had %s: %s",
+                    "begun" if begun else "not begun",
+                    type(error).__name__,
                 )
                 if begun or time.monotonic() > deadline:
                     await self._lost(send, begun)
@@ -219,7 +221,11 @@ class Front:
         }
         if not states.get("RUNNING"):
             return 503, "application/json", _error(503, "no replica is running: try again.")
-        return 200, "application/json", json.dumps({"status": "ready", "open": self.num_open, "replicas": states}).encode()
+        return (
+            200,
+            "application/json",
+            json.dumps({"status": "ready", "open": self.num_open, "replicas": states}).encode(),
+        )
 
     async def metrics(self) -> tuple[int, str, bytes]:
         """What all replicas have counted, the lost ones included."""
@@ -290,11 +296,15 @@ def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
     have = ray.cluster_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
     if count * each > have:
         change = "fewer replicas" if on_gpu else "fewer replicas, --lanes or --threads"
-        raise DllmError(f"{count} replicas take {count * each:g} {kind}s, Ray has {have:g}: ask for {change}.")
+        raise DllmError(
+            f"{count} replicas take {count * each:g} {kind}s, Ray has {have:g}: ask for {change}."
+        )
     return {"num_gpus": 1.0, "num_cpus": 1.0} if on_gpu else {"num_cpus": each}
 
 
-def _serve(setup: Setup, options: Any, host: str, port: int, count: int, name: str, needs: dict[str, float]) -> int:
+def _serve(
+    setup: Setup, options: Any, host: str, port: int, count: int, name: str, needs: dict[str, float]
+) -> int:
     from trt_runtime.serving.app import most_open
     from trt_runtime.serving.cors import allowed
     from trt_runtime.serving.limits import Limits

@@ -18,7 +18,13 @@ from trt_runtime.serving.neutral import Neutral, NeutralChat, NeutralCompletion,
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, LONGEST_STOP = 16, 256, 64, 256
 LARGEST_SEED = 2**63 - 1
 _OTHERWISE = {"suffix": "suffix_masks"}  # options that OpenAI's API has another field of the same name for
-_CLOSED = {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}  # not for clients, or said otherwise
+_CLOSED = {
+    "infill",
+    "stop_at_eos",
+    "gen_length",
+    "alg_temp",
+    "speculate",
+}  # not for clients, or said otherwise
 OPTIONS = {name: _OTHERWISE.get(name, name) for name in option_names() if name not in _CLOSED}
 
 
@@ -57,32 +63,46 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     provisional: bool | None = None
-    include_obfuscation: Annotated[bool, Field(le=False)] | None = Field(default=None, description="false alone")
+    include_obfuscation: Annotated[bool, Field(le=False)] | None = Field(
+        default=None, description="false alone"
+    )
 
 
 class Common(Neutral):
     """What both kinds of completion take."""
 
     model: str | None = Field(default=None, description="the name of the model, of which a server has one")
-    max_tokens: Whole | None = Field(default=None, ge=1, description="tokens to generate (default: the model's gen_length)")
+    max_tokens: Whole | None = Field(
+        default=None, ge=1, description="tokens to generate (default: the model's gen_length)"
+    )
     temperature: Annotated[float, AfterValidator(effective_temperature)] | None = Field(
         default=None, description="0 (default), or less than 0.001, takes the best token"
     )
     top_p: float | None = None
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Whole | None = Field(default=None, ge=0, le=LARGEST_SEED, description="default: another one for each request")
+    seed: Whole | None = Field(
+        default=None, ge=0, le=LARGEST_SEED, description="default: another one for each request"
+    )
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # of diffusion models; those of policies are added below
     policy: Name | None = None
-    refresh_every: Whole | None = Field(default=None, ge=0, description="blocks from one rebuilt cache to the next")
+    refresh_every: Whole | None = Field(
+        default=None, ge=0, description="blocks from one rebuilt cache to the next"
+    )
     refresh_window: Whole | None = Field(
         default=None, ge=0, description="positions around a block that begins without a rebuilt cache"
     )
-    suffix_masks: Whole | None = Field(default=None, ge=0, description="masks after the block that a forward sees")
-    suffix_decay: bool | None = Field(default=None, description="take those of suffix_masks at growing distances")
-    hold_back_eos: bool | None = Field(default=None, description="commit end tokens only when nothing else is left in the block")
+    suffix_masks: Whole | None = Field(
+        default=None, ge=0, description="masks after the block that a forward sees"
+    )
+    suffix_decay: bool | None = Field(
+        default=None, description="take those of suffix_masks at growing distances"
+    )
+    hold_back_eos: bool | None = Field(
+        default=None, description="commit end tokens only when nothing else is left in the block"
+    )
     steps: Whole | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
     block_length: Whole | None = Field(default=None, ge=1)
     cache: Name | None = Field(default=None, description="none, prefix or dual")
@@ -101,9 +121,13 @@ class Common(Neutral):
         """The stop strings. Raises DllmError."""
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(found) > MOST_STOPS or not all(found):
-            raise DllmError(f"stop has {len(found)} strings, expected up to {MOST_STOPS}, none of them empty.")
+            raise DllmError(
+                f"stop has {len(found)} strings, expected up to {MOST_STOPS}, none of them empty."
+            )
         if max(map(len, found), default=0) > LONGEST_STOP:
-            raise DllmError(f"stop has a string of {max(map(len, found))} characters, expected up to {LONGEST_STOP}.")
+            raise DllmError(
+                f"stop has a string of {max(map(len, found))} characters, expected up to {LONGEST_STOP}."
+            )
         return found
 
     def length(self) -> int | None:
@@ -114,7 +138,11 @@ class Common(Neutral):
         """The options of a generation, but for its length and the gaps; not yet checked against the model. Raises DllmError."""
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
-        given = {name: value for name, field in OPTIONS.items() if (value := getattr(self, field, None)) is not None}
+        given = {
+            name: value
+            for name, field in OPTIONS.items()
+            if (value := getattr(self, field, None)) is not None
+        }
         if self.top_k in (-1, 0):
             del given["top_k"]
         if self.policy is not None:
@@ -131,7 +159,9 @@ class Common(Neutral):
 
 class _ChatRequest(Common, NeutralChat):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: Whole | None = Field(default=None, ge=1, description="the newer name of max_tokens")
+    max_completion_tokens: Whole | None = Field(
+        default=None, ge=1, description="the newer name of max_tokens"
+    )
 
     def length(self) -> int | None:
         if self.max_tokens is not None and self.max_completion_tokens is not None:

@@ -14,16 +14,22 @@ from trt_runtime.machine import devices
 from trt_runtime.machine.forecast import Work, cache_bytes
 from trt_runtime.model import Model
 
-SHARE = 0.5  # of the memory that is free once the model is open: the rest is for activations, answers and others
+SHARE = (
+    0.5  # of the memory that is free once the model is open: the rest is for activations, answers and others
+)
 _STEP, _LEAST = 64, 64
 
 
-def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE) -> int:
+def longest_canvas(
+    facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE
+) -> int:
     """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a share of the `free` bytes (default: those
     of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits, or more is asked for."""
     if asked is not None:
         if asked > facts.max_length:
-            raise DllmError(f"--max-length is {asked}, expected up to {facts.max_length}, which is what the model takes.")
+            raise DllmError(
+                f"--max-length is {asked}, expected up to {facts.max_length}, which is what the model takes."
+            )
         return asked
     free = free_memory() if free is None else free
     each = cache_bytes(facts, Work(slots, 1, 1))
@@ -41,7 +47,9 @@ def longest_canvas(facts: ModelFacts, slots: int, asked: int | None, free: int |
 def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
     """The same for an opened model, in the memory of its device; engines hold what they were built for. Raises DllmError."""
     backend = model.backend
-    longest = longest_canvas(model.manifest.model, slots, asked, free_memory() if backend.is_on_cpu else _of_gpu(), share)
+    longest = longest_canvas(
+        model.manifest.model, slots, asked, free_memory() if backend.is_on_cpu else _of_gpu(), share
+    )
     capacity = getattr(backend, "capacity", None)
     return longest if asked is not None or capacity is None else max(1, min(longest, capacity - SPARE_ROWS))
 

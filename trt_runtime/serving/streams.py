@@ -27,7 +27,10 @@ async def whole(answer: Answer) -> dict[str, Any]:
             texts[index], stopped[index] = answer.show(index, update)
             if stopped[index]:
                 answer.worker.cancel(answer.jobs[index], "stop")
-    choices = [answer.choice(index, text, answer.reason(index, stopped[index]), chunk=False) for index, text in enumerate(texts)]
+    choices = [
+        answer.choice(index, text, answer.reason(index, stopped[index]), chunk=False)
+        for index, text in enumerate(texts)
+    ]
     return answer.envelope(answer.kind, choices=choices, usage=answer.usage())
 
 
@@ -53,8 +56,14 @@ async def events(answer: Answer) -> AsyncIterator[str]:
     sent, stopped, begun = [""] * len(answer.jobs), [False] * len(answer.jobs), [False] * len(answer.jobs)
     try:
         async for index, update in _updates(answer):
-            if answer.kind == CHAT and not begun[index]:  # not before: until now, a lost replica loses nothing
-                first = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+            if (
+                answer.kind == CHAT and not begun[index]
+            ):  # not before: until now, a lost replica loses nothing
+                first = {
+                    "delta": {"role": "assistant", "content": ""},
+                    "finish_reason": None,
+                    "logprobs": None,
+                }
                 yield event(choices=[{"index": index, **first}])
             begun[index] = True
             if stopped[index]:
@@ -68,7 +77,9 @@ async def events(answer: Answer) -> AsyncIterator[str]:
                 yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
                 sent[index] = text
             if stopped[index] or update.finished:
-                yield event(choices=[answer.choice(index, "", answer.reason(index, stopped[index]), chunk=True)])
+                yield event(
+                    choices=[answer.choice(index, "", answer.reason(index, stopped[index]), chunk=True)]
+                )
                 answer.worker.cancel(answer.jobs[index], "stop")
         if options is not None and options.include_usage:
             yield event(choices=[], usage=answer.usage())

@@ -75,9 +75,13 @@ class Worker:
     """A model behind schedulers in threads. `submit` and `cancel` may be called from the event loop. Raises DllmError where the backend
     takes one call at a time and several lanes are asked for."""
 
-    def __init__(self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int, lanes: int = 1) -> None:
+    def __init__(
+        self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int, lanes: int = 1
+    ) -> None:
         if lanes > 1 and not model.backend.is_concurrent:
-            raise DllmError(f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it out.")
+            raise DllmError(
+                f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it out."
+            )
         if lanes > slots:
             raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one a slot.")
         self.model, self.metrics = model, metrics
@@ -200,7 +204,9 @@ class Worker:
         is_new = row.block != job.block
         now = time.perf_counter()
         if is_new:
-            (metrics.first_block if not job.blocks else metrics.between_blocks).observe(now - (job.last or job.begin))
+            (metrics.first_block if not job.blocks else metrics.between_blocks).observe(
+                now - (job.last or job.begin)
+            )
             job.last, job.blocks = now, job.blocks + 1
         if job.wants_updates or row.is_finished:
             assert job.block is not None

@@ -103,7 +103,9 @@ def resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (RuntimeError, OSError) as error:  # Python before 3.13: RuntimeError
-        raise DllmError(f"{path}: cannot be followed ({error}): its links lead in a circle; choose another path.") from error
+        raise DllmError(
+            f"{path}: cannot be followed ({error}): its links lead in a circle; choose another path."
+        ) from error
 
 
 def _take_place(made: Path, out: Path, overwrite: bool) -> None:

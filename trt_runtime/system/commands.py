@@ -17,13 +17,17 @@ from pathlib import Path
 def install(*extras: str) -> str:
     """The command that installs optional packages of dllm-trt itself."""
     root, names = checkout(), ",".join(extras)
-    return f"{pip()} install " + (f"'dllm-trt[{names}]'" if root is None else f"-e {shlex.quote(f'{_shown(root)}[{names}]')}")
+    return f"{pip()} install " + (
+        f"'dllm-trt[{names}]'" if root is None else f"-e {shlex.quote(f'{_shown(root)}[{names}]')}"
+    )
 
 
 def by_driver(kind: str) -> str:
     """The same for TensorRT ('trt', 'rtx'), which comes in a form for each CUDA: by the major version that the driver runs."""
     driver = driver_cuda()
-    return install(f"{kind}-cu{12 if driver == 12 else 13}") + ("" if driver else f" (a driver of CUDA 12: {kind}-cu12)")
+    return install(f"{kind}-cu{12 if driver == 12 else 13}") + (
+        "" if driver else f" (a driver of CUDA 12: {kind}-cu12)"
+    )
 
 
 def driver_cuda() -> int:
@@ -87,4 +91,6 @@ def _program(path: Path) -> str:
 def _shown(path: Path) -> str:
     """A path below the current directory from there on, any other as it is."""
     path, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and here != Path(here.anchor) else str(path)
+    return (
+        str(path.relative_to(here)) if path.is_relative_to(here) and here != Path(here.anchor) else str(path)
+    )

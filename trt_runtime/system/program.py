@@ -55,7 +55,11 @@ def _said(error: BaseException, advice: str) -> str | None:
         said = ""
     elif isinstance(error, DllmError):
         said = text
-    elif isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _ran_out(error, text):
+    elif (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or _ran_out(error, text)
+    ):
         about = f" ({text[:200]})" if text else ""
         said = f"out of memory{about}: lower the lengths, the batch or the slots, or use a larger machine."
     elif isinstance(error, UnicodeError):
@@ -63,7 +67,9 @@ def _said(error: BaseException, advice: str) -> str | None:
     elif isinstance(error, OSError):
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "output"
         said = f"{where}: {error.strerror or text}: {advice}."
-    elif isinstance(error, RuntimeError) and "Symlink loop" in text:  # what pathlib makes of ELOOP before Python 3.13
+    elif (
+        isinstance(error, RuntimeError) and "Symlink loop" in text
+    ):  # what pathlib makes of ELOOP before Python 3.13
         where = text.removeprefix("Symlink loop from ").strip("'")
         said = f"{where}: a link that leads back to itself: give another path."
     elif type(error).__name__ == "PanicException":

@@ -71,7 +71,11 @@ class Progress:
         with self.lock:
             moment = time.monotonic()
             task = self.tasks[-1] if self.tasks else None
-            if task is None or moment - self.tasks[0].began < self.delay or (moment - self.last < _REDRAW and not now):
+            if (
+                task is None
+                or moment - self.tasks[0].began < self.delay
+                or (moment - self.last < _REDRAW and not now)
+            ):
                 return
             from trt_runtime.system.screen import fitted, size_of
 

@@ -137,7 +137,9 @@ def lay_out(spans: Iterable[Span], width: int) -> list[Row]:
                 column -= cells[-1].width
                 cells.append(_joined(cells.pop(), character))
                 column += cells[-1].width
-                if column >= width and len(cells) > 1:  # not in the last column, where terminals differ about what is combined
+                if (
+                    column >= width and len(cells) > 1
+                ):  # not in the last column, where terminals differ about what is combined
                     moved = cells[-1]
                     end -= moved.taken - 1
                     close(cells[:-1], True, moved)
@@ -161,7 +163,10 @@ def _cell(character: str, style: str, column: int, width: int) -> Cell:
 
 def _joined(cell: Cell, character: str) -> Cell:
     """A cell and what is combined with it; an emoji selector may make it two columns wide."""
-    text, width = unicodedata.normalize("NFC", cell.text + character), 2 if character == "\ufe0f" else cell.width
+    text, width = (
+        unicodedata.normalize("NFC", cell.text + character),
+        2 if character == "\ufe0f" else cell.width,
+    )
     return Cell(text, cell.style, width, cell.taken + 1)
 
 
@@ -276,7 +281,9 @@ def _changed(old: tuple[Cell, ...], new: tuple[Cell, ...]) -> str:
     before, after = sum(cell.width for cell in old), sum(cell.width for cell in new)
     last = len(new)
     if before == after:
-        while last > first and old[last - len(new) - 1] == new[last - 1] and last - len(new) + len(old) > first:
+        while (
+            last > first and old[last - len(new) - 1] == new[last - 1] and last - len(new) + len(old) > first
+        ):
             last -= 1
     column = sum(cell.width for cell in new[:first])
     start = "\r" + (f"\x1b[{column}C" if column else "")

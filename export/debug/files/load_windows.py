@@ -16,7 +16,10 @@ def load(role):
     dtype = json.loads((HERE / "facts.json").read_text())["dtype"]
     for file in sorted((HERE / "windows").glob(f"{role}-*.npz")):
         with np.load(file) as held:
-            yield {name: _cast(held[name], dtype) if name.startswith("cache_") else held[name] for name in held.files}
+            yield {
+                name: _cast(held[name], dtype) if name.startswith("cache_") else held[name]
+                for name in held.files
+            }
 
 
 def _cast(array, dtype):

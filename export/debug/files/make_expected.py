@@ -22,7 +22,9 @@ def main():
             made = []
             for file in files:
                 with np.load(file) as held:
-                    made.append(IterationResult(OrderedDict((key, held[key]) for key in held.files), runner_name=name))
+                    made.append(
+                        IterationResult(OrderedDict((key, held[key]) for key in held.files), runner_name=name)
+                    )
             results = RunResults()
             results[name] = made
             results.save(str(HERE / f"expected-{role}{ending}.json"))

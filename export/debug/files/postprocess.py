@@ -21,10 +21,16 @@ def check_inputs(network):
             read.add(name)
             if name in made_by:
                 layer = made_by[name]
-                waiting += [layer.get_input(k).name for k in range(layer.num_inputs) if layer.get_input(k) is not None]
-    ignored = [name for name in (network.get_input(i).name for i in range(network.num_inputs)) if name not in read]
+                waiting += [
+                    layer.get_input(k).name for k in range(layer.num_inputs) if layer.get_input(k) is not None
+                ]
+    ignored = [
+        name for name in (network.get_input(i).name for i in range(network.num_inputs)) if name not in read
+    ]
     if ignored:
-        raise SystemExit(f"no output depends on the input {', '.join(ignored)}: the engine would compute something else")
+        raise SystemExit(
+            f"no output depends on the input {', '.join(ignored)}: the engine would compute something else"
+        )
 
 
 def configure(builder, network, config):

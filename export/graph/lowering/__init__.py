@@ -25,13 +25,19 @@ class Lowering(Protocol):
     def size(self, op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
         """The length of an axis, a scalar."""
 
-    def rms_norm(self, op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType) -> ir.Value:
+    def rms_norm(
+        self, op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float, dtype: ir.DataType
+    ) -> ir.Value:
         """`weight * cast(x / rms(x))` over the last axis, the mean taken in float32."""
 
-    def rotate(self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value) -> ir.Value:
+    def rotate(
+        self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value
+    ) -> ir.Value:
         """Half-split rotation of x [B, N, S, D] by the rows `position_ids` [B, S] of two tables [max_length, D/2]."""
 
-    def extend(self, op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def extend(
+        self, op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
         """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to attend to, and the tensor
         that the graph returns: the cache written at row `write_index` [B], or `new`."""
 

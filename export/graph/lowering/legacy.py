@@ -40,10 +40,14 @@ def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
     return op.Less(op.Range(0, size(op, window, 1), 1), kv_len)
 
 
-def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
+def valid_keys(
+    op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
+) -> list[ir.Value]:
     size_of_window = size(op, window, 1)
     held = op.Range(0, size(op, cache, 2), 1)  # [C]
-    written = op.Add(write_index, op.Range(0, size_of_window, 1))  # [B, S]: the rows of the cache that the window will stand in
+    written = op.Add(
+        write_index, op.Range(0, size_of_window, 1)
+    )  # [B, S]: the rows of the cache that the window will stand in
     is_other = op.Or(op.Less(held, write_index), op.GreaterOrEqual(held, op.Add(write_index, size_of_window)))
     return [op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len)]
 
@@ -55,7 +59,15 @@ def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
 
 
 def attention(
-    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, scale: float, head_dim: int, group: int
+    op: OpBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    *,
+    scale: float,
+    head_dim: int,
+    group: int,
 ) -> ir.Value:
     if group > 1:
         key, value = (_repeat(op, tensor, head_dim, group) for tensor in (key, value))

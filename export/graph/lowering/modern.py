@@ -32,7 +32,9 @@ def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
     return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), 1), kv_len)
 
 
-def valid_keys(op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value) -> list[ir.Value]:
+def valid_keys(
+    op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
+) -> list[ir.Value]:
     return [op.Less(op.Range(0, size(op, cache, 2), 1), kv_len)]
 
 
@@ -44,6 +46,14 @@ def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
 
 
 def attention(
-    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, *, scale: float, head_dim: int, group: int
+    op: OpBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    *,
+    scale: float,
+    head_dim: int,
+    group: int,
 ) -> ir.Value:
     return op.Attention(query, key, value, mask, scale=scale)

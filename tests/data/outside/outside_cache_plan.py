@@ -13,4 +13,6 @@ class Always(CachePlan):
     name: ClassVar[str] = "always"
 
     def next_forward(self, row: RowView) -> Forward:
-        return prefix_pass(row, row.first_candidates if row.opens_block else row.inside, row.after(self.suffix))
+        return prefix_pass(
+            row, row.first_candidates if row.opens_block else row.inside, row.after(self.suffix)
+        )

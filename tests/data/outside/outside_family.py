@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_trt_export.families.base import ConfigReader, Family, Piece, Reference, decoding_defaults, transformers_reference
+from dllm_trt_export.families.base import (
+    ConfigReader,
+    Family,
+    Piece,
+    Reference,
+    decoding_defaults,
+    transformers_reference,
+)
 from dllm_trt_export.graph.attention import Attention
 from dllm_trt_export.graph.context import split_layer
 from dllm_trt_export.graph.decoder import DecoderConfig
@@ -21,7 +28,11 @@ class Toy(Family):
     title = "Toy"
 
     def decoder(self, config: ConfigReader) -> DecoderConfig:
-        for key, value in (("hidden_size", _HIDDEN), ("num_attention_heads", _HEADS), ("intermediate_size", _MLP)):
+        for key, value in (
+            ("hidden_size", _HIDDEN),
+            ("num_attention_heads", _HEADS),
+            ("intermediate_size", _MLP),
+        ):
             config.require(key, value)
         return DecoderConfig(
             hidden_size=_HIDDEN,
@@ -29,7 +40,9 @@ class Toy(Family):
             vocab_size=config.positive("vocab_size"),
             max_length=config.positive("max_position_embeddings"),
             norm_eps=config.get("rms_norm_eps", float),
-            attention=Attention(_HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, rope_theta=config.rope_theta(), rotary_float32=False),
+            attention=Attention(
+                _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, rope_theta=config.rope_theta(), rotary_float32=False
+            ),
             feed_forward=SwiGLU(_HIDDEN, _MLP),
         )
 

@@ -37,7 +37,9 @@ class Squared(Dream):
     def tensor_name(self, weight: str) -> str:
         layer = split_layer(weight)
         own = layer is not None and layer[1] in ("rise_proj", "fall_proj")
-        return f"model.layers.{layer[0]}.mlp.{layer[1]}.weight" if layer and own else super().tensor_name(weight)
+        return (
+            f"model.layers.{layer[0]}.mlp.{layer[1]}.weight" if layer and own else super().tensor_name(weight)
+        )
 
     def tiny_config(self) -> dict[str, Any]:
         return {**super().tiny_config(), "model_type": "squared"}
@@ -55,8 +57,12 @@ def _network(decoder: DecoderConfig) -> Reference:
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rise_proj = torch.nn.Linear(decoder.hidden_size, decoder.feed_forward.intermediate_size, bias=False)
-            self.fall_proj = torch.nn.Linear(decoder.feed_forward.intermediate_size, decoder.hidden_size, bias=False)
+            self.rise_proj = torch.nn.Linear(
+                decoder.hidden_size, decoder.feed_forward.intermediate_size, bias=False
+            )
+            self.fall_proj = torch.nn.Linear(
+                decoder.feed_forward.intermediate_size, decoder.hidden_size, bias=False
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fall_proj(torch.relu(self.rise_proj(x)) ** 2)

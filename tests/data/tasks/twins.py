@@ -17,7 +17,9 @@ from datasets import Dataset
 
 def _rows(count: int, skip: int) -> Dataset:
     found = demo_prompts.held_out(count + skip)[skip:]
-    return Dataset.from_list([{"order": e.prompt, "plan": json.dumps(e.plan), "answer": e.answer} for e in found])
+    return Dataset.from_list(
+        [{"order": e.prompt, "plan": json.dumps(e.plan), "answer": e.answer} for e in found]
+    )
 
 
 def plans(**options: Any) -> dict[str, Dataset]:
@@ -41,7 +43,10 @@ def pass_at_k(references: list[str], predictions: list[list[str]], k: int | list
             '\n####\nThe "code_eval" metric executes untrusted model-generated code.\nset HF_ALLOW_CODE_EVAL="1"\n####'
         )
     ks = [k] if isinstance(k, int) else k
-    right = [[_runs(written, plan) for written in answers] for plan, answers in zip(references, predictions, strict=True)]
+    right = [
+        [_runs(written, plan) for written in answers]
+        for plan, answers in zip(references, predictions, strict=True)
+    ]
     return {f"pass@{n}": sum(any(row[:n]) for row in right) / len(right) for n in ks}
 
 

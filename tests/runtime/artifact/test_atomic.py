@@ -64,7 +64,10 @@ def test_a_directory_takes_its_place_or_vanishes(tmp_path):
 def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
     """Of two exports to one new place, one is told."""
     out = tmp_path / "out"
-    with pytest.raises(DllmError, match="written by another process meanwhile"), atomic.sealed(out, overwrite=False) as directory:
+    with (
+        pytest.raises(DllmError, match="written by another process meanwhile"),
+        atomic.sealed(out, overwrite=False) as directory,
+    ):
         (directory / "file").write_text("slow")
         write(out, "quick", overwrite=False)
     assert held(out) == "quick" and names(tmp_path) == ["out"]
@@ -111,7 +114,8 @@ def test_what_killed_processes_left_is_removed_and_what_lives_stays(tmp_path):
     )
     out = tmp_path / "a[1]*"
     killed, alive = (
-        subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        for _ in range(2)
     )
     for process in (killed, alive):
         assert process.stdout.readline() == "there\n"
@@ -141,7 +145,11 @@ def test_an_export_that_is_ended_leaves_the_old_artifact_alone(artifact, number)
     )
     options = ["--checkpoint", str(DEMO), "--out", str(artifact), "--overwrite", "--verify", "no"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+        [sys.executable, "-c", code, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
     )
     while process.stdout.readline() not in ("now\n", ""):
         pass
@@ -155,7 +163,9 @@ def test_ignored_signals_stay_ignored():
     """Under nohup a lost terminal ends nothing."""
     code = "import signal; from trt_runtime.system import atomic; atomic.end_on_signals(); print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
     wrapped = f"import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); subprocess.run([sys.executable, '-c', {code!r}])"
-    done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", wrapped], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "True"
 
 
@@ -169,13 +179,17 @@ def test_two_processes_that_note_something_lose_nothing(artifact):
         "    else: manifest.update(path, lambda held: replace(held, verified={'passed': True, 'number': i}), since=manifest.load(path))"
     )
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(artifact), what], cwd=ROOT) for what in ("tune", "verify", "tune")
+        subprocess.Popen([sys.executable, "-c", code, str(artifact), what], cwd=ROOT)
+        for what in ("tune", "verify", "tune")
     ]
     while any(process.poll() is None for process in running):
         manifests.load(artifact)
     assert [process.returncode for process in running] == [0, 0, 0]
     found = manifests.load(artifact)
-    assert found.decoding.tuned == {"policy": "eb", "gamma": 0.39} and found.verified == {"passed": True, "number": 39}
+    assert found.decoding.tuned == {"policy": "eb", "gamma": 0.39} and found.verified == {
+        "passed": True,
+        "number": 39,
+    }
     assert not [name for name in names(artifact) if name.endswith(".tmp")]
 
 
@@ -222,7 +236,12 @@ def test_links_that_lead_in_a_circle_are_one_line(tmp_path):
 def test_no_telemetry_of_onnx_runtime(tmp_path):
     """It looks up a host and writes an identifier into the home directory unless it is told not to before its import."""
     code = "import export, os, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    for module in ("export", "trt_runtime.backends.ort", "trt_runtime.machine.doctor", "export.parity.verify"):
+    for module in (
+        "export",
+        "trt_runtime.backends.ort",
+        "trt_runtime.machine.doctor",
+        "export.parity.verify",
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code.replace("import export", f"import {module}")], capture_output=True, text=True, check=True, cwd=ROOT,
             env={**{k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},

@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from trt_runtime.artifact.tokenizer import Tokenizer as Ours
 from trt_runtime.errors import DllmError
 
-PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/data/templates").glob("*.jinja"))}
+PUBLISHED = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "tests/data/templates").glob("*.jinja"))
+}
 TEMPLATES = PUBLISHED | {
     "trims the end": "{% for m in messages %}<{{ m.role }}>{{ m.content.rstrip() }}</s>\n{% endfor %}",
     "keeps all": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
@@ -40,7 +43,11 @@ QUESTION = {"role": "user", "content": "Write f. Here is it: ["}
 BEFORE = [
     [QUESTION],
     [{"role": "system", "content": "Be brief."}, QUESTION],
-    [QUESTION, {"role": "assistant", "content": "["}, {"role": "user", "content": "  And \n g? "}],  # few shots as turns
+    [
+        QUESTION,
+        {"role": "assistant", "content": "["},
+        {"role": "user", "content": "  And \n g? "},
+    ],  # few shots as turns
 ]
 
 
@@ -70,23 +77,34 @@ def test_a_begun_answer_is_rendered_as_transformers_does(name, tmp_path):
             expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
             text = ours.render_chat(messages, continue_final_message=True)
             assert text == expected, (name, begun)
-            assert text.endswith(begun) or (text.endswith(begun.strip()) and name not in ("dream", "keeps all"))
+            assert text.endswith(begun) or (
+                text.endswith(begun.strip()) and name not in ("dream", "keeps all")
+            )
             assert messages[-1]["content"] == begun  # the caller's own
-            assert ours.render_chat(messages, add_generation_prompt=False) == theirs.apply_chat_template(messages, tokenize=False)
+            assert ours.render_chat(messages, add_generation_prompt=False) == theirs.apply_chat_template(
+                messages, tokenize=False
+            )
 
 
 def test_llada_writes_its_header_whatever_is_asked_and_a_begun_answer_has_none_behind_it(tmp_path):
     ours = Ours(_write(tmp_path / "t", {"chat_template": PUBLISHED["llada"]}))
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert ours.render_chat([QUESTION], add_generation_prompt=False).endswith(header)
-    text = ours.render_chat([QUESTION, {"role": "assistant", "content": "def f"}], continue_final_message=True)
+    text = ours.render_chat(
+        [QUESTION, {"role": "assistant", "content": "def f"}], continue_final_message=True
+    )
     assert text.endswith(header + "def f") and text.count(header) == 1
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "options", "said"),
     [
-        ("{{ messages[0].content }}", [QUESTION, {"role": "assistant", "content": "x"}], {}, "drops or changes the message"),
+        (
+            "{{ messages[0].content }}",
+            [QUESTION, {"role": "assistant", "content": "x"}],
+            {},
+            "drops or changes the message",
+        ),
         (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
             [{"role": "assistant", "content": "x"}],
@@ -96,7 +114,12 @@ def test_llada_writes_its_header_whatever_is_asked_and_a_begun_answer_has_none_b
         ("{{ messages }}", [], {}, "give one"),
         ("{{ messages }}", [{"role": "assistant"}], {}, "content of the last message"),
         ("{{ messages }}", [QUESTION], {"add_generation_prompt": True}, "leave out add_generation_prompt"),
-        ("{{ messages }}", [{"role": "assistant", "content": "CONTINUE_FINAL_MESSAGE_TAG"}], {}, "leave it out"),
+        (
+            "{{ messages }}",
+            [{"role": "assistant", "content": "CONTINUE_FINAL_MESSAGE_TAG"}],
+            {},
+            "leave it out",
+        ),
         ("{{ raise_exception('no') }}", [QUESTION], {}, "the chat template failed"),
     ],
 )
@@ -108,7 +131,9 @@ def test_answers_that_cannot_be_begun(template, messages, options, said, tmp_pat
 
 def _with_bos(tokenizer):
     bos = SPECIAL[0]
-    return processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
 
 
 _AS_TOKEN = {
@@ -144,9 +169,9 @@ def test_plain_texts_begin_with_bos_where_transformers_puts_it(name, tmp_path):
     assert ours.adds_bos == has_bos
     if ours.adds_bos:
         bos = ours.special_id("bos_token")
-        assert ours.encode(f"{SPECIAL[0]}x", add_bos=True) == ours.encode(f"{SPECIAL[0]}x") and ours.encode("", add_bos=True) == [
-            bos
-        ]
+        assert ours.encode(f"{SPECIAL[0]}x", add_bos=True) == ours.encode(f"{SPECIAL[0]}x") and ours.encode(
+            "", add_bos=True
+        ) == [bos]
 
 
 def test_without_a_bos_token_none_can_be_asked_for(tmp_path):

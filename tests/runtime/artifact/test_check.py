@@ -42,13 +42,18 @@ def changed(artifact, change, role: str = "refine") -> None:
 def relist(artifact, name: str) -> None:
     path = artifact / "manifest.json"
     read = json.loads(path.read_text())
-    read["files"][name] = {"size": (artifact / name).stat().st_size, "sha256": manifests.sha256_of(artifact / name)}
+    read["files"][name] = {
+        "size": (artifact / name).stat().st_size,
+        "sha256": manifests.sha256_of(artifact / name),
+    }
     path.write_text(json.dumps(read))
 
 
 def placed(tensor: onnx.TensorProto, **entries: object) -> None:
     for key, value in entries.items():
-        held = next((entry for entry in tensor.external_data if entry.key == key), None) or tensor.external_data.add(key=key)
+        held = next(
+            (entry for entry in tensor.external_data if entry.key == key), None
+        ) or tensor.external_data.add(key=key)
         held.value = str(value)
 
 
@@ -57,7 +62,16 @@ def outside(model) -> onnx.TensorProto:
 
 
 @pytest.mark.parametrize(
-    "name", ["extra.data", "weights2.data", "tokenizer/more.json", "deep/er/file", ".hidden", "model.onnx", "manifest.json.bak"]
+    "name",
+    [
+        "extra.data",
+        "weights2.data",
+        "tokenizer/more.json",
+        "deep/er/file",
+        ".hidden",
+        "model.onnx",
+        "manifest.json.bak",
+    ],
 )
 def test_files_that_are_not_listed_are_refused(artifact, name, capsys):
     (artifact / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +118,9 @@ def test_listed_files_beside_an_unlisted_one_are_still_checked(artifact):
     shutil.copy(artifact / "weights.data", artifact / "mine.data")
     changed(
         artifact,
-        lambda model: [placed(tensor, location="mine.data") for tensor in model.graph.initializer if tensor.external_data],
+        lambda model: [
+            placed(tensor, location="mine.data") for tensor in model.graph.initializer if tensor.external_data
+        ],
         "prefix",
     )
     refused(artifact, "mine.data", "does not list it")
@@ -112,7 +128,9 @@ def test_listed_files_beside_an_unlisted_one_are_still_checked(artifact):
     refused(artifact, "prefix.onnx: takes weights from 'mine.data'")
 
 
-@pytest.mark.parametrize("entries", [{"offset": 1 << 40}, {"length": 1 << 40}, {"offset": -1}, {"length": -5}])
+@pytest.mark.parametrize(
+    "entries", [{"offset": 1 << 40}, {"length": 1 << 40}, {"offset": -1}, {"length": -5}]
+)
 def test_weights_beyond_their_file_are_refused(artifact, entries):
     changed(artifact, lambda model: placed(outside(model), **entries))
     refused(artifact, "refine.onnx: takes", "the files are not of one export", "export it again")
@@ -125,7 +143,9 @@ def test_a_cut_file_that_was_listed_anew_is_refused(artifact):
     refused(artifact, "the files are not of one export")
 
 
-@pytest.mark.parametrize("where", ["graph", "attribute", "subgraph", "sparse", "function", "default", "training"])
+@pytest.mark.parametrize(
+    "where", ["graph", "attribute", "subgraph", "sparse", "function", "default", "training"]
+)
 def test_weights_are_found_wherever_they_stand(artifact, where):
     """Also in a node's attribute, the graph of a control flow node, a sparse tensor, a function's nodes or the defaults of its attributes."""
     tensor = onnx.TensorProto(name="t", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
@@ -138,11 +158,17 @@ def test_weights_are_found_wherever_they_stand(artifact, where):
             model.graph.node.append(onnx.helper.make_node("Constant", [], ["t"], value=tensor))
         elif where == "subgraph":
             inner = onnx.GraphProto(name="g", initializer=[tensor])
-            model.graph.node.append(onnx.helper.make_node("If", ["c"], ["t"], then_branch=inner, else_branch=inner))
+            model.graph.node.append(
+                onnx.helper.make_node("If", ["c"], ["t"], then_branch=inner, else_branch=inner)
+            )
         elif where == "function":
-            model.functions.add(name="F", domain="").node.append(onnx.helper.make_node("Constant", [], ["t"], value=tensor))
+            model.functions.add(name="F", domain="").node.append(
+                onnx.helper.make_node("Constant", [], ["t"], value=tensor)
+            )
         elif where == "default":
-            model.functions.add(name="F", domain="").attribute_proto.append(onnx.helper.make_attribute("value", tensor))
+            model.functions.add(name="F", domain="").attribute_proto.append(
+                onnx.helper.make_attribute("value", tensor)
+            )
         elif where == "training":
             model.training_info.add().initialization.initializer.append(tensor)
         else:
@@ -154,11 +180,18 @@ def test_weights_are_found_wherever_they_stand(artifact, where):
 
 @pytest.mark.parametrize("domain", ["com.microsoft", "my.ops", "ai.onnx.ml", "com.microsoft.nchwc"])
 def test_operators_of_other_domains_are_refused(artifact, domain):
-    changed(artifact, lambda model: model.graph.node.append(onnx.helper.make_node("Op", ["input_ids"], ["x"], domain=domain)))
+    changed(
+        artifact,
+        lambda model: model.graph.node.append(
+            onnx.helper.make_node("Op", ["input_ids"], ["x"], domain=domain)
+        ),
+    )
     refused(artifact, f"refine.onnx: holds the operator {domain}.Op", "do not use this artifact")
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"\x3a\xff\xff\xff\xff\x7f", b"not a graph at all", b"\x3a\x02\x0a\x00"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00" * 100, b"\x3a\xff\xff\xff\xff\x7f", b"not a graph at all", b"\x3a\x02\x0a\x00"]
+)
 def test_what_is_no_graph_is_one_line(artifact, data):
     (artifact / "refine.onnx").write_bytes(data)
     relist(artifact, "refine.onnx")
@@ -180,7 +213,10 @@ def linked(artifact, root):
     """An artifact as the Hub's cache holds it: files under blobs/, by their hashes, and links to them in a snapshot."""
     snapshot = root / "models--org--name" / "snapshots" / ("0" * 40)
     for number, file in enumerate(sorted(path for path in artifact.rglob("*") if path.is_file())):
-        blob, link = root / "models--org--name" / "blobs" / f"{number:064x}", snapshot / file.relative_to(artifact)
+        blob, link = (
+            root / "models--org--name" / "blobs" / f"{number:064x}",
+            snapshot / file.relative_to(artifact),
+        )
         blob.parent.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, blob)
@@ -210,7 +246,10 @@ def test_a_directory_of_links_to_an_artifact_runs(artifact, tmp_path):
     there.mkdir()
     for path in artifact.iterdir():  # the tokenizer's directory as one link
         (there / path.name).symlink_to(path)
-    assert load(there, threads=1).generate([PROMPT])[0].tokens == load(artifact, threads=1).generate([PROMPT])[0].tokens
+    assert (
+        load(there, threads=1).generate([PROMPT])[0].tokens
+        == load(artifact, threads=1).generate([PROMPT])[0].tokens
+    )
 
 
 def test_files_are_looked_for_one_by_one_and_not_below_notes(artifact, tmp_path, monkeypatch):
@@ -246,11 +285,15 @@ def test_a_link_to_a_directory_above_ends(artifact):
         (lambda m: m["decoding"].update(tuned={"policy": []}), "decoding.tuned: policy is []"),
         (lambda m: m["decoding"].update(tuned={"gamma": {"a": 1}}), "decoding.tuned: gamma is"),
         (
-            lambda m: m.update(quantization={"scheme": "w8a8", "target": "ort-cpu", "quality": {"kl_mean": 0.1}}),
+            lambda m: m.update(
+                quantization={"scheme": "w8a8", "target": "ort-cpu", "quality": {"kl_mean": 0.1}}
+            ),
             "quality: same_token is None",
         ),
         (
-            lambda m: m.update(quantization={"scheme": "w8a8", "target": "ort-cpu", "quality": {"kl_mean": "x"}}),
+            lambda m: m.update(
+                quantization={"scheme": "w8a8", "target": "ort-cpu", "quality": {"kl_mean": "x"}}
+            ),
             "quality: kl_mean is 'x'",
         ),
         (lambda m: m["decoding"].update(tuned={"gamma": 12345.5}), None),

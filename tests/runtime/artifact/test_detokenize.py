@@ -59,8 +59,14 @@ def test_added_words_beyond_ascii_come_back(tmp_path, normalized, special):
         assert tokenizer.piece(token) == word
         if normalized and normalizers.NFC().normalize_str(word) != word:
             continue  # texts are composed first, and then the word does not stand in them
-        assert tokenizer.encode(f"is {word} it") == [*tokenizer.encode("is "), token, *tokenizer.encode(" it")]
-        assert tokenizer.decode(tokenizer.encode(f"is {word} it")) == ("is  it" if special else f"is {word} it")
+        assert tokenizer.encode(f"is {word} it") == [
+            *tokenizer.encode("is "),
+            token,
+            *tokenizer.encode(" it"),
+        ]
+        assert tokenizer.decode(tokenizer.encode(f"is {word} it")) == (
+            "is  it" if special else f"is {word} it"
+        )
 
 
 @pytest.mark.parametrize("decoder", [None, decoders.Sequence([decoders.ByteLevel()]),
@@ -72,7 +78,9 @@ def test_any_ids_read_as_the_slow_tokenizer_reads_them(tmp_path, decoder):
     ids = (
         range(most + 9)
         if not broken
-        else [i for i in range(most) if set(tokenizer._tokenizer.id_to_token(i) or "") <= set(_byte_alphabet())]
+        else [
+            i for i in range(most) if set(tokenizer._tokenizer.id_to_token(i) or "") <= set(_byte_alphabet())
+        ]
     )
     for _ in range(1000):
         drawn = rng.choices([*ids, *[i for i in ids if i >= most - 12]], k=rng.randint(0, 16))
@@ -87,7 +95,9 @@ def test_a_character_that_is_split_by_an_added_token_is_two_halves(tmp_path):
     word, special = tokenizer.id_of("größe"), tokenizer.id_of("<|im_end|>")
     assert tokenizer.decode([first, second, word]) == "égröße"
     assert tokenizer.decode([first, word, second]) == "\ufffdgröße\ufffd"
-    assert tokenizer.decode([word, first, special, second]) == "größeé"  # a token that is left out splits nothing
+    assert (
+        tokenizer.decode([word, first, special, second]) == "größeé"
+    )  # a token that is left out splits nothing
     assert tokenizer.settled([word, first]) == "größe"
 
 
@@ -145,9 +155,13 @@ def test_what_is_settled_is_a_prefix_of_whatever_follows():
     for _ in range(30_000):
         text = "".join(rng.choices(parts, k=rng.randint(1, 14)))
         cut = text[: rng.randint(0, len(text))]
-        assert detokenize._clean(text).startswith(detokenize._clean(cut[: detokenize._settled_length(cut)])), (text, cut)
+        assert detokenize._clean(text).startswith(
+            detokenize._clean(cut[: detokenize._settled_length(cut)])
+        ), (text, cut)
     words = "I do n't know , said the man . We 're"
-    assert detokenize._clean(words[: detokenize._settled_length(words)]) == "I don't know, said the man. We're"
+    assert (
+        detokenize._clean(words[: detokenize._settled_length(words)]) == "I don't know, said the man. We're"
+    )
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bytes"])
@@ -159,10 +173,16 @@ def test_text_that_a_stream_has_shown_is_never_changed(kind, tmp_path):
         put_tokenizer("midstreeeam-tinystory2", path)
         held = json.loads((path / "tokenizer.json").read_text())
         vocabulary = held["model"]["vocab"]
-        marks = [vocabulary[text] for text in [".", ",", "!", "?", "'", "n", "t", "s", "m", "v", "r"] if text in vocabulary]
+        marks = [
+            vocabulary[text]
+            for text in [".", ",", "!", "?", "'", "n", "t", "s", "m", "v", "r"]
+            if text in vocabulary
+        ]
         (path / "tokenizer.json").write_text(json.dumps({**held, "decoder": None}))
         config = json.loads((path / "tokenizer_config.json").read_text())
-        (path / "tokenizer_config.json").write_text(json.dumps({**config, "clean_up_tokenization_spaces": True}))
+        (path / "tokenizer_config.json").write_text(
+            json.dumps({**config, "clean_up_tokenization_spaces": True})
+        )
     else:
         _written(path, WORDS, False, False)
         marks = []
@@ -177,7 +197,9 @@ def test_text_that_a_stream_has_shown_is_never_changed(kind, tmp_path):
     rng, shown = random.Random(0), 0
     for i in range(12):
         prompt = rng.choices(marks or range(5, size), k=6)
-        options = rt.GenerationConfig(gen_length=24, block_length=3, temperature=2.0, seed=i, stop_at_eos=False, infill=True)
+        options = rt.GenerationConfig(
+            gen_length=24, block_length=3, temperature=2.0, seed=i, stop_at_eos=False, infill=True
+        )
         committed = [update.committed for update in model.stream([prompt], options)]
         assert all(committed[-1].startswith(text) for text in committed)
         shown += len({*committed})

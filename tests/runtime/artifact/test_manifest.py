@@ -58,12 +58,21 @@ def test_a_manifest_survives_writing_and_unknown_keys(artifact):
         (lambda m: m["decoding"].update(logit_shift=100), ("logit_shift 100",)),
         (lambda m: m.update(head="none"), ("head is 'none'",)),
         (lambda m: m["graphs"].pop("refine"), ("graphs lacks 'refine'",)),
-        (lambda m: m["graphs"]["refine"].update(file="other.onnx"), ("graph 'refine' is not among the files",)),
+        (
+            lambda m: m["graphs"]["refine"].update(file="other.onnx"),
+            ("graph 'refine' is not among the files",),
+        ),
         (lambda m: m["files"].update({"../x": {"size": 1, "sha256": "0"}}), ("'../x' leaves the artifact",)),
-        (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0"}}), ("'/etc/passwd' leaves the artifact",)),
+        (
+            lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0"}}),
+            ("'/etc/passwd' leaves the artifact",),
+        ),
         (lambda m: m["files"].update({"a\\b": {"size": 1, "sha256": "0"}}), ("leaves the artifact",)),
         (lambda m: m.update(tokenizer="../../tokenizer"), ("leaves the artifact",)),
-        (lambda m: m["files"].update(ghost={"size": 1, "sha256": "0"}), ("ghost: missing", "export it again")),
+        (
+            lambda m: m["files"].update(ghost={"size": 1, "sha256": "0"}),
+            ("ghost: missing", "export it again"),
+        ),
     ],
 )
 def test_manifests_that_are_refused(artifact, change, said):

@@ -57,7 +57,9 @@ def used_names() -> set[str]:
     """`trt.X.Y` chains, and attributes of what our variables and attributes hold, in FILES."""
     names = {"IAttentionInputLayer.attention", "IAttention.decomposable"}
     for file in FILES:
-        for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "backends" / "tensorrt" / file).read_text(encoding="utf-8"))):
+        for node in ast.walk(
+            ast.parse((ROOT / "trt_runtime" / "backends" / "tensorrt" / file).read_text(encoding="utf-8"))
+        ):
             parts: list[str] = []
             root: ast.AST = node
             while isinstance(root, ast.Attribute):
@@ -65,7 +67,14 @@ def used_names() -> set[str]:
                 root = root.value
             if not parts or not isinstance(root, ast.Name):
                 continue
-            held = next((i for i, part in enumerate(parts[:-1]) if part in _ATTRIBUTES and root.id in ("self", "held")), None)
+            held = next(
+                (
+                    i
+                    for i, part in enumerate(parts[:-1])
+                    if part in _ATTRIBUTES and root.id in ("self", "held")
+                ),
+                None,
+            )
             if root.id == "trt":
                 names.add(".".join(parts))
             elif held is not None:

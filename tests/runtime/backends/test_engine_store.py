@@ -19,12 +19,16 @@ from trt_runtime.errors import DllmError
 from trt_runtime.system import commands
 
 pytest.importorskip("tensorrt_rtx_bindings")
-SMALL = BuildConfig("tensorrt-rtx", "shared", ("sm86", "sm89", "sm120"), max_batch=2, max_length=64, block_length=8)
+SMALL = BuildConfig(
+    "tensorrt-rtx", "shared", ("sm86", "sm89", "sm120"), max_batch=2, max_length=64, block_length=8
+)
 KINDS = [*itertools.product(["modern", "legacy"], ["fp16", "bf16"]), ("modern", "fp32"), ("legacy", "fp32")]
 
 
 @pytest.mark.parametrize(("lowering", "dtype"), KINDS)
-def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(golden_checkpoint, tmp_path, lowering, dtype):
+def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(
+    golden_checkpoint, tmp_path, lowering, dtype
+):
     artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering, dtype=dtype)
     weights = (artifact / "weights.data").stat().st_size
     layouts = {"shared": ["shared"], "split": ["prefix", "refine"]}
@@ -40,7 +44,9 @@ def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(golden_check
 def artifact(tmp_path_factory):
     from places import GOLDENS
 
-    return export_quietly(GOLDENS / "dream_tiny", tmp_path_factory.mktemp("engine") / "artifact", dtype="fp16")
+    return export_quietly(
+        GOLDENS / "dream_tiny", tmp_path_factory.mktemp("engine") / "artifact", dtype="fp16"
+    )
 
 
 def _changed(artifact, path, change):
@@ -69,7 +75,8 @@ def _spare_input(graph):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(_mask_by_nonpad, "no output depends on the input kv_len"), (_spare_input, "has the inputs")]
+    ("change", "said"),
+    [(_mask_by_nonpad, "no output depends on the input kv_len"), (_spare_input, "has the inputs")],
 )
 def test_an_input_that_is_ignored_fails_the_build(artifact, tmp_path, change, said):
     broken = _changed(artifact, tmp_path / "broken", change)
@@ -91,7 +98,10 @@ def test_a_graph_that_does_not_parse_is_one_clear_line(artifact, tmp_path):
 def test_engines_are_found_again_and_every_change_is_another_key(artifact, tmp_path):
     first = store.build(artifact, tmp_path, SMALL)
     written = (first / "shared.engine").stat().st_mtime_ns
-    assert store.build(artifact, tmp_path, SMALL) == first and (first / "shared.engine").stat().st_mtime_ns == written
+    assert (
+        store.build(artifact, tmp_path, SMALL) == first
+        and (first / "shared.engine").stat().st_mtime_ns == written
+    )
     manifest, trt = manifests.load(artifact), store.load("tensorrt-rtx")
     keys = {store.key_of(store.describe(manifest, SMALL, trt))}
     for change in ({"layout": "split"}, {"targets": ("sm86",)}, {"max_batch": 3}, {"max_length": 32}, {"block_length": 4},
@@ -123,7 +133,12 @@ def test_profiles_hold_what_the_loop_asks_for():
     """A prefix pass takes up to the canvas, a refine step up to the block; all of them any batch up to the most."""
     (shared,) = store.plans(SMALL)
     whole, window = shared.profiles
-    assert (whole.rows, window.rows, whole.batch, window.asked) == ((1, 64, 64), (1, 8, 8), (1, 1, 2), (1, 8, 8))
+    assert (whole.rows, window.rows, whole.batch, window.asked) == (
+        (1, 64, 64),
+        (1, 8, 8),
+        (1, 1, 2),
+        (1, 8, 8),
+    )
     specs = {spec.name: spec for spec in contract.inputs("refine", contract.Dims(1, 2, 32, 100, "float16"))}
     assert window.shapes(specs["input_ids"], 64) == [(1, 1), (1, 8), (2, 8)]
     assert whole.shapes(specs["cache_key.0"], 64) == [(1, 2, 64, 32), (1, 2, 64, 32), (2, 2, 64, 32)]
@@ -131,7 +146,18 @@ def test_profiles_hold_what_the_loop_asks_for():
 
 def test_the_command(artifact, tmp_path, capsys, monkeypatch):
     out = tmp_path / "engines"
-    command = ["build", str(artifact), "--backend", "tensorrt-rtx", "--target", "sm89", "--max-length", "64", "--out", str(out)]
+    command = [
+        "build",
+        str(artifact),
+        "--backend",
+        "tensorrt-rtx",
+        "--target",
+        "sm89",
+        "--max-length",
+        "64",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     assert "shared.engine" in capsys.readouterr().out and len(list(out.glob("*/shared.engine"))) == 1
     for change, said in (
@@ -145,12 +171,17 @@ def test_the_command(artifact, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(store, "_MODULES", {"tensorrt": (("no_such_module",), "trt")})
     assert cli.main(["build", str(artifact), "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    assert "needs a package that is missing" in error and f"{commands.by_driver('trt')} (tensorrt is on NVIDIA's index)" in error
+    assert (
+        "needs a package that is missing" in error
+        and f"{commands.by_driver('trt')} (tensorrt is on NVIDIA's index)" in error
+    )
 
 
 def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):
     class Old:
         __version__ = "10.9.0.34"
 
-    with pytest.raises(DllmError, match=r"reads from 10\.16 on; installed is 10\.9\.0\.34: .* --lowering legacy"):
+    with pytest.raises(
+        DllmError, match=r"reads from 10\.16 on; installed is 10\.9\.0\.34: .* --lowering legacy"
+    ):
         store._check_version(manifests.load(artifact), BuildConfig("tensorrt"), Old)

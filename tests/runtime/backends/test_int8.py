@@ -60,7 +60,11 @@ def test_probes_are_exact_here_with_some_settings(name):
 
 def test_the_first_settings_that_are_exact_are_taken(monkeypatch):
     monkeypatch.setattr(
-        int8, "_runs", lambda name, options: [(np.array([[32640.0 if not options else 4129024.0]]), np.array([[4129024.0]]))]
+        int8,
+        "_runs",
+        lambda name, options: [
+            (np.array([[32640.0 if not options else 4129024.0]]), np.array([[4129024.0]]))
+        ],
     )
     int8.exact_with.cache_clear()
     try:
@@ -119,11 +123,14 @@ def test_a_quantised_artifact_is_run_by_its_verification(quantised, monkeypatch)
     def otherwise(model):
         """The graph spelled out with one layer's output doubled: what is run is then something else."""
         made = real(model)
-        layer = next(node for node in made.graph.node if node.op_type == "MatMul" and ".spelled." in node.input[0])
+        layer = next(
+            node for node in made.graph.node if node.op_type == "MatMul" and ".spelled." in node.input[0]
+        )
         old = layer.output[0]
         layer.output[0] = old + ".once"
         made.graph.node.insert(
-            list(made.graph.node).index(layer) + 1, onnx.helper.make_node("Add", [old + ".once", old + ".once"], [old])
+            list(made.graph.node).index(layer) + 1,
+            onnx.helper.make_node("Add", [old + ".once", old + ".once"], [old]),
         )
         return made
 
@@ -150,9 +157,14 @@ def test_doctor_names_the_setting_without_vnni():
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_the_tool_passes_on_the_exit_status_and_refuses_nonsense():
     tool = [sys.executable, str(ROOT / "tools/cpu_without.py")]
-    done = subprocess.run([*tool, "vnni", "--", sys.executable, "-c", "raise SystemExit(7)"], check=False, capture_output=True)
+    done = subprocess.run(
+        [*tool, "vnni", "--", sys.executable, "-c", "raise SystemExit(7)"], check=False, capture_output=True
+    )
     assert done.returncode in (7, cpu_without.UNABLE)
-    assert subprocess.run([*tool, "vnni", "--", "no-such-command"], check=False, capture_output=True).returncode == 2
+    assert (
+        subprocess.run([*tool, "vnni", "--", "no-such-command"], check=False, capture_output=True).returncode
+        == 2
+    )
     assert subprocess.run([*tool, "sse2", "--", "true"], check=False, capture_output=True).returncode == 2
 
 
@@ -163,11 +175,23 @@ def test_the_benchmark_measures_every_spelling(tmp_path, monkeypatch, capsys):
 
     artifact = export_quietly(DEMO, tmp_path / "fp32")
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
-    monkeypatch.setattr(sys, "argv", ["int8.py", "--artifact", str(artifact), "--output", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["int8.py", "--artifact", str(artifact), "--output", str(tmp_path / "out.json")]
+    )
     benchmark.main()
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["spelling"], row["precision"]): row for row in report["rows"]}
-    assert list(rows) == [("fp32", "0"), ("w8a8", "0"), ("w8a8", "1"), ("w7a8", "0"), ("int8", "0"), ("int4", "0")]
-    assert all(row["prefix_ms"] > row["refine_ms"] > 0 for row in rows.values()) and rows["fp32", "0"]["error"] == 0
+    assert list(rows) == [
+        ("fp32", "0"),
+        ("w8a8", "0"),
+        ("w8a8", "1"),
+        ("w7a8", "0"),
+        ("int8", "0"),
+        ("int4", "0"),
+    ]
+    assert (
+        all(row["prefix_ms"] > row["refine_ms"] > 0 for row in rows.values())
+        and rows["fp32", "0"]["error"] == 0
+    )
     assert 0 < rows["w8a8", "1"]["error"] < rows["w7a8", "0"]["error"]  # seven bits round more
     assert report["machine"]["instruction_sets"] and "w7a8" in capsys.readouterr().out

@@ -77,7 +77,9 @@ model = rt.load(sys.argv[1], threads=1)
 result = model.generate([[5] * 40], rt.GenerationConfig(gen_length=32, block_length=16, threshold=0.9, stop_at_eos=False))[0]
 print([begin, peak(), result.prefix_passes, result.refine_steps])
 """
-    done = subprocess.run([sys.executable, "-c", script, str(artifact)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(artifact)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     begin, end, prefix_passes, refine_steps = json.loads(done.stdout)
     weights = (artifact / "weights.data").stat().st_size / 2**20
     assert weights > 60 and prefix_passes > 0 and refine_steps > 0
@@ -143,7 +145,13 @@ def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path)
     lies.mkdir()
     for file in golden_artifact.iterdir():
         (lies / file.name).write_bytes(file.read_bytes())
-    for key, value in (("num_layers", 5), ("num_kv_heads", 1), ("head_dim", 16), ("dtype", "fp16"), ("vocab_size", 2000)):
+    for key, value in (
+        ("num_layers", 5),
+        ("num_kv_heads", 1),
+        ("head_dim", 16),
+        ("dtype", "fp16"),
+        ("vocab_size", 2000),
+    ):
         facts = json.loads((golden_artifact / "manifest.json").read_text())
         facts["model"][key] = value
         (lies / "manifest.json").write_text(json.dumps(facts))

@@ -46,7 +46,9 @@ def test_rows_in_later_slots(gpu, golden_artifact):
     from plugins import commit
 
     mask = manifests.load(golden_artifact).decoding.mask_token_id
-    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 32)['BLOCK']}"] = stand_in_cuda.commit_kernel(mask)
+    gpu.kernels[f"dllm_commit_{mask}_{commit.constants(mask, 32)['BLOCK']}"] = stand_in_cuda.commit_kernel(
+        mask
+    )
     prompts = [np.random.default_rng(2).integers(0, 120, length).tolist() for length in (5, 12, 9)]
     made = []
     for options in ({}, {"device": "cuda"}, {"device": "cuda", "steps_per_sync": 3}):
@@ -58,13 +60,22 @@ def test_rows_in_later_slots(gpu, golden_artifact):
 
 
 def test_without_a_cuda_provider_it_is_an_error_and_not_the_cpu(golden_artifact, monkeypatch):
-    with pytest.raises(DllmError, match=re.escape(f"uninstall onnxruntime, then {commands.install('ort-gpu')}.")):
-        open_ort(golden_artifact, device="cuda")
-    real = session.ort.InferenceSession  # onnxruntime-gpu without a driver: a warning, and a session on the CPU
-    monkeypatch.setattr(session.ort, "InferenceSession", lambda model, options, providers: real(model, options))
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(
-        DllmError, match="opened the model on CPUExecutionProvider instead of CUDA: its CUDA provider did not load"
+        DllmError, match=re.escape(f"uninstall onnxruntime, then {commands.install('ort-gpu')}.")
+    ):
+        open_ort(golden_artifact, device="cuda")
+    real = (
+        session.ort.InferenceSession
+    )  # onnxruntime-gpu without a driver: a warning, and a session on the CPU
+    monkeypatch.setattr(
+        session.ort, "InferenceSession", lambda model, options, providers: real(model, options)
+    )
+    monkeypatch.setattr(
+        session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(
+        DllmError,
+        match="opened the model on CPUExecutionProvider instead of CUDA: its CUDA provider did not load",
     ):
         open_ort(golden_artifact, device="cuda")
 
@@ -82,7 +93,8 @@ def test_work_that_is_left_to_the_cpu_is_an_error(gpu, golden_artifact, monkeypa
     backend = open_ort(golden_artifact, device="cuda")
     monkeypatch.setattr(OrtCudaBackend, "provider", "CUDAExecutionProvider")
     with pytest.raises(
-        DllmError, match=r"would run \d+ Attention, .*\d+ TensorScatter.* of the model on the CPU: .* a newer onnxruntime-gpu"
+        DllmError,
+        match=r"would run \d+ Attention, .*\d+ TensorScatter.* of the model on the CPU: .* a newer onnxruntime-gpu",
     ):
         backend._check_placement()
 

@@ -32,17 +32,24 @@ def test_it_opens_and_decodes_as_the_one_it_is_made_of(model, demo_artifact, cou
         counts = dict(other.backend.counts)
     (result,) = model.generate([PROMPT])
     assert counts == {"prefix": result.prefix_passes, "refine": result.refine_steps}
-    with pytest.raises(DllmError, match="unknown option of the backend 'counting' 'thread': did you mean 'threads'"):
+    with pytest.raises(
+        DllmError, match="unknown option of the backend 'counting' 'thread': did you mean 'threads'"
+    ):
         rt.load(demo_artifact, "counting", thread=1)
 
 
 @pytest.mark.parametrize(("installed", "name"), [(True, "counting"), (False, "outside_backend:SPEC")])
 def test_the_command_line_has_it(demo_artifact, installed, name):
     where = {"installed": installed, "cwd": OUTSIDE}
-    done = command(*CLI, "generate", demo_artifact, PROMPT, "--backend", name, "--threads", 1, "--json", **where)
+    done = command(
+        *CLI, "generate", demo_artifact, PROMPT, "--backend", name, "--threads", 1, "--json", **where
+    )
     assert done.returncode == 0 and json.loads(done.stdout)[0]["nfe"] > 1, done.stderr
     wrong = command(*CLI, "generate", demo_artifact, PROMPT, "--backend", name, "--engines", "x", **where)
-    assert wrong.returncode == 1 and "--engines goes with --backend tensorrt or tensorrt-rtx, got" in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and "--engines goes with --backend tensorrt or tensorrt-rtx, got" in wrong.stderr
+    )
 
 
 def test_forecasts_know_its_layout(demo_artifact):

@@ -52,7 +52,11 @@ def test_objects_are_short_in_a_console(model):
     )
     assert "seconds=" in shown and "Step(" not in shown and len(shown) < 160
     update = list(model.stream([PROMPT]))[-1]
-    assert len(repr(update)) < 320 and f"nfe={update.nfe}, kind='" in repr(update) and "finished=True" in repr(update)
+    assert (
+        len(repr(update)) < 320
+        and f"nfe={update.nfe}, kind='" in repr(update)
+        and "finished=True" in repr(update)
+    )
     assert "llada, 1.6 M parameters, fp32, on ort" in repr(model)
     assert "tokens=[" in repr(replace(result, text=None)) and len(repr(replace(result, text=None))) < 160
 
@@ -79,17 +83,29 @@ class _Page(HTMLParser):
 def test_a_notebook_shows_blocks_and_confidences(model):
     result = model.generate([PROMPT])[0]
     page = _Page(result._repr_html_())
-    assert set(page.tags) == {"div", "span"} and page.text.startswith("".join(result.pieces[: result.num_useful]))
+    assert set(page.tags) == {"div", "span"} and page.text.startswith(
+        "".join(result.pieces[: result.num_useful])
+    )
     titles = [title for title in page.titles if title and title.startswith("forward")]
-    made = {p: (n, c) for n, step in enumerate(result.trace, 1) for p, c in zip(step.positions, step.confidence, strict=True)}
+    made = {
+        p: (n, c)
+        for n, step in enumerate(result.trace, 1)
+        for p, c in zip(step.positions, step.confidence, strict=True)
+    }
     first = len(result.canvas) - len(result.tokens)
-    expected = [f"forward {made[first + i][0]}, confidence {made[first + i][1]:.3f}" for i in range(result.num_useful)]
+    expected = [
+        f"forward {made[first + i][0]}, confidence {made[first + i][1]:.3f}" for i in range(result.num_useful)
+    ]
     assert titles == expected
     shown = [title for title in page.titles if title and title.startswith("block")]
     assert len(shown) == sum(start < first + result.num_useful for start, _ in result.blocks) > 1
     colours = {style.split("background: ")[1] for style in page.styles if "background" in style}
-    assert len(colours) > 1 and all(colour.endswith("0.3)") for colour in colours)  # see-through, over a light or a dark page
-    assert all("url(" not in style and "color: inherit" in style for style in page.styles if "background" in style)
+    assert len(colours) > 1 and all(
+        colour.endswith("0.3)") for colour in colours
+    )  # see-through, over a light or a dark page
+    assert all(
+        "url(" not in style and "color: inherit" in style for style in page.styles if "background" in style
+    )
 
 
 def test_a_notebook_runs_nothing_that_a_model_writes(model):
@@ -113,9 +129,14 @@ def test_a_notebook_shows_filled_gaps_and_what_is_not_known(model):
     template = '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}]'
     filled = model.generate([template], rt.GenerationConfig(gen_length=0, infill=True), raw=True)[0]
     page = _Page(filled._repr_html_())
-    assert '"in": "hall", "with": "mop"' in page.text and sum(bool(t) and "confidence" in t for t in page.titles) == 2
+    assert (
+        '"in": "hall", "with": "mop"' in page.text
+        and sum(bool(t) and "confidence" in t for t in page.titles) == 2
+    )
     result = model.generate([PROMPT])[0]
-    blind = replace(result, trace=[Step(s.kind, s.start, s.length, s.positions, s.tokens) for s in result.trace])
+    blind = replace(
+        result, trace=[Step(s.kind, s.start, s.length, s.positions, s.tokens) for s in result.trace]
+    )
     assert "forward 1, confidence not known" in blind._repr_html_() and "hsla" not in blind._repr_html_()
     joined = model.generate([PROMPT], rt.GenerationConfig(speculate=4))[0]
     assert ("step 2," in joined._repr_html_()) == (joined.nfe < len(joined.trace))
@@ -125,7 +146,9 @@ def test_traces_in_json_have_confidences(demo_artifact, capsys):
     assert cli.main(["generate", str(demo_artifact), PROMPT, "--json", "--threads", "1"]) == 0
     (made,) = json.loads(capsys.readouterr().out)
     for _, _, _, positions, tokens, confidence in made["trace"]:
-        assert len(positions) == len(tokens) == len(confidence) and all(0 < value <= 1 for value in confidence)
+        assert len(positions) == len(tokens) == len(confidence) and all(
+            0 < value <= 1 for value in confidence
+        )
 
 
 def test_results_of_replay_have_confidences_and_are_still_compared(demo_artifact, model, tmp_path, capsys):
@@ -139,10 +162,19 @@ def test_results_of_replay_have_confidences_and_are_still_compared(demo_artifact
     for key in ("output", "trace", "nfe"):
         pair.pop(key)
     recorded.write_text(json.dumps({"cases": [*held, pair]}))
-    assert cli.main(["replay", str(demo_artifact), str(recorded), "--output", str(results), "--threads", "1"]) == 0
+    assert (
+        cli.main(["replay", str(demo_artifact), str(recorded), "--output", str(results), "--threads", "1"])
+        == 0
+    )
     made = json.loads(results.read_text())["cases"]
-    assert all(len(step) == 6 and len(step[5]) == len(step[3]) and all(step[5]) for case in made for step in case["trace"])
-    again.write_text(json.dumps({"cases": [{**case, **result} for case, result in zip([*held, pair], made, strict=True)]}))
+    assert all(
+        len(step) == 6 and len(step[5]) == len(step[3]) and all(step[5])
+        for case in made
+        for step in case["trace"]
+    )
+    again.write_text(
+        json.dumps({"cases": [{**case, **result} for case, result in zip([*held, pair], made, strict=True)]})
+    )
     assert cli.main(["replay", str(demo_artifact), str(again), "--threads", "1"]) == 0
     assert "4 with expectations, 0 mismatches" in capsys.readouterr().out
     case = cases.read_cases(again)[0]

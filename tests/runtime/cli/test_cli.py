@@ -72,7 +72,10 @@ def test_chat_answers_line_by_line(demo_artifact, capsys, monkeypatch):
     printed = capsys.readouterr()
     answers = printed.out.strip().splitlines()
     assert len(answers) == 2 and demo_task.is_right(answers[0], PLAN)
-    assert "error: unknown command '/nwe': did you mean '/new'?" in printed.err and "a new conversation" in printed.err
+    assert (
+        "error: unknown command '/nwe': did you mean '/new'?" in printed.err
+        and "a new conversation" in printed.err
+    )
 
 
 def test_chat_takes_commands(demo_artifact, capsys, monkeypatch):
@@ -80,7 +83,9 @@ def test_chat_takes_commands(demo_artifact, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"/help\n{ending}\nclean hall with mop\n"))
         assert run("chat", demo_artifact) == 0
         said = capsys.readouterr().out
-        assert all(name in said for name in ("/help", "/reset", "/new", "/exit", "/quit")) and "[{" not in said
+        assert (
+            all(name in said for name in ("/help", "/reset", "/new", "/exit", "/quit")) and "[{" not in said
+        )
 
 
 def test_chat_keeps_the_conversation_until_it_is_reset(demo_artifact, monkeypatch):
@@ -93,7 +98,9 @@ def test_chat_keeps_the_conversation_until_it_is_reset(demo_artifact, monkeypatc
         return stream(self, [[prompts[0][-1]]], config, raw=raw)
 
     monkeypatch.setattr(Model, "stream", listening)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("clean hall with mop\nclean hall with mop\n/reset\nclean hall with mop\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("clean hall with mop\nclean hall with mop\n/reset\nclean hall with mop\n")
+    )
     assert run("chat", demo_artifact) == 0
     assert [len(messages) for messages in asked] == [1, 3, 1]
     assert asked[1][1] == {"role": "assistant", "content": '[{"do": "clean", "in": "hall", "with": "mop"}]'}
@@ -138,7 +145,10 @@ def test_bench_measures_variants(demo_artifact, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT}\n")
     out = tmp_path / "bench.json"
-    assert run("bench", demo_artifact, "--prompts", prompts, "--repeats", "1", "--output", out, "--threads", "1") == 0
+    assert (
+        run("bench", demo_artifact, "--prompts", prompts, "--repeats", "1", "--output", out, "--threads", "1")
+        == 0
+    )
     table = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert [row["variant"] for row in report["rows"]] == [
@@ -233,7 +243,9 @@ def test_infill_prints_the_whole_text(demo_artifact, capsys):
     assert '"in": "hall", "with": "mop"}]' in capsys.readouterr().out
 
 
-def test_bytes_that_are_no_text_and_outputs_that_cannot_be_written(demo_artifact, golden_artifact, tmp_path, capsys):
+def test_bytes_that_are_no_text_and_outputs_that_cannot_be_written(
+    demo_artifact, golden_artifact, tmp_path, capsys
+):
     assert "not valid Unicode" in failed(capsys, "generate", demo_artifact, "\udcff\udcfe")
     assert "cannot be written" in failed(
         capsys, "replay", golden_artifact, "--record", tmp_path / "no" / "x.json", "--count", "1"

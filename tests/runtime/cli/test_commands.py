@@ -84,7 +84,11 @@ def test_a_checkout_is_known_by_its_files(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "trt_runtime", tmp_path / "site-packages" / "trt_runtime")
     script = "from trt_runtime.system import commands as advice; from trt_runtime import backends; print(advice.checkout(), advice.install('serve'))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "site-packages", capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "site-packages",
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.startswith("None ") and done.stdout.rstrip().endswith("install 'dllm-trt[serve]'")
 
@@ -125,8 +129,14 @@ def test_no_message_has_an_installation_of_its_own():
         for path in (ROOT / folder).rglob("*.py"):
             if path.name == "advice.py":
                 continue
-            texts = [node.value for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant)]
-            assert not [text for text in texts if isinstance(text, str) and re.search(r"\bpip (un)?install\b", text)], path
+            texts = [
+                node.value
+                for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(node, ast.Constant)
+            ]
+            assert not [
+                text for text in texts if isinstance(text, str) and re.search(r"\bpip (un)?install\b", text)
+            ], path
 
 
 def test_a_package_that_does_not_load_is_named(monkeypatch, demo_artifact, capsys, tmp_path):

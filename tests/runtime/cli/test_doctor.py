@@ -41,20 +41,30 @@ def test_this_machine_is_healthy_and_every_flaw_has_its_mend(capsys):
 def test_versions_against_the_table(monkeypatch, version, needed, status, said):
     monkeypatch.setattr(doctor, "_version", lambda package: version)
     finding = doctor.package_finding(Package("json", "json", "1.5", "2", "x", "pip install json", needed))
-    assert finding.status == status and said in finding.said and (finding.mend == "pip install json") == (status != OK)
+    assert (
+        finding.status == status
+        and said in finding.said
+        and (finding.mend == "pip install json") == (status != OK)
+    )
 
 
 def test_a_package_that_does_not_import_is_found(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: "1.5")
-    finding = doctor.package_finding(Package("broken", "no_such_module", "1.5", "2", "x", "pip install broken"))
+    finding = doctor.package_finding(
+        Package("broken", "no_such_module", "1.5", "2", "x", "pip install broken")
+    )
     assert (
-        finding.status == WARNING and "import fails: ModuleNotFoundError" in finding.said and "install it again" in finding.mend
+        finding.status == WARNING
+        and "import fails: ModuleNotFoundError" in finding.said
+        and "install it again" in finding.mend
     )
 
 
 def test_a_provider_that_only_falls_back_is_not_ok(monkeypatch):
     """ONNX Runtime lists CUDA and opens a session on the CPU without an error."""
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     real = onnxruntime.InferenceSession
 
     def falls_back(model, providers):
@@ -75,7 +85,9 @@ def test_two_runtimes_at_once_are_a_conflict(monkeypatch):
     assert list(doctor._both_runtimes()) == []
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 9), FAILURE), ((3, 10), OK), ((3, 13), OK), ((3, 14), WARNING)])
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 9), FAILURE), ((3, 10), OK), ((3, 13), OK), ((3, 14), WARNING)]
+)
 def test_python_versions(monkeypatch, version, status):
     monkeypatch.setattr(sys, "version_info", (*version, 0))
     assert doctor._python().status == status
@@ -113,13 +125,18 @@ class _Cuda:
 @pytest.mark.parametrize(
     ("cuda", "expected"),
     [
-        (_Cuda([b"NVIDIA L4"]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", OK, "NVIDIA L4, 24.0 GiB, compute capability 8.9")]),
+        (
+            _Cuda([b"NVIDIA L4"]),
+            [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", OK, "NVIDIA L4, 24.0 GiB, compute capability 8.9")],
+        ),
         (_Cuda([]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", ABSENT, "the driver has no device")]),
         (_Cuda([], 999), [("GPU", WARNING, "the driver does not start (CUDA error 999)")]),
     ],
 )
 def test_gpus_are_asked_through_the_driver(monkeypatch, cuda, expected):
-    monkeypatch.setattr(doctor, "ctypes", types.SimpleNamespace(**{**vars(doctor.ctypes), "CDLL": lambda name: cuda}))
+    monkeypatch.setattr(
+        doctor, "ctypes", types.SimpleNamespace(**{**vars(doctor.ctypes), "CDLL": lambda name: cuda})
+    )
     assert [(finding.what, finding.status, finding.said) for finding in doctor._gpu()] == expected
 
 

@@ -62,11 +62,15 @@ def test_weights_and_cache_are_what_a_process_takes(small, tmp_path, dtype):
     the disk: the vocabulary is small here.)"""
     if dtype == "fp16":
         small = export_quietly(small.parent / "checkpoint", tmp_path / "fp16", dtype="fp16")
-    done = subprocess.run([sys.executable, "-c", _MEASURE, str(small)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(small)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     anonymous, mapped, cache = json.loads(done.stdout)
     facts = manifests.load(small).model
     assert plan.cache_bytes(facts, Work(4, 2000, 32)) == pytest.approx(cache, rel=0.1)
-    assert plan.memory(facts, Work(1, 1, 1), LAYOUTS[0], on_cpu=True).weights == pytest.approx(anonymous + mapped, rel=0.1)
+    assert plan.memory(facts, Work(1, 1, 1), LAYOUTS[0], on_cpu=True).weights == pytest.approx(
+        anonymous + mapped, rel=0.1
+    )
 
 
 def test_the_artifact_takes_the_disk_that_was_forecast(small, tmp_path):
@@ -111,7 +115,9 @@ def test_a_refine_step_reads_the_weights_and_a_prefix_pass_multiplies():
     """LLaDA-8B on an H200: a refine step is bound by 16 GB (the head in float32) and 0.7 GB of cache at 4.8 TB/s, a prefix pass of 1,280 by 2 x 7 G x 1,280 at 989 TFLOPS."""
     work, device = Work(1, 1280, 32), devices.find("h200")
     step, full = (plan.seconds(FACTS, work, device, rows=rows) for rows in (32, 1280))
-    assert step == pytest.approx(((8.0156e9 - 126464 * 4096) * 2 + 126464 * 4096 * 2 + 0.67e9) / 4.8e12, rel=0.01)
+    assert step == pytest.approx(
+        ((8.0156e9 - 126464 * 4096) * 2 + 126464 * 4096 * 2 + 0.67e9) / 4.8e12, rel=0.01
+    )
     assert full == pytest.approx(2 * (8.0156e9 - 2 * 126464 * 4096) * 1280 / 989.4e12, rel=0.1)
     assert plan.cache_bytes(FACTS, work) == 512 * 1024 * 1280
     assert plan.seconds(FACTS, work, devices.this_machine(), rows=32) is None
@@ -121,7 +127,9 @@ def test_verdicts_say_what_to_change():
     def said(name, work, layout=1, **change):
         return plan.verdict(plan.replace(FACTS, **change), work, devices.find(name), LAYOUTS[layout])
 
-    assert said("h200", Work(8, 1280, 32)).startswith("fits: tensorrt, one engine (shared) on H200 SXM needs 23")
+    assert said("h200", Work(8, 1280, 32)).startswith(
+        "fits: tensorrt, one engine (shared) on H200 SXM needs 23"
+    )
     assert "a batch of 6 would" in said("l4", Work(8, 1280, 32))
     assert "even a canvas of 64 tokens alone needs" in said("rtx-5080", Work(1, 1280, 32)) and "L4" in said(
         "rtx-5080", Work(1, 1280, 32)
@@ -145,7 +153,10 @@ def test_the_command(small, tmp_path, capsys):
     shutil.copyfile(small.parent / "checkpoint" / "config.json", config / "config.json")
     assert cli.main(["plan", str(config), "--device", "l4", "--batch", "3", "--length", "100", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["model"]["parameters"] == manifests.load(small).model.parameters and made["model"]["dtype"] == "bf16"
+    assert (
+        made["model"]["parameters"] == manifests.load(small).model.parameters
+        and made["model"]["dtype"] == "bf16"
+    )
     assert made["work"] == {"batch": 3, "length": 100, "block_length": 32} and list(made["devices"]) == ["L4"]
     assert len(made["verdicts"]) == len(LAYOUTS)
     for arguments, error in (
@@ -168,10 +179,16 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     """A TensorRT before 10.7 holds the engine's file whole beside its weights: of LLaDA-8B that is more than an Orin of 32 GB has."""
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["llada-8b"][0]))
     facts = plan.model_of(str(tmp_path), "bf16").facts
-    work, shared = plan.Work(1, 1280, 32), next(layout for layout in plan.LAYOUTS if layout.label == "trt shared")
+    work, shared = (
+        plan.Work(1, 1280, 32),
+        next(layout for layout in plan.LAYOUTS if layout.label == "trt shared"),
+    )
     orin, thor, card = (devices.DEVICES[name] for name in ("orin-32g", "thor", "l4"))
     assert plan.opening_bytes(facts, shared, orin) == plan.memory(facts, work, shared).weights > 16e9
-    assert plan.opening_bytes(facts, shared, thor) == store.PIECE and plan.opening_bytes(facts, shared, card) == 0
+    assert (
+        plan.opening_bytes(facts, shared, thor) == store.PIECE
+        and plan.opening_bytes(facts, shared, card) == 0
+    )
     assert plan.opening_bytes(facts, plan.LAYOUTS[0], orin) == 0
     said = plan.verdict(facts, work, orin, shared)
     assert said.startswith("does not fit") and "holds the engine's file whole beside its weights" in said

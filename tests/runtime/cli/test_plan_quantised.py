@@ -35,14 +35,18 @@ class _AnyCalibration(dict):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.target}")
-@pytest.mark.parametrize("checkpoint", [DEMO, GOLDENS / "llada_tiny", GOLDENS / "dream_tiny"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "checkpoint", [DEMO, GOLDENS / "llada_tiny", GOLDENS / "dream_tiny"], ids=lambda path: path.name
+)
 def test_bytes_are_those_of_the_schemes_own_parts(scheme, checkpoint, tmp_path):
     """As an export plans them over the real files; of config.json alone as of the whole checkpoint."""
     dtype = "fp32" if scheme.dtypes == ("fp32",) else "bf16"
     source, held = read(str(checkpoint)), Calibration(_AnyCalibration(), _AnyCalibration())
     shutil.copyfile(checkpoint / "config.json", tmp_path / "config.json")
     try:
-        planned = weights.plan(source.decoder, source.family, source.checkpoint, dtype, scheme=scheme(dtype, held))
+        planned = weights.plan(
+            source.decoder, source.family, source.checkpoint, dtype, scheme=scheme(dtype, held)
+        )
     except DllmError as error:  # int4 for TensorRT takes multiples of 64 alone: the forecast says so as well
         with pytest.raises(DllmError, match=re.escape(str(error))):
             forecast.quantised(str(checkpoint), None, scheme.name, scheme.target)
@@ -57,16 +61,24 @@ def test_bytes_are_those_of_the_schemes_own_parts(scheme, checkpoint, tmp_path):
 @pytest.mark.parametrize("name", ["w8a8", "int4"])
 def test_an_export_takes_the_disk_that_was_forecast(name, tmp_path, capsys):
     done = quantize.export(
-        ExportConfig(str(DEMO), tmp_path / name), quantize.QuantizeConfig(name, gate=False), lambda total: lambda done: None
+        ExportConfig(str(DEMO), tmp_path / name),
+        quantize.QuantizeConfig(name, gate=False),
+        lambda total: lambda done: None,
     )
     assert cli.main(["plan", str(DEMO), "--device", "cpu", "--quantize", name, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["disk"]["artifact"] == (tmp_path / name / "weights.data").stat().st_size == done.files["weights.data"].size
+    assert (
+        made["disk"]["artifact"]
+        == (tmp_path / name / "weights.data").stat().st_size
+        == done.files["weights.data"].size
+    )
     assert made["disk"]["engines, shared"] is None and list(made["memory"]) == [LAYOUTS[0].name]
     assert made["quantised"] == {"scheme": name, "target": "ort-cpu"}
     (row,) = made["devices"].values()
     assert row["rates"]["measured"] and row["prefix_pass_seconds"] > 0 and row["fits"] == {"ort": True}
-    assert cli.main(["plan", str(tmp_path / name), "--json", "--device", "cpu"]) == 0  # the artifact itself says the same
+    assert (
+        cli.main(["plan", str(tmp_path / name), "--json", "--device", "cpu"]) == 0
+    )  # the artifact itself says the same
     artifact = json.loads(capsys.readouterr().out)
     assert artifact["memory"] == made["memory"] and artifact["quantised"] == made["quantised"]
 
@@ -78,8 +90,15 @@ def test_the_dtype_of_the_files_counts_where_they_are_here(tmp_path):
     config.pop("torch_dtype", None)
     (path / "config.json").write_text(json.dumps(config))
     made = export_quietly(path, tmp_path / "plain").parent / "quantised"
-    quantize.export(ExportConfig(str(path), made), quantize.QuantizeConfig("w8a8", gate=False), lambda total: lambda done: None)
-    assert forecast.quantised(str(path), None, "w8a8", None)[0].weight_bytes == (made / "weights.data").stat().st_size
+    quantize.export(
+        ExportConfig(str(path), made),
+        quantize.QuantizeConfig("w8a8", gate=False),
+        lambda total: lambda done: None,
+    )
+    assert (
+        forecast.quantised(str(path), None, "w8a8", None)[0].weight_bytes
+        == (made / "weights.data").stat().st_size
+    )
     (path / "model.safetensors").write_bytes(b"cut short")
     assert forecast.quantised(str(path), None, "w8a8", None)[0].weight_bytes > 0
 
@@ -107,7 +126,12 @@ def test_times_on_a_cpu_follow_its_rates():
 
 def test_this_machine_is_measured_once(monkeypatch):
     device = devices.this_machine()
-    assert device.bandwidth > 0.05 and device.rate32 > 1e-5 and device.rate8 >= device.rate32 and device.rate16 is None
+    assert (
+        device.bandwidth > 0.05
+        and device.rate32 > 1e-5
+        and device.rate8 >= device.rate32
+        and device.rate16 is None
+    )
     assert (device.rate8 > device.rate32) == devices.has_int8()
     calls = []
     monkeypatch.setattr(devices, "_bandwidth", lambda: calls.append(1))
@@ -129,13 +153,24 @@ def test_this_machine_is_measured_once(monkeypatch):
 def test_a_forecast_says_what_it_is(capsys):
     assert cli.main(["plan", str(DEMO), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"this machine's CPU +[\d.]+ GiB +[\d.]+ +[\d.]+  ort, torch", said) and "times are a forecast" in said
-    assert re.search(r"of this CPU a copy of \d+ GB/s and products of \d+ GFLOP/s in fp32, measured just now", said)
+    assert (
+        re.search(r"this machine's CPU +[\d.]+ GiB +[\d.]+ +[\d.]+  ort, torch", said)
+        and "times are a forecast" in said
+    )
+    assert re.search(
+        r"of this CPU a copy of \d+ GB/s and products of \d+ GFLOP/s in fp32, measured just now", said
+    )
     assert " MiB" in said and " KiB" in said and not re.search(r"\de-\d", said)
     assert cli.main(["plan", str(DEMO), "--quantize", "fp8"]) == 0
     said = capsys.readouterr().out
-    assert "fp8 for tensorrt" in said and "this machine's CPU" not in said and "measured" not in said.split("forecast, at")[0]
-    assert re.search(r"A100 80 GB .* - +-  nothing", said) and re.search(r"H100 SXM .*trt shared, trt split", said)
+    assert (
+        "fp8 for tensorrt" in said
+        and "this machine's CPU" not in said
+        and "measured" not in said.split("forecast, at")[0]
+    )
+    assert re.search(r"A100 80 GB .* - +-  nothing", said) and re.search(
+        r"H100 SXM .*trt shared, trt split", said
+    )
     assert cli.main(["plan", str(DEMO), "--quantize", "int4", "--device", "l4"]) == 0
     assert "int4 for tensorrt" in capsys.readouterr().out
     assert cli.main(["plan", str(DEMO), "--quantize", "int4"]) == 0
@@ -146,9 +181,18 @@ def test_a_forecast_says_what_it_is(capsys):
     ("arguments", "error"),
     [
         (["--quantize", "w8a"], "unknown scheme of quantisation 'w8a': did you mean 'w8a8'?"),
-        (["--quantize", "fp8", "--device", "cpu"], "--quantize fp8 does not run on cpu: quantise with w8a8 or int4"),
-        (["--quantize", "w8a8", "--device", "l4"], "--quantize w8a8 does not run on l4: quantise with fp8 or int8-sq or int4"),
-        (["--quantize", "fp8", "--device", "a100-80g"], "fp8 for tensorrt does not run on A100 80 GB: give --device h100"),
+        (
+            ["--quantize", "fp8", "--device", "cpu"],
+            "--quantize fp8 does not run on cpu: quantise with w8a8 or int4",
+        ),
+        (
+            ["--quantize", "w8a8", "--device", "l4"],
+            "--quantize w8a8 does not run on l4: quantise with fp8 or int8-sq or int4",
+        ),
+        (
+            ["--quantize", "fp8", "--device", "a100-80g"],
+            "fp8 for tensorrt does not run on A100 80 GB: give --device h100",
+        ),
         (["--quantize", "w8a8", "--dtype", "bf16"], "computes the rest in fp32, --dtype is bf16"),
         (["--quantize", "w8a8", "--device", "l44"], "unknown device 'l44': did you mean 'l4'"),
     ],
@@ -165,7 +209,8 @@ def test_an_artifact_is_not_quantised_again(demo_artifact, capsys):
 
 
 @pytest.mark.parametrize(
-    "files", [["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json", "adapter_model.bin"]]
+    "files",
+    [["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json", "adapter_model.bin"]],
 )
 def test_an_adapter_gets_the_line_that_an_export_gives(files, tmp_path, capsys):
     from export import cli as exporter
@@ -178,14 +223,23 @@ def test_an_adapter_gets_the_line_that_an_export_gives(files, tmp_path, capsys):
     exported = capsys.readouterr().err
     assert cli.main(["plan", str(folder)]) == 1
     planned = capsys.readouterr().err
-    if "adapter" in exported.replace(str(folder), ""):  # what says that an adapter must be merged says it in both
+    if "adapter" in exported.replace(
+        str(folder), ""
+    ):  # what says that an adapter must be merged says it in both
         assert planned == exported
     assert planned.startswith("error: ") and planned.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("size", "said"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (75_000, "73.2 KiB"), (3 << 20, "3.0 MiB"), (5 << 29, "2.50 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (75_000, "73.2 KiB"),
+        (3 << 20, "3.0 MiB"),
+        (5 << 29, "2.50 GiB"),
+    ],
 )
 def test_sizes_are_told_in_their_unit(size, said):
     assert devices.size_text(size) == said

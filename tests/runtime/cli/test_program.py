@@ -27,7 +27,9 @@ COMMAND = f"{sys.executable} -m trt_runtime.cli"
 
 
 def _shell(words):
-    return subprocess.run(["sh", "-c", words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        ["sh", "-c", words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def _one_line(error: str) -> bool:
@@ -57,9 +59,7 @@ def test_standard_streams_that_are_closed_or_full(demo_artifact, words, status, 
 
 
 def test_files_do_not_get_the_numbers_of_closed_streams(demo_artifact):
-    script = (
-        "import os\nfrom trt_runtime.system import program\nprogram.run(lambda argv: print(os.open('/dev/null', 0)) or 0, [])"
-    )
+    script = "import os\nfrom trt_runtime.system import program\nprogram.run(lambda argv: print(os.open('/dev/null', 0)) or 0, [])"
     done = _shell(f'{sys.executable} -c "{script}" <&- 2>&-')
     assert int(done.stdout) > 2
 
@@ -69,7 +69,9 @@ def test_a_reader_that_has_gone_is_no_traceback(demo_artifact):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", [("trt_runtime.cli", "doctor"), ("export", "--model", "dreem", "--verify", "no")])
+@pytest.mark.parametrize(
+    "command", [("trt_runtime.cli", "doctor"), ("export", "--model", "dreem", "--verify", "no")]
+)
 def test_an_interrupt_is_one_line_from_the_first_moment_on(command):
     """A signal at each step of the program's life: while it imports, works, and ends."""
     seen = set()
@@ -92,9 +94,13 @@ def test_an_interrupt_is_one_line_from_the_first_moment_on(command):
             f"sys.argv = {['x', *command[1:]]!r}\n"
             f"runpy.run_module({command[0]!r}, run_name='__main__')\n"
         )
-        done = subprocess.run([sys.executable, "-c", hook], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", hook], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        )
         if done.returncode == 130:
-            assert done.stderr.splitlines()[-1].startswith("interrupted") and "Traceback" not in done.stderr, done.stderr
+            assert (
+                done.stderr.splitlines()[-1].startswith("interrupted") and "Traceback" not in done.stderr
+            ), done.stderr
             assert done.stderr.count("\n") == 1
             seen.add(module)
     assert {"trt_runtime.system.program", "trt_runtime.system.progress"} <= seen and len(seen) >= 4, seen
@@ -176,7 +182,11 @@ def test_paths_that_no_library_takes_are_said(tmp_path, demo_artifact, capsys):
     for out, said in ((loop, "a link that leads back to itself"), (loop / "x", "a link that leads"), (strange, "not UTF-8"), (strange / "x", "not UTF-8")):  # fmt: skip
         assert exporter.main(["--model", "llada", "--out", str(out), "--verify", "no", "-q"]) == 1
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and (said in error or "Too many levels" in error) and "tokenizer" not in error
+        assert (
+            error.count("\n") == 1
+            and (said in error or "Too many levels" in error)
+            and "tokenizer" not in error
+        )
     assert cli.main(["info", str(strange)]) == 1
     assert "not UTF-8" in capsys.readouterr().err
 
@@ -236,7 +246,10 @@ def test_what_is_misspelt_is_one_line_with_a_guess(capsys, words, said):
 
 
 def test_misspelt_options_of_the_export(capsys):
-    for words, said in ((["--quantise", "w8a8"], "--quantize?"), (["--quantize", "w8a9"], "did you mean w8a8?")):
+    for words, said in (
+        (["--quantise", "w8a8"], "--quantize?"),
+        (["--quantize", "w8a9"], "did you mean w8a8?"),
+    ):
         with pytest.raises(SystemExit) as stop:
             exporter.main(words)
         error = capsys.readouterr().err
@@ -258,10 +271,19 @@ def test_help_is_grouped_and_spelled_right():
         for wrong in ("openai's", "tensorrt ", "triton inference", "http.", "pytorch ", "json "):
             assert wrong not in parser.description.replace("tensorrt-rtx", ""), (name, wrong)
     page = cli._parser().format_help()
-    for right in ("OpenAI's API over HTTP", "TensorRT engines", "Triton Inference Server", "PyTorch reference", "--version"):
+    for right in (
+        "OpenAI's API over HTTP",
+        "TensorRT engines",
+        "Triton Inference Server",
+        "PyTorch reference",
+        "--version",
+    ):
         assert right in page
     generate = _parsers()["generate"].format_help()
-    assert all(f"\n{title}:\n" in generate for title in ("decoding", "caches", "schedules and sampling", "backend", "output"))
+    assert all(
+        f"\n{title}:\n" in generate
+        for title in ("decoding", "caches", "schedules and sampling", "backend", "output")
+    )
 
 
 def test_quiet_leaves_the_answer_alone(demo_artifact, capsys):
@@ -276,11 +298,25 @@ def test_quiet_leaves_the_answer_alone(demo_artifact, capsys):
 
 def test_quiet_silences_the_notes_of_an_export(tmp_path, capsys):
     bare = shutil.copytree(
-        DEMO, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "special*")
+        DEMO,
+        tmp_path / "checkpoint",
+        ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "special*"),
     )
     for more in ([], ["--quiet"]):
         assert (
-            exporter.main(["--checkpoint", str(bare), "--out", str(tmp_path / "a"), "--verify", "no", "--overwrite", *more]) == 0
+            exporter.main(
+                [
+                    "--checkpoint",
+                    str(bare),
+                    "--out",
+                    str(tmp_path / "a"),
+                    "--verify",
+                    "no",
+                    "--overwrite",
+                    *more,
+                ]
+            )
+            == 0
         )
         assert bool(capsys.readouterr().err) is not bool(more)
 
@@ -304,7 +340,10 @@ def test_every_report_is_json_and_nothing_else(demo_artifact, tmp_path, capsys):
         "generate": ([artifact, PROMPT], None),
         "replay": ([artifact, DEMO / "cases.json"], "mismatches"),
         "replay --record": ([artifact, "--record", tmp_path / "new.json", "--count", "2"], "recorded"),
-        "bench": ([artifact, "--prompts", prompts, "--repeats", "1", "--variants", "dual", "--gen-length", "16"], "rows"),
+        "bench": (
+            [artifact, "--prompts", prompts, "--repeats", "1", "--variants", "dual", "--gen-length", "16"],
+            "rows",
+        ),
         "verify": ([artifact], "passed"),
         "verify --layers": ([artifact, "--layers"], "layers"),
     }
@@ -318,7 +357,10 @@ def test_every_report_is_json_and_nothing_else(demo_artifact, tmp_path, capsys):
     printed = capsys.readouterr()
     made = _strict(printed.out)
     assert made["parameters"] > 1e6 and made["verified"]["passed"] and "verifying" in printed.err
-    assert exporter.main(["--model", "llada", "--out", str(tmp_path / "c"), "--verify", "no", "--json", "-q"]) == 0
+    assert (
+        exporter.main(["--model", "llada", "--out", str(tmp_path / "c"), "--verify", "no", "--json", "-q"])
+        == 0
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -349,12 +391,20 @@ def test_build_reports_json(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(store, "build", built)
     assert cli.main(["build", "x", "--out", str(tmp_path / "engines"), "--json"]) == 0
-    assert _strict(capsys.readouterr().out)["engines"] == [{"file": str(tmp_path / "engines" / f"x{store.SUFFIX}"), "bytes": 3}]
+    assert _strict(capsys.readouterr().out)["engines"] == [
+        {"file": str(tmp_path / "engines" / f"x{store.SUFFIX}"), "bytes": 3}
+    ]
 
 
 def test_json_is_strict_and_an_error_prints_none(demo_artifact, capsys):
     held = {"a": math.nan, "b": [np.float32(1), math.inf], "c": ROOT, "d": {1: True}, "e": np.int64(3)}
-    assert _strict(cli_parser.as_json(held)) == {"a": None, "b": [1.0, None], "c": str(ROOT), "d": {"1": True}, "e": 3}
+    assert _strict(cli_parser.as_json(held)) == {
+        "a": None,
+        "b": [1.0, None],
+        "c": str(ROOT),
+        "d": {"1": True},
+        "e": 3,
+    }
     assert cli.main(["info", str(demo_artifact / "none"), "--json"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and _one_line(printed.err)
@@ -366,12 +416,17 @@ def test_an_interrupted_verification_says_what_was_written(tmp_path, capsys, mon
 
     monkeypatch.setattr(exporter, "verify", interrupted)
     assert exporter.main(["--model", "llada", "--out", str(tmp_path / "a"), "--verify", "yes"]) == 130
-    assert "is written, and not verified" in capsys.readouterr().err and (tmp_path / "a" / "manifest.json").is_file()
+    assert (
+        "is written, and not verified" in capsys.readouterr().err
+        and (tmp_path / "a" / "manifest.json").is_file()
+    )
 
 
 def test_the_import_of_the_command_line_is_light():
     script = "import sys; from trt_runtime.cli import main as cli; print(sorted({'numpy', 'typing', 'argparse', 'jinja2'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-S", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -65,9 +65,14 @@ def _play(monkeypatch, seed, resizing):
     lines = rng.choice([3, 4, 6, 10, 24])
     out = _Screen(rng.choice([11, 20, 40, 60, 80]), lines)
     letters = (
-        "abcdefgh ijkl" + ("日本語漢字" if seed % 2 else "") + ("\n" if seed % 3 == 0 else "") + ("🙂" if seed % 7 == 0 else "")
+        "abcdefgh ijkl"
+        + ("日本語漢字" if seed % 2 else "")
+        + ("\n" if seed % 3 == 0 else "")
+        + ("🙂" if seed % 7 == 0 else "")
     )
-    tokens = ["".join(rng.choice(letters) for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 60))]
+    tokens = [
+        "".join(rng.choice(letters) for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 60))
+    ]
     if seed % 5 == 0:
         tokens = [token.replace("a", "e\u0301") for token in tokens]
     live, done = screen.Live(out), [False] * len(tokens)
@@ -82,7 +87,9 @@ def _play(monkeypatch, seed, resizing):
                      for i, token in enumerate(tokens)]  # fmt: skip
             live.show(spans, sum(map(len, tokens[:gap])))
             if resizing and rng.random() < 0.15:
-                out.resize(rng.choice([11, 20, 40, 60, 80]), rng.choice([lines, lines + 3, max(2, lines - 2)]))
+                out.resize(
+                    rng.choice([11, 20, 40, 60, 80]), rng.choice([lines, lines + 3, max(2, lines - 2)])
+                )
     live.finish("".join(tokens))
     return out, "".join(tokens)
 
@@ -119,7 +126,10 @@ def test_control_characters_of_an_answer_move_nothing(monkeypatch):
     monkeypatch.setattr(screen, "size_of", lambda out: out.size)
     out = _Screen(60, 10)
     screen.Live(out).finish("one\x1b[2Jtwo\rthree\x07\tfour")
-    assert out.terminal.text() == "one\ufffd[2Jtwothree\ufffd        four" and "\x1b[2J" not in out.terminal.received
+    assert (
+        out.terminal.text() == "one\ufffd[2Jtwothree\ufffd        four"
+        and "\x1b[2J" not in out.terminal.received
+    )
 
 
 @pytest.mark.parametrize("resized", [None, (40, 10), (80, 10), (33, 6), (70, 20)])
@@ -129,7 +139,9 @@ def test_a_long_answer_scrolls_out_once(tmp_path, resized):
     words = ["red ", "cups", " 日本", "語 ", "ga", "rage", ", ", "e\u0301t", "🙂", ".\n", "kitchen "]
     tokens = [rng.choice(words) for _ in range(400)]
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
-    session = Session(sys.executable, ROOT / "tests" / "streamer.py", tmp_path / "tokens.json", 32, PYTHONPATH=str(ROOT))
+    session = Session(
+        sys.executable, ROOT / "tests" / "streamer.py", tmp_path / "tokens.json", 32, PYTHONPATH=str(ROOT)
+    )
     session.until(lambda terminal: "waiting" in terminal.received)
     if resized:
         session.resize(*resized)
@@ -153,13 +165,20 @@ def test_masks_turn_into_text_on_a_terminal(demo_artifact):
 
 
 def test_a_dumb_terminal_gets_plain_text(demo_artifact):
-    session = Session(*PROGRAM, "generate", demo_artifact, "clean hall with mop", "--stream", "-q", TERM="dumb")
+    session = Session(
+        *PROGRAM, "generate", demo_artifact, "clean hall with mop", "--stream", "-q", TERM="dumb"
+    )
     assert session.end() == 0
-    assert "\x1b" not in session.terminal.received and session.terminal.text() == '[{"do": "clean", "in": "hall", "with": "mop"}]'
+    assert (
+        "\x1b" not in session.terminal.received
+        and session.terminal.text() == '[{"do": "clean", "in": "hall", "with": "mop"}]'
+    )
 
 
 def test_no_colour_where_the_user_wants_none(demo_artifact):
-    session = Session(*PROGRAM, "generate", demo_artifact, "clean hall with mop", "--stream", "-q", NO_COLOR="1")
+    session = Session(
+        *PROGRAM, "generate", demo_artifact, "clean hall with mop", "--stream", "-q", NO_COLOR="1"
+    )
     assert session.end() == 0
     assert "\x1b[1m" in session.terminal.received and "\x1b[1;3" not in session.terminal.received
 
@@ -211,7 +230,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(talk):
     session.until(lambda terminal: "[stopped]" in terminal.text() and _prompts(terminal)[-1] == ">")
     session.send("clean hall with mop\n")
     session.until(
-        lambda terminal: '[{"do": "clean", "in": "hall", "with": "mop"}]' in terminal.text() and _prompts(terminal)[-1] == ">"
+        lambda terminal: (
+            '[{"do": "clean", "in": "hall", "with": "mop"}]' in terminal.text()
+            and _prompts(terminal)[-1] == ">"
+        )
     )
     session.send("\x04")
     assert session.end() == 0
@@ -227,7 +249,9 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_ends(talk):
     session.send("/help\n")
     session.until(lambda terminal: "/reset" in terminal.text() and _prompts(terminal)[-1] == ">")
     session.interrupt()
-    session.until(lambda terminal: terminal.text().count("Ctrl-C again") == 2 and _prompts(terminal)[-1] == ">")
+    session.until(
+        lambda terminal: terminal.text().count("Ctrl-C again") == 2 and _prompts(terminal)[-1] == ">"
+    )
     session.interrupt()
     assert session.end() == 0
     assert "Traceback" not in session.terminal.text()
@@ -240,7 +264,10 @@ def test_lines_are_remembered_from_one_conversation_to_the_next(talk, tmp_path):
     session.send("/exit\n")
     assert session.end() == 0
     file = tmp_path / "state" / "dllm-trt" / "chat_history"
-    assert file.read_text().splitlines()[-2:] == ["clean hall with mop", "/exit"] and file.stat().st_mode & 0o077 == 0
+    assert (
+        file.read_text().splitlines()[-2:] == ["clean hall with mop", "/exit"]
+        and file.stat().st_mode & 0o077 == 0
+    )
     session = talk()
     session.send("\x1b[A\x1b[A")  # up, up
     session.until(lambda terminal: "> clean hall with mop" in terminal.rows())
@@ -264,7 +291,9 @@ def test_progress_shows_what_runs_and_leaves_nothing(monkeypatch):
         assert out.terminal.text().startswith("measuring 日本: 2 of 4 (50 %)")
         with progress.task("a step whose name is much longer than the line of the terminal"):
             progress.draw(now=True)
-            assert len(out.terminal.text().splitlines()) == 1 and out.terminal.text().startswith("a step whose name")
+            assert len(out.terminal.text().splitlines()) == 1 and out.terminal.text().startswith(
+                "a step whose name"
+            )
         task.doing("measuring more")
         progress.draw(now=True)
         assert out.terminal.text().startswith("measuring more")
@@ -280,7 +309,11 @@ def test_progress_shows_what_runs_and_leaves_nothing(monkeypatch):
 
 def test_progress_is_silent_before_its_time_without_a_terminal_and_when_asked():
     out = _Screen(40, 5)
-    for progress in (Progress(out, delay=1000), Progress(out, quiet=True, delay=0), Progress(io.StringIO(), delay=0)):
+    for progress in (
+        Progress(out, delay=1000),
+        Progress(out, quiet=True, delay=0),
+        Progress(io.StringIO(), delay=0),
+    ):
         with progress.task("working"):
             progress.draw(now=True)
     assert out.terminal.received == ""
@@ -290,7 +323,18 @@ def test_progress_is_silent_before_its_time_without_a_terminal_and_when_asked():
     ("words", "said"),
     [
         (
-            ["bench", "ARTIFACT", "--count", "1", "--repeats", "1", "--variants", "dual", "--gen-length", "16"],
+            [
+                "bench",
+                "ARTIFACT",
+                "--count",
+                "1",
+                "--repeats",
+                "1",
+                "--variants",
+                "dual",
+                "--gen-length",
+                "16",
+            ],
             "measuring ort dual, round 1 of 1: ",
         ),
         (["replay", "ARTIFACT", "--record", "NEW", "--count", "3"], "recording cases on ort: "),
@@ -303,7 +347,10 @@ def test_what_takes_long_says_so_on_a_terminal(demo_artifact, tmp_path, words, s
     script = tmp_path / "at_once.py"
     script.write_text("import sys\nfrom trt_runtime.system import progress\nprogress.DELAY, progress._REDRAW = 0.0, 0.0\n"
                       "progress.Progress.__init__.__kwdefaults__['delay'] = 0.0\nfrom trt_runtime.cli import main as cli\nsys.exit(cli.main())\n")  # fmt: skip
-    words = [str(copied) if word == "ARTIFACT" else str(tmp_path / "new.json") if word == "NEW" else word for word in words]
+    words = [
+        str(copied) if word == "ARTIFACT" else str(tmp_path / "new.json") if word == "NEW" else word
+        for word in words
+    ]
     session = Session(sys.executable, script, *words, columns=100, lines=24, PYTHONPATH=str(ROOT))
     assert session.end() == 0
     assert said in session.terminal.received and said not in session.terminal.text()

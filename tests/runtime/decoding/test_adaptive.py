@@ -29,7 +29,9 @@ def _case(rng):
     entropy = rng.random(size) if rng.random() < 0.5 else rng.choice([0.0, 0.05, 0.1], size)
     masked = rng.random(size) < rng.choice([0.0, 0.4, 1.0])
     positions = np.sort(rng.choice(60, size, replace=False))
-    before = tuple((np.arange(60), rng.choice([0.2, 0.7], 60, p=[0.9, 0.1])) for _ in range(int(rng.integers(0, 9))))
+    before = tuple(
+        (np.arange(60), rng.choice([0.2, 0.7], 60, p=[0.9, 0.1])) for _ in range(int(rng.integers(0, 9)))
+    )
     state = BlockState(size + int(rng.integers(0, 5)), len(before), positions=positions, before=before)
     return RowStats(np.arange(size), confidence, runner_up, entropy), masked, state
 
@@ -62,7 +64,9 @@ def _dynamic(s, masked, state, threshold, alpha):
 def _localleap(s, masked, state, threshold, low):
     anchors = _above(s.confidence, masked, threshold)
     near = {
-        i for i in _above(s.confidence, masked, low) if any(abs(state.positions[i] - state.positions[a]) <= 4 for a in anchors)
+        i
+        for i in _above(s.confidence, masked, low)
+        if any(abs(state.positions[i] - state.positions[a]) <= 4 for a in anchors)
     }
     return _best(s.confidence, masked) | anchors | near
 
@@ -84,7 +88,9 @@ def _prophet(s, masked, state):
     if not found:
         return found
     tiny = float(np.finfo(np.float32).tiny)
-    gap = sum(math.log(max(s.confidence[i], tiny)) - math.log(max(s.runner_up[i], tiny)) for i in found) / len(found)
+    gap = sum(
+        math.log(max(s.confidence[i], tiny)) - math.log(max(s.runner_up[i], tiny)) for i in found
+    ) / len(found)
     progress = 1 - len(found) / max(1, state.num_masked)
     needed = 7.5 if progress < 0.33 else 5.0 if progress < 0.67 else 2.5
     return found if gap >= needed else _best(s.confidence, masked)
@@ -139,7 +145,9 @@ def test_the_registry_holds_what_is_tested():
 
 def test_a_drawn_token_does_not_make_the_model_sure():
     """With a temperature the proposal may be another token than the best: margin and Prophet look at the best."""
-    stats = RowStats(np.arange(2), np.array([1e-6, 1e-6]), np.array([1e-5, 1e-5]), np.zeros(2), best=np.array([0.99, 0.5]))
+    stats = RowStats(
+        np.arange(2), np.array([1e-6, 1e-6]), np.array([1e-5, 1e-5]), np.zeros(2), best=np.array([0.99, 0.5])
+    )
     state = BlockState(2, 0)
     assert Margin(0.9).select(stats, np.ones(2, bool), state).tolist() == [True, False]
     assert Prophet().select(stats, np.ones(2, bool), state).all()

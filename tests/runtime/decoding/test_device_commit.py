@@ -30,7 +30,10 @@ def test_all_goldens_exactly_when_the_host_looks_every(golden_artifact, golden_c
 
 def test_rows_of_a_batch_end_on_their_own(demo_artifact):
     """With ends of sequence, in one batch: what the host decides at each step and what follows from several are the same."""
-    prompts = ["clean hall with mop", "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"]
+    prompts = [
+        "clean hall with mop",
+        "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop",
+    ]
     made = []
     for count in (1, 6):
         model = load(demo_artifact, "ort", threads=1)
@@ -44,7 +47,9 @@ def _random_case(rng, columns=24):
     limit = int(rng.integers(1, columns + 1))
     ids = rng.integers(0, 90, columns)
     ids[rng.random(columns) < 0.6] = MASK
-    confidence = rng.choice([0.2, 0.5, 0.9, 0.95, 1.0], columns) if rng.random() < 0.3 else rng.random(columns)
+    confidence = (
+        rng.choice([0.2, 0.5, 0.9, 0.95, 1.0], columns) if rng.random() < 0.3 else rng.random(columns)
+    )
     return limit, ids.astype(np.int64), rng.integers(0, 90, columns), confidence.astype(np.float32)
 
 
@@ -55,11 +60,16 @@ def test_the_commit_is_the_policies_on_arrays():
         limit, ids, token, confidence = _random_case(rng)
         where = np.flatnonzero(ids[:limit] == MASK)
         schedule = int(rng.integers(1, 9))
-        policy = [Fixed(schedule), Fixed(), Threshold(float(rng.choice([0.5, 0.9, 0.99]))), Factor(float(rng.uniform(0.1, 3)))][
-            rng.integers(4)
-        ]
+        policy = [
+            Fixed(schedule),
+            Fixed(),
+            Threshold(float(rng.choice([0.5, 0.9, 0.99]))),
+            Factor(float(rng.uniform(0.1, 3))),
+        ][rng.integers(4)]
         masks = len(where) + int(rng.integers(0, 4))
-        state = BlockState(masks, int(rng.integers(0, 5)), int(rng.integers(0, 2)) if isinstance(policy, Fixed) else 0)
+        state = BlockState(
+            masks, int(rng.integers(0, 5)), int(rng.integers(0, 2)) if isinstance(policy, Fixed) else 0
+        )
         state = BlockState(masks, max(state.step, state.forced), state.forced)
         rule = policy.rule(state, limit)
         held, after = steps.plan_of([rule], len(ids)), ids[None].copy()
@@ -106,7 +116,9 @@ def test_policies_that_draw_or_count_otherwise_are_left_to_the_host(golden_artif
 def test_a_stream_tells_of_every_position_once(demo_artifact):
     model = load(demo_artifact, "ort", threads=1)
     for model.backend.steps_per_sync in (1, 4):
-        updates = list(model.stream(["clean hall with mop"], GenerationConfig(threshold=0.9, stop_at_eos=False)))
+        updates = list(
+            model.stream(["clean hall with mop"], GenerationConfig(threshold=0.9, stop_at_eos=False))
+        )
         told = [position for update in updates for position in update.changed]
         assert sorted(told) == list(range(96)) and updates[-1].finished
 

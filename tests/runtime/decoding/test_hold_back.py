@@ -60,7 +60,9 @@ class Hasty(Backend):
                 at = int(window.position_ids[b, row]) + shift - 2
                 first_too = at > 0 or shift == 0 or has_begun
                 is_word = not has_ended and at < WORDS and first_too
-                token[b, r], confidence[b, r] = (self.word, 0.3 - 0.01 * at) if is_word else (self.end, 0.9 + 0.005 * at)
+                token[b, r], confidence[b, r] = (
+                    (self.word, 0.3 - 0.01 * at) if is_word else (self.end, 0.9 + 0.005 * at)
+                )
         return Stats(token, confidence, np.float32(1 - confidence) / 2, np.float32(1 - confidence))
 
 
@@ -93,7 +95,9 @@ def test_a_first_position_that_only_a_pass_can_fill_waits_for_one(golden_backend
     manifest = golden_backend.manifest
     row, _ = _run(manifest, cache="dual", policy="fixed", hold_back_eos=True)
     kinds = [step.kind for step in row.trace]
-    assert kinds[:2] == ([PREFIX_PASS, PREFIX_PASS] if manifest.decoding.first_commit else [PREFIX_PASS, REFINE_BLOCK])
+    assert kinds[:2] == (
+        [PREFIX_PASS, PREFIX_PASS] if manifest.decoding.first_commit else [PREFIX_PASS, REFINE_BLOCK]
+    )
     plain, _ = _run(manifest, cache="dual", policy="fixed")
     assert [step.kind for step in plain.trace][:1] == [PREFIX_PASS]
 
@@ -113,7 +117,9 @@ def test_a_device_is_given_no_rule_for_it(golden_backend):
     """A commit kernel knows nothing of end tokens: the host chooses."""
     for held in (False, True):
         manifest = golden_backend.manifest
-        config = GenerationConfig(gen_length=8, block_length=8, hold_back_eos=held, stop_at_eos=False).resolved(manifest)
+        config = GenerationConfig(
+            gen_length=8, block_length=8, hold_back_eos=held, stop_at_eos=False
+        ).resolved(manifest)
         row = Sequence(np.array([7, 8]), rules_of(config, manifest))
         first = row.next_forward()
         stats = np.full(len(first.candidates), 0.5, np.float32)
@@ -127,18 +133,29 @@ def test_it_is_confidence_zero(seed):
     rng = np.random.default_rng(seed)
     for _ in range(600):
         size = int(rng.integers(1, 20))
-        confidence, is_end = rng.choice([0.2, 0.5, 0.9, 0.95], size).astype(np.float32), rng.random(size) < 0.5
+        confidence, is_end = (
+            rng.choice([0.2, 0.5, 0.9, 0.95], size).astype(np.float32),
+            rng.random(size) < 0.5,
+        )
         stats = RowStats(np.arange(size), confidence, confidence / 3, 1 - confidence)
         held = [0.0 if end else float(c) for c, end in zip(confidence, is_end, strict=True)]
         count, value = int(rng.integers(1, size + 1)), float(rng.choice([0.5, 0.9]))
         steps = -(-size // count)
         for options, expected in (
-            ({"policy": "threshold", "threshold": value}, oracle.threshold(held, [True] * size, np.float32(value))),
+            (
+                {"policy": "threshold", "threshold": value},
+                oracle.threshold(held, [True] * size, np.float32(value)),
+            ),
             ({"policy": "factor", "factor": 1 + value}, oracle.factor(held, [True] * size, 1 + value)),
-            ({"policy": "fixed", "steps": steps}, oracle.fixed(held, [True] * size, oracle.quota(size, steps)[0])),
+            (
+                {"policy": "fixed", "steps": steps},
+                oracle.fixed(held, [True] * size, oracle.quota(size, steps)[0]),
+            ),
         ):
             policy = GenerationConfig(gen_length=size, block_length=size, **options).make_policy()
-            chosen = select_holding_back(policy, without_confidence(stats, is_end), is_end, BlockState(size, 0))
+            chosen = select_holding_back(
+                policy, without_confidence(stats, is_end), is_end, BlockState(size, 0)
+            )
             assert set(np.flatnonzero(chosen).tolist()) == expected, (options, held)
 
 
@@ -151,8 +168,12 @@ def test_no_policy_commits_an_end_before_the_rest(options):
         size = int(rng.integers(1, 24))
         confidence = rng.choice([0.0, 0.3, 0.9999, 1.0], size)  # 0: a drawn proposal may underflow
         is_end = rng.random(size) < rng.choice([0.2, 0.8, 1.0])
-        stats = RowStats(np.arange(size), confidence, confidence * rng.choice([1e-9, 0.5, 1.0], size), rng.random(size))
-        state = BlockState(24, int(rng.integers(0, 3)), uniform=rng.random(size), rng=rng, positions=np.arange(size))
+        stats = RowStats(
+            np.arange(size), confidence, confidence * rng.choice([1e-9, 0.5, 1.0], size), rng.random(size)
+        )
+        state = BlockState(
+            24, int(rng.integers(0, 3)), uniform=rng.random(size), rng=rng, positions=np.arange(size)
+        )
         chosen = select_holding_back(policy, without_confidence(stats, is_end), is_end, state)
         assert chosen.any() and (not (chosen & is_end).any() or chosen[~is_end].all())
 
@@ -167,5 +188,7 @@ def test_the_option_reaches_the_decoding(model, demo_artifact, capsys):
     assert held.text == plain.text and held.nfe >= plain.nfe
     assert cli.main(["generate", str(demo_artifact), order, "--hold-back-eos"]) == 0
     assert plain.text in capsys.readouterr().out.replace("\n    ", " ")
-    assert rules_of(GenerationConfig(hold_back_eos=True).resolved(model.manifest), model.manifest).hold_back_eos
+    assert rules_of(
+        GenerationConfig(hold_back_eos=True).resolved(model.manifest), model.manifest
+    ).hold_back_eos
     assert isinstance(model, Model) and not replace(GenerationConfig()).hold_back_eos

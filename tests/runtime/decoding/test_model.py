@@ -38,7 +38,12 @@ def test_parallel_unmasking_needs_fewer_forwards(model):
 
 
 def test_a_batch_equals_its_rows(model):
-    prompts = [PROMPT, "find red keys in attic. next give Ada pink toys", "clean porch with broom", PROMPT[:30]]
+    prompts = [
+        PROMPT,
+        "find red keys in attic. next give Ada pink toys",
+        "clean porch with broom",
+        PROMPT[:30],
+    ]
     together = model.generate(prompts)
     for prompt, result in zip(prompts, together, strict=True):
         assert model.generate([prompt])[0].tokens == result.tokens
@@ -55,7 +60,9 @@ def test_stream_tells_committed_from_provisional_text(model):
     assert any(update.provisional for update in updates)
     changed = [position for update in updates for position in update.changed]
     assert len(changed) == len(set(changed))
-    assert all(block[0] <= p < block[1] for update in updates for block in [update.block] for p in update.changed)
+    assert all(
+        block[0] <= p < block[1] for update in updates for block in [update.block] for p in update.changed
+    )
 
 
 def test_stop_at_eos_saves_forwards_and_changes_no_useful_token(model):
@@ -71,7 +78,10 @@ def test_temperature_follows_its_seed_and_not_its_batch_mates(model):
     first = model.generate([PROMPT], hot)[0].tokens
     assert model.generate([PROMPT], hot)[0].tokens == first
     assert model.generate([PROMPT, "clean hall with mop"], hot)[0].tokens == first
-    others = {tuple(model.generate([PROMPT], rt.GenerationConfig(temperature=0.8, seed=s))[0].tokens) for s in range(6)}
+    others = {
+        tuple(model.generate([PROMPT], rt.GenerationConfig(temperature=0.8, seed=s))[0].tokens)
+        for s in range(6)
+    }
     assert len(others) > 1
     assert model.manifest.decoding.mask_token_id not in first
 
@@ -103,7 +113,11 @@ def test_prompts_as_ids_and_as_messages(model):
         ([[]], {}, "the prompt is empty"),
         ([], {}, "expected a list of one or more prompts"),
         ("text", {}, "expected a list of one or more prompts"),
-        ([[5] * 200], {}, "together more than the model's 256: shorten the prompt to 160 tokens or lower gen_length to 56."),
+        (
+            [[5] * 200],
+            {},
+            "together more than the model's 256: shorten the prompt to 160 tokens or lower gen_length to 56.",
+        ),
         ([[5] * 200], {"gen_length": 256}, "the model's 256: lower gen_length to 56."),
         ([[5] * 300], {"gen_length": 96}, "the model's 256: shorten the prompt to 160 tokens."),
         ([[5] * 300], {"gen_length": 300}, "the model's 256: shorten the prompt and lower gen_length."),
@@ -154,24 +168,39 @@ def test_a_dream_has_no_blocks_without_a_cache_unless_asked(golden_backend, gold
     assert (written == sorted(written)) is False or facts.blocks_without_cache
     cached = model.generate([[1, 2]], replace(free, cache="dual", block_length=8))[0]
     first = [step for step in cached.trace if step.kind == PREFIX_PASS]
-    assert facts.first_commit == all(step.positions == [p] for step, p in zip(first, (2, 10, 18), strict=True))
+    assert facts.first_commit == all(
+        step.positions == [p] for step, p in zip(first, (2, 10, 18), strict=True)
+    )
 
 
 def test_top_p_and_top_k_and_alg_temp(golden_backend, golden_artifact):
     model = rt.Model(golden_artifact, golden_backend)
     base = rt.GenerationConfig(gen_length=16, block_length=8, stop_at_eos=False)
     if golden_backend.manifest.decoding.sampling == "gumbel":
-        greedy, filtered = (model.generate([[1, 2, 3]], replace(base, top_k=k, top_p=p))[0] for k, p in ((None, 1.0), (1, 0.1)))
+        greedy, filtered = (
+            model.generate([[1, 2, 3]], replace(base, top_k=k, top_p=p))[0]
+            for k, p in ((None, 1.0), (1, 0.1))
+        )
         assert greedy.trace == filtered.trace  # at temperature 0 they change nothing
-        hot = [model.generate([[1, 2, 3]], replace(base, temperature=5.0, seed=3, top_p=p))[0].tokens for p in (1e-9, 1.0)]
+        hot = [
+            model.generate([[1, 2, 3]], replace(base, temperature=5.0, seed=3, top_p=p))[0].tokens
+            for p in (1e-9, 1.0)
+        ]
         assert hot[0] != hot[1]
     else:
-        greedy = model.generate([[1, 2, 3]], replace(base, block_length=None, cache="none", policy="fixed"))[0].tokens
-        only = replace(base, block_length=None, temperature=5.0, top_k=1, cache="none", policy="fixed", seed=3)
+        greedy = model.generate([[1, 2, 3]], replace(base, block_length=None, cache="none", policy="fixed"))[
+            0
+        ].tokens
+        only = replace(
+            base, block_length=None, temperature=5.0, top_k=1, cache="none", policy="fixed", seed=3
+        )
         assert model.generate([[1, 2, 3]], replace(only, policy="maskgit_plus"))[0].nfe == 15
         hot = [model.generate([[1, 2, 3]], replace(only, top_k=None, top_p=p))[0].tokens for p in (1e-9, 1.0)]
         assert hot[0] != hot[1] and len(greedy) == 16
-    drawn = [model.generate([[1, 2]], replace(base, policy="entropy", alg_temp=5.0, seed=s))[0] for s in (0, 0, 1, 2)]
+    drawn = [
+        model.generate([[1, 2]], replace(base, policy="entropy", alg_temp=5.0, seed=s))[0]
+        for s in (0, 0, 1, 2)
+    ]
     assert drawn[0].trace == drawn[1].trace and len({str(d.trace) for d in drawn}) > 1
 
 
@@ -179,12 +208,17 @@ def test_a_temperature_needs_logits(golden_fp16, golden_artifact, monkeypatch):
     """ONNX Runtime has them in any artifact; where a backend has none, it is said."""
     from trt_runtime.backends.ort import OrtBackend
 
-    model, hot = rt.load(golden_fp16, threads=1), rt.GenerationConfig(temperature=20.0, gen_length=8, block_length=8)
+    model, hot = (
+        rt.load(golden_fp16, threads=1),
+        rt.GenerationConfig(temperature=20.0, gen_length=8, block_length=8),
+    )
     assert model.manifest.head == "statistics"
     tokens = {tuple(model.generate([[1, 2]], replace(hot, seed=seed))[0].tokens) for seed in range(4)}
     assert len(tokens) > 1
     monkeypatch.setattr(OrtBackend, "gives_logits", False)
-    with pytest.raises(rt.DllmError, match=r"statistics only on ort: leave them out, or export it again with HEAD=logits"):
+    with pytest.raises(
+        rt.DllmError, match=r"statistics only on ort: leave them out, or export it again with HEAD=logits"
+    ):
         model.generate([[1, 2]], hot)
     with pytest.raises(rt.DllmError, match="no tokenizer: give the prompt as token ids"):
         model.generate(["text"])
@@ -238,7 +272,10 @@ def test_a_character_that_is_split_between_blocks_is_printed_whole():
     data = "né日本語é".encode()
     letters = _Letters("")
     cuts = [2, 5, 9, len(data)]
-    updates = [Update(0, i, "dual", letters.decode(data[:n]), "", [], [], [], (0, 1), n == len(data)) for i, n in enumerate(cuts)]
+    updates = [
+        Update(0, i, "dual", letters.decode(data[:n]), "", [], [], [], (0, 1), n == len(data))
+        for i, n in enumerate(cuts)
+    ]
 
     class Streamed:
         def stream(self, prompts, config, raw):

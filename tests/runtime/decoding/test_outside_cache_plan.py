@@ -33,7 +33,9 @@ def test_a_cache_that_is_always_rebuilt_decodes_as_none(model, always):
         made = model.generate(prompts, GenerationConfig(cache="always", **options))
         assert [row.tokens for row in made] == [row.tokens for row in expected]
         assert {step.kind for row in made for step in row.trace} == {"prefix_pass"}
-        assert [row.nfe for row in made] == [row.nfe for row in expected] == [row.prefix_passes for row in made]
+        assert (
+            [row.nfe for row in made] == [row.nfe for row in expected] == [row.prefix_passes for row in made]
+        )
     speculated = model.generate(prompts, GenerationConfig(cache="always", policy="fixed", speculate=4))
     assert [row.tokens for row in speculated] == [
         row.tokens for row in model.generate(prompts, GenerationConfig(cache="none", policy="fixed"))

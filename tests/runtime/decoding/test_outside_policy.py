@@ -36,7 +36,11 @@ def test_it_decodes_and_its_options_are_checked(model, capped):
     assert few.nfe > many.nfe and all(len(step.positions) == 1 for step in few.trace)
     assert max(len(step.positions) for step in many.trace) <= 8
     assert GenerationConfig(policy="capped").cap == 4
-    for cap, said in ((0, "cap is 0, expected from 1"), (2.5, "cap is 2.5, expected int"), (True, "cap is True, expected int")):
+    for cap, said in (
+        (0, "cap is 0, expected from 1"),
+        (2.5, "cap is 2.5, expected int"),
+        (True, "cap is True, expected int"),
+    ):
         with pytest.raises(DllmError, match=said):
             GenerationConfig(policy="capped", cap=cap).resolved(model.manifest)
 
@@ -111,7 +115,9 @@ def test_names_and_options_are_one_mans_only(capped):
         name: ClassVar[str] = "different"
         threshold: float = option(0.5, help="another default")
 
-    with pytest.raises(DllmError, match=r"declares threshold with the default 0.5; other policies have it with 0.9"):
+    with pytest.raises(
+        DllmError, match=r"declares threshold with the default 0.5; other policies have it with 0.9"
+    ):
         POLICIES.register(Different)
 
     @dataclass(frozen=True)

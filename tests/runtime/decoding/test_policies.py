@@ -8,7 +8,15 @@ import pytest
 
 from trt_runtime.decoding.policies.base import BlockState, RowStats
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
-from trt_runtime.decoding.policies.schedules import Entropy, Fixed, MaskgitPlus, Origin, TopkMargin, decaying_quota, quota
+from trt_runtime.decoding.policies.schedules import (
+    Entropy,
+    Fixed,
+    MaskgitPlus,
+    Origin,
+    TopkMargin,
+    decaying_quota,
+    quota,
+)
 from trt_runtime.decoding.sampling import gumbel_propose
 from trt_runtime.errors import DllmError
 
@@ -34,7 +42,10 @@ def test_policies_equal_their_naive_restatement(seed):
         value = float(rng.choice([0.05, 0.5, 0.9, 1.0]))
         bound = float(rng.choice([0.1, 0.5, 1.0, 2.0]))
         expected = [
-            (Fixed(steps), oracle.fixed(confidence, masked, max(1, oracle.quota(state.num_masked, steps)[state.step]))),
+            (
+                Fixed(steps),
+                oracle.fixed(confidence, masked, max(1, oracle.quota(state.num_masked, steps)[state.step])),
+            ),
             (Threshold(value), oracle.threshold(confidence, masked, value)),
             (Factor(bound), oracle.factor(confidence, masked, bound)),
         ]
@@ -59,7 +70,9 @@ def test_selection_equals_the_recorded_units(golden_units):
         masked = np.array(unit["mask_index"])
         noise = unit["uniform_noise"]
         uniform = np.array(noise) if noise is not None else np.zeros_like(logits)
-        no_mask_token = logits.shape[-1]  # that code may propose the mask token; here it is outside the vocabulary
+        no_mask_token = logits.shape[
+            -1
+        ]  # that code may propose the mask token; here it is outside the vocabulary
         token, confidence = gumbel_propose(logits, uniform, unit["temperature"], no_mask_token)
         stats = RowStats(token, confidence, confidence, confidence)
         if unit["threshold"] is None:
@@ -107,7 +120,10 @@ def test_dreams_schedules_equal_their_naive_restatement(seed):
             for policy, score in ((MaskgitPlus(steps), confidence), (Entropy(steps), -stats.entropy),
                                   (TopkMargin(steps), confidence - stats.runner_up)):  # fmt: skip
                 got = policy.select(stats, masked, state)
-                assert set(np.flatnonzero(got)) == oracle.fixed(score, masked, counts[number]), (policy, state)
+                assert set(np.flatnonzero(got)) == oracle.fixed(score, masked, counts[number]), (
+                    policy,
+                    state,
+                )
             masked &= ~got
             number += 1
         assert number == len(counts)
@@ -122,7 +138,9 @@ def test_dreams_schedules_equal_the_recorded_ones(golden_units):
             stats, state = _stats(np.random.default_rng(0).random(block - 1)), BlockState(block - 1, 1, 1)
             assert Entropy(1).select(stats, np.ones(block - 1, bool), state).all()
         else:
-            assert decaying_quota(block - 1, steps, 1) == schedule == oracle.decaying_quota(block - 1, steps, 1)
+            assert (
+                decaying_quota(block - 1, steps, 1) == schedule == oracle.decaying_quota(block - 1, steps, 1)
+            )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -154,7 +172,10 @@ def test_origin_commits_each_position_at_a_step_of_its_own():
         assert not (got & ~masked).any()
         masked &= ~got
     time = [1 - 0.999 * i / steps for i in range(steps + 1)]
-    assert np.allclose(shares[:-1], [1 - time[i + 1] / time[i] for i in range(steps - 1)], atol=0.02) and shares[-1] == 1
+    assert (
+        np.allclose(shares[:-1], [1 - time[i + 1] / time[i] for i in range(steps - 1)], atol=0.02)
+        and shares[-1] == 1
+    )
     rng = np.random.default_rng(1)
     for _ in range(500):
         few, forced = int(rng.integers(1, 5)), int(rng.integers(0, 2))
@@ -170,12 +191,16 @@ def test_alg_temp_draws_positions_from_the_softmax_of_the_score():
     weights = np.exp(confidence / 0.5)
     drawn = np.zeros(3)
     for _ in range(6000):
-        got = MaskgitPlus(3, alg_temp=0.5).select(_stats(confidence), np.ones(3, bool), BlockState(3, 0, 0, None, rng))
+        got = MaskgitPlus(3, alg_temp=0.5).select(
+            _stats(confidence), np.ones(3, bool), BlockState(3, 0, 0, None, rng)
+        )
         assert got.sum() == 1
         drawn += got
     assert np.allclose(drawn / 6000, weights / weights.sum(), atol=0.02)
     for _ in range(50):
-        got = Entropy(1, alg_temp=0.5).select(_stats(confidence), np.array([True, False, True]), BlockState(2, 0, 0, None, rng))
+        got = Entropy(1, alg_temp=0.5).select(
+            _stats(confidence), np.array([True, False, True]), BlockState(2, 0, 0, None, rng)
+        )
         assert got.tolist() == [True, False, True]
 
 

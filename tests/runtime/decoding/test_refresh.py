@@ -20,7 +20,12 @@ class Recorded:
 
     def __init__(self, backend):
         self.backend, self.calls = backend, []
-        self.manifest, self.max_batch, self.steps_per_sync, self.new_cache = backend.manifest, None, 1, backend.new_cache
+        self.manifest, self.max_batch, self.steps_per_sync, self.new_cache = (
+            backend.manifest,
+            None,
+            1,
+            backend.new_cache,
+        )
 
     def forward(self, role, cache, slots, window, **options):
         self.calls.append((role, window))
@@ -28,9 +33,9 @@ class Recorded:
 
 
 def _config(manifest, **options):
-    return GenerationConfig(**{"gen_length": 30, "block_length": 8, "threshold": 0.05, "stop_at_eos": False} | options).resolved(
-        manifest
-    )
+    return GenerationConfig(
+        **{"gen_length": 30, "block_length": 8, "threshold": 0.05, "stop_at_eos": False} | options
+    ).resolved(manifest)
 
 
 def _run(backend, prompt, **options):
@@ -50,9 +55,9 @@ def test_a_window_over_everything_is_a_rebuilt_cache(golden_backend, cache):
         near = _run(golden_backend, prompt, cache=cache, refresh_every=0, refresh_window=100)
         assert near.canvas.tolist() == full.canvas.tolist()
         assert [step.positions for step in near.trace] == [step.positions for step in full.trace]
-        assert [step.kind for step in near.trace].count("prefix_pass") == 1 and [step.kind for step in near.trace].count(
-            "refine_near"
-        ) == 3
+        assert [step.kind for step in near.trace].count("prefix_pass") == 1 and [
+            step.kind for step in near.trace
+        ].count("refine_near") == 3
 
 
 @pytest.mark.parametrize("cache", ["dual", "prefix", "none"])
@@ -81,7 +86,10 @@ def _seen(canvas, mask, end, config):
         kept = masks
     elif config.suffix_decay:
         kept = sorted(
-            {masks[round(len(masks) ** (i / (config.suffix - 1) if config.suffix > 1 else 0)) - 1] for i in range(config.suffix)}
+            {
+                masks[round(len(masks) ** (i / (config.suffix - 1) if config.suffix > 1 else 0)) - 1]
+                for i in range(config.suffix)
+            }
         )
     else:
         kept = ([*masks[: config.suffix - 1], masks[-1]]) if config.suffix else []
@@ -116,22 +124,34 @@ def test_windows_are_what_the_rules_say(golden_backend, options):
             expected = seen
         elif step == 0:
             first, last = s - 8 - config.refresh_window, e + config.refresh_window
-            expected = [p for p in seen if p >= first and (p < last or config.cache == "prefix" or config.suffix is not None)]
+            expected = [
+                p
+                for p in seen
+                if p >= first and (p < last or config.cache == "prefix" or config.suffix is not None)
+            ]
         else:
             expected = [p for p in seen if s <= p and (p < e or config.cache == "prefix")]
-        assert window.position_ids[0].tolist() == expected and window.input_ids[0].tolist() == [canvas[p] for p in expected]
-        assert window.kv_len.tolist() == [len(seen)] and window.write_index.tolist() == [seen.index(expected[0])]
+        assert window.position_ids[0].tolist() == expected and window.input_ids[0].tolist() == [
+            canvas[p] for p in expected
+        ]
+        assert window.kv_len.tolist() == [len(seen)] and window.write_index.tolist() == [
+            seen.index(expected[0])
+        ]
     assert mask not in row.canvas
 
 
 def test_rows_of_different_rules_share_a_batch(golden_backend):
     """Each comes out as alone."""
     rows = [
-        Sequence(np.array(prompt), rules_of(_config(golden_backend.manifest, **options), golden_backend.manifest))
+        Sequence(
+            np.array(prompt), rules_of(_config(golden_backend.manifest, **options), golden_backend.manifest)
+        )
         for prompt in PROMPTS
         for options in OPTIONS
     ]
-    alone = [_run(golden_backend, prompt, **options).canvas.tolist() for prompt in PROMPTS for options in OPTIONS]
+    alone = [
+        _run(golden_backend, prompt, **options).canvas.tolist() for prompt in PROMPTS for options in OPTIONS
+    ]
     Generator(golden_backend, rows).run()
     assert [row.canvas.tolist() for row in rows] == alone
 
@@ -144,7 +164,11 @@ def test_gaps_of_the_prompt_are_filled_whatever_the_suffix(golden_backend):
 
 
 def test_suffixes():
-    assert Suffix(3).of(10).tolist() == [0, 1, 9] and Suffix(0).of(5).tolist() == [] and Suffix(1).of(5).tolist() == [4]
+    assert (
+        Suffix(3).of(10).tolist() == [0, 1, 9]
+        and Suffix(0).of(5).tolist() == []
+        and Suffix(1).of(5).tolist() == [4]
+    )
     decayed = Suffix(6, True).of(100)
     assert decayed[0] == 0 and decayed[-1] == 99 and (np.diff(np.diff(decayed)) >= 0).all()
 

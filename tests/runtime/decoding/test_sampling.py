@@ -69,7 +69,9 @@ def test_gumbel_noise_among_what_the_filters_keep(seed):
         expected = max((i for i in allowed if i in kept), key=lambda i: logits[0, i] + temperature * noise[i])
         dropped += expected != max(allowed, key=lambda i: logits[0, i] + temperature * noise[i])
         stats = RowStats(*(np.zeros(1),) * 4)
-        made = Sampler(GUMBEL, temperature, top_p, top_k).propose(logits, stats, mask, np.random.default_rng(draw))
+        made = Sampler(GUMBEL, temperature, top_p, top_k).propose(
+            logits, stats, mask, np.random.default_rng(draw)
+        )
         assert made.token[0] == expected
         assert np.isclose(made.confidence[0], np.exp(logits[0, expected]) / np.exp(logits[0]).sum())
     assert dropped > 100  # the filters decided

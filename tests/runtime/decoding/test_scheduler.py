@@ -48,7 +48,9 @@ def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
         used = [ticket.slot for ticket in moved]
         shared += len(moved) > 1
         idle += bool(moved) and max(used) - min(used) + 1 > len(moved)
-    assert [(t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets] == expected
+    assert [
+        (t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets
+    ] == expected
     assert max(ticket.waited for ticket in tickets) <= slots + 1 + 4
     assert slots == 1 or (shared > 300 and idle > 20)
 
@@ -65,12 +67,17 @@ def test_several_steps_a_call_come_out_as_one_at_a_time(golden_artifact, count):
         {"policy": "entropy"},
         {"policy": "threshold", "temperature": 5.0},
     ]
-    makers = [_sequence(backend.manifest, rng, **{**more[i % 5 if i > 40 else i % 3], "threshold": 0.9}) for i in range(80)]
+    makers = [
+        _sequence(backend.manifest, rng, **{**more[i % 5 if i > 40 else i % 3], "threshold": 0.9})
+        for i in range(80)
+    ]
     expected = [_alone(backend, make()) for make in makers]
     forwards = sum(len(trace) for _, trace in expected)
     calls, several, real, real_steps = [], [], backend.forward, backend.refine_steps
     backend.steps_per_sync = count
-    backend.forward = lambda role, *args, **options: calls.extend([1] * (role == "refine")) or real(role, *args, **options)
+    backend.forward = lambda role, *args, **options: (
+        calls.extend([1] * (role == "refine")) or real(role, *args, **options)
+    )
 
     def stepping(cache, slots, window, rules):
         several.append(len(rules))
@@ -86,7 +93,9 @@ def test_several_steps_a_call_come_out_as_one_at_a_time(golden_artifact, count):
         if len(tickets) < len(makers):
             tickets.append(scheduler.submit(makers[len(tickets)](), step))
         scheduler.tick()
-    assert [(t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets] == expected
+    assert [
+        (t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets
+    ] == expected
     assert len(several) > 20 and max(several) > 1 and len(several) + len(calls) < 0.8 * forwards
     assert all(told[t.number][-1] == len(t.sequence.trace) for t in tickets)
     assert any(b - a > 1 for counts in told.values() for a, b in pairwise(counts))
@@ -130,7 +139,15 @@ def test_requests_leave_and_join_between_forwards(golden_backend):
     rng = np.random.default_rng(3)
     scheduler = Scheduler(golden_backend, 2, 48)
     makers = [
-        _sequence(golden_backend.manifest, rng, gen_length=24, block_length=8, cache="dual", threshold=0.9, stop_at_eos=False)
+        _sequence(
+            golden_backend.manifest,
+            rng,
+            gen_length=24,
+            block_length=8,
+            cache="dual",
+            threshold=0.9,
+            stop_at_eos=False,
+        )
         for _ in range(5)
     ]
     tickets = [scheduler.submit(make()) for make in makers]
@@ -161,7 +178,9 @@ def test_a_short_request_is_not_held_up_by_long_ones(golden_backend):
     for _ in range(20):
         scheduler.tick()
     short = scheduler.submit(
-        _sequence(manifest, rng, gen_length=8, block_length=8, cache="prefix", threshold=0.02, stop_at_eos=False)()
+        _sequence(
+            manifest, rng, gen_length=8, block_length=8, cache="prefix", threshold=0.02, stop_at_eos=False
+        )()
     )
     ticks = 0
     while not short.is_done:
@@ -182,9 +201,15 @@ def test_the_cache_is_as_long_as_its_requests_need(golden_backend):
             tickets.append(scheduler.submit(makers[len(tickets)]()))
         scheduler.tick()
         seen.append(scheduler.cache.capacity)
-    assert [ticket.sequence.canvas.tolist() for ticket in tickets] == [_alone(golden_backend, make())[0] for make in makers]
+    assert [ticket.sequence.canvas.tolist() for ticket in tickets] == [
+        _alone(golden_backend, make())[0] for make in makers
+    ]
     changes = [b - a for a, b in pairwise(seen) if a != b]
-    assert max(seen) < 200 and sum(change > 64 for change in changes) == 2 and sum(change < -64 for change in changes) >= 1
+    assert (
+        max(seen) < 200
+        and sum(change > 64 for change in changes) == 2
+        and sum(change < -64 for change in changes) >= 1
+    )
 
 
 def test_a_canvas_that_no_slot_holds_is_refused(golden_backend):

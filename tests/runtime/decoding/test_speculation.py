@@ -23,7 +23,11 @@ def _made(row):
 
 def _draws(sequence):
     rules = sequence.rules
-    return rules.sampler.needs_logits or rules.policy.name == "origin" or getattr(rules.policy, "alg_temp", 0) > 0
+    return (
+        rules.sampler.needs_logits
+        or rules.policy.name == "origin"
+        or getattr(rules.policy, "alg_temp", 0) > 0
+    )
 
 
 @pytest.mark.parametrize("branches", [2, 5])
@@ -33,7 +37,9 @@ def test_goldens_come_out_as_with_a_call_a_step(golden_backend, golden_cases, br
     for case in golden_cases:
         rows = [row.sequence for row in decode_cases.rows_of(manifest, case)]
         others = [row.sequence for row in decode_cases.rows_of(manifest, case)]
-        if _draws(rows[0]) or (case["mode"] == "none" and branches == 5):  # canvases of whole branches: once is enough
+        if _draws(rows[0]) or (
+            case["mode"] == "none" and branches == 5
+        ):  # canvases of whole branches: once is enough
             continue
         Generator(golden_backend, rows).run()
         Speculating(golden_backend, others, branches).run()
@@ -44,7 +50,9 @@ def test_goldens_come_out_as_with_a_call_a_step(golden_backend, golden_cases, br
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache": "prefix"}, {"cache": "none"}, {"refresh_every": 0}, {"suffix": 8}, {"policy": "eb"}], ids=str
+    "options",
+    [{}, {"cache": "prefix"}, {"cache": "none"}, {"refresh_every": 0}, {"suffix": 8}, {"policy": "eb"}],
+    ids=str,
 )
 def test_answers_of_the_demo_model_stay(model, options):
     """One token a step (and a policy) with and without; the calls that were made are the forwards that are counted."""
@@ -58,7 +66,10 @@ def test_answers_of_the_demo_model_stay(model, options):
     ]
     ratio = sum(result.nfe for result in plain) / sum(result.nfe for result in made)
     assert ratio > (1.0 if "policy" in options else 1.5), ratio
-    assert all(result.nfe == result.prefix_passes + result.refine_steps and result.refine_steps >= 0 for result in made)
+    assert all(
+        result.nfe == result.prefix_passes + result.refine_steps and result.refine_steps >= 0
+        for result in made
+    )
 
 
 class Counted:
@@ -66,7 +77,12 @@ class Counted:
 
     def __init__(self, backend):
         self.backend, self.calls = backend, 0
-        self.manifest, self.max_batch, self.steps_per_sync, self.new_cache = backend.manifest, 4, 1, backend.new_cache
+        self.manifest, self.max_batch, self.steps_per_sync, self.new_cache = (
+            backend.manifest,
+            4,
+            1,
+            backend.new_cache,
+        )
 
     def copy_slot(self, cache, source, slots):
         return False
@@ -78,7 +94,9 @@ class Counted:
 
 def test_a_backend_that_cannot_copy_makes_every_branch(golden_backend):
     backend = Counted(golden_backend)
-    config = GenerationConfig(gen_length=24, block_length=8, policy="fixed", stop_at_eos=False).resolved(backend.manifest)
+    config = GenerationConfig(gen_length=24, block_length=8, policy="fixed", stop_at_eos=False).resolved(
+        backend.manifest
+    )
     rules = rules_of(config, backend.manifest)
     plain, made = (Sequence(np.arange(3, 12), rules) for _ in range(2))
     Generator(golden_backend, [plain]).run()
@@ -90,14 +108,18 @@ def test_a_backend_that_cannot_copy_makes_every_branch(golden_backend):
 
 def test_streams_show_every_step_once(model):
     updates = list(
-        model.stream([PROMPTS.read_text(encoding="utf-8").splitlines()[0]], GenerationConfig(policy="fixed", speculate=4))
+        model.stream(
+            [PROMPTS.read_text(encoding="utf-8").splitlines()[0]],
+            GenerationConfig(policy="fixed", speculate=4),
+        )
     )
     changed = [position for update in updates for position in update.changed]
     assert len(changed) == len(set(changed)) > 30 and updates[-1].nfe == len(updates) and updates[-1].finished
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.5}, {"policy": "origin"}, {"policy": "entropy", "alg_temp": 0.5}, {"speculate": 0}]
+    "options",
+    [{"temperature": 0.5}, {"policy": "origin"}, {"policy": "entropy", "alg_temp": 0.5}, {"speculate": 0}],
 )
 def test_what_is_drawn_is_not_foretold(golden_backend, options):
     with pytest.raises(DllmError, match="speculate"):

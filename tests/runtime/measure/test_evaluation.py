@@ -38,9 +38,17 @@ def _enumerated(model, context, target):
         for subset in subsets:
             tokens = np.array([[mask if i in subset else token for i, token in enumerate(ids)]])
             window = Window(
-                tokens, np.arange(len(ids))[None], np.zeros(1, np.int64), np.array([len(ids)]), np.arange(len(ids))[None]
+                tokens,
+                np.arange(len(ids))[None],
+                np.zeros(1, np.int64),
+                np.array([len(ids)]),
+                np.arange(len(ids))[None],
             )
-            logits = model.backend.prefix(cache, slice(0, 1), window, want_logits=True).logits[0].astype(np.float64)
+            logits = (
+                model.backend.prefix(cache, slice(0, 1), window, want_logits=True)
+                .logits[0]
+                .astype(np.float64)
+            )
             found = sum(logits[i - shift, ids[i]] - math.log(np.exp(logits[i - shift]).sum()) for i in subset)
             total += found * n / count / len(subsets) / n
     return total
@@ -68,9 +76,12 @@ def test_samples_mask_every_number_of_tokens_evenly():
 def test_a_text_is_greedy_if_the_model_writes_it(model):
     context = model.encode(ORDER)
     written = model.generate(
-        [ORDER], GenerationConfig(gen_length=12, block_length=12, cache="none", policy="fixed", stop_at_eos=False)
+        [ORDER],
+        GenerationConfig(gen_length=12, block_length=12, cache="none", policy="fixed", stop_at_eos=False),
     )[0].tokens
-    assert likelihood.is_greedy(model, context, written) and not likelihood.is_greedy(model, context, [*written[:-1], written[0]])
+    assert likelihood.is_greedy(model, context, written) and not likelihood.is_greedy(
+        model, context, [*written[:-1], written[0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,29 +104,41 @@ def harness(model):
 
 def test_answers_are_those_of_generate_cut_at_stop_strings(harness, model):
     prompts = [
-        harness.apply_chat_template([{"role": "user", "content": text}]) for text in (ORDER, "find red keys in attic", ORDER)
+        harness.apply_chat_template([{"role": "user", "content": text}])
+        for text in (ORDER, "find red keys in attic", ORDER)
     ]
     plain = [result.text for result in model.generate(prompts, raw=True)]
     assert harness.generate_until(_asked(*((prompt, {"until": []}) for prompt in prompts))) == plain
     assert harness.figures.answers == 3 and harness.figures.nfe > 3 and harness.figures.useful_tokens > 30
     cut = harness.generate_until(
-        _asked((prompts[0], {"until": ["nothing", '"in"']}), (prompts[1], {"until": '"find"', "max_gen_toks": 40}))
+        _asked(
+            (prompts[0], {"until": ["nothing", '"in"']}),
+            (prompts[1], {"until": '"find"', "max_gen_toks": 40}),
+        )
     )
-    shorter = model.generate([prompts[1]], GenerationConfig(gen_length=40), raw=True)[0].text  # the task says how long
+    shorter = model.generate([prompts[1]], GenerationConfig(gen_length=40), raw=True)[
+        0
+    ].text  # the task says how long
     assert cut == [plain[0].split('"in"')[0], shorter.split('"find"')[0]] and '"find"' in shorter
     with pytest.raises(DllmError, match="unknown generation option of the task 'num_beams'"):
         harness.generate_until(_asked((prompts[0], {"num_beams": 4})))
 
 
 def test_prompts_that_are_too_long_lose_their_beginning_and_are_counted(harness):
-    assert len(harness._fitting([5] * 500, 96)) == harness.model.manifest.model.max_length - 96 and harness.figures.truncated == 1
+    assert (
+        len(harness._fitting([5] * 500, 96)) == harness.model.manifest.model.max_length - 96
+        and harness.figures.truncated == 1
+    )
     with pytest.raises(DllmError, match="smaller --gen-length"):
         harness._fitting([5], 9000)
 
 
 def test_likelihoods_prefer_what_is_right(harness):
     prompt = harness.apply_chat_template([{"role": "user", "content": ORDER}])
-    answers = ['[{"do": "clean", "in": "hall", "with": "mop"}]', '[{"do": "clean", "in": "attic", "with": "mop"}]']
+    answers = [
+        '[{"do": "clean", "in": "hall", "with": "mop"}]',
+        '[{"do": "clean", "in": "attic", "with": "mop"}]',
+    ]
     right, wrong = harness.loglikelihood(_asked(*((prompt, answer) for answer in answers)), disable_tqdm=True)
     assert right[0] > wrong[0] + 3 and not wrong[1]
     assert harness.figures.likelihoods == 2 and harness.figures.likelihood_forwards == 16
@@ -128,21 +151,33 @@ def test_the_command_with_offline_tasks(demo_artifact, tmp_path):
     command = [sys.executable, "-m", "trt_runtime.cli", "eval", str(demo_artifact), "--tasks", "demo_plan,demo_needle,demo_choice", "--include-path", str(TASKS),
                "--chat", "--limit", "8", "--mc-samples", "8", "--policy", "factor", "--output", str(tmp_path / "out.json")]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out.json").read_text())
     scores = {
-        task: next(value for key, value in found.items() if key in ("exact_match,none", "found,none", "acc,none"))
+        task: next(
+            value for key, value in found.items() if key in ("exact_match,none", "found,none", "acc,none")
+        )
         for task, found in report["results"].items()
     }
-    assert set(scores) == {"demo_plan", "demo_needle", "demo_choice"} and all(score >= 0.7 for score in scores.values()), scores
+    assert set(scores) == {"demo_plan", "demo_needle", "demo_choice"} and all(
+        score >= 0.7 for score in scores.values()
+    ), scores
     assert (
         report["decoding"]["config"]["policy"] == "factor"
         and report["decoding"]["config"]["gen_length"] == 96
         and report["decoding"]["chat_template"]
     )
-    assert report["figures"]["answers"] == 16 and report["figures"]["nfe"] > 100 and report["figures"]["tokens_per_forward"] > 1.5
+    assert (
+        report["figures"]["answers"] == 16
+        and report["figures"]["nfe"] > 100
+        and report["figures"]["tokens_per_forward"] > 1.5
+    )
     assert "demo_plan" in done.stdout and "tokens a forward" in done.stdout and "Traceback" not in done.stderr
 
 
@@ -191,7 +226,8 @@ def test_progress_counts_answers_and_likelihoods(model):
     harness = evaluation.Harness(model, GenerationConfig(), batch=2, samples=1, check_greedy=False)
     harness.progress = told
     asked = [
-        SimpleNamespace(args=(ORDER, options)) for options in ({"until": []}, {"until": []}, {"until": []}, {"until": ["x"]})
+        SimpleNamespace(args=(ORDER, options))
+        for options in ({"until": []}, {"until": []}, {"until": []}, {"until": ["x"]})
     ]
     assert len(harness.generate_until(asked)) == 4
     harness._loglikelihood_tokens([(None, [5, 6], [7])] * 3)

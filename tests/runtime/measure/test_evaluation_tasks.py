@@ -43,7 +43,9 @@ def _quiet(monkeypatch):
 
 
 def _eval(artifact, *words):
-    return cli.main(["eval", str(artifact), "--include-path", str(TASKS), "--limit", "2", "--mc-samples", "2", *words])
+    return cli.main(
+        ["eval", str(artifact), "--include-path", str(TASKS), "--limit", "2", "--mc-samples", "2", *words]
+    )
 
 
 def test_every_recipe_has_a_twin():
@@ -99,8 +101,12 @@ def test_a_begun_answer_stands_at_the_end_of_the_prompt_with_and_without_chat(mo
         harness = evaluation.Harness(model, GenerationConfig(), batch=2, samples=2, check_greedy=False)
         name = "twin_humaneval_instruct" if shots is None else "twin_mbpp_instruct"
         asked.clear()
-        evaluation.run(harness, [name], evaluation.Settings((TASKS,), False, shots, 2, chat, run_unsafe_code=True))
-        assert len(asked) == 2 and all(text.rstrip().endswith('[{"' if shots is None else "[") for text in asked), asked
+        evaluation.run(
+            harness, [name], evaluation.Settings((TASKS,), False, shots, 2, chat, run_unsafe_code=True)
+        )
+        assert len(asked) == 2 and all(
+            text.rstrip().endswith('[{"' if shots is None else "[") for text in asked
+        ), asked
         opened = model.tokenizer.render_chat([{"role": "user", "content": "?"}]).partition("?")[2]
         assert all((opened.strip() in text) == chat for text in asked) and (
             shots is None or all(text.count("[") > 3 for text in asked)
@@ -124,13 +130,34 @@ def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_p
     }.items():  # fmt: skip
         assert _eval(demo_artifact, "--tasks", "twin_humaneval_64", "--chat", *words) == 0
     assert len(drawn["1"]) == 12 and len(set(drawn["1"][:6])) >= 4 and len(set(drawn["1"][6:])) >= 4
-    assert drawn["1"] == drawn["4"] == drawn["again"] == drawn["two"] == drawn["command line"] != drawn["other seed"]
+    assert (
+        drawn["1"]
+        == drawn["4"]
+        == drawn["again"]
+        == drawn["two"]
+        == drawn["command line"]
+        != drawn["other seed"]
+    )
     assert drawn["other seed"] == drawn["seed alone"]  # of a task that draws by itself
     name[0] = "beside"
     out = tmp_path / "out.json"
-    assert _eval(demo_artifact, "--tasks", "twin_gsm8k,twin_humaneval_64", "--chat", "--limit", "1", "--output", str(out)) == 0
+    assert (
+        _eval(
+            demo_artifact,
+            "--tasks",
+            "twin_gsm8k,twin_humaneval_64",
+            "--chat",
+            "--limit",
+            "1",
+            "--output",
+            str(out),
+        )
+        == 0
+    )
     assert set(drawn["1"][:6]) <= set(drawn["beside"])
-    assert json.loads(out.read_text())["results"]["twin_humaneval_64"]["texts,all"] == len(set(drawn["1"][:6]))
+    assert json.loads(out.read_text())["results"]["twin_humaneval_64"]["texts,all"] == len(
+        set(drawn["1"][:6])
+    )
 
 
 def test_the_demo_task_takes_examples(demo_artifact):
@@ -196,15 +223,24 @@ def test_what_goes_wrong_with_a_task_is_one_line(name, demo_artifact, tmp_path, 
         body = text if text.startswith("task:") else SHAPE + text
         if "metric_list" not in body:
             body += (
-                "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n" if name != "no yaml" else ""
+                "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+                if name != "no yaml"
+                else ""
             )
         (tmp_path / "broken.yaml").write_text(body)
         (tmp_path / "code.py").write_text(CODE)
     folder = TASKS if text is None else tmp_path
-    assert cli.main(["eval", str(demo_artifact), "--include-path", str(folder), "--limit", "1", "--tasks", *words]) == 1
+    assert (
+        cli.main(
+            ["eval", str(demo_artifact), "--include-path", str(folder), "--limit", "1", "--tasks", *words]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     last = error.splitlines()[-1]
-    assert last.startswith("error: ") and all(part in last for part in said) and "Traceback" not in error, error
+    assert last.startswith("error: ") and all(part in last for part in said) and "Traceback" not in error, (
+        error
+    )
 
 
 def test_python_says_more_and_keeps_the_cause(model):
@@ -212,7 +248,9 @@ def test_python_says_more_and_keeps_the_cause(model):
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)
     with pytest.raises(DllmError, match="set HF_ALLOW_CODE_EVAL=1 as well") as error:
         evaluation.run(
-            harness, ["twin_humaneval_instruct"], evaluation.Settings((TASKS,), False, None, 1, True, run_unsafe_code=True)
+            harness,
+            ["twin_humaneval_instruct"],
+            evaluation.Settings((TASKS,), False, None, 1, True, run_unsafe_code=True),
         )
     assert isinstance(error.value.__cause__, ValueError)
 
@@ -242,12 +280,28 @@ def test_errors_of_this_project_stay_as_they_are():
 
 def test_the_same_in_a_process_of_its_own(demo_artifact, tmp_path):
     """As a user sees it: no data without a network."""
-    command = [sys.executable, "-m", "trt_runtime.cli", "eval", str(demo_artifact), "--tasks", "gsm8k", "--limit", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.cli",
+        "eval",
+        str(demo_artifact),
+        "--tasks",
+        "gsm8k",
+        "--limit",
+        "1",
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.fullmatch(r"error: the task's data cannot be downloaded \(.*gsm8k.*\): .*", done.stderr.splitlines()[-1])
+    assert re.fullmatch(
+        r"error: the task's data cannot be downloaded \(.*gsm8k.*\): .*", done.stderr.splitlines()[-1]
+    )
 
 
 def test_an_artifact_without_a_template_is_told_to_leave_chat_out(model, monkeypatch):
@@ -262,7 +316,9 @@ def test_until_can_be_left_uncut(demo_artifact, tmp_path, model):
     prompt = model.tokenizer.render_chat([{"role": "user", "content": "clean hall with mop"}])
     texts = []
     for escape in (False, True):
-        harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False, escape_until=escape)
+        harness = evaluation.Harness(
+            model, GenerationConfig(), batch=1, samples=1, check_greedy=False, escape_until=escape
+        )
         texts += harness.generate_until([type("R", (), {"args": (prompt, options)})()])
     assert texts[0] == "" and texts[1].startswith("[") and texts[1].endswith("]")
     out = tmp_path / "out.json"
@@ -284,12 +340,18 @@ def test_until_can_be_left_uncut(demo_artifact, tmp_path, model):
         == 0
     )
     report = json.loads(out.read_text())["decoding"]
-    assert report["escape_until"] and report["add_bos"] == "no" and report["max_length"] == report["window"] == 100
+    assert (
+        report["escape_until"]
+        and report["add_bos"] == "no"
+        and report["max_length"] == report["window"] == 100
+    )
 
 
 def test_what_is_drawn_is_the_tasks_unless_the_command_line_says(model):
     def drawn(options, **given):
-        harness = evaluation.Harness(model, replace(GenerationConfig(), **given), batch=1, samples=1, check_greedy=False)
+        harness = evaluation.Harness(
+            model, replace(GenerationConfig(), **given), batch=1, samples=1, check_greedy=False
+        )
         return harness._config_of(options).temperature
 
     assert drawn({"do_sample": True, "temperature": 0.4}) == 0.4 and drawn({"temperature": 0.4}) == 0.4
@@ -300,7 +362,9 @@ def test_what_is_drawn_is_the_tasks_unless_the_command_line_says(model):
         drawn({"do_sample": True, "temperature": 0.4}, temperature=0.7) == 0.7
         and drawn({"do_sample": False}, temperature=0.7) == 0.7
     )
-    with pytest.raises(DllmError, match=r"top_p.*The task asks for temperature 0.2, top_p 1.5 \(--gen-kwargs"):
+    with pytest.raises(
+        DllmError, match=r"top_p.*The task asks for temperature 0.2, top_p 1.5 \(--gen-kwargs"
+    ):
         drawn({"do_sample": True, "temperature": 0.2, "top_p": 1.5})
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)
     assert harness._config_of({"max_new_tokens": 24}).gen_length == 24

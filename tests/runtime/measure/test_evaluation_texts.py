@@ -132,7 +132,10 @@ def test_rolling_windows_are_printed_and_bounded_by_the_option(demo_artifact, ca
         assert json.loads(out.read_text())["decoding"]["window"] == window
     for wrong, said in (("0", "--max-length is 0"), ("100000", "expected 2 to 256"), ("1", "expected 2 to")):
         assert cli.main([*command, "--max-length", wrong]) == 1 and said in capsys.readouterr().err
-    assert cli.main([*command, "--add-bos", "maybe"]) == 1 and "unknown add_bos 'maybe'" in capsys.readouterr().err
+    assert (
+        cli.main([*command, "--add-bos", "maybe"]) == 1
+        and "unknown add_bos 'maybe'" in capsys.readouterr().err
+    )
 
 
 def test_max_length_bounds_prompts(model):
@@ -172,7 +175,11 @@ def _reseal(artifact):
             entry.update(
                 {
                     key: value
-                    for key, value in (("size", len(data)), ("bytes", len(data)), ("sha256", hashlib.sha256(data).hexdigest()))
+                    for key, value in (
+                        ("size", len(data)),
+                        ("bytes", len(data)),
+                        ("sha256", hashlib.sha256(data).hexdigest()),
+                    )
                     if key in entry
                 }
             )
@@ -185,7 +192,10 @@ def test_texts_begin_with_bos_where_the_tokenizer_says_so_or_the_user(with_bos, 
     bos = model.tokenizer.piece(model.manifest.decoding.eos_token_ids[0])
     told, silent = with_bos(add_bos_token=True, bos_token=bos), with_bos(bos_token=bos)
     first, plain = told.tokenizer.special_id("bos_token"), model.tokenizer.encode("clean hall")
-    assert _harness(told).tok_encode("clean hall") == [first, *plain] and _harness(silent).tok_encode("clean hall") == plain
+    assert (
+        _harness(told).tok_encode("clean hall") == [first, *plain]
+        and _harness(silent).tok_encode("clean hall") == plain
+    )
     assert (
         _harness(told, add_bos="no").tok_encode("clean hall")
         == plain
@@ -194,13 +204,19 @@ def test_texts_begin_with_bos_where_the_tokenizer_says_so_or_the_user(with_bos, 
     assert _harness(silent, add_bos="yes").tok_encode("clean hall") == [first, *plain]
     assert _harness(told).tok_encode(f"{bos}clean hall")[:2] == [first, plain[0]]  # not twice
     # as the runtime takes plain texts; never before what a chat template wrote
-    assert told.encode("clean hall", raw=True) == [first, *plain] and silent.encode("clean hall", raw=True) == plain
+    assert (
+        told.encode("clean hall", raw=True) == [first, *plain]
+        and silent.encode("clean hall", raw=True) == plain
+    )
     chat = [{"role": "user", "content": "clean hall"}]
     assert told.encode(chat) == told.encode("clean hall") == model.encode("clean hall")
     harness = _harness(told)
     assert harness.tok_encode(harness.apply_chat_template(chat)) == model.encode("clean hall")
     # a text without a context stands behind it, a window too, and a prompt that is cut keeps it
-    assert _harness(told).prefix_token_id == first and len(_harness(told)._fitting([first, *[7] * 400], 96)) == 160
+    assert (
+        _harness(told).prefix_token_id == first
+        and len(_harness(told)._fitting([first, *[7] * 400], 96)) == 160
+    )
     assert (
         _harness(told)._fitting([first, *[7] * 400], 96)[0] == first
         and _harness(told, add_bos="no")._fitting([first, *[7] * 400], 96)[0] == 7
@@ -219,12 +235,19 @@ def test_raw_prompts_of_the_command_and_the_server_begin_with_bos(with_bos, mode
 
     bos = model.tokenizer.piece(model.manifest.decoding.eos_token_ids[0])
     told = with_bos(add_bos_token=True, bos_token=bos)
-    expected = told.generate([told.encode("clean hall with mop", raw=True)], GenerationConfig(gen_length=8))[0]
-    assert cli.main(["generate", str(told.path), "clean hall with mop", "--raw", "--gen-length", "8", "--json"]) == 0
+    expected = told.generate([told.encode("clean hall with mop", raw=True)], GenerationConfig(gen_length=8))[
+        0
+    ]
+    assert (
+        cli.main(["generate", str(told.path), "clean hall with mop", "--raw", "--gen-length", "8", "--json"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)[0]["text"] == expected.text
     with serving(told, slots=1) as (url, _):
         answer = httpx.post(
-            f"{url}/v1/completions", json={"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8}, timeout=60
+            f"{url}/v1/completions",
+            json={"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8},
+            timeout=60,
         ).json()
     assert (
         answer["usage"]["prompt_tokens"] == 1 + len(model.tokenizer.encode("clean hall with mop"))
@@ -237,17 +260,34 @@ def test_gaps_are_filled_without_an_answer(long, capsys):
     mask = long.tokenizer.piece(long.manifest.decoding.mask_token_id)
     for cache in ("none", "prefix", "dual"):
         prompt = f"{mask} hall {mask}{mask} mop"
-        words = ["generate", str(long.path), prompt, "--raw", "--infill", "--gen-length", "0", "--cache", cache, "--json"]
+        words = [
+            "generate",
+            str(long.path),
+            prompt,
+            "--raw",
+            "--infill",
+            "--gen-length",
+            "0",
+            "--cache",
+            cache,
+            "--json",
+        ]
         assert cli.main(words) == 0
         (made,) = json.loads(capsys.readouterr().out)
         ids = long.tokenizer.encode(prompt)
-        result = long.generate([prompt], GenerationConfig(gen_length=0, infill=True, cache=cache), raw=True)[0]
+        result = long.generate([prompt], GenerationConfig(gen_length=0, infill=True, cache=cache), raw=True)[
+            0
+        ]
         assert (
             made["nfe"] == result.nfe > 0
             and len(result.canvas) == len(ids)
             and long.manifest.decoding.mask_token_id not in result.canvas
         )
-        assert all(a == b for a, b in zip(result.canvas, ids, strict=True) if b != long.manifest.decoding.mask_token_id)
+        assert all(
+            a == b
+            for a, b in zip(result.canvas, ids, strict=True)
+            if b != long.manifest.decoding.mask_token_id
+        )
 
 
 def test_tokens_beyond_the_tokenizer_are_drawn_and_decoded(long):

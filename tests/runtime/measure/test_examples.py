@@ -15,7 +15,17 @@ from trt_runtime.errors import DllmError
 from trt_runtime.measure import bench, examples
 from trt_runtime.measure.examples import Example
 
-INSIDE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]  # str.splitlines would end a line there
+INSIDE = [
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\r",
+]  # str.splitlines would end a line there
 BOM = codecs.BOM_UTF8
 
 
@@ -70,7 +80,12 @@ def test_other_encodings_are_named(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("made", "said"),
-    [(b"", "holds no prompt"), (BOM, "holds no prompt"), (b"\n \r\n", "holds no prompt"), (b"gr\xfc\xdfe", "cannot be read")],
+    [
+        (b"", "holds no prompt"),
+        (BOM, "holds no prompt"),
+        (b"\n \r\n", "holds no prompt"),
+        (b"gr\xfc\xdfe", "cannot be read"),
+    ],
 )
 def test_files_without_a_prompt(made, said, tmp_path):
     path = tmp_path / "data"
@@ -81,7 +96,9 @@ def test_files_without_a_prompt(made, said, tmp_path):
         examples.lines_of(tmp_path / "nowhere")
 
 
-def test_the_prompts_of_a_benchmark_and_of_standard_input_are_read_alike(model, demo_artifact, tmp_path, monkeypatch, capsys):
+def test_the_prompts_of_a_benchmark_and_of_standard_input_are_read_alike(
+    model, demo_artifact, tmp_path, monkeypatch, capsys
+):
     text = "\ufeffclean hall\u2028with mop\r\n\r\nfind red keys in attic\x0b\n"
     path = tmp_path / "prompts"
     path.write_bytes(text.encode())
@@ -90,13 +107,16 @@ def test_the_prompts_of_a_benchmark_and_of_standard_input_are_read_alike(model, 
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert cli.main(["generate", str(demo_artifact), "-", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert [held["text"] for held in made] == [result.text for result in model.generate(asked)] and len(made) == 2
+    assert [held["text"] for held in made] == [result.text for result in model.generate(asked)] and len(
+        made
+    ) == 2
 
 
 def test_a_quantised_export_and_tuning_read_them(demo_artifact, tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     lines = [
-        json.dumps({"prompt": f"clean hall\u2028with {tool}", "answers": ["[]"]}, ensure_ascii=False) for tool in ("mop", "cloth")
+        json.dumps({"prompt": f"clean hall\u2028with {tool}", "answers": ["[]"]}, ensure_ascii=False)
+        for tool in ("mop", "cloth")
     ]
     path.write_bytes(BOM + "\r\n".join(lines).encode())
     assert cli.main(["tune", str(demo_artifact), "--data", str(path), "--max-drop", "100"]) == 0

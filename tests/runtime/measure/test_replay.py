@@ -53,7 +53,9 @@ def test_goldens_recorded_as_one_batch_come_out_as_one_batch(golden_backend, gol
         for tag in case["tags"]:
             if tag.startswith("batch_group"):
                 groups[tag, case["mode"]].append(case)
-    assert len(groups) == len({mode for _, mode in groups}) >= 2 and all(len(cases) == 4 for cases in groups.values())
+    assert len(groups) == len({mode for _, mode in groups}) >= 2 and all(
+        len(cases) == 4 for cases in groups.values()
+    )
     for cases in groups.values():
         replayed = replay.replay_together(golden_backend, cases)
         assert [replay.compare(case, done) for case, done in zip(cases, replayed, strict=True)] == [None] * 4
@@ -89,7 +91,9 @@ def test_where_the_v1_code_leaves_masks_we_do_not(golden_backend, golden_cases):
         assert not any(1000 in row for row in done["output"])
         assert [len(step[3]) for step in done["trace"]] == [1, 7, 1, 7]
         assert done["trace"][0] == case["trace"][0]
-        assert "step 0" in str(replay.compare(case | {"trace": [["full", 0, 22, [6], [1]]]}, replay.replay(golden_backend, case)))
+        assert "step 0" in str(
+            replay.compare(case | {"trace": [["full", 0, 22, [6], [1]]]}, replay.replay(golden_backend, case))
+        )
 
 
 def test_mismatches_are_found_and_located(golden_backend, golden_cases):
@@ -99,7 +103,9 @@ def test_mismatches_are_found_and_located(golden_backend, golden_cases):
     number = len([s for s in case["trace"][:step] if s[3]])
     wrong_token = copy.deepcopy(case)
     wrong_token["trace"][step][4][0] += 1
-    assert f"step {number}: position {case['trace'][step][3][0]}: expected token" in str(replay.compare(wrong_token, done))
+    assert f"step {number}: position {case['trace'][step][3][0]}: expected token" in str(
+        replay.compare(wrong_token, done)
+    )
     wrong_position = copy.deepcopy(case)
     wrong_position["trace"][step][3][0] += 1
     assert f"step {number}: position" in str(replay.compare(wrong_position, done))
@@ -107,7 +113,9 @@ def test_mismatches_are_found_and_located(golden_backend, golden_cases):
     del fewer["trace"][-1]
     fewer["trace"] = [s for s in fewer["trace"] if s[3]]
     assert "forwards" in str(replay.compare(fewer, done)) or "step" in str(replay.compare(fewer, done))
-    assert "nfe" in str(replay.compare({k: v for k, v in case.items() if k != "trace"} | {"nfe_nonempty": 99}, done))
+    assert "nfe" in str(
+        replay.compare({k: v for k, v in case.items() if k != "trace"} | {"nfe_nonempty": 99}, done)
+    )
     output = copy.deepcopy(case)
     del output["trace"]
     output["output"][0][3] += 1
@@ -120,14 +128,18 @@ def test_a_near_tie_is_ambiguous_and_a_far_one_is_not(golden_backend, golden_cas
     done = replay.replay(golden_backend, case)
     candidates, stats, _ = done.rows[0].trace[1].seen
     chosen = set(done.rows[0].trace[1].positions)
-    others = [(float(c), int(p)) for p, c in zip(candidates, stats.confidence, strict=True) if int(p) not in chosen]
+    others = [
+        (float(c), int(p)) for p, c in zip(candidates, stats.confidence, strict=True) if int(p) not in chosen
+    ]
     nearest = max(others)
     case["trace"] = copy.deepcopy(done.result["trace"])
     step = case["trace"][1]
     token = int(stats.token[list(candidates).index(nearest[1])])
     merged = sorted([*zip(step[3], step[4], strict=True), (nearest[1], token)])
     step[3], step[4] = [p for p, _ in merged], [t for _, t in merged]
-    scale = (0.9 - nearest[0]) / (4 * nearest[0] * (1 - nearest[0]))  # the margin is meant at a confidence of 0.5
+    scale = (0.9 - nearest[0]) / (
+        4 * nearest[0] * (1 - nearest[0])
+    )  # the margin is meant at a confidence of 0.5
     assert replay.compare(case, done, scale * 1.01 + 1e-6).ambiguous
     assert not replay.compare(case, done, scale * 0.9).ambiguous
 
@@ -213,7 +225,11 @@ def test_blocks_are_finished_from_left_to_right(golden_backend, golden_cases):
     """No position right of a block is written before the block's last mask is gone."""
     for case in golden_cases[:40]:
         row = replay.replay(golden_backend, case).rows[0]
-        written = [(position - row.prompt_length) // case["block_length"] for step in row.trace for position in step.positions]
+        written = [
+            (position - row.prompt_length) // case["block_length"]
+            for step in row.trace
+            for position in step.positions
+        ]
         assert written == sorted(written)
 
 
@@ -250,7 +266,11 @@ def test_a_row_ends_at_eos_only_when_everything_before_it_stands():
 
 def test_padding_at_the_left_of_a_row_is_not_part_of_it(golden_backend, golden_cases):
     """The row with its padding decodes as the row without it; its trace counts the padding."""
-    case = next(c for c in golden_cases if c["mode"] == "dual" and c["threshold"] == 0.9) if golden_cases else None
+    case = (
+        next(c for c in golden_cases if c["mode"] == "dual" and c["threshold"] == 0.9)
+        if golden_cases
+        else None
+    )
     padded = case | {
         "prompt": [[1001] * 3 + case["prompt"][0]],
         "attention_mask": [[False] * 3 + [True] * len(case["prompt"][0])],
@@ -258,7 +278,10 @@ def test_padding_at_the_left_of_a_row_is_not_part_of_it(golden_backend, golden_c
     alone, beside = (replay.replay(golden_backend, c).result for c in (case, padded))
     assert beside["output"] == alone["output"] and beside["full_output"][0][:3] == [1001] * 3
     assert [[p + 3 for p in step[3]] for step in alone["trace"]] == [step[3] for step in beside["trace"]]
-    assert beside["trace"][0][2] == alone["trace"][0][2] + 3 and beside["trace"][1][1] == alone["trace"][1][1] + 3
+    assert (
+        beside["trace"][0][2] == alone["trace"][0][2] + 3
+        and beside["trace"][1][1] == alone["trace"][1][1] + 3
+    )
 
 
 _CASE = {
@@ -311,7 +334,13 @@ def test_wrong_positions_and_mask_tokens_are_never_ambiguous(golden_backend):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_gaps_never_cost_an_empty_forward_and_recordings_replay(golden_backend, cache):
     """Gaps in a prompt take part of a schedule's quota; the block then outlasts it, and every forward writes something."""
-    case = _CASE | {"mode": cache, "prompt": [[1, 1000, 1000, 4, 1000]], "threshold": None, "steps": 8, "gen_length": 8}
+    case = _CASE | {
+        "mode": cache,
+        "prompt": [[1, 1000, 1000, 4, 1000]],
+        "threshold": None,
+        "steps": 8,
+        "gen_length": 8,
+    }
     recorded = replay.record(golden_backend, [case])["cases"][0]
     assert all(step[3] for step in recorded["trace"])
     assert not any(1000 in row for row in recorded["full_output"])

@@ -25,7 +25,9 @@ import demo_task
 @pytest.fixture
 def data(tmp_path):
     lines = [
-        json.dumps({"prompt": e.prompt, "answers": [json.dumps(plan) for plan in demo_task.spellings(e.plan)]})
+        json.dumps(
+            {"prompt": e.prompt, "answers": [json.dumps(plan) for plan in demo_task.spellings(e.plan)]}
+        )
         for e in demo_prompts.held_out(6)
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
@@ -42,7 +44,9 @@ def small(monkeypatch):
     monkeypatch.setattr(tune, "_ROUNDS", 1)
 
 
-def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small, tmp_path, demo_artifact, capsys):
+def test_the_choice_is_the_fastest_within_the_bound_and_holds(
+    model, data, small, tmp_path, demo_artifact, capsys
+):
     artifact = tmp_path / "artifact"
     shutil.copytree(demo_artifact, artifact)
     command = [
@@ -62,7 +66,11 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small
     ]
     assert cli.main(command) == 0
     report, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert report["baseline_right"] >= 5 and report["right"] >= report["baseline_right"] and report["speedup"] > 1.2
+    assert (
+        report["baseline_right"] >= 5
+        and report["right"] >= report["baseline_right"]
+        and report["speedup"] > 1.2
+    )
     wrong = [trial for trial in report["trials"] if trial["right"] < report["baseline_right"]]
     assert wrong and report["chosen"]["options"] not in [trial["options"] for trial in wrong]
     assert (
@@ -74,23 +82,35 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(model, data, small
     held = load_manifest(artifact, check_hashes=True)
     assert held.decoding.tuned == report["options"]
     assert cli.main(["info", str(artifact)]) == 0
-    assert f"\ntuned      cache dual, block_length {report['options']['block_length']}, policy " in capsys.readouterr().out
+    assert (
+        f"\ntuned      cache dual, block_length {report['options']['block_length']}, policy "
+        in capsys.readouterr().out
+    )
     tuned = Model(artifact, model.backend)
     tuned.manifest = held
     prompt = demo_prompts.held_out(1)[0].prompt
-    assert tuned.generate([prompt])[0].trace == model.generate([prompt], GenerationConfig(**report["options"]))[0].trace
+    assert (
+        tuned.generate([prompt])[0].trace
+        == model.generate([prompt], GenerationConfig(**report["options"]))[0].trace
+    )
     block = report["options"]["block_length"]  # was not given, and stays
-    assert cli.main(["generate", str(artifact), prompt, "--policy", "fixed", "--cache", "none", "--json"]) == 0
+    assert (
+        cli.main(["generate", str(artifact), prompt, "--policy", "fixed", "--cache", "none", "--json"]) == 0
+    )
     assert (
         json.loads(capsys.readouterr().out)[0]["nfe"]
         == model.generate([prompt], GenerationConfig(policy="fixed", cache="none", block_length=block))[0].nfe
     )
 
 
-def test_the_baseline_is_kept_where_nothing_within_the_bound_is_faster(small, monkeypatch, tmp_path, demo_artifact, capsys):
+def test_the_baseline_is_kept_where_nothing_within_the_bound_is_faster(
+    small, monkeypatch, tmp_path, demo_artifact, capsys
+):
     monkeypatch.setattr(tune.Tuner, "is_within", lambda self, trial: False)
     (tmp_path / "prompts.txt").write_text("clean hall with mop\n")
-    assert cli.main(["tune", str(demo_artifact), "--data", str(tmp_path / "prompts.txt"), "--threads", "1"]) == 0
+    assert (
+        cli.main(["tune", str(demo_artifact), "--data", str(tmp_path / "prompts.txt"), "--threads", "1"]) == 0
+    )
     assert (
         "nothing within 1 points is faster than the baseline: 1 of 1 right: --cache dual --policy fixed"
         in capsys.readouterr().out
@@ -100,7 +120,12 @@ def test_the_baseline_is_kept_where_nothing_within_the_bound_is_faster(small, mo
 def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
     report = tune.run(
-        model, examples.read(tmp_path / "prompts.txt"), GenerationConfig(), max_drop=100, match="exact", tell=lambda line: None
+        model,
+        examples.read(tmp_path / "prompts.txt"),
+        GenerationConfig(),
+        max_drop=100,
+        match="exact",
+        tell=lambda line: None,
     )
     assert report["baseline_right"] == report["examples"] == 2
 
@@ -116,12 +141,24 @@ def test_answers_are_compared_as_texts_or_as_json(answer, right, match, expected
 def test_what_is_given_goes_before_what_was_tuned(golden_artifact):
     manifest = load_manifest(golden_artifact)
     object.__setattr__(
-        manifest.decoding, "tuned", {"policy": "eb", "gamma": 0.3, "cache": "prefix", "refresh_every": 2, "block_length": 16}
+        manifest.decoding,
+        "tuned",
+        {"policy": "eb", "gamma": 0.3, "cache": "prefix", "refresh_every": 2, "block_length": 16},
     )
-    assert configured({}, manifest) == GenerationConfig(policy="eb", gamma=0.3, cache="prefix", refresh_every=2, block_length=16)
-    assert configured({"gamma": 0.1}, manifest).gamma == 0.1 and configured({"policy": "eb"}, manifest).gamma == 0.3
+    assert configured({}, manifest) == GenerationConfig(
+        policy="eb", gamma=0.3, cache="prefix", refresh_every=2, block_length=16
+    )
+    assert (
+        configured({"gamma": 0.1}, manifest).gamma == 0.1
+        and configured({"policy": "eb"}, manifest).gamma == 0.3
+    )
     other = configured({"policy": "fixed", "block_length": 4}, manifest)
-    assert (other.policy, other.gamma, other.cache, other.block_length) == ("fixed", GenerationConfig().gamma, "prefix", 4)
+    assert (other.policy, other.gamma, other.cache, other.block_length) == (
+        "fixed",
+        GenerationConfig().gamma,
+        "prefix",
+        4,
+    )
     assert configured({"threshold": 0.7}, manifest).policy == "threshold"
     assert configured({"cache": "none"}, manifest).refresh_every == 1
     object.__setattr__(manifest.decoding, "tuned", {"magic": 1})

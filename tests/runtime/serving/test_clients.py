@@ -29,14 +29,23 @@ def text(model):
 def test_openai_an_answer_goes_back_as_history(client, model, text):
     messages = [{"role": "developer", "content": "Plan."}, {"role": "user", "content": PROMPT, "name": "bob"}]
     answer = client.chat.completions.create(model="demo", messages=messages)
-    history = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "clean hall with mop"}]
+    history = [
+        *messages,
+        answer.choices[0].message.model_dump(),
+        {"role": "user", "content": "clean hall with mop"},
+    ]
     told = [{"role": "system", "content": "Plan."}, {"role": "user", "content": PROMPT},
             {"role": "assistant", "content": answer.choices[0].message.content}, {"role": "user", "content": "clean hall with mop"}]  # fmt: skip
     second = client.chat.completions.create(model="demo", messages=history)
     expected, limited = GenerationConfig(), 192 - len(model.encode(told))
     expected = GenerationConfig(gen_length=min(96, limited))
     assert second.choices[0].message.content == model.generate([told], expected)[0].text
-    parts = [{"role": "user", "content": [{"type": "text", "text": PROMPT[:20]}, {"type": "text", "text": PROMPT[20:]}]}]
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": PROMPT[:20]}, {"type": "text", "text": PROMPT[20:]}],
+        }
+    ]
     assert client.chat.completions.create(model="demo", messages=parts).choices[0].message.content == text
     assert client.models.retrieve("demo").id == "demo"
     raw = client.chat.completions.with_raw_response.create(model="demo", messages=parts, temperature=0.9)
@@ -74,8 +83,13 @@ def test_openai_several_prompts_are_answered_in_their_order(client, model):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [one.choices[0].text for one in alone] and chunk.usage == made.usage
-    drawn = client.completions.create(model="demo", prompt=prompts[:2], n=3, temperature=0.8, seed=5, max_tokens=96)
-    each = [model.generate([prompts[i // 3]], GenerationConfig(temperature=0.8, seed=5 + i), raw=True)[0].text for i in range(6)]
+    drawn = client.completions.create(
+        model="demo", prompt=prompts[:2], n=3, temperature=0.8, seed=5, max_tokens=96
+    )
+    each = [
+        model.generate([prompts[i // 3]], GenerationConfig(temperature=0.8, seed=5 + i), raw=True)[0].text
+        for i in range(6)
+    ]
     assert [choice.text for choice in drawn.choices] == each and drawn.usage.prompt_tokens == sum(
         len(model.tokenizer.encode(prompt)) for prompt in prompts[:2]
     )
@@ -88,14 +102,24 @@ def test_litellm(demo, text):
     messages = [{"role": "user", "content": PROMPT}]
     answer = litellm.completion(messages=messages, **held)
     assert answer.choices[0].message.content == text and answer.usage.completion_tokens > 0
-    streamed = litellm.completion(messages=messages, stream=True, stream_options={"include_usage": True}, **held)
+    streamed = litellm.completion(
+        messages=messages, stream=True, stream_options={"include_usage": True}, **held
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == text
-    history = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "clean hall with mop"}]
+    history = [
+        *messages,
+        answer.choices[0].message.model_dump(),
+        {"role": "user", "content": "clean hall with mop"},
+    ]
     assert litellm.completion(messages=history, **held).choices[0].message.content is not None
     assert litellm.completion(messages=[*messages, answer.choices[0].message, messages[0]], **held).choices
     assert asyncio.run(litellm.acompletion(messages=messages, **held)).choices[0].message.content == text
     made = litellm.text_completion(
-        model="text-completion-openai/demo", prompt=[PROMPT, PROMPT], max_tokens=16, api_base=held["api_base"], api_key="none"
+        model="text-completion-openai/demo",
+        prompt=[PROMPT, PROMPT],
+        max_tokens=16,
+        api_base=held["api_base"],
+        api_key="none",
     )
     assert len(made.choices) == 2 and made.choices[0].text == made.choices[1].text
 
@@ -130,8 +154,14 @@ def test_llama_index(demo, text):
     like = pytest.importorskip("llama_index.llms.openai_like")
     from llama_index.core.llms import ChatMessage
 
-    chat = like.OpenAILike(model="demo", api_base=f"{demo[0]}/v1", api_key="none", is_chat_model=True, temperature=0)
-    assert chat.complete(PROMPT).text == chat.chat([ChatMessage(role="user", content=PROMPT)]).message.content == text
+    chat = like.OpenAILike(
+        model="demo", api_base=f"{demo[0]}/v1", api_key="none", is_chat_model=True, temperature=0
+    )
+    assert (
+        chat.complete(PROMPT).text
+        == chat.chat([ChatMessage(role="user", content=PROMPT)]).message.content
+        == text
+    )
     assert "".join(chunk.delta or "" for chunk in chat.stream_complete(PROMPT)) == text
     texts = like.OpenAILike(model="demo", api_base=f"{demo[0]}/v1", api_key="none", is_chat_model=False)
     assert isinstance(texts.complete(PROMPT).text, str)
@@ -152,11 +182,13 @@ def test_lm_eval_over_completions(model, tokenized):
         asked = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="demo", tokenizer=str(DEMO), tokenizer_backend="huggingface",
                                     tokenized_requests=tokenized, batch_size=4, max_retries=1, num_concurrent=1)  # fmt: skip
         requests = [
-            SimpleNamespace(args=(prompt, {"until": stops, "max_gen_toks": 96, "do_sample": False})) for prompt in prompts
+            SimpleNamespace(args=(prompt, {"until": stops, "max_gen_toks": 96, "do_sample": False}))
+            for prompt in prompts
         ]
         got = asked.generate_until(requests, disable_tqdm=True)
     expected = [
-        model.generate([prompt], GenerationConfig(gen_length=96), raw=True)[0].text.split('"}, {"')[0] for prompt in prompts
+        model.generate([prompt], GenerationConfig(gen_length=96), raw=True)[0].text.split('"}, {"')[0]
+        for prompt in prompts
     ]
     assert got == expected
 
@@ -170,7 +202,9 @@ def test_lm_eval_over_chat(model, text):
     from lm_eval.models.openai_completions import LocalChatCompletion
 
     with serving(model, slots=4) as (url, _):
-        asked = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="demo", max_retries=1, num_concurrent=1)
+        asked = LocalChatCompletion(
+            base_url=f"{url}/v1/chat/completions", model="demo", max_retries=1, num_concurrent=1
+        )
         prompt = JsonChatStr(json.dumps([{"role": "user", "content": PROMPT}]))
         request = SimpleNamespace(args=(prompt, {"until": ["nowhere"], "max_gen_toks": 96}))
         assert asked.generate_until([request], disable_tqdm=True) == [text]

@@ -25,7 +25,9 @@ from trt_runtime.serving.process import _Calm
 
 
 def _update(number, changed=(0,), finished=False, tokens=96):
-    return Update(0, number, "dual", "", "", [0] * tokens, list(changed), [0.5] * len(changed), (0, 8), finished)
+    return Update(
+        0, number, "dual", "", "", [0] * tokens, list(changed), [0.5] * len(changed), (0, 8), finished
+    )
 
 
 def test_a_mailbox_holds_a_bounded_number_and_loses_nothing():
@@ -43,7 +45,9 @@ def test_a_mailbox_holds_a_bounded_number_and_loses_nothing():
             if update is not None:
                 seen[index] += update.changed
                 last[index] = update.nfe
-        assert all(changed == [number % 96 for number in range(5000)] for changed in seen.values()) and last == {0: 4999, 1: 4999}
+        assert all(
+            changed == [number % 96 for number in range(5000)] for changed in seen.values()
+        ) and last == {0: 4999, 1: 4999}
         box.put(0, _update(1, tokens=100_000))
         box.put(0, _update(2, tokens=100_000))
         assert len(box) == 1  # of long canvases the newest alone
@@ -60,7 +64,9 @@ def _unread(url, **more):
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     client.connect(("127.0.0.1", httpx.URL(url).port))
-    client.sendall(sent(CHAT | {"stream": True, "policy": "fixed", "stream_options": {"provisional": True}} | more))
+    client.sendall(
+        sent(CHAT | {"stream": True, "policy": "fixed", "stream_options": {"provisional": True}} | more)
+    )
     return client
 
 
@@ -97,7 +103,9 @@ def test_silent_and_half_open_connections_do_not_keep_others_out(model):
     with serving(model, header_seconds=1.0, slots=1, most_queued=0) as (url, _):
         silent = [connect(url) for _ in range(200)]
         for number, client in enumerate(silent):
-            client.sendall([b"", b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nhost: lo", b"\r\n"][number % 4])
+            client.sendall(
+                [b"", b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nhost: lo", b"\r\n"][number % 4]
+            )
         assert httpx.get(f"{url}/health").status_code == 200 and post(url, CHAT).status_code == 200
         for client in silent:
             client.settimeout(5)
@@ -131,7 +139,9 @@ def test_where_there_is_no_room_the_oldest_idle_connection_goes(model, monkeypat
         for client in [*clients, newest]:
             client.close()
         whole = model.backend.refine
-        monkeypatch.setattr(model.backend, "refine", lambda *args, **options: (time.sleep(0.1), whole(*args, **options))[1])
+        monkeypatch.setattr(
+            model.backend, "refine", lambda *args, **options: (time.sleep(0.1), whole(*args, **options))[1]
+        )
         until(lambda: httpx.get(f"{url}/health").status_code == 200)
         busy = [connect(url) for _ in range(5)]
         for client in busy:
@@ -140,7 +150,9 @@ def test_where_there_is_no_room_the_oldest_idle_connection_goes(model, monkeypat
         late = connect(url)
         late.settimeout(5)
         head, _, body = late.recv(4000).partition(b"\r\n\r\n")
-        assert b"503" in head and b"retry-after" in head and json.loads(body)["error"]["type"] == "server_error"
+        assert (
+            b"503" in head and b"retry-after" in head and json.loads(body)["error"]["type"] == "server_error"
+        )
         for client in [*busy, late]:
             client.close()
 
@@ -148,14 +160,20 @@ def test_where_there_is_no_room_the_oldest_idle_connection_goes(model, monkeypat
 def test_more_requests_than_may_be_open_get_503(model, monkeypatch):
     monkeypatch.setattr("trt_runtime.serving.app.most_open", lambda options: 2)
     whole = model.backend.refine
-    monkeypatch.setattr(model.backend, "refine", lambda *args, **options: (time.sleep(0.05), whole(*args, **options))[1])
+    monkeypatch.setattr(
+        model.backend, "refine", lambda *args, **options: (time.sleep(0.05), whole(*args, **options))[1]
+    )
     with serving(model) as (url, worker):
         clients = [connect(url) for _ in range(2)]
         for client in clients:
             client.sendall(sent(CHAT | {"policy": "fixed"}))
         until(lambda: worker.num_open == 2)
         answer = post(url, CHAT)
-        assert answer.status_code == 503 and answer.headers["retry-after"] and answer.json()["error"]["type"] == "server_error"
+        assert (
+            answer.status_code == 503
+            and answer.headers["retry-after"]
+            and answer.json()["error"]["type"] == "server_error"
+        )
         assert httpx.get(f"{url}/health").status_code == 200
         for client in clients:
             client.close()
@@ -202,8 +220,12 @@ def test_a_body_in_single_bytes_does_not_hold_up_others(model):
     with serving(model) as (url, _):
         client = connect(url)
         body = json.dumps(CHAT | {"user": "u" * 60_000}).encode()
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
-        sender = threading.Thread(target=lambda: client.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"))
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        sender = threading.Thread(
+            target=lambda: client.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        )
         sender.start()
         slowest = 0.0
         while sender.is_alive():

@@ -27,7 +27,9 @@ from trt_runtime.serving.preparing import Preparing
 def stuck(model, monkeypatch):
     """A forward that waits for an event, which the test or the end sets."""
     go, real = threading.Event(), model.backend.prefix
-    monkeypatch.setattr(model.backend, "prefix", lambda *args, **options: (go.wait(), real(*args, **options))[1])
+    monkeypatch.setattr(
+        model.backend, "prefix", lambda *args, **options: (go.wait(), real(*args, **options))[1]
+    )
     yield go
     go.set()
 
@@ -102,7 +104,9 @@ def test_a_panic_is_of_its_request_alone(model, monkeypatch):
         for stream in (False, True):
             answer = post(url, CHAT | {"stream": stream})
             assert (
-                answer.status_code == (200 if stream else 500) and "server_error" in answer.text and "unwrap" not in answer.text
+                answer.status_code == (200 if stream else 500)
+                and "server_error" in answer.text
+                and "unwrap" not in answer.text
             )
         held.is_down = "nothing"
         assert post(url, CHAT).status_code == 200 and worker.is_alive and worker.num_open == 0
@@ -112,12 +116,20 @@ def test_no_memory_is_an_answer(model, monkeypatch, caplog):
     caplog.set_level(logging.CRITICAL)
     with serving(model) as (url, worker):
         real = model.sequence
-        monkeypatch.setattr(model, "sequence", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x")))
+        monkeypatch.setattr(
+            model, "sequence", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x"))
+        )
         answer = post(url, CHAT)
-        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error" and answer.headers["retry-after"]
+        assert (
+            answer.status_code == 503
+            and answer.json()["error"]["type"] == "server_error"
+            and answer.headers["retry-after"]
+        )
         monkeypatch.setattr(model, "sequence", real)
         refine = model.backend.refine
-        monkeypatch.setattr(model.backend, "refine", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x")))
+        monkeypatch.setattr(
+            model.backend, "refine", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x"))
+        )
         assert post(url, CHAT).status_code == 500
         monkeypatch.setattr(model.backend, "refine", refine)
         assert post(url, CHAT).status_code == 200 and worker.num_open == 0
@@ -198,7 +210,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("cls", "name", "said"), [("OrtBackend", "prefix", "a forward does not end"), ("Worker", "stop", "something does not end")]
+    ("cls", "name", "said"),
+    [("OrtBackend", "prefix", "a forward does not end"), ("Worker", "stop", "something does not end")],
 )
 def test_a_process_that_something_holds_ends_with_a_line(demo_artifact, cls, name, said):
     """A forward that never returns, and any other thread that does not."""

@@ -37,7 +37,11 @@ def test_what_is_not_honoured_is_refused_by_name(demo, change, status, param, sa
     body = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]} | change
     answer = httpx.post(f"{demo[0]}/v1/chat/completions", json=body)
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (status, param) and said in error["message"] and "\n" not in error["message"]
+    assert (
+        (answer.status_code, error["param"]) == (status, param)
+        and said in error["message"]
+        and "\n" not in error["message"]
+    )
 
 
 def test_other_bad_requests(demo):
@@ -93,7 +97,9 @@ def test_a_forward_that_fails_ends_its_answers_and_no_others(model, monkeypatch,
 
         monkeypatch.setattr(model.backend, "refine", failing)
         threads = [
-            threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)))
+            threading.Thread(
+                target=lambda: got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60))
+            )
             for _ in range(4)
         ]
         for thread in threads:
@@ -108,7 +114,10 @@ def test_a_forward_that_fails_ends_its_answers_and_no_others(model, monkeypatch,
             and not [answer for answer in got if "secret" in answer.text]
             and "secret" not in streamed
         )
-        assert "/secret/path" in caplog.text and 'dllm_answers_total{end="failed"} 2.0' in httpx.get(f"{url}/metrics").text
+        assert (
+            "/secret/path" in caplog.text
+            and 'dllm_answers_total{end="failed"} 2.0' in httpx.get(f"{url}/metrics").text
+        )
 
 
 def test_small_bodies_that_ask_for_much(demo):
@@ -122,10 +131,15 @@ def test_small_bodies_that_ask_for_much(demo):
         answer = httpx.post(f"{demo[0]}/v1/completions", json={"model": "demo"} | body)
         assert answer.status_code == 400, body
     assert time.perf_counter() - begin < 2
-    answer = httpx.post(f"{demo[0]}/v1/completions", json={"model": "demo", "template": ["clean ", {"mask": 4}], "max_tokens": 8})
+    answer = httpx.post(
+        f"{demo[0]}/v1/completions",
+        json={"model": "demo", "template": ["clean ", {"mask": 4}], "max_tokens": 8},
+    )
     assert answer.status_code == 400 and "leave out max_tokens" in answer.json()["error"]["message"]
     half = httpx.post(
-        f"{demo[0]}/v1/completions", content=b'{"model": "\\ud800", "prompt": "x"}', headers={"content-type": "application/json"}
+        f"{demo[0]}/v1/completions",
+        content=b'{"model": "\\ud800", "prompt": "x"}',
+        headers={"content-type": "application/json"},
     )
     assert half.status_code == 404 and "\\ud800" in half.json()["error"]["message"]
     assert httpx.get(f"{demo[0]}/docs").status_code == 404
@@ -158,12 +172,20 @@ def test_a_worker_that_has_ended_is_said(model):
 
 def test_keys(model):
     with serving(model, api_key="secret") as (url, _):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"host": "x/health?"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"host": "x/health?"},
+        ):
             answer = httpx.get(f"{url}/v1/models", headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"authorization": "bearer secret"}).status_code == 200
-        assert httpx.get(f"{url}/health").json() == {"status": "ok"} and httpx.get(f"{url}/ready").status_code == 200
+        assert (
+            httpx.get(f"{url}/health").json() == {"status": "ok"}
+            and httpx.get(f"{url}/ready").status_code == 200
+        )
         assert httpx.get(f"{url}/metrics").status_code == 401
 
 
@@ -171,7 +193,12 @@ def test_sigterm_lets_streams_end(demo_artifact, model):
     """Signalled in mid-stream, every stream comes to its end, and the process ends with 0."""
     process, url = process_of(demo_artifact, "--threads", "1")
     try:
-        body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "stream": True}
+        body = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": PROMPT}],
+            "policy": "fixed",
+            "stream": True,
+        }
         texts, started = [], threading.Barrier(4)
 
         def ask():
@@ -228,4 +255,6 @@ def test_hostile_requests_break_nothing(demo_artifact):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert sum(report["kinds"].values()) == 300 and report["open_at_the_end"] == 0 and len(report["kinds"]) >= 5
+    assert (
+        sum(report["kinds"].values()) == 300 and report["open_at_the_end"] == 0 and len(report["kinds"]) >= 5
+    )

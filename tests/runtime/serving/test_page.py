@@ -73,7 +73,9 @@ def test_masks_turn_into_text_block_by_block(page, model):
     # fewer and fewer, never back (how many of the forwards are seen depends on how fast the page reads them)
     assert 0 < masks[0] < 96 and masks == sorted(masks, reverse=True) and len(set(masks)) > 1
     assert {running for _, running in seen if running} == {model.manifest.decoding.defaults["block_length"]}
-    colours = page.eval_on_selector_all(".cell", "cells => cells.map(cell => getComputedStyle(cell).backgroundColor)")
+    colours = page.eval_on_selector_all(
+        ".cell", "cells => cells.map(cell => getComputedStyle(cell).backgroundColor)"
+    )
     assert len(set(colours)) > 3
     facts = page.text_content(".turn .facts")
     assert f"{expected.nfe} forwards (NFE)" in facts and "tokens/s" in facts
@@ -102,7 +104,9 @@ def test_the_examples_that_the_page_offers_are_answered_right(browser, model, de
             page.wait_for_selector(f".facts .bar >> nth={number}")
             page.wait_for_selector("#send:text('Send')")
             assert page.locator(".turn.user").nth(number).text_content() == prompt
-            assert demo_task.is_right(page.locator(".turn:not(.user) .text").nth(number).text_content(), plans[prompt]), prompt
+            assert demo_task.is_right(
+                page.locator(".turn:not(.user) .text").nth(number).text_content(), plans[prompt]
+            ), prompt
         page.close()
 
 
@@ -113,14 +117,22 @@ def test_examples_come_from_a_file_or_are_none(demo_artifact, tmp_path, monkeypa
     with pytest.raises(DllmError, match="cannot be read"):
         examples(demo_artifact, tmp_path / "missing.txt")
     source = tmp_path / "checkpoint"
-    for text, expected in ((None, ()), (b"one\n", ("one",)), (b"\xff\xfe", ()), (b"", ()), (b"one\n" * 100_000, ())):
+    for text, expected in (
+        (None, ()),
+        (b"one\n", ("one",)),
+        (b"\xff\xfe", ()),
+        (b"", ()),
+        (b"one\n" * 100_000, ()),
+    ):
         source.mkdir(exist_ok=True)
         if text is not None:
             (source / "prompts.txt").write_bytes(text)
         held = types.SimpleNamespace(source={"checkpoint": str(source)})
         monkeypatch.setattr("trt_runtime.serving.process.manifests.load", lambda path, held=held: held)
         assert examples(demo_artifact, None) == expected
-    monkeypatch.setattr("trt_runtime.serving.process.manifests.load", lambda path: types.SimpleNamespace(source={}))
+    monkeypatch.setattr(
+        "trt_runtime.serving.process.manifests.load", lambda path: types.SimpleNamespace(source={})
+    )
     assert examples(demo_artifact, None) == ()
 
 
@@ -147,7 +159,9 @@ def test_text_is_never_markup(page):
 
 def test_stop_gives_up_the_answer(page, demo, model, monkeypatch):
     whole = model.backend.prefix
-    monkeypatch.setattr(model.backend, "prefix", lambda *args, **options: (time.sleep(0.02), whole(*args, **options))[1])
+    monkeypatch.setattr(
+        model.backend, "prefix", lambda *args, **options: (time.sleep(0.02), whole(*args, **options))[1]
+    )
     page.select_option("#cache", "none")
     page.fill("#threshold", "1")
     page.evaluate(STOP)

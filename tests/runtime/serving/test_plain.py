@@ -24,7 +24,9 @@ def _said(answer):
 
 
 def _raw(url, content, kind="application/json"):
-    return httpx.post(f"{url}/v1/chat/completions", content=content, headers={"content-type": kind}, timeout=60)
+    return httpx.post(
+        f"{url}/v1/chat/completions", content=content, headers={"content-type": kind}, timeout=60
+    )
 
 
 @pytest.mark.parametrize(("path", "body"), [("chat/completions", CHAT), ("completions", TEXT)])
@@ -38,7 +40,10 @@ def test_null_is_taken_for_a_field_of_any_name(demo, path, body):
     assert post(demo[0], body | options, path).status_code == 200
     if path == "chat/completions":
         assert (
-            post(demo[0], body | {"response_format": {"type": "text", "json_schema": None}}, path).json()["choices"] == expected
+            post(demo[0], body | {"response_format": {"type": "text", "json_schema": None}}, path).json()[
+                "choices"
+            ]
+            == expected
         )
 
 
@@ -57,14 +62,25 @@ def test_the_largest_seed_draws_as_many_choices_as_any(demo):
     first, again = post(demo[0], body), post(demo[0], body)
     assert first.status_code == 200 and first.json()["choices"] == again.json()["choices"]
     text = [choice["message"]["content"] for choice in first.json()["choices"]]
-    assert text[1] == post(demo[0], CHAT | {"temperature": 1.5, "seed": 0}).json()["choices"][0]["message"]["content"]
-    assert post(demo[0], TEXT | {"prompt": ["clean hall", "tidy porch"], "seed": 2**63 - 1}, "completions").status_code == 200
+    assert (
+        text[1]
+        == post(demo[0], CHAT | {"temperature": 1.5, "seed": 0}).json()["choices"][0]["message"]["content"]
+    )
+    assert (
+        post(
+            demo[0], TEXT | {"prompt": ["clean hall", "tidy porch"], "seed": 2**63 - 1}, "completions"
+        ).status_code
+        == 200
+    )
 
 
 def test_several_choices_where_positions_are_drawn(demo):
     body = CHAT | {"policy": "origin", "n": 3, "seed": 1}
     answer = post(demo[0], body)
-    assert answer.status_code == 200 and len({choice["message"]["content"] for choice in answer.json()["choices"]}) > 1
+    assert (
+        answer.status_code == 200
+        and len({choice["message"]["content"] for choice in answer.json()["choices"]}) > 1
+    )
     assert "would be the same" in _said(post(demo[0], CHAT | {"n": 2}))
     assert "would be the same" in _said(post(demo[0], CHAT | {"n": 2, "temperature": 1e-5}))
 
@@ -76,7 +92,13 @@ def test_a_suffix_counts_and_is_said(demo):
 
 def test_bodies_that_are_no_request(demo):
     url, good = demo[0], json.dumps(CHAT)
-    for kind in ("multipart/form-data; boundary=x", "application/xml", "text/html", "nonsense", "application/octet-stream"):
+    for kind in (
+        "multipart/form-data; boundary=x",
+        "application/xml",
+        "text/html",
+        "nonsense",
+        "application/octet-stream",
+    ):
         assert _raw(url, good.encode(), kind).status_code == 200, kind
         assert "not JSON" in _said(_raw(url, b"--x", kind))
     for content in (
@@ -98,7 +120,9 @@ def test_what_is_nested_in_a_message_is_an_error_of_the_client(demo):
         for depth in (50, 400, 900, 5000):
             nested = where.replace("@", '{"a":' * depth + "null" + "}" * depth)
             answer = _raw(demo[0], b'{"model": "demo", "messages": [' + nested.encode() + b"]}")
-            assert answer.status_code == (200 if depth == 50 else answer.status_code) and answer.status_code in (200, 400), depth
+            assert answer.status_code == (
+                200 if depth == 50 else answer.status_code
+            ) and answer.status_code in (200, 400), depth
             if answer.status_code == 400:
                 assert "nested too deeply" in _said(answer)
 
@@ -113,11 +137,22 @@ def test_an_error_names_what_is_wrong_in_a_part(demo):
     ):
         body = {"model": "demo", "messages": [{"role": "user", "content": [part, wrong]}]}
         answer = post(demo[0], body)
-        assert f"messages.0.content.1.{name}" in _said(answer) and answer.json()["error"]["param"].endswith(name), answer.text
+        assert f"messages.0.content.1.{name}" in _said(answer) and answer.json()["error"]["param"].endswith(
+            name
+        ), answer.text
 
 
 def test_probes_ask_by_head(demo):
-    for path in ("/", "/health", "/ready", "/version", "/metrics", "/v1/models", "/v1/models/demo", "/v1/models/demo/"):
+    for path in (
+        "/",
+        "/health",
+        "/ready",
+        "/version",
+        "/metrics",
+        "/v1/models",
+        "/v1/models/demo",
+        "/v1/models/demo/",
+    ):
         got, head = httpx.get(f"{demo[0]}{path}"), httpx.head(f"{demo[0]}{path}")
         assert (got.status_code, head.status_code, head.content) == (200, 200, b""), path
         assert head.headers["content-type"] == got.headers["content-type"]
@@ -135,7 +170,8 @@ def _answered(client):
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"NONSENSE\r\n\r\n", b"GET /\xff HTTP/9\r\n\r\n"]
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"NONSENSE\r\n\r\n", b"GET /\xff HTTP/9\r\n\r\n"],
 )
 def test_what_is_no_http_is_answered_in_openais_form(demo, sent):
     with connect(demo[0]) as client:
@@ -182,9 +218,13 @@ def test_trailers_without_end_are_cut_off_and_bodies_in_small_pieces_are_not(mod
             client.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_client_that_leaves_after_several_requests_at_once_leaves_nothing_behind(model, monkeypatch, caplog):
+def test_a_client_that_leaves_after_several_requests_at_once_leaves_nothing_behind(
+    model, monkeypatch, caplog
+):
     gate, real = threading.Event(), model.backend.prefix
-    monkeypatch.setattr(model.backend, "prefix", lambda *given, **more: (gate.wait(30), real(*given, **more))[1])
+    monkeypatch.setattr(
+        model.backend, "prefix", lambda *given, **more: (gate.wait(30), real(*given, **more))[1]
+    )
     with serving(model) as (url, worker):
         try:
             for stream in (False, True):
@@ -198,7 +238,8 @@ def test_a_client_that_leaves_after_several_requests_at_once_leaves_nothing_behi
         finally:
             gate.set()
         assert (
-            worker.metrics.requests.labels("left")._value.get() == 2 and worker.metrics.requests.labels("done")._value.get() == 0
+            worker.metrics.requests.labels("left")._value.get() == 2
+            and worker.metrics.requests.labels("done")._value.get() == 0
         )
         with connect(url) as client:  # who stays gets all answers, in their order
             client.sendall(sent(CHAT) + b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")

@@ -132,7 +132,9 @@ def test_a_client_that_leaves_is_told_to_the_replica():
 
 def _replicas(front):
     """Processes of the replicas of one front: other tests may have theirs on this machine."""
-    found = subprocess.run(["pgrep", "-f", f"ServeReplica:dllm-trt-{front}:"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-f", f"ServeReplica:dllm-trt-{front}:"], capture_output=True, text=True, check=False
+    )
     return {int(line) for line in found.stdout.split()}
 
 
@@ -153,14 +155,22 @@ class Load:
             while not self.is_over:
                 number += 1
                 prompt = OTHERS[number % len(OTHERS)]
-                body = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "stream": bool(number % 2)}
+                body = {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": prompt}],
+                    "stream": bool(number % 2),
+                }
                 text = http.post(f"{self.url}/v1/chat/completions", json=body).text
-                made = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [json.loads(text)]
+                made = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [
+                    json.loads(text)
+                ]
                 begun = [choice for part in made for choice in part.get("choices", [])]
                 if "error" in made[-1] and begun:
                     self.cut += 1
                     continue
-                got = "".join((choice.get("message") or choice["delta"]).get("content") or "" for choice in begun)
+                got = "".join(
+                    (choice.get("message") or choice["delta"]).get("content") or "" for choice in begun
+                )
                 if got == self.expected[prompt]:
                     self.good += 1
                 else:
@@ -199,8 +209,13 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
         assert load.cut == cut and len(_replicas(process.pid)) == 2
         load.end()
         assert load.wrong == [] and load.good > 80
-        text = httpx.get(f"{url}/metrics").text  # all that was answered is counted, also by replicas that are gone
-        assert float(text.split('dllm_answers_total{end="done"} ')[1].split()[0]) >= load.good and "dllm_slots 8.0" in text
+        text = httpx.get(
+            f"{url}/metrics"
+        ).text  # all that was answered is counted, also by replicas that are gone
+        assert (
+            float(text.split('dllm_answers_total{end="done"} ')[1].split()[0]) >= load.good
+            and "dllm_slots 8.0" in text
+        )
         assert httpx.post(f"{url}/v1/chat/completions", json={"model": "x"}).status_code == 400
         redirect = httpx.post(f"{url}/v1/chat/completions/", json={"model": "x"})
         assert redirect.status_code == 307 and redirect.headers["location"].endswith("/v1/chat/completions")
@@ -217,7 +232,19 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
 def test_replicas_that_cannot_be_had_are_one_line(demo_artifact, capsys):
     assert cli.main(["serve", str(demo_artifact), "--ray", "0"]) == 1
     assert "--ray is 0" in capsys.readouterr().err
-    command = [sys.executable, "-m", "trt_runtime.cli", "serve", str(demo_artifact), "--ray", "512", "--threads", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.cli",
+        "serve",
+        str(demo_artifact),
+        "--ray",
+        "512",
+        "--threads",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 1 and len(errors) == 1 and "512 replicas take 1024 CPUs, Ray has" in errors[0], done.stderr
+    assert (
+        done.returncode == 1 and len(errors) == 1 and "512 replicas take 1024 CPUs, Ray has" in errors[0]
+    ), done.stderr

@@ -45,7 +45,11 @@ OF_TEXT = {"best_of": ([None, 1, 1.0], [2]), "echo": ([None, False], [True]), "s
 
 def _post(url, body, path="chat/completions", **options):
     return httpx.post(
-        f"{url}/v1/{path}", content=json.dumps(body), headers={"content-type": "application/json"}, timeout=60, **options
+        f"{url}/v1/{path}",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+        timeout=60,
+        **options,
     )
 
 
@@ -54,7 +58,9 @@ def _post(url, body, path="chat/completions", **options):
     ("completions", TEXT, BOTH | OF_TEXT, completion_create_params.CompletionCreateParamsNonStreaming),
 ], ids=["chat", "text"])  # fmt: skip
 def test_every_field_of_openai_is_taken_or_refused_by_name(demo, path, body, cases, params):
-    known = {name for cls in params.__mro__ for name in getattr(cls, "__annotations__", {})} | set(params.__annotations__)
+    known = {name for cls in params.__mro__ for name in getattr(cls, "__annotations__", {})} | set(
+        params.__annotations__
+    )
     known -= {"model", "messages", "prompt"}
     assert known >= {"logit_bias", "stop", "top_p", "user"} and known <= set(cases), known - set(cases)
     expected = _post(demo[0], body, path).json()["choices"]
@@ -66,7 +72,11 @@ def test_every_field_of_openai_is_taken_or_refused_by_name(demo, path, body, cas
                 assert answer.json()["choices"] == expected, (name, value)
         for value in refused:
             answer = _post(demo[0], body | {name: value}, path)
-            assert answer.status_code == 400 and name in answer.json()["error"]["message"], (name, value, answer.text)
+            assert answer.status_code == 400 and name in answer.json()["error"]["message"], (
+                name,
+                value,
+                answer.text,
+            )
 
 
 def test_messages_as_clients_write_them(demo):
@@ -84,12 +94,19 @@ def test_messages_as_clients_write_them(demo):
         "provider_specific_fields": {"refusal": None},
     }
     text = {"type": "text", "text": "clean hall ", "cache_control": {"type": "ephemeral"}}
-    for message in (user | nothing, user | {"name": "bob"}, user | {"content": [text, {"type": "text", "text": "with mop"}]}):
+    for message in (
+        user | nothing,
+        user | {"name": "bob"},
+        user | {"content": [text, {"type": "text", "text": "with mop"}]},
+    ):
         assert asked(message).json()["choices"] == expected, message
-    system, developer = (asked({"role": role, "content": "Plan."}, user).json()["choices"] for role in ("system", "developer"))
+    system, developer = (
+        asked({"role": role, "content": "Plan."}, user).json()["choices"] for role in ("system", "developer")
+    )
     assert system == developer
     none, empty = (
-        asked(user, {"role": "assistant", "content": content} | nothing, user).json()["choices"] for content in (None, "")
+        asked(user, {"role": "assistant", "content": content} | nothing, user).json()["choices"]
+        for content in (None, "")
     )
     assert none == empty
     for messages, said in (
@@ -102,11 +119,16 @@ def test_messages_as_clients_write_them(demo):
         ([user | {"mood": "good"}], "mood"), ([user | {"name": 7}], "name"), ([7], "messages.0"),
     ):  # fmt: skip
         answer = asked(*messages)
-        assert answer.status_code == 400 and said in answer.json()["error"]["message"], (messages, answer.text)
+        assert answer.status_code == 400 and said in answer.json()["error"]["message"], (
+            messages,
+            answer.text,
+        )
 
 
 def test_a_request_need_not_name_the_one_model(demo):
-    named, unnamed = (httpx.post(f"{demo[0]}/v1/completions", json=TEXT | {"model": name}).json() for name in ("demo", None))
+    named, unnamed = (
+        httpx.post(f"{demo[0]}/v1/completions", json=TEXT | {"model": name}).json() for name in ("demo", None)
+    )
     assert named["choices"] == unnamed["choices"] and unnamed["model"] == "demo"
     without = {key: value for key, value in TEXT.items() if key != "model"}
     assert httpx.post(f"{demo[0]}/v1/completions", json=without).json()["choices"] == named["choices"]
@@ -122,32 +144,43 @@ def test_json_by_any_name(demo):
         "application/json; charset=utf-8",
     ):
         request = httpx.Request(
-            "POST", f"{demo[0]}/v1/completions", content=content, headers={"content-type": kind} if kind else {}
+            "POST",
+            f"{demo[0]}/v1/completions",
+            content=content,
+            headers={"content-type": kind} if kind else {},
         )
         with httpx.Client(timeout=60) as http:
             assert http.send(request).status_code == 200, kind
     for number in ("NaN", "Infinity", "-Infinity", "1e400", "-1e400"):
         for field in ("temperature", "max_tokens", "seed", "user"):
             raw = json.dumps(TEXT | {field: "@"}).replace('"@"', number).encode()
-            answer = httpx.post(f"{demo[0]}/v1/completions", content=raw, headers={"content-type": "application/json"})
+            answer = httpx.post(
+                f"{demo[0]}/v1/completions", content=raw, headers={"content-type": "application/json"}
+            )
             assert answer.status_code == 400, (field, number, answer.text)
         hint = {
             "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": "@"}]}]
         }  # anything is taken there
         raw = json.dumps({"model": "demo"} | hint).replace('"@"', number).encode()
-        answer = httpx.post(f"{demo[0]}/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+        answer = httpx.post(
+            f"{demo[0]}/v1/chat/completions", content=raw, headers={"content-type": "application/json"}
+        )
         assert answer.status_code == 400 and "not JSON" in answer.json()["error"]["message"]
 
 
 def test_the_answer_gets_the_room_that_is_left(demo, model):
     prompt = [9, 17, 33, 44] * 40
     for asked, got in ((1000, 32), (32, 32), (5, 5), (None, 32)):
-        answer = _post(demo[0], {"model": "demo", "prompt": prompt, "max_tokens": asked}, "completions").json()
+        answer = _post(
+            demo[0], {"model": "demo", "prompt": prompt, "max_tokens": asked}, "completions"
+        ).json()
         row = model.generate([prompt], GenerationConfig(gen_length=got))[0]
         assert answer["choices"][0]["text"] == row.text
         assert answer["choices"][0]["finish_reason"] == ("stop" if row.num_useful < got else "length")
     for long in (prompt * 2, "clean hall with mop " * 60):
-        error = _post(demo[0], {"model": "demo", "prompt": long, "max_tokens": 5}, "completions").json()["error"]
+        error = _post(demo[0], {"model": "demo", "prompt": long, "max_tokens": 5}, "completions").json()[
+            "error"
+        ]
         assert "shorten the prompt to 191" in error["message"] and error["code"] == "context_length_exceeded"
 
 
@@ -165,12 +198,19 @@ def test_a_suffix_is_the_text_behind_a_gap(demo, model):
     assert answer["usage"]["prompt_tokens"] == len(ids) - 1 and answer["usage"]["completion_tokens"] == 1
     streamed = _post(demo[0], body | {"stream": True}, "completions").text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-    assert "".join(event["choices"][0]["text"] for event in events) == gap and events[-1]["choices"][0]["finish_reason"] == "stop"
+    assert (
+        "".join(event["choices"][0]["text"] for event in events) == gap
+        and events[-1]["choices"][0]["finish_reason"] == "stop"
+    )
     assert _post(demo[0], body | {"prompt": ""}, "completions").status_code == 200  # a gap may stand first
     assert len(_post(demo[0], body | {"prompt": [prompt, prompt]}, "completions").json()["choices"]) == 2
     filled = _post(demo[0], body | {"max_tokens": 10**6}, "completions").json()["usage"]
     assert filled["total_tokens"] == 192
-    for change in ({"suffix": 5}, {"suffix": ["x"]}, {"template": [{"mask": 2}], "prompt": None, "max_tokens": None}):
+    for change in (
+        {"suffix": 5},
+        {"suffix": ["x"]},
+        {"template": [{"mask": 2}], "prompt": None, "max_tokens": None},
+    ):
         assert _post(demo[0], body | change, "completions").status_code == 400, change
     masks = {"suffix_masks": 8, "suffix_decay": True}
     row = model.generate([PROMPT], GenerationConfig(suffix=8, suffix_decay=True))[0]
@@ -182,10 +222,18 @@ def test_what_is_drawn_without_a_seed_differs_and_says_its_seed(demo, model):
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "temperature": 1.5}
     answers = [_post(demo[0], body) for _ in range(4)]
     seeds = [int(answer.headers["x-dllm-seed"]) for answer in answers]
-    assert len(set(seeds)) == 4 and len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) > 1
+    assert (
+        len(set(seeds)) == 4
+        and len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) > 1
+    )
     again = _post(demo[0], body | {"seed": seeds[0]})
-    assert again.json()["choices"] == answers[0].json()["choices"] and again.headers["x-dllm-seed"] == str(seeds[0])
-    assert all(f"-seed-{seed}" in answer.json()["system_fingerprint"] for seed, answer in zip(seeds, answers, strict=True))
+    assert again.json()["choices"] == answers[0].json()["choices"] and again.headers["x-dllm-seed"] == str(
+        seeds[0]
+    )
+    assert all(
+        f"-seed-{seed}" in answer.json()["system_fingerprint"]
+        for seed, answer in zip(seeds, answers, strict=True)
+    )
     streamed = _post(demo[0], body | {"stream": True}).text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     (fingerprint,) = {event["system_fingerprint"] for event in events}
@@ -235,16 +283,24 @@ def test_a_stop_string_may_be_a_special_token(model, demo, monkeypatch):
             ({}, "chat/completions"),
             ({"prompt": tokenizer.render_chat(body["messages"]), "messages": None}, "completions"),
         ):
-            sent = {key: value for key, value in (body | {"stop": stop, "max_tokens": 96} | change).items() if value is not None}
+            sent = {
+                key: value
+                for key, value in (body | {"stop": stop, "max_tokens": 96} | change).items()
+                if value is not None
+            }
             choice = _post(demo[0], sent, where).json()["choices"][0]
             text = choice["message"]["content"] if "message" in choice else choice["text"]
             streamed = _post(demo[0], sent | {"stream": True}, where).text
             events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
             pieces = [
-                one.get("text") or one.get("delta", {}).get("content") or "" for event in events for one in event["choices"]
+                one.get("text") or one.get("delta", {}).get("content") or ""
+                for event in events
+                for one in event["choices"]
             ]
             assert choice["finish_reason"] == "stop" and "".join(pieces) == text
-            assert text == (tokenizer.decode(row.tokens[:shown]) if shown else expected[: expected.index(wanted)])
+            assert text == (
+                tokenizer.decode(row.tokens[:shown]) if shown else expected[: expected.index(wanted)]
+            )
     assert "<|user|>" not in _post(demo[0], body).json()["choices"][0]["message"]["content"]
 
 
@@ -257,7 +313,9 @@ def test_cutting_is_what_a_naive_search_says(model):
     for _ in range(300):
         ids = rng.choice(words, int(rng.integers(1, 14))).tolist()
         pieces = [tokenizer.spelled(ids[i : i + 2]).strip() for i in rng.integers(0, len(ids), 2)]
-        stops = [piece for piece in pieces if piece and any(text in piece for text in tokenizer.special_texts)] or ["<|user|>"]
+        stops = [
+            piece for piece in pieces if piece and any(text in piece for text in tokenizer.special_texts)
+        ] or ["<|user|>"]
         cutter = Cutter(stops, tokenizer)
         text, stopped = cutter.cut(tokenizer.decode(ids), ids, is_last=True)
         spelled = tokenizer.spelled(ids)
@@ -287,7 +345,8 @@ def test_many_stop_strings(demo, model):
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
     stops = [f"nowhere {i}" for i in range(63)]
     assert (
-        _post(demo[0], body | {"stop": [*stops, '"item"']}).json()["choices"][0]["message"]["content"] == full.split('"item"')[0]
+        _post(demo[0], body | {"stop": [*stops, '"item"']}).json()["choices"][0]["message"]["content"]
+        == full.split('"item"')[0]
     )
     assert _post(demo[0], body | {"stop": [*stops, "a", "b"]}).status_code == 400
     assert _post(demo[0], body | {"stop": ["a" * 257]}).status_code == 400
@@ -297,13 +356,24 @@ def test_how_many_prompts_and_choices(model):
     """All of a request's answers are queued, or none."""
     with serving(model, slots=2, most_queued=2) as (url, worker):
         for count, status in ((4, 200), (5, 429), (257, 400)):
-            answer = _post(url, {"model": "demo", "prompt": ["clean hall"] * count, "max_tokens": 4}, "completions")
+            answer = _post(
+                url, {"model": "demo", "prompt": ["clean hall"] * count, "max_tokens": 4}, "completions"
+            )
             assert answer.status_code == status and worker.num_open == 0, count
-            assert status == 200 or ("takes 4 answers at a time" if status == 429 else "256") in answer.json()["error"]["message"]
+            assert (
+                status == 200
+                or ("takes 4 answers at a time" if status == 429 else "256")
+                in answer.json()["error"]["message"]
+            )
         for bad in ([], [[]], [""], ["x", ""], ["x", 1], [[1], "x"], [1, [1]], [True], [1.5], {"a": 1}, 7):
             answer = _post(url, {"model": "demo", "prompt": bad, "max_tokens": 4}, "completions")
             assert answer.status_code == 400 and answer.json()["error"]["message"], bad
-        assert _post(url, {"model": "demo", "prompt": [[5.0, 6, 7.0]], "max_tokens": 4.0}, "completions").status_code == 200
+        assert (
+            _post(
+                url, {"model": "demo", "prompt": [[5.0, 6, 7.0]], "max_tokens": 4.0}, "completions"
+            ).status_code
+            == 200
+        )
 
 
 def test_names_with_slashes_and_the_version(model):
@@ -334,13 +404,17 @@ def test_pages_of_other_origins(model):
     ):
         with serving(model, cors=origins, api_key="secret") as (url, _):
             answer = httpx.options(f"{url}/v1/chat/completions", headers=asked)
-            assert (answer.status_code == 200) == allowed and ("access-control-allow-origin" in answer.headers) == allowed
+            assert (answer.status_code == 200) == allowed and (
+                "access-control-allow-origin" in answer.headers
+            ) == allowed
             if allowed:
                 assert {"authorization", "content-type"} <= set(
                     re.split(r"[, ]+", answer.headers["access-control-allow-headers"].lower())
                 )
             refused = httpx.get(f"{url}/v1/models", headers={"origin": asked["origin"]})
-            assert refused.status_code == 401 and ("access-control-allow-origin" in refused.headers) == allowed
+            assert (
+                refused.status_code == 401 and ("access-control-allow-origin" in refused.headers) == allowed
+            )
             sent = {"origin": asked["origin"], "authorization": "Bearer secret"}
             assert httpx.get(f"{url}/v1/models", headers=sent).headers.get("access-control-allow-origin") == (
                 ("*" if origins == ("*",) else asked["origin"]) if allowed else None

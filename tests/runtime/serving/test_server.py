@@ -26,7 +26,10 @@ def test_openai_s_client_gets_what_the_model_says(client, model):
     expected = model.generate([PROMPT], GenerationConfig())[0]
     whole = chat(client)
     assert whole.choices[0].message.content == expected.text and whole.choices[0].finish_reason == "stop"
-    assert whole.usage.completion_tokens == expected.num_useful and whole.usage.model_extra["nfe"] == expected.nfe
+    assert (
+        whole.usage.completion_tokens == expected.num_useful
+        and whole.usage.model_extra["nfe"] == expected.nfe
+    )
     assert whole.usage.prompt_tokens == len(model.encode(PROMPT))
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
@@ -43,7 +46,9 @@ def test_decoding_options_are_honoured(client, model):
         got = chat(client, **options)
         assert (got.choices[0].message.content, got.usage.model_extra["nfe"]) == (expected.text, expected.nfe)
     drawn = chat(client, temperature=0.8, n=3, seed=5)
-    alone = [model.generate([PROMPT], GenerationConfig(temperature=0.8, seed=5 + i))[0].text for i in range(3)]
+    alone = [
+        model.generate([PROMPT], GenerationConfig(temperature=0.8, seed=5 + i))[0].text for i in range(3)
+    ]
     assert [choice.message.content for choice in drawn.choices] == alone and len(set(alone)) > 1
 
 
@@ -56,7 +61,11 @@ def test_many_at_once_get_what_each_gets_alone(client, model):
         if i % 2:
             text = chat(client, prompt).choices[0].message.content
         else:
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chat(client, prompt, stream=True) if chunk.choices)
+            text = "".join(
+                chunk.choices[0].delta.content or ""
+                for chunk in chat(client, prompt, stream=True)
+                if chunk.choices
+            )
         if text != expected[prompt]:
             wrong.append((prompt, text))
 
@@ -74,7 +83,9 @@ def test_lanes_answer_as_one_does(model):
     with serving(model, slots=5, lanes=2) as (url, worker):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(8) as pool:
-            texts = list(pool.map(lambda i: chat(client, OTHERS[i % 4]).choices[0].message.content, range(32)))
+            texts = list(
+                pool.map(lambda i: chat(client, OTHERS[i % 4]).choices[0].message.content, range(32))
+            )
         assert texts == [expected[OTHERS[i % 4]] for i in range(32)]
         assert [len(lane.scheduler.rows) for lane in worker._lanes] == [2, 3]
         assert all(lane.scheduler.tick_number > 20 for lane in worker._lanes) and worker.num_open == 0
@@ -94,7 +105,9 @@ def test_text_is_cut_at_stop_strings(client, model):
         first = min(at for one in ([stop] if isinstance(stop, str) else stop) if (at := full.find(one)) >= 0)
         whole = chat(client, stop=stop).choices[0]
         streamed = "".join(
-            chunk.choices[0].delta.content or "" for chunk in chat(client, stop=stop, stream=True) if chunk.choices
+            chunk.choices[0].delta.content or ""
+            for chunk in chat(client, stop=stop, stream=True)
+            if chunk.choices
         )
         assert whole.message.content == streamed == full[:first] and whole.finish_reason == "stop"
 
@@ -126,12 +139,20 @@ def test_templates_are_filled(client, model):
     mask = model.manifest.decoding.mask_token_id
     ids = [*model.tokenizer.encode(fixed[0]), *[mask] * 6, *model.tokenizer.encode(fixed[1]), mask, mask]
     (expected,) = model.generate([ids], GenerationConfig(gen_length=0, infill=True))
-    assert made.choices[0].text == model.text(__import__("numpy").array(expected.canvas)) and mask not in expected.canvas
+    assert (
+        made.choices[0].text == model.text(__import__("numpy").array(expected.canvas))
+        and mask not in expected.canvas
+    )
 
 
 def test_a_client_that_leaves_frees_its_slot(demo):
     url, worker = demo
-    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "stream": True}
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "policy": "fixed",
+        "stream": True,
+    }
     for _ in range(6):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
             next(answer.iter_lines())
@@ -150,7 +171,10 @@ def test_canvases_up_to_the_model_s_last_position(model):
             answers = []
             jobs = [
                 ("completions", long),
-                *[("chat/completions", {"model": "demo", "messages": [{"role": "user", "content": text}]}) for text in OTHERS],
+                *[
+                    ("chat/completions", {"model": "demo", "messages": [{"role": "user", "content": text}]})
+                    for text in OTHERS
+                ],
             ]
             threads = [
                 threading.Thread(
@@ -168,7 +192,13 @@ def test_canvases_up_to_the_model_s_last_position(model):
 
 
 def test_a_client_that_leaves_without_a_stream_frees_its_slots(model):
-    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "policy": "fixed", "temperature": 0.5, "n": 8}
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "policy": "fixed",
+        "temperature": 0.5,
+        "n": 8,
+    }
     with serving(model, slots=2) as (url, worker):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
@@ -184,7 +214,10 @@ def test_what_a_stop_string_ends_is_counted_as_it_was_shown(client, model):
     stop = '"to"'
     whole = chat(client, stop=stop)
     shown = whole.choices[0].message.content
-    assert whole.usage.completion_tokens == len(model.tokenizer.encode(shown)) and 0 < whole.usage.model_extra["nfe"] < 16
+    assert (
+        whole.usage.completion_tokens == len(model.tokenizer.encode(shown))
+        and 0 < whole.usage.model_extra["nfe"] < 16
+    )
     *_, last = chat(client, stop=stop, stream=True, stream_options={"include_usage": True})
     assert last.usage == whole.usage
 
@@ -213,23 +246,39 @@ def test_several_steps_a_look(model, monkeypatch):
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
     with serving(model) as (url, _):
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-        assert answer["choices"][0]["message"]["content"] == alone.text and answer["usage"]["nfe"] == alone.nfe
+        assert (
+            answer["choices"][0]["message"]["content"] == alone.text and answer["usage"]["nfe"] == alone.nfe
+        )
         assert 0 < len(calls) < alone.nfe
         streamed = httpx.post(
-            f"{url}/v1/chat/completions", json=body | {"stream": True, "stream_options": {"provisional": True}}, timeout=60
+            f"{url}/v1/chat/completions",
+            json=body | {"stream": True, "stream_options": {"provisional": True}},
+            timeout=60,
         ).text
         events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-        cells = [position for event in events if "provisional" in event for position, *_ in event["provisional"]["cells"]]
-        committed = [position - len(model.encode(PROMPT)) for step in alone.trace for position in step.positions]
+        cells = [
+            position
+            for event in events
+            if "provisional" in event
+            for position, *_ in event["provisional"]["cells"]
+        ]
+        committed = [
+            position - len(model.encode(PROMPT)) for step in alone.trace for position in step.positions
+        ]
         assert sorted(cells) == sorted(committed) and answer["usage"]["committed_tokens"] == len(committed)
-        assert "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"]) == alone.text
+        assert (
+            "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+            == alone.text
+        )
         text = httpx.get(f"{url}/metrics").text
         counted = sum(float(number) for number in re.findall(r"^dllm_forwards_total\{.*\} (\S+)", text, re.M))
         assert counted == 2 * alone.nfe and f"dllm_committed_tokens_total {2.0 * len(committed)}" in text
 
 
 def test_the_example_of_the_document_runs(model, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S
+    )
     with serving(model, name="llada-demo") as (url, _):
         exec(compile(example.replace("http://127.0.0.1:8000", url), "docs/serving.md", "exec"), {})
     printed = capsys.readouterr().out
@@ -239,17 +288,24 @@ def test_the_example_of_the_document_runs(model, capsys):
 def test_the_page_is_one_file_that_asks_nothing_of_others(demo):
     answer = httpx.get(demo[0])
     assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
-    assert not re.findall(r"""(?:src|href)\s*=|@import|https?://""", answer.text) and "innerHTML" not in answer.text
+    assert (
+        not re.findall(r"""(?:src|href)\s*=|@import|https?://""", answer.text)
+        and "innerHTML" not in answer.text
+    )
 
 
 def test_the_openapi_document_says_what_is_answered(demo):
     document = httpx.get(f"{demo[0]}/openapi.json").json()
     chat = document["paths"]["/v1/chat/completions"]["post"]
-    assert {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(chat["responses"]) and "422" not in chat[
-        "responses"
-    ]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(
+        chat["responses"]
+    ) and "422" not in chat["responses"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     fields = document["components"]["schemas"]["ChatRequest"]
-    assert fields["additionalProperties"] is False and {"threshold", "policy", "block_length", "cache", "stop"} <= set(
-        fields["properties"]
-    )
+    assert fields["additionalProperties"] is False and {
+        "threshold",
+        "policy",
+        "block_length",
+        "cache",
+        "stop",
+    } <= set(fields["properties"])

@@ -23,8 +23,15 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
     facts = replace(model.manifest.model, max_length=131_072)
     each = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * 4
     length = room.longest_canvas(facts, 8, None, free=8 * each * 10_000)
-    assert length % 64 == 0 and (length + 64) * each * 8 <= 0.5 * 8 * each * 10_000 < (length + 64 + 64) * each * 8
-    assert room.longest_canvas(facts, 8, None, free=1 << 60) == 131_072 == room.longest_canvas(facts, 8, None, free=0)
+    assert (
+        length % 64 == 0
+        and (length + 64) * each * 8 <= 0.5 * 8 * each * 10_000 < (length + 64 + 64) * each * 8
+    )
+    assert (
+        room.longest_canvas(facts, 8, None, free=1 << 60)
+        == 131_072
+        == room.longest_canvas(facts, 8, None, free=0)
+    )
     assert room.longest_canvas(facts, 8, 500, free=1) == 500
     with pytest.raises(DllmError, match="--max-length is 131073, expected up to 131072"):
         room.longest_canvas(facts, 8, 131_073, free=1)
@@ -36,7 +43,8 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
 
 def test_the_start_line_says_what_was_chosen(demo_artifact, monkeypatch, capsys):
     monkeypatch.setattr(
-        "trt_runtime.serving.process.run_app", lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0
+        "trt_runtime.serving.process.run_app",
+        lambda app, listening, said, *more: (listening.close(), print(said))[0] or 0,
     )
     one = room.cache_bytes(manifests.load(demo_artifact).model, room.Work(1, 1, 1))
     monkeypatch.setattr("trt_runtime.serving.room.free_memory", lambda: 2 * one * (64 + 128))
@@ -52,11 +60,28 @@ def test_keys_origins_and_the_open_door(demo_artifact, monkeypatch, capsys):
     from trt_runtime.cli import main as cli
 
     held = {}
-    monkeypatch.setattr("trt_runtime.serving.process.run", lambda model, options, host, port: held.update(options=options) or 0)
+    monkeypatch.setattr(
+        "trt_runtime.serving.process.run",
+        lambda model, options, host, port: held.update(options=options) or 0,
+    )
     monkeypatch.setenv("DLLM_API_KEY", "a, b,c")
     assert cli.main(["serve", str(demo_artifact)]) == 0 and held["options"].api_key == ("a", "b", "c")
     assert (
-        cli.main(["serve", str(demo_artifact), "--api-key", "x,y", "--api-key", "z", "--cors", "*", "--cors", "http://h:1"]) == 0
+        cli.main(
+            [
+                "serve",
+                str(demo_artifact),
+                "--api-key",
+                "x,y",
+                "--api-key",
+                "z",
+                "--cors",
+                "*",
+                "--cors",
+                "http://h:1",
+            ]
+        )
+        == 0
     )
     assert held["options"].api_key == ("x,y", "z") and held["options"].cors == ("*", "http://h:1")
     assert len(held["options"].examples) == 3
@@ -82,7 +107,8 @@ def test_origins_as_browsers_send_them_are_taken_and_no_others():
 
 
 @pytest.mark.parametrize(
-    ("host", "key", "warns"), [("0.0.0.0", None, True), ("0.0.0.0", ("k",), False), ("127.0.0.1", None, False)]
+    ("host", "key", "warns"),
+    [("0.0.0.0", None, True), ("0.0.0.0", ("k",), False), ("127.0.0.1", None, False)],
 )
 def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
     from trt_runtime.serving import process as serve
@@ -91,7 +117,9 @@ def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
     monkeypatch.setattr(serve.signal, "signal", lambda number, handler: None)
     assert serve.run_app(None, serve.listen(host, 0), "demo", serve.Options("demo", api_key=key), 8) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("warning:") and "--api-key" in line for line in lines] == ([True, False] if warns else [False])
+    assert [line.startswith("warning:") and "--api-key" in line for line in lines] == (
+        [True, False] if warns else [False]
+    )
 
 
 def test_signals_end_a_server_that_is_starting_by_its_own_way(monkeypatch):
@@ -125,7 +153,10 @@ def test_signals_end_a_server_that_is_starting_by_its_own_way(monkeypatch):
 def test_several_keys(model):
     with serving(model, api_key=("one", "two")) as (url, _):
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("one,two", 401), ("onetwo", 401)):
-            assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status, key
+            assert (
+                httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+                == status
+            ), key
 
 
 @pytest.mark.parametrize(("option", "value", "said"), [("--queue", "-1", "--queue is -1, expected from 0."), ("--port", "99999", "--port is 99999, expected 0 to 65535."),

@@ -67,8 +67,14 @@ def test_errors_say_little_of_what_wassent(demo):
                          ("chat/completions", {"tool_choice": long}), ("completions", {"prompt": {long: long}}), ("chat/completions", {"seed": long}),
                          ("chat/completions", {"metadata": {long: 7}}), ("chat/completions", {"stream_options": {long: 7}})):  # fmt: skip
         body = {"model": "demo"} | ({"messages": CHAT["messages"]} if "chat" in path else {}) | change
-        answer = httpx.post(f"{demo[0]}/v1/{path}", content=json.dumps(body), headers={"content-type": "application/json"})
-        assert answer.status_code in (400, 404) and answer.json()["error"]["message"] and len(answer.content) < 1000, change
+        answer = httpx.post(
+            f"{demo[0]}/v1/{path}", content=json.dumps(body), headers={"content-type": "application/json"}
+        )
+        assert (
+            answer.status_code in (400, 404)
+            and answer.json()["error"]["message"]
+            and len(answer.content) < 1000
+        ), change
         assert "x" * 201 not in answer.text, change
     assert httpx.get(f"{demo[0]}/v1/models/{long}").text.count("x") < 201
     assert "x" * 201 not in clipped(long) and clipped("short") == "short"
@@ -81,7 +87,12 @@ def test_clients_are_told_nothing_of_the_command_line(demo, model, monkeypatch):
                        ("completions", {"prompt": [99999]}), ("completions", {"prompt": [5], "block_length": 3, "steps": 2, "policy": "fixed"}),
                        ("completions", {"prompt": [5], "top_p": 3}), ("completions", {"prompt": [5], "refresh_window": 3})):  # fmt: skip
         said = post(demo[0], {"model": "demo"} | body, path).json()["error"]["message"]
-        assert "--" not in said and "gen_length" not in said and " infill" not in said and "suffix goes" not in said, said
+        assert (
+            "--" not in said
+            and "gen_length" not in said
+            and " infill" not in said
+            and "suffix goes" not in said
+        ), said
     monkeypatch.setattr(type(model.backend), "gives_logits", property(lambda self: False))
     said = post(demo[0], CHAT | {"temperature": 1}).json()["error"]["message"]
     assert "leave out temperature" in said and "--" not in said
@@ -91,6 +102,6 @@ def test_clients_are_told_nothing_of_the_command_line(demo, model, monkeypatch):
         assert "token ids" in said and "--" not in said
     finally:
         model.tokenizer = held
-    assert spoken(DllmError("gen_length is 0 (--gen-length): suffix_decay goes with suffix: x (generate --ids).")) == (
-        "max_tokens is 0: suffix_decay goes with suffix_masks: x."
-    )
+    assert spoken(
+        DllmError("gen_length is 0 (--gen-length): suffix_decay goes with suffix: x (generate --ids).")
+    ) == ("max_tokens is 0: suffix_decay goes with suffix_masks: x.")

@@ -16,7 +16,10 @@ from trt_runtime.cli import main as cli
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.model import load
 
-PROMPTS = ["clean hall with mop", "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"]
+PROMPTS = [
+    "clean hall with mop",
+    "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop",
+]
 
 
 class Request:
@@ -24,7 +27,10 @@ class Request:
 
     def __init__(self, prompt, **options):
         texts = {"PROMPT": prompt} | ({"OPTIONS": json.dumps(options)} if options else {})
-        self.inputs = {name: backend_utils.Tensor(name, np.array([text.encode()], np.object_)) for name, text in texts.items()}
+        self.inputs = {
+            name: backend_utils.Tensor(name, np.array([text.encode()], np.object_))
+            for name, text in texts.items()
+        }
         self.responses, self.error, self.done = [], None, threading.Event()
 
     def get_response_sender(self):
@@ -46,7 +52,22 @@ class Request:
 @pytest.fixture(scope="module")
 def repository(demo_artifact, tmp_path_factory):
     out = tmp_path_factory.mktemp("triton")
-    assert cli.main(["triton-repo", str(demo_artifact), str(out), "--name", "demo", "--max-length", "192", "--threads", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "triton-repo",
+                str(demo_artifact),
+                str(out),
+                "--name",
+                "demo",
+                "--max-length",
+                "192",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     return out / "demo"
 
 
@@ -73,23 +94,40 @@ def test_requests_are_answered_block_by_block(served, demo_artifact):
     for request, prompt in zip(requests, PROMPTS * 3, strict=True):
         (expected,) = oracle.generate([prompt], GenerationConfig())
         assert request.text == expected.text and request.error is None
-        assert [bool(tensors["FINISHED"][0]) for tensors in request.responses] == [False] * (len(request.responses) - 1) + [True]
+        assert [bool(tensors["FINISHED"][0]) for tensors in request.responses] == [False] * (
+            len(request.responses) - 1
+        ) + [True]
         assert request.responses[-1]["NFE"][0] == expected.nfe
     assert len(requests[1].responses) > 3
 
 
 def test_options_are_honoured_and_bad_requests_answered(served, demo_artifact):
-    slow, wrong, unknown = Request(PROMPTS[0], policy="fixed", gen_length=16), Request(""), Request(PROMPTS[0], speed=9)
+    slow, wrong, unknown = (
+        Request(PROMPTS[0], policy="fixed", gen_length=16),
+        Request(""),
+        Request(PROMPTS[0], speed=9),
+    )
     served.execute([slow, wrong, unknown])
     for request in (slow, wrong, unknown):
         assert request.done.wait(30)
-    (expected,) = load(demo_artifact, "ort", threads=1).generate([PROMPTS[0]], GenerationConfig(policy="fixed", gen_length=16))
-    assert slow.text == expected.text and "the prompt is empty" in wrong.error.text and "speed" in unknown.error.text
+    (expected,) = load(demo_artifact, "ort", threads=1).generate(
+        [PROMPTS[0]], GenerationConfig(policy="fixed", gen_length=16)
+    )
+    assert (
+        slow.text == expected.text
+        and "the prompt is empty" in wrong.error.text
+        and "speed" in unknown.error.text
+    )
 
 
 def test_the_configuration_says_what_triton_needs(repository):
     config = (repository / "config.pbtxt").read_text()
-    assert 'name: "demo"' in config and 'backend: "python"' in config and "decoupled: true" in config and "KIND_CPU" in config
+    assert (
+        'name: "demo"' in config
+        and 'backend: "python"' in config
+        and "decoupled: true" in config
+        and "KIND_CPU" in config
+    )
     assert config.count("{") == config.count("}") and config.count("[") == config.count("]")
     assert (repository / "1" / "artifact" / "manifest.json").is_file()
 

@@ -59,7 +59,10 @@ class OrtBackend(OrtSession):
         return True
 
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, Any]:
-        return {name: widened(array[slots], self.manifest.model.dtype) for name, array in cache.buffers.arrays.items()}
+        return {
+            name: widened(array[slots], self.manifest.model.dtype)
+            for name, array in cache.buffers.arrays.items()
+        }
 
     def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():

@@ -24,7 +24,17 @@ from trt_runtime.optional import import_optional
 from trt_runtime.system import commands
 
 # what must not fall to the CPU one node at a time, as kernels that a provider lacks do without a word
-_HEAVY = {"Attention", "Cast", "Gemm", "Reshape", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "TopK", "Transpose"}
+_HEAVY = {
+    "Attention",
+    "Cast",
+    "Gemm",
+    "Reshape",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "TensorScatter",
+    "TopK",
+    "Transpose",
+}
 _ROW_STEP = 64  # rows of a cache come in steps: CUDA's attention kernels want aligned masks
 
 
@@ -68,7 +78,10 @@ class OrtCudaBackend(OrtSession):
         buffers = self._pool.pop((batch, capacity), None)
         if buffers is None:
             buffers = _Values(
-                {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), self.place, 0) for name in self._names}
+                {
+                    name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._zero), self.place, 0)
+                    for name in self._names
+                }
             )
         return pooled(Cache(batch, capacity, buffers), self._pool)
 
@@ -87,14 +100,19 @@ class OrtCudaBackend(OrtSession):
         self._pool.clear()
         super().close()
 
-    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+    def _refine_steps(
+        self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
+    ) -> Committed:
         """Tokens and statistics stay on the GPU, and the kernel commits there."""
         batch, asked = window.logit_rows.shape
         kernel = self._kernel(batch, asked)
         device = kernel.device
         arrays = {name: np.ascontiguousarray(getattr(window, name)) for name in self._small_inputs}
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        shapes |= {name: (np.dtype(np.int64 if name == "token" else np.float32), (batch, asked)) for name in contract.STATISTICS}
+        shapes |= {
+            name: (np.dtype(np.int64 if name == "token" else np.float32), (batch, asked))
+            for name in contract.STATISTICS
+        }
         size = cuda.Arena.size_of(shapes)
         if self._arena is None or self._arena.device.size < size:
             self._arena = device.arena(2 * size)
@@ -109,7 +127,9 @@ class OrtCudaBackend(OrtSession):
         for name, (dtype, shape) in shapes.items():
             bind = binding.bind_output if name in contract.STATISTICS else binding.bind_input
             bind(name, self.place, 0, dtype.type, list(shape), at[name])
-        for _ in range(steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_sync)):
+        for _ in range(
+            steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_sync)
+        ):
             self._execute(binding)
             kernel.queue(running, at["input_ids"], window.input_ids.shape[1], at["token"], at["confidence"])
             device.synchronize()
@@ -125,7 +145,9 @@ class OrtCudaBackend(OrtSession):
             tool = import_optional("plugins.commit", "steps_per_sync on CUDA", commands.install("kernels"))
             batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
             device = held.device if held is not None else cuda.Device()
-            made = tool.compiled(self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability)
+            made = tool.compiled(
+                self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability
+            )
             facts = {"entry": made.name, "threads": made.threads, "shared": made.shared, "columns": columns}
             held = self._commit = CommitKernel(device, facts, made.ptx.encode(), batch)
         return held
@@ -139,7 +161,11 @@ class OrtCudaBackend(OrtSession):
             for node in part.get_nodes():
                 if part.ep_name != self.provider and node.op_type in _HEAVY:
                     left[node.op_type] = left.get(node.op_type, 0) + 1
-        heavy = {name: count for name, count in left.items() if count >= self.manifest.model.num_layers or name == "TopK"}
+        heavy = {
+            name: count
+            for name, count in left.items()
+            if count >= self.manifest.model.num_layers or name == "TopK"
+        }
         if heavy:
             said = ", ".join(f"{count} {name}" for name, count in sorted(heavy.items()))
             raise DllmError(

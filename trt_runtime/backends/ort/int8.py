@@ -38,7 +38,9 @@ def session_entries(manifest: Manifest) -> dict[str, str]:
     held = manifest.quantization
     if held is None:
         return {}
-    if held.target == TENSORRT:  # as it is written: joined into integer products, it would be rounded and summed otherwise
+    if (
+        held.target == TENSORRT
+    ):  # as it is written: joined into integer products, it would be rounded and summed otherwise
         return {"session.disable_quant_qdq": "1"}
     return settings_for(held.scheme)
 
@@ -128,12 +130,24 @@ PROBES: dict[str, Callable[[], tuple[bytes, Array, Array]]] = {
 _PROBES_OF = {"w8a8": tuple(PROBES)[:1], "int4": tuple(PROBES)[1:]}  # by scheme
 
 
-def _model(operator: str, inputs: Iterable[str], parts: Mapping[str, Any], element: int, attributes: Mapping[str, int]) -> bytes:
+def _model(
+    operator: str,
+    inputs: Iterable[str],
+    parts: Mapping[str, Any],
+    element: int,
+    attributes: Mapping[str, int],
+) -> bytes:
     """An ONNX model of one node of com.microsoft, x [M, K] -> y [M, N], as protobuf: the runtime needs no onnx package."""
     domain = "com.microsoft"
     node = _join(1, inputs) + _field(2, "y") + _field(4, operator) + _field(7, domain)
-    node += b"".join(_field(5, _field(1, key) + _field(3, value) + _field(20, 2)) for key, value in attributes.items())
-    graph = _field(1, node) + _field(2, "probe") + b"".join(_field(5, _tensor(key, value)) for key, value in parts.items())
+    node += b"".join(
+        _field(5, _field(1, key) + _field(3, value) + _field(20, 2)) for key, value in attributes.items()
+    )
+    graph = (
+        _field(1, node)
+        + _field(2, "probe")
+        + b"".join(_field(5, _tensor(key, value)) for key, value in parts.items())
+    )
     graph += _field(11, _value("x", element, _K)) + _field(12, _value("y", _FLOAT, _N))
     opsets = _field(8, _field(1, "") + _field(2, 21)) + _field(8, _field(1, domain) + _field(2, 1))
     return _field(1, 10) + _field(7, graph) + opsets
@@ -142,7 +156,12 @@ def _model(operator: str, inputs: Iterable[str], parts: Mapping[str, Any], eleme
 def _tensor(name: str, value: Any) -> bytes:
     array = np.asarray(value)
     kind = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8}[array.dtype.name]
-    return b"".join(_field(1, size) for size in array.shape) + _field(2, kind) + _field(8, name) + _field(9, array.tobytes())
+    return (
+        b"".join(_field(1, size) for size in array.shape)
+        + _field(2, kind)
+        + _field(8, name)
+        + _field(9, array.tobytes())
+    )
 
 
 def _value(name: str, element: int, columns: int) -> bytes:

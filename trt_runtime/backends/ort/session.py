@@ -71,7 +71,9 @@ class OrtSession(Backend):
         self._check_provider()
         self._check_artifact(artifact)
         self._zero, self._element_type = ELEMENTS[self.manifest.model.dtype]
-        self._session = self._opened(artifact, threads if threads is not None else physical_cores(), model_bytes, optimise)
+        self._session = self._opened(
+            artifact, threads if threads is not None else physical_cores(), model_bytes, optimise
+        )
         self._check_placement()
         self._check_graph(artifact)
         dims = self.manifest.dims
@@ -96,7 +98,9 @@ class OrtSession(Backend):
 
     def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
         """Both roles on the one session."""
-        made = self.run(cache, slots, window, [*contract.STATISTICS, *([contract.LOGITS] if want_logits else [])])
+        made = self.run(
+            cache, slots, window, [*contract.STATISTICS, *([contract.LOGITS] if want_logits else [])]
+        )
         return Stats(**made)
 
     def run(self, cache: Cache, slots: slice, window: Window, names: list[str]) -> dict[str, Any]:
@@ -118,7 +122,9 @@ class OrtSession(Backend):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises several unrelated types
-            raise BackendError(f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}") from error
+            raise BackendError(
+                f"ONNX Runtime failed in the {self.role} graph: {str(error).splitlines()[0]}"
+            ) from error
 
     def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
         """The window's rows into the caches: what a graph of the legacy lowering leaves to its caller."""

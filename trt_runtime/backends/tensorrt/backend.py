@@ -101,20 +101,28 @@ class TensorRTBackend(Backend):
         self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
         wanted = store.circumstances(self.manifest, self.name, self._trt, self._device.facts)
         self.directory = store.find(Path(engines), wanted, store.Needs(batch, length, steps_per_sync > 1))
-        built_for = store.check(self.directory, {"files": wanted["files"], "version": wanted["version"]})  # hashes come first
+        built_for = store.check(
+            self.directory, {"files": wanted["files"], "version": wanted["version"]}
+        )  # hashes come first
         if built_for.get("strip"):
             manifests.load(artifact, check_hashes=True)  # its weights go into the engine
         self.capacity: int = built_for["capacity"]
-        self._engines = self._opener(self.directory, artifact, self.manifest, self._trt, self._device, built_for)
+        self._engines = self._opener(
+            self.directory, artifact, self.manifest, self._trt, self._device, built_for
+        )
         self._logger = self._engines.logger
         self.max_batch = max(profile.batch[2] for held in self._engines.all for profile in held.profiles)
         self._inputs, self._outputs = self._arena(outputs=False), self._arena(outputs=True)
         self._fresh = self._fresh_rows()
         self._pool: dict[tuple[int, int], _Buffers] = {}
-        self.unrecorded: set[tuple[Any, ...]] = set()  # steps that could not be recorded, by name, profile and shape
+        self.unrecorded: set[tuple[Any, ...]] = (
+            set()
+        )  # steps that could not be recorded, by name, profile and shape
         kernel = built_for["plugins"].get("commit")
         self._commit = (
-            CommitKernel(self._device, kernel, (self.directory / kernel["file"]).read_bytes(), self.max_batch) if kernel else None
+            CommitKernel(self._device, kernel, (self.directory / kernel["file"]).read_bytes(), self.max_batch)
+            if kernel
+            else None
         )
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -127,7 +135,12 @@ class TensorRTBackend(Backend):
         size = batch * self._row_bytes * self.capacity * self.manifest.model.num_kv_heads
         buffers = self._pool.pop((batch, self.capacity), None)
         return pooled(
-            Cache(batch, self.capacity, buffers or _Buffers({name: self._device.allocate(size) for name in names})), self._pool
+            Cache(
+                batch,
+                self.capacity,
+                buffers or _Buffers({name: self._device.allocate(size) for name in names}),
+            ),
+            self._pool,
         )
 
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, Any]:
@@ -172,13 +185,19 @@ class TensorRTBackend(Backend):
                 for name in wanted:
                     self._device.download(call.made[name], call.out[name])
 
-        self._queue(work, call, cache, slots, (*call.key, slots.start, want_logits) if role == "refine" else None)
+        self._queue(
+            work, call, cache, slots, (*call.key, slots.start, want_logits) if role == "refine" else None
+        )
         self._device.synchronize()
         asked, kinds = window.logit_rows.shape[1], {"token": np.int64}
-        stats: dict[str, Any] = {name: call.made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted}
+        stats: dict[str, Any] = {
+            name: call.made[name][:, :asked].astype(kinds.get(name, np.float32)) for name in wanted
+        }
         return Stats(**stats)
 
-    def _refine_steps(self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]) -> Committed:
+    def _refine_steps(
+        self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
+    ) -> Committed:
         call, kernel = self._call("refine", window), self._commit
         if kernel is None or call.given["input_ids"].dtype != np.int64:
             raise DllmError(
@@ -189,9 +208,13 @@ class TensorRTBackend(Backend):
 
         def step(context: Any) -> None:
             self._execute(call, context, cache, slots, window)
-            kernel.queue(held, call.into["input_ids"], call.shape[1], call.out["token"], call.out["confidence"])
+            kernel.queue(
+                held, call.into["input_ids"], call.shape[1], call.out["token"], call.out["confidence"]
+            )
 
-        for _ in range(steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_sync)):
+        for _ in range(
+            steps.needed(rules, window.input_ids, self.manifest.decoding.mask_token_id, self.steps_per_sync)
+        ):
             self._queue(step, call, cache, slots, (*call.key, slots.start, "commit"))
         self._device.download(call.given["input_ids"], call.into["input_ids"])
         kernel.end(held)
@@ -206,7 +229,11 @@ class TensorRTBackend(Backend):
         held, index = self._choose(role, (batch, rows, asked))
         # few shapes, so that recorded steps come again: what is asked for is filled up with row 0
         most = held.profiles[index].asked[2]
-        shape = (batch, rows, most if role == "refine" and most <= rows else min(1 << (asked - 1).bit_length(), most))
+        shape = (
+            batch,
+            rows,
+            most if role == "refine" and most <= rows else min(1 << (asked - 1).bit_length(), most),
+        )
         call = _Call(held, index, shape, *self._inputs.place(self._small(held.inputs, held, shape)),
                      *self._outputs.place(self._small(held.outputs, held, shape)))  # fmt: skip
         call.given["logit_rows"][...] = 0
@@ -218,15 +245,29 @@ class TensorRTBackend(Backend):
     def _execute(self, call: _Call, context: Any, cache: Cache, slots: slice, window: Window) -> None:
         """Queue one execution, between the inputs and the statistics on the device."""
         if not context.execute_async_v3(self._device.stream):
-            raise BackendError(f"TensorRT failed in the engine '{call.held.name}': {self._logger.last or 'no message'}")
+            raise BackendError(
+                f"TensorRT failed in the engine '{call.held.name}': {self._logger.last or 'no message'}"
+            )
         if not self.manifest.dims.writes_caches:
             self._write_rows(cache, slots, window)
 
-    def _queue(self, work: Callable[[Any], None], call: _Call, cache: Cache, slots: slice, key: tuple[Any, ...] | None) -> None:
+    def _queue(
+        self,
+        work: Callable[[Any], None],
+        call: _Call,
+        cache: Cache,
+        slots: slice,
+        key: tuple[Any, ...] | None,
+    ) -> None:
         """Queue work: as it stands, or, where a key says that it may come again, from the second time on as a CUDA graph. Rows that the host
         counts (legacy lowering) go elsewhere each time and are not recorded."""
         steps_of: OrderedDict[tuple[Any, ...], _Step | None] = cache.buffers.steps
-        if key is None or not self._cuda_graphs or not self.manifest.dims.writes_caches or key not in steps_of:
+        if (
+            key is None
+            or not self._cuda_graphs
+            or not self.manifest.dims.writes_caches
+            or key not in steps_of
+        ):
             context = self._engines.context(call.held, call.index)
             self._bind(call, context, cache, slots)
             work(context)
@@ -268,7 +309,9 @@ class TensorRTBackend(Backend):
         for held in self._engines.all:
             for index, profile in enumerate(held.profiles):
                 limits = (profile.batch[2], profile.rows[2], profile.asked[2])
-                if (held.role == role or held.name == store.SHARED) and all(n <= m for n, m in zip(shape, limits, strict=True)):
+                if (held.role == role or held.name == store.SHARED) and all(
+                    n <= m for n, m in zip(shape, limits, strict=True)
+                ):
                     fitting.append((profile.rows[2], index, held))
         if not fitting:
             asked = "{} rows by {} positions, {} of them asked for".format(*shape)
@@ -285,15 +328,21 @@ class TensorRTBackend(Backend):
         sizes = dict(zip("BSR", shape, strict=True)) | {"C": self.capacity}
         dims = self.manifest.dims
         for spec in held.inputs:
-            if not context.set_input_shape(spec.name, tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes)):
-                raise BackendError(f"TensorRT refused the shape of {spec.name} ({self._logger.last or 'no message'})")
+            if not context.set_input_shape(
+                spec.name, tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes)
+            ):
+                raise BackendError(
+                    f"TensorRT refused the shape of {spec.name} ({self._logger.last or 'no message'})"
+                )
         first = slots.start * self._row_bytes * self.capacity * dims.num_kv_heads
         caches = {name: memory.address + first for name, memory in cache.buffers.caches.items()}
         returned = dict(zip(contract.returned_names(dims), caches.values() if dims.writes_caches else
                             (memory.address for memory in self._fresh), strict=True))  # fmt: skip
         for name, address in (small | caches | returned).items():
             if name in held.tensors and not context.set_tensor_address(name, address):
-                raise BackendError(f"TensorRT refused the address of {name} ({self._logger.last or 'no message'})")
+                raise BackendError(
+                    f"TensorRT refused the address of {name} ({self._logger.last or 'no message'})"
+                )
 
     def _write_rows(self, cache: Cache, slots: slice, window: Window) -> None:
         """The window's keys and values into the caches, at each row's write_index: what the legacy lowering leaves to its caller."""
@@ -301,10 +350,15 @@ class TensorRTBackend(Backend):
         piece, pitch = rows * self._row_bytes, self.capacity * self._row_bytes
         for memory, fresh in zip(cache.buffers.caches.values(), self._fresh, strict=True):
             for i, start in enumerate(window.write_index):
-                target = memory.address + ((slots.start + i) * heads * self.capacity + int(start)) * self._row_bytes
+                target = (
+                    memory.address
+                    + ((slots.start + i) * heads * self.capacity + int(start)) * self._row_bytes
+                )
                 self._device.copy_rows(target, pitch, fresh.address + i * heads * piece, piece, piece, heads)
 
-    def _small(self, specs: list[TensorSpec], held: Opened, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    def _small(
+        self, specs: list[TensorSpec], held: Opened, shape: Shape
+    ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Element type and shape of what is no cache. TensorRT 8 has int32 where the graph says int64."""
         sizes = dict(zip("BSR", shape, strict=True))
         return {spec.name: (np.dtype(self._trt.nptype(held.engine.get_tensor_dtype(spec.name))),
@@ -317,14 +371,19 @@ class TensorRTBackend(Backend):
         for held in self._engines.all:
             for profile in held.profiles:
                 shape = (profile.batch[2], profile.rows[2], profile.asked[2])
-                size = max(size, cuda.Arena.size_of(self._small(held.outputs if outputs else held.inputs, held, shape)))
+                size = max(
+                    size,
+                    cuda.Arena.size_of(self._small(held.outputs if outputs else held.inputs, held, shape)),
+                )
         return self._device.arena(size)
 
     def _fresh_rows(self) -> list[cuda.Memory]:
         """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
         if self.manifest.dims.writes_caches:
             return []
-        rows = max(profile.batch[2] * profile.rows[2] for held in self._engines.all for profile in held.profiles)
+        rows = max(
+            profile.batch[2] * profile.rows[2] for held in self._engines.all for profile in held.profiles
+        )
         size = rows * self.manifest.model.num_kv_heads * self._row_bytes
         return [self._device.allocate(size) for _ in contract.returned_names(self.manifest.dims)]
 

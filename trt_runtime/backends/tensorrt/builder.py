@@ -80,15 +80,21 @@ def workarounds(package: str, trt: Any) -> list[Workaround]:
     return [item for item in WORKAROUNDS if item.covers(package, version_of(trt))]
 
 
-def serialised(job: Job, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None) -> tuple[Any, bytes | None]:
+def serialised(
+    job: Job, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None
+) -> tuple[Any, bytes | None]:
     """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none). Raises DllmError."""
     logger = Logger(trt)
     builder = trt.Builder(logger.made)
     network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, logger.made)
     if not parser.parse(with_capacity(job.graph, job.capacity), str(job.graph)):
-        said = "; ".join(str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors)))
-        raise DllmError(f"{job.graph}: {package} {trt.__version__} does not read it ({said}): export with --lowering legacy.")
+        said = "; ".join(
+            str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors))
+        )
+        raise DllmError(
+            f"{job.graph}: {package} {trt.__version__} does not read it ({said}): export with --lowering legacy."
+        )
     specs = contract.inputs(job.role, manifest.dims)
     check_inputs(network, [spec.name for spec in specs], job.graph)
     if job.edit is not None:
@@ -98,7 +104,9 @@ def serialised(job: Job, manifest: Manifest, package: str, trt: Any, timing: byt
         item.apply(trt, network, settings, manifest.model.dtype)
     _configure(job, specs, builder, settings, trt)
     if timing is not None and not settings.set_timing_cache(settings.create_timing_cache(timing), False):
-        settings.set_timing_cache(settings.create_timing_cache(b""), False)  # that one was of another GPU or version
+        settings.set_timing_cache(
+            settings.create_timing_cache(b""), False
+        )  # that one was of another GPU or version
     monitor = _monitor(trt, job.name)
     if monitor is not None:
         settings.progress_monitor = monitor
@@ -106,7 +114,9 @@ def serialised(job: Job, manifest: Manifest, package: str, trt: Any, timing: byt
     if monitor is not None:
         monitor.end()
     if engine is None:
-        raise DllmError(f"{job.graph}: {package} {trt.__version__} did not build it ({logger.last or 'no message'}).")
+        raise DllmError(
+            f"{job.graph}: {package} {trt.__version__} did not build it ({logger.last or 'no message'})."
+        )
     learnt = settings.get_timing_cache() if timing is not None else None
     return engine, None if learnt is None else bytes(learnt.serialize())
 
@@ -150,9 +160,13 @@ def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
         read.add(name)
         if name in maker:
             layer = maker[name]
-            waiting += [tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None]
+            waiting += [
+                tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None
+            ]
     if ignored := [name for name in held if name not in read]:
-        raise DllmError(f"{graph}: no output depends on the input {', '.join(ignored)}: the engine would compute something else.")
+        raise DllmError(
+            f"{graph}: no output depends on the input {', '.join(ignored)}: the engine would compute something else."
+        )
 
 
 def with_capacity(graph: Path, capacity: int) -> bytes:
@@ -188,13 +202,17 @@ def _no_tf32(trt: Any, network: Any, settings: Any, dtype: str) -> None:
 
 def _types_by_flags(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     if dtype == "bf16":
-        raise DllmError(f"TensorRT {trt.__version__} has no bf16 networks: export with DTYPE=fp16, or use TensorRT 10.")
+        raise DllmError(
+            f"TensorRT {trt.__version__} has no bf16 networks: export with DTYPE=fp16, or use TensorRT 10."
+        )
     if dtype == "fp16":
         settings.set_flag(trt.BuilderFlag.FP16)
     settings.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     settings.clear_flag(trt.BuilderFlag.TF32)
     kinds = (trt.float32, trt.float16)
-    for layer in _layers(network):  # what the graph computes in float32 stays there: norms, the head, the statistics
+    for layer in _layers(
+        network
+    ):  # what the graph computes in float32 stays there: norms, the head, the statistics
         made = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
         if made and made[0] in kinds and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
             layer.precision = made[0]
@@ -215,7 +233,10 @@ WORKAROUNDS = (
     Workaround(_EXACT, _no_tf32, since=(10, 0)),
     Workaround(_EXACT, _no_tf32, package="tensorrt-rtx", since=(1, 7)),
     Workaround(
-        "CUDA graphs need working memory that the caller allocates", _user_allocation, package="tensorrt-rtx", since=(1, 7)
+        "CUDA graphs need working memory that the caller allocates",
+        _user_allocation,
+        package="tensorrt-rtx",
+        since=(1, 7),
     ),
     Workaround("networks are not strongly typed: types are constraints", _types_by_flags, before=(10, 0)),
     Workaround("cuBLAS and cuDNN are not needed, and may be missing", _no_cublas, before=(10, 0)),
@@ -239,7 +260,10 @@ class Logger:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and "CUDA driver version" not in message:
+                if (
+                    severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+                    and "CUDA driver version" not in message
+                ):
                     outer.last = message
 
         self.made = Made()
@@ -261,7 +285,11 @@ def _monitor(trt: Any, name: str) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self.steps and sys.stderr.isatty():
-                print(f"\r{name}: {phase} {100 * step // max(1, self.steps[phase])} %\x1b[K", end="", file=sys.stderr)
+                print(
+                    f"\r{name}: {phase} {100 * step // max(1, self.steps[phase])} %\x1b[K",
+                    end="",
+                    file=sys.stderr,
+                )
             return True
 
         def phase_finish(self, phase: str) -> None:

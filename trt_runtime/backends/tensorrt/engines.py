@@ -49,14 +49,28 @@ class Engines:
     records_itself = False  # whether the package records CUDA graphs by itself
 
     def __init__(
-        self, directory: Path, artifact: Path, manifest: Manifest, trt: Any, device: cuda.Device, built_for: dict[str, Any]
+        self,
+        directory: Path,
+        artifact: Path,
+        manifest: Manifest,
+        trt: Any,
+        device: cuda.Device,
+        built_for: dict[str, Any],
     ) -> None:
-        self.directory, self.artifact, self.manifest, self.trt, self.device = directory, artifact, manifest, trt, device
+        self.directory, self.artifact, self.manifest, self.trt, self.device = (
+            directory,
+            artifact,
+            manifest,
+            trt,
+            device,
+        )
         self.capacity: int = built_for["capacity"]
         self.logger = builder.Logger(trt)
         self._runtime = trt.Runtime(self.logger.made)
         self.all = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
-        self._scratch = device.allocate(max(_scratch_bytes(held, i) for held in self.all for i in range(len(held.profiles))))
+        self._scratch = device.allocate(
+            max(_scratch_bytes(held, i) for held in self.all for i in range(len(held.profiles)))
+        )
 
     def context(self, held: Opened, index: int) -> Any:
         """The context of a profile."""
@@ -70,7 +84,9 @@ class Engines:
         if context is not None:
             _set_scratch(context, self._scratch)
         if context is None or not context.set_optimization_profile_async(index, self.device.stream):
-            raise BackendError(f"TensorRT gave no context for '{held.profiles[index].name}': {self.logger.last or 'no message'}")
+            raise BackendError(
+                f"TensorRT gave no context for '{held.profiles[index].name}': {self.logger.last or 'no message'}"
+            )
         self.device.synchronize()
         return context
 
@@ -83,7 +99,9 @@ class Engines:
     def _bare_context(self, held: Opened, recorded: bool) -> Any:
         """A context without working memory of its own."""
         if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
-            return held.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            return held.engine.create_execution_context(
+                self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
         return held.engine.create_execution_context_without_device_memory()
 
     def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> Opened:
@@ -97,13 +115,18 @@ class Engines:
         role = "prefix" if name == "prefix" else "refine"
         if built_for.get("strip"):
             self._refit(opened, role)
-        listed = [Profile(row["name"], tuple(row["batch"]), tuple(row["rows"]), tuple(row["asked"])) for row in profiles]
+        listed = [
+            Profile(row["name"], tuple(row["batch"]), tuple(row["rows"]), tuple(row["asked"]))
+            for row in profiles
+        ]
         dims = self.manifest.dims
         inputs, outputs = contract.inputs(role, dims), contract.outputs(role, dims, self.manifest.head)
         expected = {spec.name for spec in (*inputs, *outputs)}
         names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
         if names != expected or opened.num_optimization_profiles != len(listed):
-            raise DllmError(f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again.")
+            raise DllmError(
+                f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again."
+            )
         return Opened(name, role, listed, inputs, outputs, names, opened)
 
     def _refit(self, opened: Any, role: str) -> None:
@@ -145,9 +168,13 @@ class RTXEngines(Engines):
         if key not in self._configs:
             trt, opened = self.trt, held.engine
             runtime_config = opened.create_runtime_config()
-            runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            runtime_config.set_execution_context_allocation_strategy(
+                trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
             strategies = trt.CudaGraphStrategy
-            runtime_config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if recorded else strategies.DISABLED
+            runtime_config.cuda_graph_strategy = (
+                strategies.WHOLE_GRAPH_CAPTURE if recorded else strategies.DISABLED
+            )
             if held.name not in self._caches:
                 self._caches[held.name] = self._cache(held.name, runtime_config)
             if not runtime_config.set_runtime_cache(self._caches[held.name]):
@@ -185,7 +212,11 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
                 return held.read(min(size, engine.PIECE))
 
             def seek(self, offset: int, where: Any) -> bool:
-                whence = {trt.SeekPosition.SET: os.SEEK_SET, trt.SeekPosition.CUR: os.SEEK_CUR, trt.SeekPosition.END: os.SEEK_END}
+                whence = {
+                    trt.SeekPosition.SET: os.SEEK_SET,
+                    trt.SeekPosition.CUR: os.SEEK_CUR,
+                    trt.SeekPosition.END: os.SEEK_END,
+                }
                 held.seek(offset, whence[where])
                 return True
 

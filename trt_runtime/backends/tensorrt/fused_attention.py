@@ -34,7 +34,11 @@ def found(engine: Any) -> dict[Kernel, int]:
     for call in _CALL.finditer(data):
         scale = _SCALE.search(call[3])
         kernels[
-            Kernel(call[1].decode().lower(), call[2].decode().lower(), float.fromhex(scale[1].decode()) if scale else None)
+            Kernel(
+                call[1].decode().lower(),
+                call[2].decode().lower(),
+                float.fromhex(scale[1].decode()) if scale else None,
+            )
         ] += 1
     if not kernels and (named := len(set(match[0] for match in _NAMES.finditer(data)))):
         kernels[Kernel(None, None, None)] = named
@@ -53,5 +57,7 @@ def complaint(kernels: dict[Kernel, int], dtype: str, name: str) -> str:
     if not kernels:
         return f"{name}: no fused attention kernel was found in the engine: attention is taken apart, right but slow"
     if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):
-        return f"{name}: attention sums in 16 bits: expect confidences to differ; verify with 'dllm-trt replay'"
+        return (
+            f"{name}: attention sums in 16 bits: expect confidences to differ; verify with 'dllm-trt replay'"
+        )
     return ""

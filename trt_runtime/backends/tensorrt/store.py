@@ -31,11 +31,25 @@ from trt_runtime.system import atomic, commands
 
 FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
 LAYOUTS = SHARED, SPLIT = ("shared", "split")
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # compute capabilities that TensorRT-RTX builds for
-PIECE = 256 << 20  # bytes of an engine's file that are in host memory at a time while it is opened (from TensorRT 10.7 on)
-CAPACITY_STEP = 64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
+TARGETS = (
+    "sm75",
+    "sm80",
+    "sm86",
+    "sm89",
+    "sm120",
+    "sm121",
+)  # compute capabilities that TensorRT-RTX builds for
+PIECE = (
+    256 << 20
+)  # bytes of an engine's file that are in host memory at a time while it is opened (from TensorRT 10.7 on)
+CAPACITY_STEP = (
+    64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
+)
 # the modules that a backend's package may be called, and the kind of extra that installs it (advice.by_driver)
-_MODULES = {"tensorrt": (("tensorrt",), "trt"), "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx")}
+_MODULES = {
+    "tensorrt": (("tensorrt",), "trt"),
+    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx"),
+}
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
@@ -71,7 +85,10 @@ class BuildConfig:
 
     def checked(self, manifest: Manifest) -> BuildConfig:
         """This configuration, with the canvas bounded by the model's. Raises DllmError."""
-        for name, value, known in (("backend", self.backend, tuple(_MODULES)), ("layout", self.layout, LAYOUTS)):
+        for name, value, known in (
+            ("backend", self.backend, tuple(_MODULES)),
+            ("layout", self.layout, LAYOUTS),
+        ):
             if value not in known:
                 raise unknown(name, value, known)
         for target in self.targets:
@@ -90,7 +107,9 @@ class BuildConfig:
         # a scheduler's slots are longer than the longest canvas by its spare rows
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         block = min(self.block_length, length)
-        return replace(self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length))
+        return replace(
+            self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length)
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,10 @@ def plans(config: BuildConfig) -> list[EnginePlan]:
     window = Profile("refine", batch, (1, block, block), (1, min(block, rows), min(block, rows)))
     if config.layout == SHARED:
         return [EnginePlan(SHARED, "refine", (whole, window))]
-    return [EnginePlan("prefix", "prefix", (whole,)), EnginePlan("refine", "refine", (window, replace(whole, name="suffix")))]
+    return [
+        EnginePlan("prefix", "prefix", (whole,)),
+        EnginePlan("refine", "refine", (window, replace(whole, name="suffix"))),
+    ]
 
 
 def load(backend: str) -> Any:
@@ -121,17 +143,32 @@ def load(backend: str) -> Any:
         except ImportError as error:
             missing = error
     index = " (tensorrt is on NVIDIA's index)" if backend == "tensorrt" else ""
-    raise DllmError(f"the backend '{backend}' needs a package that is missing ({missing}): {commands.by_driver(kind)}{index}.")
+    raise DllmError(
+        f"the backend '{backend}' needs a package that is missing ({missing}): {commands.by_driver(kind)}{index}."
+    )
 
 
 def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | None) -> dict[str, Any]:
     """What engines depend on beside their configuration: files, versions, and the GPU (None: built for named targets)."""
-    files = {name: facts.sha256 for name, facts in sorted(manifest.files.items()) if not name.startswith("tokenizer/")}
-    return {"backend": backend, "version": trt.__version__, "files": files, "gpu": asdict(gpu) if gpu else None}
+    files = {
+        name: facts.sha256
+        for name, facts in sorted(manifest.files.items())
+        if not name.startswith("tokenizer/")
+    }
+    return {
+        "backend": backend,
+        "version": trt.__version__,
+        "files": files,
+        "gpu": asdict(gpu) if gpu else None,
+    }
 
 
 def describe(
-    manifest: Manifest, config: BuildConfig, trt: Any, gpu: cuda.Facts | None = None, kernels: dict[str, Any] | None = None
+    manifest: Manifest,
+    config: BuildConfig,
+    trt: Any,
+    gpu: cuda.Facts | None = None,
+    kernels: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that an engine depends on, in words: what its key is made of. `kernels`: facts of the plugins."""
     return circumstances(manifest, config.backend, trt, gpu) | {
@@ -147,7 +184,9 @@ def key_of(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def build(artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], object] = lambda text: None) -> Path:
+def build(
+    artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], object] = lambda text: None
+) -> Path:
     """The engines of an artifact, built, or found if they are there already. Returns their directory; `note` is told what a user should know of
     engines that were built. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
@@ -155,7 +194,10 @@ def build(artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], 
     config, trt = config.checked(manifest), load(config.backend)
     _check_version(manifest, config, trt)
     gpu = None if config.targets else _gpu(config)
-    _check_scheme(manifest, [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets])
+    _check_scheme(
+        manifest,
+        [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets],
+    )
     edit, kernels, ptx = _plugins(manifest, config, gpu) if config.plugins and gpu else (None, {}, {})
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
@@ -170,12 +212,18 @@ def build(artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], 
                       config.optimization_level, config.strip, config.inspect, edit)  # fmt: skip
             begin = time.perf_counter()
             kernels_of = _build_one(job, made / (plan.name + SUFFIX), manifest, config, trt, timing)
-            seconds[plan.name], attention[plan.name] = round(time.perf_counter() - begin, 2), fused_attention.as_list(kernels_of)
+            seconds[plan.name], attention[plan.name] = (
+                round(time.perf_counter() - begin, 2),
+                fused_attention.as_list(kernels_of),
+            )
             if complaint := fused_attention.complaint(kernels_of, manifest.model.dtype, plan.name):
                 note(complaint)
         for name, text in ptx.items():
             (made / name).write_text(text, encoding="utf-8")
-        files = {file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file))) for file in sorted(made.iterdir())}
+        files = {
+            file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file)))
+            for file in sorted(made.iterdir())
+        }
         facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds,
                  "attention": attention}  # fmt: skip
         (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -206,7 +254,11 @@ def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
             )
     for name, facts in files.items():
         file = directory / name
-        if not file.is_file() or file.stat().st_size != facts.size or manifests.sha256_of(file) != facts.sha256:
+        if (
+            not file.is_file()
+            or file.stat().st_size != facts.size
+            or manifests.sha256_of(file) != facts.sha256
+        ):
             raise DllmError(f"{file}: is missing or was changed since it was built: build the engines again.")
     return built_for
 
@@ -233,17 +285,24 @@ def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path
         if targets and gpu and f"sm{gpu['compute_capability']}" in targets:
             del asked["gpu"]  # built for a kind of GPU, and this is one
         differing = [name for name, value in asked.items() if built_for.get(name) != value]
-        batch = max((profile["batch"][2] for listed in built_for["profiles"].values() for profile in listed), default=0)
+        batch = max(
+            (profile["batch"][2] for listed in built_for["profiles"].values() for profile in listed),
+            default=0,
+        )
         sizes = (("max_batch", batch, needs.batch), ("capacity", built_for["capacity"], needs.length))
         differing += [f"{name} ({held}, asked for is {least})" for name, held, least in sizes if held < least]
-        differing += ["plugins (it has none)"] if needs.commit and "commit" not in built_for["plugins"] else []
+        differing += (
+            ["plugins (it has none)"] if needs.commit and "commit" not in built_for["plugins"] else []
+        )
         if differing:
             others.append(f"{file.parent.name} is of another {', '.join(differing)}")
         else:
             fitting.append((bool(built_for["plugins"]), batch, -built_for["capacity"], file.parent))
     if not fitting:
         said = "; ".join(others[:3]) or "there are none"
-        raise DllmError(f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt build'.")
+        raise DllmError(
+            f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt build'."
+        )
     return max(fitting)[-1]
 
 
@@ -260,7 +319,9 @@ def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
     version, least = version_of(trt), _MODERN_FROM[config.backend]
     if version < _LEAST[config.backend]:
         oldest = ".".join(map(str, _LEAST[config.backend]))
-        raise DllmError(f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: update it.")
+        raise DllmError(
+            f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: update it."
+        )
     for name, since in _SINCE.items():
         if getattr(config, name) and config.backend == "tensorrt" and version < since:
             raise DllmError(
@@ -288,7 +349,9 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
         return cuda.Device().facts
     except DllmError as error:
         known = f", or give --target ({', '.join(TARGETS)})" if config.backend == "tensorrt-rtx" else ""
-        raise DllmError(f"engines are built on the GPU that runs them: {str(error).rstrip('.')}{known}.") from error
+        raise DllmError(
+            f"engines are built on the GPU that runs them: {str(error).rstrip('.')}{known}."
+        ) from error
 
 
 def _plugins(

@@ -12,7 +12,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from trt_runtime.decoding.policies.base import BlockState, Bools, Floats, Ints, Policy, RowStats, most_confident
+from trt_runtime.decoding.policies.base import (
+    BlockState,
+    Bools,
+    Floats,
+    Ints,
+    Policy,
+    RowStats,
+    most_confident,
+)
 from trt_runtime.decoding.policies.options import Value, option
 
 Trials = tuple[Mapping[str, Value], ...]
@@ -28,7 +36,10 @@ class EntropyBounded(Policy):
     name: ClassVar[str] = "eb"
     is_joint: ClassVar[bool] = True
     gamma: float = option(
-        0.1, low=0, hint="0.1 is usual; larger commits more at once", help="bound on the sum of entropies, in nats"
+        0.1,
+        low=0,
+        hint="0.1 is usual; larger commits more at once",
+        help="bound on the sum of entropies, in nats",
     )
     trials: ClassVar[Trials] = ({"gamma": 0.05}, {"gamma": 0.2})
 
@@ -46,7 +57,9 @@ class Margin(Policy):
     """All positions whose best token is ahead of the second by the threshold, and the one where it is ahead the most (arXiv 2502.06768)."""
 
     name: ClassVar[str] = "margin"
-    threshold: float = option(0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed")
+    threshold: float = option(
+        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
+    )
     trials: ClassVar[Trials] = ({"threshold": 0.8}, {"threshold": 0.9})
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
@@ -58,9 +71,15 @@ class Dynamic(Policy):
     """Streaming-dLLM (arXiv 2601.17917): a threshold that falls as the block fills: threshold x (1 - alpha x (1 - masks left / masks at first))."""
 
     name: ClassVar[str] = "dynamic"
-    threshold: float = option(0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed")
+    threshold: float = option(
+        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
+    )
     alpha: float = option(
-        0.3, low=0, high=1, hint="0 keeps the threshold as it is", help="how far the threshold falls as the block fills"
+        0.3,
+        low=0,
+        high=1,
+        hint="0 keeps the threshold as it is",
+        help="how far the threshold falls as the block fills",
     )
     trials: ClassVar[Trials] = ({"alpha": 0.2}, {"alpha": 0.4})
 
@@ -75,7 +94,9 @@ class LocalLeap(Policy):
     """LocalLeap (arXiv 2510.07081): anchors are positions with confidence >= threshold; within 4 positions of one, low_threshold is enough."""
 
     name: ClassVar[str] = "localleap"
-    threshold: float = option(0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed")
+    threshold: float = option(
+        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
+    )
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.6}, {"low_threshold": 0.75})
     radius: ClassVar[int] = 4
@@ -96,12 +117,16 @@ class Hierarchy(Policy):
     """
 
     name: ClassVar[str] = "hierarchy"
-    threshold: float = option(0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed")
+    threshold: float = option(
+        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
+    )
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.6}, {"low_threshold": 0.75})
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
-        chosen = most_confident(stats.confidence, is_masked, 1) | (is_masked & (stats.confidence >= self.threshold))
+        chosen = most_confident(stats.confidence, is_masked, 1) | (
+            is_masked & (stats.confidence >= self.threshold)
+        )
         where = _positions(state, len(is_masked))[is_masked]
         for run in np.split(np.flatnonzero(is_masked), np.flatnonzero(np.diff(where) > 1) + 1):
             if len(run) and stats.confidence[run].max() >= self.low_threshold:
@@ -142,7 +167,9 @@ class SlowFast(Policy):
     """
 
     name: ClassVar[str] = "slowfast"
-    threshold: float = option(0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed")
+    threshold: float = option(
+        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
+    )
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.3},)
     window: ClassVar[int] = 2

@@ -55,20 +55,32 @@ class Option:
             return
         if isinstance(value, int) and abs(value) >= 2**63:
             raise DllmError(f"{self.name} has more than 63 bits, expected a smaller number.")
-        if not (self.low < value if self.low_is_open else self.low <= value) or not value <= self.high or value == math.inf:
+        if (
+            not (self.low < value if self.low_is_open else self.low <= value)
+            or not value <= self.high
+            or value == math.inf
+        ):
             said = f" ({self.hint})" if self.hint else ""
             raise DllmError(f"{self.name} is {value}, expected {self.range}{said}.")
 
     @property
     def range(self) -> str:
         """The range in words."""
-        off = "" if self.off is None else f"{self.off:g}, or " if not isinstance(self.off, str) else f"'{self.off}', or "
+        off = (
+            ""
+            if self.off is None
+            else f"{self.off:g}, or "
+            if not isinstance(self.off, str)
+            else f"'{self.off}', or "
+        )
         least = f"above {self.low:g}" if self.low_is_open else f"from {self.low:g}"
         if self.low == -math.inf:
             return off + ("any number" if self.high == math.inf else f"at most {self.high:g}")
         if self.high == math.inf:
             return off + least
-        return off + (f"{least} and at most {self.high:g}" if self.low_is_open else f"{self.low:g} to {self.high:g}")
+        return off + (
+            f"{least} and at most {self.high:g}" if self.low_is_open else f"{self.low:g} to {self.high:g}"
+        )
 
 
 def option(
@@ -89,4 +101,6 @@ def option(
 def options_of(policy: type[Any]) -> list[Option]:
     """The options that a policy declares, in order."""
     fields = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
-    return [dataclasses.replace(item.metadata[_KEY], name=item.name) for item in fields if _KEY in item.metadata]
+    return [
+        dataclasses.replace(item.metadata[_KEY], name=item.name) for item in fields if _KEY in item.metadata
+    ]

@@ -11,7 +11,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from trt_runtime.decoding.policies.base import BlockState, Bools, CommitRule, Floats, Policy, RowStats, most_confident
+from trt_runtime.decoding.policies.base import (
+    BlockState,
+    Bools,
+    CommitRule,
+    Floats,
+    Policy,
+    RowStats,
+    most_confident,
+)
 from trt_runtime.decoding.policies.options import option
 from trt_runtime.errors import DllmError
 
@@ -38,7 +46,9 @@ class Fixed(Policy):
 
     def rule(self, state: BlockState, limit: int) -> CommitRule:
         steps = max(1, _steps(self.steps_per_block, state) - state.forced)
-        return CommitRule(self.name, limit, masks=state.num_masked, steps=steps, number=state.step - state.forced)
+        return CommitRule(
+            self.name, limit, masks=state.num_masked, steps=steps, number=state.step - state.forced
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,11 @@ class Decaying(Policy):
         """What positions are ordered by [R], the best highest."""
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
-        quotas = [n for n in decaying_quota(state.num_masked, _steps(self.steps_per_block, state), state.forced) if n]
+        quotas = [
+            n
+            for n in decaying_quota(state.num_masked, _steps(self.steps_per_block, state), state.forced)
+            if n
+        ]
         number = state.step - state.forced
         score = self.score(stats)
         if self.alg_temp > 0:  # the largest of score/T plus Gumbel noise are a draw without replacement
@@ -136,14 +150,18 @@ class Origin(Policy):
 def quota(masked: int, steps: int) -> list[int]:
     """`masked` positions spread over `steps` forwards: masked // steps in each, the first masked % steps one more."""
     if steps < 1 or masked < 0:
-        raise DllmError(f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks.")
+        raise DllmError(
+            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks."
+        )
     return [masked // steps + (i < masked % steps) for i in range(steps)]
 
 
 def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
     """Positions that Dream's schedule commits in steps `first` to steps - 1: int(left * (1 - t[i+1]/t[i])), at last all."""
     if steps < 1 or masked < 0:
-        raise DllmError(f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks.")
+        raise DllmError(
+            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks."
+        )
     time, counts = _times(steps), []
     for i in range(first, steps):
         counts.append(int(masked * (1 - time[i + 1] / time[i])) if i < steps - 1 else masked)

@@ -29,7 +29,9 @@ class TritonPythonModel:
         path = f"{args['model_repository']}/{args['model_version']}/artifact"
         self.model = load(path, settings["backend"], **settings["options"])
         longest = longest_of(self.model, settings["slots"], settings["max_length"])
-        self.worker = Worker(self.model, Metrics(), slots=settings["slots"], max_length=longest, most_queued=1 << 20)
+        self.worker = Worker(
+            self.model, Metrics(), slots=settings["slots"], max_length=longest, most_queued=1 << 20
+        )
         self.worker.start()
 
     def execute(self, requests: list[Any]) -> None:

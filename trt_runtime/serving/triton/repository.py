@@ -32,12 +32,21 @@ parameters {{ key: "dllm" value: {{ string_value: {settings} }} }}
 
 
 def write(
-    artifact: Path, out: Path, *, name: str | None, backend: str, options: dict[str, Any], slots: int, max_length: int | None
+    artifact: Path,
+    out: Path,
+    *,
+    name: str | None,
+    backend: str,
+    options: dict[str, Any],
+    slots: int,
+    max_length: int | None,
 ) -> Path:
     """OUT/NAME with version 1 of the model. Every file of the artifact is checked by its hash first. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     if manifest.tokenizer is None:
-        raise DllmError(f"{artifact}: has no tokenizer, which prompts as texts need: export it with its tokenizer.")
+        raise DllmError(
+            f"{artifact}: has no tokenizer, which prompts as texts need: export it with its tokenizer."
+        )
     name = re.sub(r"[^A-Za-z0-9_-]", "-", artifact.resolve().name) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise DllmError(f"--name is {name!r}, expected letters, digits, '_', '-' and '.'.")
@@ -46,7 +55,9 @@ def write(
     settings = json.dumps({"backend": backend, "options": options, "slots": slots, "max_length": max_length})
     kind = "KIND_CPU" if BACKENDS.find(backend).is_on_cpu(options) else "KIND_GPU"
     with atomic.sealed(out / name, overwrite=False) as made:
-        (made / "config.pbtxt").write_text(_CONFIG.format(name=name, kind=kind, settings=json.dumps(settings)), encoding="utf-8")
+        (made / "config.pbtxt").write_text(
+            _CONFIG.format(name=name, kind=kind, settings=json.dumps(settings)), encoding="utf-8"
+        )
         shutil.copytree(artifact, made / "1" / "artifact")
         shutil.copyfile(Path(__file__).with_name("model.py"), made / "1" / "model.py")
     return out / name
