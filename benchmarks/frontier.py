@@ -3,9 +3,10 @@
     make frontier                                                                   # all of it: about 15 minutes on 2 cores
     python benchmarks/frontier.py artifacts/llada-demo --count 40 --only policies   # a part of it, nothing written
 
-Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of docs/benchmarks.md (needs the `bench` extra).
-Exact match is that of tools/demo_task.py, with the standard error of a share of so many prompts; tokens a forward (TPF) counts tokens before the end of
-the answer. `same`: answers that are those of one token a forward with the same cache and blocks, token by token.
+Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of
+docs/benchmarks.md (needs the `bench` extra). Exact match is that of tools/demo_task.py, with the standard
+error of a share of so many prompts; tokens a forward (TPF) counts tokens before the end of the answer.
+`same`: answers that are those of one token a forward with the same cache and blocks, token by token.
 """
 
 from __future__ import annotations
@@ -37,28 +38,63 @@ def variants() -> dict[str, dict[str, Config]]:
     thresholds = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
     near = {"refresh_every": 0}
     return {
-        "vanilla": {"no cache, one token a forward": Config(cache="none", policy="fixed"), "dual, one token a forward": Config(policy="fixed")},
-        "fixed schedule": {f"dual, fixed, {n} forwards a block": Config(policy="fixed", steps=BLOCKS * n) for n in (6, 4, 3, 2, 1)},
+        "vanilla": {
+            "no cache, one token a forward": Config(cache="none", policy="fixed"),
+            "dual, one token a forward": Config(policy="fixed"),
+        },
+        "fixed schedule": {
+            f"dual, fixed, {n} forwards a block": Config(policy="fixed", steps=BLOCKS * n)
+            for n in (6, 4, 3, 2, 1)
+        },
         "threshold, dual": {f"dual, threshold {t:g}": Config(threshold=t) for t in thresholds},
-        "threshold, prefix": {f"prefix, threshold {t:g}": Config(cache="prefix", threshold=t) for t in thresholds},
-        "threshold, no cache": {f"no cache, threshold {t:g}": Config(cache="none", threshold=t) for t in (0.5, 0.7, 0.9)},
+        "threshold, prefix": {
+            f"prefix, threshold {t:g}": Config(cache="prefix", threshold=t) for t in thresholds
+        },
+        "threshold, no cache": {
+            f"no cache, threshold {t:g}": Config(cache="none", threshold=t) for t in (0.5, 0.7, 0.9)
+        },
         "factor": {f"dual, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
         "eb": {f"dual, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
-        "margin": {f"dual, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)},
-        "dynamic": {f"dual, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)},
-        "localleap": {f"dual, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t) for t in (0.5, 0.6, 0.75)},
-        "hierarchy": {f"dual, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t) for t in (0.5, 0.6, 0.75)},
+        "margin": {
+            f"dual, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
+        },
+        "dynamic": {
+            f"dual, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)
+        },
+        "localleap": {
+            f"dual, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t)
+            for t in (0.5, 0.6, 0.75)
+        },
+        "hierarchy": {
+            f"dual, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t)
+            for t in (0.5, 0.6, 0.75)
+        },
         "prophet": {"dual, prophet": Config(policy="prophet")},
-        "slowfast": {f"dual, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t) for t in (0.3, 0.6)},
-        "refresh": {"dual, rebuilt every 2 blocks": Config(refresh_every=2), "dual, rebuilt every 4 blocks": Config(refresh_every=4),
-                    "dual, rebuilt once": Config(**near), "dual, rebuilt once, window 8": Config(**near, refresh_window=8),
-                    "dual, rebuilt once, window 32": Config(**near, refresh_window=32)},
-        "suffix": {**{f"dual, suffix {n}": Config(suffix=n) for n in (0, 4, 8, 16)}, "dual, suffix 8 decaying": Config(suffix=8, suffix_decay=True),
-                   "dual, rebuilt once, suffix 8": Config(**near, suffix=8)},
-        "block length": {f"dual, threshold 0.9, blocks of {n}": Config(block_length=n) for n in (4, 16, 32, 96)},
-        "speculation": {f"dual, one token a step, {n} verified a call": Config(policy="fixed", speculate=n) for n in (2, 4, 8)}
+        "slowfast": {
+            f"dual, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t)
+            for t in (0.3, 0.6)
+        },
+        "refresh": {
+            "dual, rebuilt every 2 blocks": Config(refresh_every=2),
+            "dual, rebuilt every 4 blocks": Config(refresh_every=4),
+            "dual, rebuilt once": Config(**near),
+            "dual, rebuilt once, window 8": Config(**near, refresh_window=8),
+            "dual, rebuilt once, window 32": Config(**near, refresh_window=32),
+        },
+        "suffix": {
+            **{f"dual, suffix {n}": Config(suffix=n) for n in (0, 4, 8, 16)},
+            "dual, suffix 8 decaying": Config(suffix=8, suffix_decay=True),
+            "dual, rebuilt once, suffix 8": Config(**near, suffix=8),
+        },
+        "block length": {
+            f"dual, threshold 0.9, blocks of {n}": Config(block_length=n) for n in (4, 16, 32, 96)
+        },
+        "speculation": {
+            f"dual, one token a step, {n} verified a call": Config(policy="fixed", speculate=n)
+            for n in (2, 4, 8)
+        }
         | {"dual, threshold 0.9, 4 verified a call": Config(speculate=4)},
-    }  # fmt: skip
+    }
 
 
 def evaluate(
@@ -74,8 +110,12 @@ def evaluate(
             useful, forwards = useful + result.num_useful, forwards + result.nfe
             answers.append(result.tokens)
     count, share = len(examples), right / len(examples)
-    made = {"exact_match": round(100 * share, 1), "standard_error": round(100 * math.sqrt(share * (1 - share) / count), 1),
-            "tokens_per_forward": round(useful / forwards, 2), "forwards": round(forwards / count, 1)}  # fmt: skip
+    made = {
+        "exact_match": round(100 * share, 1),
+        "standard_error": round(100 * math.sqrt(share * (1 - share) / count), 1),
+        "tokens_per_forward": round(useful / forwards, 2),
+        "forwards": round(forwards / count, 1),
+    }
     return made, answers
 
 
@@ -87,7 +127,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         same = "" if row["same"] is None else f"{row['same']:.1f}"
         lines.append(
-            f"| {row['name']} | {row['exact_match']:.1f} ± {row['standard_error']:.1f} | {row['tokens_per_forward']:.2f} | {row['forwards']:.1f} | {same} |"
+            f"| {row['name']} | {row['exact_match']:.1f} ± {row['standard_error']:.1f} | "
+            f"{row['tokens_per_forward']:.2f} | {row['forwards']:.1f} | {same} |"
         )
     return "\n".join([*lines, "", "![accuracy against tokens a forward](frontier.png)"])
 
@@ -107,8 +148,17 @@ def plot(report: dict[str, Any], file: Path) -> None:
             (row for row in report["rows"] if row["group"] == name), key=lambda row: row["tokens_per_forward"]
         )
         joined = name not in ("refresh", "suffix", "block length", "speculation", "vanilla")
-        axes.errorbar([row["tokens_per_forward"] for row in rows], [row["exact_match"] for row in rows], [row["standard_error"] for row in rows],
-                      label=name, color=colours[i % 20], marker="osD^v*"[i % 6], markersize=5, linewidth=1.4 if joined else 0, elinewidth=0.6)  # fmt: skip
+        axes.errorbar(
+            [row["tokens_per_forward"] for row in rows],
+            [row["exact_match"] for row in rows],
+            [row["standard_error"] for row in rows],
+            label=name,
+            color=colours[i % 20],
+            marker="osD^v*"[i % 6],
+            markersize=5,
+            linewidth=1.4 if joined else 0,
+            elinewidth=0.6,
+        )
     axes.set(
         xlabel="tokens a forward",
         ylabel="exact match, %",

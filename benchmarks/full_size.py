@@ -1,12 +1,14 @@
-"""Benchmark: export of a full-size checkpoint beside a plain copy of the same files, and parity of a full-width model of two layers.
+"""Benchmark: export of a full-size checkpoint beside a plain copy of the same files, and parity of a
+full-width model of two layers.
 
     python benchmarks/full_size.py --model llada --output benchmarks/results
 
-Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn copies its files (cp) and
-exports it (--weights copy and link), each followed by a sync that is part of its time. Memory is the peak of the process. With
---parity the same width with two layers is exported in fp32 and verified against PyTorch. With --quantized it is exported in 8 and in 4 bits for the CPU
-instead, and each artifact decodes one block after a prompt of 128 tokens in a process of its own. Needs 50 GB of disk, and 20 GB of memory
-for the parity and the quantised ones.
+Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn
+copies its files (cp) and exports it (--weights copy and link), each followed by a sync that is part of its
+time. Memory is the peak of the process. With --parity the same width with two layers is exported in fp32 and
+verified against PyTorch. With --quantized it is exported in 8 and in 4 bits for the CPU instead, and each
+artifact decodes one block after a prompt of 128 tokens in a process of its own. Needs 50 GB of disk, and 20
+GB of memory for the parity and the quantised ones.
 """
 
 from __future__ import annotations
@@ -109,14 +111,17 @@ def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
             if written.is_file():
                 manifests.load(out)
             shutil.rmtree(out)
-    rows = {name: {"seconds": [round(s, 1) for s, _ in taken], "peak_memory_mib": round(max(m for _, m in taken))}
-            for name, taken in samples.items()}  # fmt: skip
+    rows = {
+        name: {"seconds": [round(s, 1) for s, _ in taken], "peak_memory_mib": round(max(m for _, m in taken))}
+        for name, taken in samples.items()
+    }
     medians = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
     return {"bytes": size, "rows": rows, "export_over_cp": medians["export"] / medians["cp"]}
 
 
 def quantised(preset: str, scratch: Path) -> dict[str, Any]:
-    """By scheme: seconds and peak memory of the export, bytes of the artifact, and what it took to decode a block."""
+    """By scheme: seconds and peak memory of the export, bytes of the artifact, and what it took to decode a
+    block."""
     checkpoint, found = scratch / preset, {}
     run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
     for scheme in ("w8a8", "int4"):
@@ -159,7 +164,8 @@ def quantised(preset: str, scratch: Path) -> dict[str, Any]:
 
 
 def decode(artifact: Path) -> dict[str, Any]:
-    """One block of 32 tokens after a prompt of 128, two tokens a forward, dual cache: the second time, with the forwards' median ms."""
+    """One block of 32 tokens after a prompt of 128, two tokens a forward, dual cache: the second time, with
+    the forwards' median ms."""
     begin = time.perf_counter()
     model = load(artifact)
     opened = time.perf_counter() - begin
@@ -176,8 +182,13 @@ def decode(artifact: Path) -> dict[str, Any]:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         if line.startswith("VmHWM")
     )
-    return {"open_seconds": round(opened, 1), "tokens_per_second": round(32 / seconds, 2), "prefix_ms": round(1000 * statistics.median(timed.seconds["prefix"])),
-            "refine_ms": round(1000 * statistics.median(timed.seconds["refine"])), "decode_peak_memory_mib": round(int(kept.split()[1]) / 1024)}  # fmt: skip
+    return {
+        "open_seconds": round(opened, 1),
+        "tokens_per_second": round(32 / seconds, 2),
+        "prefix_ms": round(1000 * statistics.median(timed.seconds["prefix"])),
+        "refine_ms": round(1000 * statistics.median(timed.seconds["refine"])),
+        "decode_peak_memory_mib": round(int(kept.split()[1]) / 1024),
+    }
 
 
 def parity(preset: str, scratch: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Stages of gpu_report.py without a model: the machine's ceilings, and the kernels against NumPy and PyTorch."""
+"""Stages of gpu_report.py without a model: the machine's ceilings, and the kernels against NumPy and
+PyTorch."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ INNER = 64  # launches of a small kernel between two events
 
 
 def milliseconds(work: Callable[[], Any], repeats: int, device: str, inner: int = 1) -> float:
-    """The median time of a call, after three that warm up; by the GPU's own events where there is one, around `inner` calls that are
-    queued at once, so that the host's launching does not count."""
+    """The median time of a call, after three that warm up; by the GPU's own events where there is one, around
+    `inner` calls that are queued at once, so that the host's launching does not count."""
     for _ in range(3):
         work()
     taken = []
@@ -41,7 +42,8 @@ def milliseconds(work: Callable[[], Any], repeats: int, device: str, inner: int 
 
 
 def ceilings(settings: Any, note: Any) -> None:
-    """What the memory and the matrix units really give: a large copy (bytes read and written), large products of random numbers."""
+    """What the memory and the matrix units really give: a large copy (bytes read and written), large products
+    of random numbers."""
     device = settings.device
     count, size = (1 << 22, 512) if settings.is_twin else (1 << 31, 8192)
     ms = _copy_ms(count, settings)
@@ -115,10 +117,16 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
     other = milliseconds(
         lambda: _torch_statistics(next(turn), mask), settings.repeats, settings.device, INNER
     )
-    made = {"vocab": vocab, "rows": rows, "ms": ms, "torch_ms": other, "gb_per_s": logits.numel() * 4 / ms / 1e6,
-            "tokens_equal": bool((got[0] == expected[0]).all()),
-            "error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], expected[1:3], strict=True)),
-            "torch_error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], by_torch[1:3], strict=True))}  # fmt: skip
+    made = {
+        "vocab": vocab,
+        "rows": rows,
+        "ms": ms,
+        "torch_ms": other,
+        "gb_per_s": logits.numel() * 4 / ms / 1e6,
+        "tokens_equal": bool((got[0] == expected[0]).all()),
+        "error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], expected[1:3], strict=True)),
+        "torch_error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], by_torch[1:3], strict=True)),
+    }
     if limits := measured_ceilings(settings):
         made["share_of_copy"] = made["gb_per_s"] / limits[0]
     if not made["tokens_equal"] or made["error"] > 1e-5:

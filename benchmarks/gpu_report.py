@@ -1,13 +1,16 @@
-"""What this GPU does with our graphs, stage by stage: parity, speed against eager PyTorch, and the share of the machine's own limits.
+"""What this GPU does with our graphs, stage by stage: parity, speed against eager PyTorch, and the share of
+the machine's own limits.
 
     make gpu-report                                   # on a GPU machine; without network and without TensorRT too
     python benchmarks/gpu_report.py --twin            # every stage's CPU twin: a tiny model, no GPU; checks the script, measures nothing
 
-Each stage is a process of its own; one that fails or runs out of its time says so, and the others go on. Everything goes into one file,
-OUT/gpu-report-NAME.json: machine, versions, hashes of what was run, parity, times, shares of the machine's limits, and what failed and why. It is on the disk after every
-stage, and may be sent as it is (docs/deploying.md); `benchmarks/reports/gpu.py` merges several. Building engines is a stage of its own with its own
-time, after all that needs none. The model fits the GPU: 8 B parameters from 40 GiB on, else 1.5 B. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-bindings and TensorRT are
-used where they can be imported.
+Each stage is a process of its own; one that fails or runs out of its time says so, and the others go on.
+Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hashes of what was run, parity,
+times, shares of the machine's limits, and what failed and why. It is on the disk after every stage, and may
+be sent as it is (docs/deploying.md); `benchmarks/reports/gpu.py` merges several. Building engines is a stage
+of its own with its own time, after all that needs none. The model fits the GPU: 8 B parameters from 40 GiB
+on, else 1.5 B. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-bindings and TensorRT are used where
+they can be imported.
 """
 
 from __future__ import annotations
@@ -101,8 +104,17 @@ class Settings:
         return -(-self.block_length * 100 // round(100 * self.tokens_per_forward))
 
 
-TWIN = {"device": "cpu", "preset": "tiny", "dtype": "fp32", "canvases": (48, 64), "batches": (1, 2), "block_length": 8,
-        "gen_length": 16, "repeats": 2, "vocabularies": (1000,)}  # fmt: skip
+TWIN = {
+    "device": "cpu",
+    "preset": "tiny",
+    "dtype": "fp32",
+    "canvases": (48, 64),
+    "batches": (1, 2),
+    "block_length": 8,
+    "gen_length": 16,
+    "repeats": 2,
+    "vocabularies": (1000,),
+}
 
 
 def main() -> None:
@@ -154,11 +166,13 @@ def main() -> None:
         raise SystemExit(f"error: unknown stage '{unknown[0]}': expected some of {', '.join(STAGES)}.")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise SystemExit(
-            f"error: {sys.executable} lacks {', '.join(missing)}: run this with a Python that has them (PYTHON=...)."
+            f"error: {sys.executable} lacks {', '.join(missing)}: run this with a Python that has them "
+            f"(PYTHON=...)."
         )
     if not args.twin and not has_gpu():
         raise SystemExit(
-            "error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of every stage."
+            "error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of "
+            "every stage."
         )
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -250,8 +264,9 @@ def memory_gib() -> float:
 
 
 def preset_for(gib: float) -> str:
-    """The model that a GPU of so much memory takes, PyTorch's fp32 included: 8 B parameters are 32 GB then, 1.5 B are 6 GB (where even these do
-    not fit, the reference of parity runs on the host: gpu_speed.torch_eager)."""
+    """The model that a GPU of so much memory takes, PyTorch's fp32 included: 8 B parameters are 32 GB then,
+    1.5 B are 6 GB (where even these do not fit, the reference of parity runs on the host:
+    gpu_speed.torch_eager)."""
     return "llada-8b" if gib >= LARGE_FROM else "llada-1.5b"
 
 
@@ -264,8 +279,15 @@ def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
     environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if settings.is_twin else {})
     command = [sys.executable, __file__, "--stage", name]
     file.unlink(missing_ok=True)
-    process = subprocess.Popen(command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        text=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         _, said = process.communicate(json.dumps(asdict(settings)), timeout=most)
         trouble = f"{said.strip()[-2000:]} (exit status {process.returncode})" if process.returncode else ""
@@ -290,9 +312,18 @@ def child(name: str, given: dict[str, Any]) -> None:
     settings = Settings(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     )
-    functions = {"environment": environment, "ceilings": gpu_kernels.ceilings, "kernels": gpu_kernels.kernels, "model": model,
-                 "torch": gpu_speed.torch_eager, "torch_graph": gpu_speed.torch_graph, "ort": gpu_speed.ort,
-                 "build": gpu_speed.build, "tensorrt": gpu_speed.tensorrt, "tensorrt86": gpu_speed.tensorrt86}  # fmt: skip
+    functions = {
+        "environment": environment,
+        "ceilings": gpu_kernels.ceilings,
+        "kernels": gpu_kernels.kernels,
+        "model": model,
+        "torch": gpu_speed.torch_eager,
+        "torch_graph": gpu_speed.torch_graph,
+        "ort": gpu_speed.ort,
+        "build": gpu_speed.build,
+        "tensorrt": gpu_speed.tensorrt,
+        "tensorrt86": gpu_speed.tensorrt86,
+    }
     held: dict[str, Any] = {
         "settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}
     }
@@ -338,10 +369,22 @@ def environment(settings: Settings, note: Any) -> None:
     )
     if not settings.is_twin:
         facts = torch.cuda.get_device_properties(0)
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
-                                check=False).stdout.strip()  # fmt: skip
-        note(gpu={"name": facts.name, "memory_gib": round(facts.total_memory / 2**30, 1), "capability": f"{facts.major}.{facts.minor}",
-                  "multiprocessors": facts.multi_processor_count, "driver": driver, "cuda": torch.version.cuda})  # fmt: skip
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        note(
+            gpu={
+                "name": facts.name,
+                "memory_gib": round(facts.total_memory / 2**30, 1),
+                "capability": f"{facts.major}.{facts.minor}",
+                "multiprocessors": facts.multi_processor_count,
+                "driver": driver,
+                "cuda": torch.version.cuda,
+            }
+        )
 
 
 def model(settings: Settings, note: Any) -> None:
@@ -362,8 +405,24 @@ def model(settings: Settings, note: Any) -> None:
         checkpoint_seconds=round(time.perf_counter() - begin, 1),
     )
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "export", "--checkpoint", str(settings.checkpoint), "--out", str(settings.artifact), "--dtype",
-               settings.dtype, "--weights", "link", "--verify", "no", "--overwrite", "--lowering", "modern"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        str(settings.checkpoint),
+        "--out",
+        str(settings.artifact),
+        "--dtype",
+        settings.dtype,
+        "--weights",
+        "link",
+        "--verify",
+        "no",
+        "--overwrite",
+        "--lowering",
+        "modern",
+    ]
     subprocess.run(
         command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     )

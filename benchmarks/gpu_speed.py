@@ -1,4 +1,5 @@
-"""Stages of gpu_report.py over the model: parity of each backend with PyTorch, milliseconds of each forward, tokens a second."""
+"""Stages of gpu_report.py over the model: parity of each backend with PyTorch, milliseconds of each forward,
+tokens a second."""
 
 from __future__ import annotations
 
@@ -45,8 +46,9 @@ def outputs(backend: Backend, settings: Any) -> dict[str, Stats]:
 def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
     """Against PyTorch in fp32 and in the artifact's dtype, whose own distance from fp32 is the yardstick.
 
-    Distances are the largest differences of logarithms of probabilities and of entropies, in nats: with random weights probabilities
-    are small, and their differences would say nothing. Passed: nothing is further from fp32 than three times what PyTorch's is.
+    Distances are the largest differences of logarithms of probabilities and of entropies, in nats: with
+    random weights probabilities are small, and their differences would say nothing. Passed: nothing is
+    further from fp32 than three times what PyTorch's is.
     """
     file = Path(settings.work) / "torch.npz"
     if not file.is_file():
@@ -55,8 +57,14 @@ def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
     for role, stats in made.items():
         row: dict[str, Any] = {}
         for name in STATISTICS:
-            wide, same, mine = (_nats(name, item) for item in (held[f"fp32 {role} {name}"], held[f"{settings.dtype} {role} {name}"],
-                                                               getattr(stats, name)))  # fmt: skip
+            wide, same, mine = (
+                _nats(name, item)
+                for item in (
+                    held[f"fp32 {role} {name}"],
+                    held[f"{settings.dtype} {role} {name}"],
+                    getattr(stats, name),
+                )
+            )
             row[name] = {
                 "from_fp32": _apart(mine, wide),
                 "from_torch": _apart(mine, same),
@@ -85,7 +93,8 @@ def _nats(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def speeds(backend: Backend, settings: Any, note: Callable[..., None]) -> list[dict[str, Any]]:
-    """Milliseconds of a refine step and a prefix pass at each canvas and batch, as a caller sees them, and shares of the roofline."""
+    """Milliseconds of a refine step and a prefix pass at each canvas and batch, as a caller sees them, and
+    shares of the roofline."""
     rows: list[dict[str, Any]] = []
     for canvas in settings.canvases:
         for batch in settings.batches:
@@ -124,7 +133,8 @@ def shares(manifest: Manifest, settings: Any, row: dict[str, Any]) -> dict[str, 
 
 
 def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict[str, Any]:
-    """The loop itself: one prompt on the longest canvas, dual cache, a fixed schedule of whole forwards a block."""
+    """The loop itself: one prompt on the longest canvas, dual cache, a fixed schedule of whole forwards a
+    block."""
     canvas, gen = settings.canvases[-1], settings.gen_length
     full, _ = windows(backend.manifest, 1, canvas, settings.block_length, seed=2)
     prompt = np.where(full.input_ids[0] == backend.manifest.decoding.mask_token_id, 5, full.input_ids[0])[
@@ -150,13 +160,15 @@ def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict
 
 
 def at_the_schedule(row: dict[str, Any], settings: Any) -> float:
-    """Tokens a second that the times of single calls amount to at exactly the schedule's tokens a forward (batch 1)."""
+    """Tokens a second that the times of single calls amount to at exactly the schedule's tokens a forward
+    (batch 1)."""
     forwards = settings.block_length / settings.tokens_per_forward
     return settings.block_length / ((row["prefix_ms"] + (forwards - 1) * row["refine_ms"]) / 1000)
 
 
 def measure(backend: Backend, settings: Any, note: Callable[..., None], tag: str) -> None:
-    """Parity, speeds and tokens a second of a backend. A backend that is wrong is measured all the same, and its stage fails."""
+    """Parity, speeds and tokens a second of a backend. A backend that is wrong is measured all the same, and
+    its stage fails."""
     held = parity(outputs(backend, settings), settings, tag)
     note(parity=held)
     rows = speeds(backend, settings, note)
@@ -178,7 +190,8 @@ def memory(settings: Any) -> int | None:
 
 
 def torch_eager(settings: Any, note: Callable[..., None]) -> None:
-    """Eager PyTorch with the same caches and the same loop (the reference backend): what the others are compared with."""
+    """Eager PyTorch with the same caches and the same loop (the reference backend): what the others are
+    compared with."""
     from export.parity.reference import TorchBackend
 
     begin = time.perf_counter()
@@ -196,8 +209,12 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
         tokens_per_second_at_schedule=at_the_schedule(longest, settings),
     )
     wide = outputs(_widened(backend, settings, note), settings)
-    arrays = {f"{tag} {role} {name}": getattr(stats, name) for tag, made in ((settings.dtype, same), ("fp32", wide))
-              for role, stats in made.items() for name in (*STATISTICS, "token")}  # fmt: skip
+    arrays = {
+        f"{tag} {role} {name}": getattr(stats, name)
+        for tag, made in ((settings.dtype, same), ("fp32", wide))
+        for role, stats in made.items()
+        for name in (*STATISTICS, "token")
+    }
     np.savez(Path(settings.work) / "torch.npz", **arrays)
     note(parity=parity(same, settings, "torch"))
 
@@ -215,7 +232,8 @@ def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
 
 
 class _StaticCache:
-    """Stands in for a transformers cache with addresses that never change: rows are written by a tensor of indices."""
+    """Stands in for a transformers cache with addresses that never change: rows are written by a tensor of
+    indices."""
 
     def __init__(
         self, buffers: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, own_rows_only: bool
@@ -231,7 +249,8 @@ class _StaticCache:
 
 
 def torch_graph(settings: Any, note: Callable[..., None]) -> None:
-    """PyTorch's own fast forms at batch 1: the same forwards as CUDA graphs, eager and compiled. The twin runs them uncaptured."""
+    """PyTorch's own fast forms at batch 1: the same forwards as CUDA graphs, eager and compiled. The twin
+    runs them uncaptured."""
     from export.parity.reference import TorchBackend
 
     backend = TorchBackend(settings.artifact, device=settings.device)
@@ -270,8 +289,13 @@ def _static(
     held = _StaticCache(cache.buffers, at["position_ids"][0], own_rows_only)
 
     def forward() -> torch.Tensor:
-        hidden = network(input_ids=at["input_ids"], position_ids=at["position_ids"], attention_mask=mask, past_key_values=held,
-                         use_cache=False).last_hidden_state  # fmt: skip
+        hidden = network(
+            input_ids=at["input_ids"],
+            position_ids=at["position_ids"],
+            attention_mask=mask,
+            past_key_values=held,
+            use_cache=False,
+        ).last_hidden_state
         logits = backend.network.logits(hidden[:, at["logit_rows"][0]])
         best = logits.max(-1)
         return torch.stack([best.indices.float(), (best.values - logits.logsumexp(-1)).exp()])
@@ -304,7 +328,8 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
 
     if not settings.is_twin and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         note(
-            skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is needed"
+            skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is "
+            f"needed"
         )
         return
     before, begin = memory(settings), time.perf_counter()
@@ -322,7 +347,8 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
 
 
 def _package(settings: Any) -> str | None:
-    """TensorRT, or else TensorRT-RTX, where it is installed and takes this GPU (the twin: TensorRT-RTX alone, which builds without one)."""
+    """TensorRT, or else TensorRT-RTX, where it is installed and takes this GPU (the twin: TensorRT-RTX alone,
+    which builds without one)."""
     from trt_runtime.backends.tensorrt import store
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -344,18 +370,29 @@ def build(settings: Any, note: Callable[..., None]) -> None:
     if package is None:
         note(skipped="TensorRT is not installed here")
         return
-    config = store.BuildConfig(package, targets=("sm89",) if settings.is_twin else (), max_batch=max(settings.batches),
-                                max_length=settings.canvases[-1], block_length=settings.block_length)  # fmt: skip
+    config = store.BuildConfig(
+        package,
+        targets=("sm89",) if settings.is_twin else (),
+        max_batch=max(settings.batches),
+        max_length=settings.canvases[-1],
+        block_length=settings.block_length,
+    )
     said: list[str] = []
     begin = time.perf_counter()
     made = store.build(settings.artifact, Path(settings.work) / "engines", config, said.append)
     facts = json.loads((made / store.FILE_NAME).read_text(encoding="utf-8"))
-    note(build_seconds=round(time.perf_counter() - begin, 1), versions={package: store.load(package).__version__}, said=said,
-         attention=facts["attention"], engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")))  # fmt: skip
+    note(
+        build_seconds=round(time.perf_counter() - begin, 1),
+        versions={package: store.load(package).__version__},
+        said=said,
+        attention=facts["attention"],
+        engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")),
+    )
 
 
 def tensorrt(settings: Any, note: Callable[..., None]) -> None:
-    """The engines that were built: parity, speeds, memory, and what could not be recorded as a CUDA graph (the twin runs none)."""
+    """The engines that were built: parity, speeds, memory, and what could not be recorded as a CUDA graph
+    (the twin runs none)."""
     from trt_runtime import backends
 
     package, engines = _package(settings), Path(settings.work) / "engines"
@@ -380,13 +417,15 @@ def tensorrt(settings: Any, note: Callable[..., None]) -> None:
 
 
 def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
-    """TensorRT 8.6 as tools/pack_tensorrt86.sh packed it: legacy lowering, fp16, against ONNX Runtime's CPU, on a model of 140 M (the
+    """TensorRT 8.6 as tools/pack_tensorrt86.sh packed it: legacy lowering, fp16, against ONNX Runtime's CPU,
+    on a model of 140 M (the
     twin: the tiny one, and no engine)."""
     if importlib.util.find_spec("onnxruntime") is None or (
         not settings.is_twin and not (Path(settings.tensorrt86) / "run").is_file()
     ):
         note(
-            skipped="no TensorRT 8.6 was given (--tensorrt86): tools/pack_tensorrt86.sh packs one; or no ONNX Runtime to compare with"
+            skipped="no TensorRT 8.6 was given (--tensorrt86): tools/pack_tensorrt86.sh packs one; or no "
+            "ONNX Runtime to compare with"
         )
         return
     import random_checkpoint
@@ -400,8 +439,22 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
         else json.loads((settings.checkpoint / "config.json").read_text())
     )
     random_checkpoint.write(config, checkpoint, "fp16")
-    command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint), "--out", str(artifact), "--dtype", "fp16", "--lowering",
-               "legacy", "--verify", "no", "--overwrite"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        str(checkpoint),
+        "--out",
+        str(artifact),
+        "--dtype",
+        "fp16",
+        "--lowering",
+        "legacy",
+        "--verify",
+        "no",
+        "--overwrite",
+    ]
     subprocess.run(
         command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     )
@@ -414,8 +467,11 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
     np.savez(artifact.parent / "legacy.npz", **arrays)
     runner = Path(settings.tensorrt86) / "run"
     if not settings.tensorrt86 or not runner.is_file():
-        note(skipped="no TensorRT 8.6 was given (--tensorrt86): tools/pack_tensorrt86.sh packs one", exported="legacy, fp16",
-             lowering=manifests.load(artifact).lowering)  # fmt: skip
+        note(
+            skipped="no TensorRT 8.6 was given (--tensorrt86): tools/pack_tensorrt86.sh packs one",
+            exported="legacy, fp16",
+            lowering=manifests.load(artifact).lowering,
+        )
         return
     script = ROOT / "benchmarks" / "gpu_tensorrt86.py"
     job = [

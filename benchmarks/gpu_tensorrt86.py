@@ -1,4 +1,5 @@
-"""Run by gpu_report.py under the packed Python 3.11: a legacy fp16 artifact on TensorRT 8.6, beside ONNX Runtime's numbers.
+"""Run by gpu_report.py under the packed Python 3.11: a legacy fp16 artifact on TensorRT 8.6, beside ONNX
+Runtime's numbers.
 
 run python3 benchmarks/gpu_tensorrt86.py ARTIFACT CANVAS BLOCK        # prints one line of JSON; ARTIFACT/../legacy.npz holds the numbers
 """
@@ -35,8 +36,11 @@ def main(artifact: Path, canvas: int, block: int) -> None:
             begin = time.perf_counter()
             call(cache, slice(0, 1), window)
             taken.append(1000 * (time.perf_counter() - begin))
-        made[role] = {"ms": statistics.median(taken), "tokens_as_onnxruntime": float((stats.token == held[f"{role} token"]).mean()),
-                      "confidence_apart": float(np.abs(stats.confidence - held[f"{role} confidence"]).max())}  # fmt: skip
+        made[role] = {
+            "ms": statistics.median(taken),
+            "tokens_as_onnxruntime": float((stats.token == held[f"{role} token"]).mean()),
+            "confidence_apart": float(np.abs(stats.confidence - held[f"{role} confidence"]).max()),
+        }
     print(json.dumps(made | {"versions": {"tensorrt": backend._trt.__version__}}))
 
 

@@ -1,4 +1,5 @@
-"""What 8-bit products cost on this processor, spelling by spelling: time and error of a refine step and a prefix pass of a random LLaDA of 140 M parameters.
+"""What 8-bit products cost on this processor, spelling by spelling: time and error of a refine step and a
+prefix pass of a random LLaDA of 140 M parameters.
 
     python benchmarks/int8.py                                                      # this processor (3 minutes)
     python tools/cpu_without.py vnni -- python benchmarks/int8.py                  # as if it had AVX2 alone
@@ -9,8 +10,8 @@ Each spelling, with session.x64quantprecision 0 and 1 where that changes anythin
     w7a8      weights in 7 bits: no sum of two products leaves 16 bits, so it is exact on every processor
     int8      8-bit weights in blocks of 128, MatMulNBits of accuracy level 4
     int4      4-bit weights in blocks of 128, MatMulNBits of accuracy level 4 (the head: 8 bit)
-error: largest difference of logits from the fp32 artifact's, over the largest logit; same: share of rows with the same best token. One random canvas.
-Medians of interleaved rounds, one thread.
+error: largest difference of logits from the fp32 artifact's, over the largest logit; same: share of rows with
+the same best token. One random canvas. Medians of interleaved rounds, one thread.
 """
 
 from __future__ import annotations
@@ -159,10 +160,15 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
                 getattr(backend, role)(cache, slice(0, 1), call)
                 held[key].append(1000 * (time.perf_counter() - begin))
     return [
-        {"spelling": name, "precision": settings.get(int8.PRECISION, "0"), **{key: round(statistics.median(values), 2) for key, values in held.items()},
-         "error": float(f"{np.abs(mine - logits[0]).max() / np.abs(logits[0]).max():.3g}"), "same": float((mine.argmax(-1) == logits[0].argmax(-1)).mean())}
+        {
+            "spelling": name,
+            "precision": settings.get(int8.PRECISION, "0"),
+            **{key: round(statistics.median(values), 2) for key, values in held.items()},
+            "error": float(f"{np.abs(mine - logits[0]).max() / np.abs(logits[0]).max():.3g}"),
+            "same": float((mine.argmax(-1) == logits[0].argmax(-1)).mean()),
+        }
         for (name, settings), held, mine in zip(spellings, times, logits, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def opened_with(artifact: Path, settings: Mapping[str, str]) -> OrtBackend:

@@ -3,12 +3,13 @@
     python benchmarks/load.py artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt                # throughput, latency
     python benchmarks/load.py artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt --faults 10000 # what must not break it
 
-Throughput: three servers over the same artifact, one with --slots and --lanes, and two that serve one answer at a time (1 slot), on all cores and on
-one thread, measured in turn, --repeats times, at 1, 4 and 16 clients; each client asks again as soon as it has its answer. Medians.
+Throughput: three servers over the same artifact, one with --slots and --lanes, and two that serve one answer
+at a time (1 slot), on all cores and on one thread, measured in turn, --repeats times, at 1, 4 and 16 clients;
+each client asks again as soon as it has its answer. Medians.
 
-Faults: requests that are good, streamed, left at a random moment, malformed, too large, too long, with fields out of range, or
-good ones with values and bytes changed at random, by 16 clients. Every good
-answer must be the one that the model gives alone; the server must live, with its slots free and its memory where it was.
+Faults: requests that are good, streamed, left at a random moment, malformed, too large, too long, with fields
+out of range, or good ones with values and bytes changed at random, by 16 clients. Every good answer must be
+the one that the model gives alone; the server must live, with its slots free and its memory where it was.
 """
 
 from __future__ import annotations
@@ -46,8 +47,22 @@ class Server:
     """`dllm-trt serve` in a process of its own."""
 
     def __init__(self, artifact: Path, slots: int, *options: str) -> None:
-        command = [sys.executable, "-m", "trt_runtime.cli", "serve", str(artifact), "--port", "0", "--name", "demo", "--slots", str(slots),
-                   "--max-length", "256", *options]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "trt_runtime.cli",
+            "serve",
+            str(artifact),
+            "--port",
+            "0",
+            "--name",
+            "demo",
+            "--slots",
+            str(slots),
+            "--max-length",
+            "256",
+            *options,
+        ]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"DLLM_API_KEY": ""}
         )
@@ -91,8 +106,12 @@ async def throughput(url: str, prompts: list[str], clients: int, count: int) -> 
         await asyncio.gather(*(client(http) for _ in range(clients)))
         seconds = time.perf_counter() - begin
     ordered = sorted(taken)
-    return {"tokens_per_second": tokens / seconds, "answers_per_second": count / seconds, "p50_ms": 1000 * ordered[len(ordered) // 2],
-            "p95_ms": 1000 * ordered[int(0.95 * (len(ordered) - 1))]}  # fmt: skip
+    return {
+        "tokens_per_second": tokens / seconds,
+        "answers_per_second": count / seconds,
+        "p50_ms": 1000 * ordered[len(ordered) // 2],
+        "p95_ms": 1000 * ordered[int(0.95 * (len(ordered) - 1))],
+    }
 
 
 def measure(
@@ -133,10 +152,25 @@ def measure(
 
 
 BAD: list[tuple[bytes | dict[str, Any], int]] = [
-    (b"{", 400), (b"\x00\xff", 400), (b"[" * 5000, 400), (b"{" + b" " * (1 << 20) + b"}", 413), ({"model": "gpt"}, 404), ({"tools": [{}]}, 400),
-    ({"max_tokens": 1.5}, 400), ({"max_tokens": -1}, 400), ({"threshold": 7}, 400), (b'{"temperature": NaN}', 400), ({"messages": []}, 400), ({"n": 99}, 400), ({"seed": -3}, 400),
-    ({"stop": [""]}, 400), ({"cache": "all"}, 400), ({"policy": "x" * 1000}, 400),     ({"messages": [{"role": "user", "content": "clean hall with mop " * 400}]}, 400), ({"messages": [{"role": "user", "content": 7}]}, 400),
-]  # fmt: skip
+    (b"{", 400),
+    (b"\x00\xff", 400),
+    (b"[" * 5000, 400),
+    (b"{" + b" " * (1 << 20) + b"}", 413),
+    ({"model": "gpt"}, 404),
+    ({"tools": [{}]}, 400),
+    ({"max_tokens": 1.5}, 400),
+    ({"max_tokens": -1}, 400),
+    ({"threshold": 7}, 400),
+    (b'{"temperature": NaN}', 400),
+    ({"messages": []}, 400),
+    ({"n": 99}, 400),
+    ({"seed": -3}, 400),
+    ({"stop": [""]}, 400),
+    ({"cache": "all"}, 400),
+    ({"policy": "x" * 1000}, 400),
+    ({"messages": [{"role": "user", "content": "clean hall with mop " * 400}]}, 400),
+    ({"messages": [{"role": "user", "content": 7}]}, 400),
+]
 
 
 VALUES: list[Any] = [
@@ -162,8 +196,33 @@ VALUES: list[Any] = [
     2**70,
     0.5,
 ]
-FIELDS = ("model", "messages", "prompt", "template", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream", "stream_options", "threshold",
-          "policy", "factor", "steps", "block_length", "cache", "echo", "logprobs", "user", "tools", "role", "content")  # fmt: skip
+FIELDS = (
+    "model",
+    "messages",
+    "prompt",
+    "template",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "threshold",
+    "policy",
+    "factor",
+    "steps",
+    "block_length",
+    "cache",
+    "echo",
+    "logprobs",
+    "user",
+    "tools",
+    "role",
+    "content",
+)
 
 
 def fuzzed(body: dict[str, Any], rng: random.Random) -> bytes:
@@ -265,8 +324,14 @@ async def faults(server: Server, expected: dict[str, str], count: int, seed: int
             if held.get("open") == 0:
                 break
             await asyncio.sleep(0.1)
-    return {"requests": count, "kinds": dict(seen), "wrong": wrong[:20], "num_wrong": len(wrong), "open_at_the_end": held.get("open"),
-            "memory_mib": {"at the start": memory[0], "after a quarter": memory[1], "at the end": memory[2]}}  # fmt: skip
+    return {
+        "requests": count,
+        "kinds": dict(seen),
+        "wrong": wrong[:20],
+        "num_wrong": len(wrong),
+        "open_at_the_end": held.get("open"),
+        "memory_mib": {"at the start": memory[0], "after a quarter": memory[1], "at the end": memory[2]},
+    }
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""Benchmark of the whole system on a CPU: caches, parallel unmasking and quantised artifacts on ONNX Runtime beside eager PyTorch, and how
-forwards grow with prompt, answer, block, batch and threads, beside what the machine could do.
+"""Benchmark of the whole system on a CPU: caches, parallel unmasking and quantised artifacts on ONNX Runtime
+beside eager PyTorch, and how forwards grow with prompt, answer, block, batch and threads, beside what the
+machine could do.
 
     python benchmarks/system.py                                             # a random LLaDA of 140 M parameters (make bench)
     python benchmarks/system.py --parts variants --threads 1 --repeats 3
@@ -7,9 +8,11 @@ forwards grow with prompt, answer, block, batch and threads, beside what the mac
 
 variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens a forward (vanilla: one), prompt 256, gen_length 128, blocks of 32
 scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, beside the roofline: multiplications at the rate of
-           the machine's own matrix products (measured in the same run), or reading the weights at the bandwidth of a copy, whichever is longer
+           the machine's own matrix products (measured in the same run), or reading the weights at the
+           bandwidth of a copy, whichever is longer
 llama-cpp  llama.cpp's diffusion example on the same prompts, canvas, steps and threads; its binary and model file are the user's
-Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of docs/benchmarks.md.
+Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -43,8 +46,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("variants", "scaling", "llama-cpp")
 BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "prompt": (64, 256, 512, 1024), "gen_length": (64, 128, 256, 512), "block": (8, 16, 32, 64, 128), "batch": (1, 2, 4, 8), "threads": (1, 2),
-}  # fmt: skip
+    "prompt": (64, 256, 512, 1024),
+    "gen_length": (64, 128, 256, 512),
+    "block": (8, 16, 32, 64, 128),
+    "batch": (1, 2, 4, 8),
+    "threads": (1, 2),
+}
 TOKENS_A_STEP = 2
 
 
@@ -92,7 +99,8 @@ def main() -> None:
 
 
 def artifacts(given: Path | None, made: Path) -> tuple[Path, list[Path]]:
-    """An fp32 artifact, and quantised ones of the same checkpoint. Their quality is not asked: random weights have none to lose."""
+    """An fp32 artifact, and quantised ones of the same checkpoint. Their quality is not asked: random weights
+    have none to lose."""
     checkpoint, artifact = str(made / "checkpoint"), given or made / "fp32"
     if given is None:
         run("tools/random_checkpoint.py", "--preset", "llada-140m", checkpoint)
@@ -141,9 +149,26 @@ def variants(artifact: Path, quantised: list[Path], threads: int, repeats: int, 
         "1",
     )
     beside = [word for path in quantised for word in ("--beside", str(path))]
-    run("-m", "trt_runtime.cli", "bench", str(artifact), *sizes, *beside, "--repeats", str(repeats), "--threads", str(threads),
-        "--variants", "vanilla,none,prefix,dual", "--reference", "vanilla,none,dual", "--reference-dtypes", "fp32,bf16",
-        "--output", str(output / f"system-variants-{threads}.json"))  # fmt: skip
+    run(
+        "-m",
+        "trt_runtime.cli",
+        "bench",
+        str(artifact),
+        *sizes,
+        *beside,
+        "--repeats",
+        str(repeats),
+        "--threads",
+        str(threads),
+        "--variants",
+        "vanilla,none,prefix,dual",
+        "--reference",
+        "vanilla,none,dual",
+        "--reference-dtypes",
+        "fp32,bf16",
+        "--output",
+        str(output / f"system-variants-{threads}.json"),
+    )
 
 
 def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
@@ -162,14 +187,22 @@ def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
                     backends[name].manifest.model,
                     backends[name].manifest.quantization is not None,
                 )
-                points.append({"sweep": sweep, **at, "artifact": "w8a8" if quantised else "fp32", **figures,
-                               **rooflines(facts, at, rates[at["threads"]], quantised)})  # fmt: skip
+                points.append(
+                    {
+                        "sweep": sweep,
+                        **at,
+                        "artifact": "w8a8" if quantised else "fp32",
+                        **figures,
+                        **rooflines(facts, at, rates[at["threads"]], quantised),
+                    }
+                )
                 print(points[-1], flush=True)
     return {"rates": rates, "points": points}
 
 
 def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Median ms of a prefix pass and a refine step, and the tokens a second that they make of a whole answer."""
+    """Median ms of a prefix pass and a refine step, and the tokens a second that they make of a whole
+    answer."""
     length, times = at["prompt"] + at["gen_length"], {name: ([], []) for name in backends}
     rng = np.random.default_rng(0)
     caches = {name: backend.new_cache(at["batch"], length) for name, backend in backends.items()}
@@ -211,7 +244,8 @@ def window_of(canvas: np.ndarray, start: int, end: int, prompt: int, block: int)
 def rooflines(
     facts: ModelFacts, at: dict[str, int], rates: dict[str, float], quantised: bool
 ) -> dict[str, float]:
-    """The least ms that this machine's own rates allow for the two forwards: linear layers in the artifact's numbers, attention in fp32."""
+    """The least ms that this machine's own rates allow for the two forwards: linear layers in the artifact's
+    numbers, attention in fp32."""
     length, found = at["prompt"] + at["gen_length"], {}
     for kind, rows in (("prefix", length), ("refine", at["block"])):
         everything = at["batch"] * plan.flops(facts, rows, length, at["block"])
@@ -224,7 +258,8 @@ def rooflines(
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Operations a second of large matrix products in ONNX Runtime, and bytes a second of a copy (both directions counted)."""
+    """Operations a second of large matrix products in ONNX Runtime, and bytes a second of a copy (both
+    directions counted)."""
     found = {"fp32": 0.0, "int8": 0.0}
     for rows, inputs, outputs in (
         (512, 2048, 2048),
@@ -260,13 +295,21 @@ def _product(
     name: str, rows: int, inputs: int, outputs: int, held: dict[str, Any], given: dict[str, Any], threads: int
 ) -> float:
     """Seconds of a matrix product [rows, inputs] x [inputs, outputs], fp32 or u8 x s8."""
-    nodes = {"fp32": helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
-             "int8": helper.make_node("MatMulIntegerToFloat", ["q", "w8", "one", "s", "zero"], ["y"], domain="com.microsoft")}  # fmt: skip
+    nodes = {
+        "fp32": helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
+        "int8": helper.make_node(
+            "MatMulIntegerToFloat", ["q", "w8", "one", "s", "zero"], ["y"], domain="com.microsoft"
+        ),
+    }
     own, *weights = nodes[name].input
     kind = {"x": TensorProto.FLOAT, "q": TensorProto.UINT8}[own]
-    graph = helper.make_graph([nodes[name]], name, [helper.make_tensor_value_info(own, kind, [rows, inputs])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
-                              [numpy_helper.from_array(np.asarray(held[i]), i) for i in weights])  # fmt: skip
+    graph = helper.make_graph(
+        [nodes[name]],
+        name,
+        [helper.make_tensor_value_info(own, kind, [rows, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
+        [numpy_helper.from_array(np.asarray(held[i]), i) for i in weights],
+    )
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)],
@@ -293,12 +336,13 @@ _TIMES = re.compile(r"total time:\s*([\d.]+)\s*ms.*?time per step:\s*([\d.]+)\s*
 
 
 def llama_cpp(args: argparse.Namespace) -> None:
-    """llama.cpp and the artifact on the same prompts, in turn: a canvas of the prompt and gen_length, blocks, one token a step (it has no cache and no
-    threshold), and beside it the artifact's own defaults."""
+    """llama.cpp and the artifact on the same prompts, in turn: a canvas of the prompt and gen_length, blocks,
+    one token a step (it has no cache and no threshold), and beside it the artifact's own defaults."""
     for name in ("llama_cpp", "gguf", "artifact", "prompts"):
         if getattr(args, name) is None or not getattr(args, name).exists():
             raise SystemExit(
-                f"error: --{name.replace('_', '-')} is {getattr(args, name)}: --parts llama-cpp needs --llama-cpp, --gguf, --artifact and --prompts."
+                f"error: --{name.replace('_', '-')} is {getattr(args, name)}: --parts llama-cpp needs "
+                f"--llama-cpp, --gguf, --artifact and --prompts."
             )
     threads = int(args.threads.split(",")[0])
     model, gen, block = load(args.artifact, threads=threads), BASE["gen_length"], BASE["block"]
@@ -312,13 +356,35 @@ def llama_cpp(args: argparse.Namespace) -> None:
     for prompt in examples.lines_of(args.prompts)[:3]:
         length = len(model.encode(prompt)) + gen
         padded = -(-length // block) * block  # it wants a canvas of whole blocks
-        command = [str(args.llama_cpp), "-m", str(args.gguf), "-p", prompt, "-ub", str(padded), "-b", str(padded), "-c", str(padded), "--temp", "0",
-                   "-t", str(threads), "--diffusion-algorithm", "4", "--diffusion-block-length", str(block), "--diffusion-steps", str(gen)]  # fmt: skip
+        command = [
+            str(args.llama_cpp),
+            "-m",
+            str(args.gguf),
+            "-p",
+            prompt,
+            "-ub",
+            str(padded),
+            "-b",
+            str(padded),
+            "-c",
+            str(padded),
+            "--temp",
+            "0",
+            "-t",
+            str(threads),
+            "--diffusion-algorithm",
+            "4",
+            "--diffusion-block-length",
+            str(block),
+            "--diffusion-steps",
+            str(gen),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = _TIMES.search(done.stdout + done.stderr)
         if done.returncode or said is None:
             raise SystemExit(
-                f"error: {args.llama_cpp} ended with {done.returncode} and told no time: {(done.stderr or done.stdout)[-300:]!r}"
+                f"error: {args.llama_cpp} ended with {done.returncode} and told no time: "
+                f"{(done.stderr or done.stdout)[-300:]!r}"
             )
         rows["llama.cpp"].append(gen / (float(said[1]) / 1000))
         for name, config in configs.items():
@@ -328,8 +394,16 @@ def llama_cpp(args: argparse.Namespace) -> None:
     medians = {name: statistics.median(values) for name, values in rows.items()}
     for name, value in medians.items():
         print(f"{name:24} {value:8.1f} tokens/s  {value / medians['llama.cpp']:6.2f} times llama.cpp")
-    write(args.output / "system-llama-cpp.json", {"machine": machine(), "threads": threads, "tokens_per_second": medians, "all": rows,
-                                                  "settings": {"gen_length": gen, "block_length": block, "gguf": args.gguf.name}})  # fmt: skip
+    write(
+        args.output / "system-llama-cpp.json",
+        {
+            "machine": machine(),
+            "threads": threads,
+            "tokens_per_second": medians,
+            "all": rows,
+            "settings": {"gen_length": gen, "block_length": block, "gguf": args.gguf.name},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The command line of the exporter: options -> ExportConfig -> pipeline, with its progress and the verification after it."""
+"""The command line of the exporter: options -> ExportConfig -> pipeline, with its progress and the
+verification after it."""
 
 from __future__ import annotations
 
@@ -55,8 +56,10 @@ def _main(argv: list[str] | None, prog: str) -> int:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = cli_parser.Parser(
         prog=prog,
-        description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights file.",
-        epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the model is exported.\n\n"
+        description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights "
+        "file.",
+        epilog=f"models: {', '.join(families.names())}. Without --checkpoint the demo checkpoint of the "
+        f"model is exported.\n\n"
         f"example:\n  {prog} --model llada --checkpoint GSAI-ML/LLaDA-8B-Instruct --dtype bf16",
     )
     parser.set_defaults(run=_run)
@@ -71,36 +74,52 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--dtype", choices=list(contract.DTYPES), default="fp32", help="of weights and caches (default fp32)"
     )
     parser.add_argument(
-        "--head", choices=contract.HEADS, default="statistics",
+        "--head",
+        choices=contract.HEADS,
+        default="statistics",
         help="'logits' adds the logits to the outputs; ONNX Runtime has them anyway (default statistics)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--lowering", choices=("auto", *LOWERINGS), default="auto",
-        help="'modern' is opset 24, 'legacy' opset 17; 'auto' is modern unless the ONNX Runtime here is older than 1.24",
-    )  # fmt: skip
+        "--lowering",
+        choices=("auto", *LOWERINGS),
+        default="auto",
+        help="'modern' is opset 24, 'legacy' opset 17; 'auto' is modern unless the ONNX Runtime here is "
+        "older than 1.24",
+    )
     parser.add_argument(
-        "--ignore-key", action="append", default=[], metavar="KEY",
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="KEY",
         help="a key of config.json that is not known and does not change the computation (may be repeated)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--mask-token", metavar="TOKEN",
-        help="the mask token, as its text or its id, where neither config.json nor the tokenizer names it, or names another",
-    )  # fmt: skip
+        "--mask-token",
+        metavar="TOKEN",
+        help="the mask token, as its text or its id, where neither config.json nor the tokenizer names it, "
+        "or names another",
+    )
     parser.add_argument(
-        "--weights", choices=MODES, default="copy",
-        help="'link' uses the checkpoint's own files where they lie (same dtype), in seconds and without a copy (default copy)",
-    )  # fmt: skip
+        "--weights",
+        choices=MODES,
+        default="copy",
+        help="'link' uses the checkpoint's own files where they lie (same dtype), in seconds and without a "
+        "copy (default copy)",
+    )
     parser.add_argument(
-        "--quantize", choices=NAMES,
-        help="linear layers in fewer bits: w8a8 or int4 on a CPU, fp8, int8-sq or int4 with TensorRT; judged with --data",
-    )  # fmt: skip
+        "--quantize",
+        choices=NAMES,
+        help="linear layers in fewer bits: w8a8 or int4 on a CPU, fp8, int8-sq or int4 with TensorRT; "
+        "judged with --data",
+    )
     parser.add_argument(
         "--target", choices=TARGETS, help="of --quantize int4, which both have (default ort-cpu)"
     )
     parser.add_argument(
         "--data",
         type=Path,
-        help="of --quantize: a prompt a line, or lines of JSON with prompt and answers, to calibrate and judge it on",
+        help="of --quantize: a prompt a line, or lines of JSON with prompt and answers, to calibrate and "
+        "judge it on",
     )
     parser.add_argument(
         "--match",
@@ -116,9 +135,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there already")
     parser.add_argument(
-        "--verify", choices=("auto", "yes", "no"), default="auto",
-        help="compare with PyTorch afterwards; 'auto' (default) does so if torch and transformers are there and the memory suffices",
-    )  # fmt: skip
+        "--verify",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="compare with PyTorch afterwards; 'auto' (default) does so if torch and transformers are there "
+        "and the memory suffices",
+    )
     cli_parser.add_output(parser, "what was exported, and the verification,")
     return parser
 
@@ -152,13 +174,15 @@ def _run(args: argparse.Namespace) -> int:
         read(config.checkpoint, config.family, config.ignored_keys)  # --model must still be the checkpoint's
         say(
             args,
-            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 (--overwrite) makes it again",
+            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 "
+            f"(--overwrite) makes it again",
         )
     else:
         if args.dtype == "bf16" and how is None:
             note(
                 args,
-                f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU export {_FOR_CPU}",
+                f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU "
+                f"export {_FOR_CPU}",
             )
         with progress_of(args).task(f"exporting {checkpoint}"):
             manifest = uptodate.noted(_export(config, how, args), inputs, out)
@@ -166,10 +190,18 @@ def _run(args: argparse.Namespace) -> int:
     if is_new:
         say(
             args,
-            f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} MB, {seconds:.1f} s",
+            f"{out}: {manifest.model.parameters / 1e6:,.1f} M parameters, {args.dtype}, {size / 1e6:,.1f} "
+            f"MB, {seconds:.1f} s",
         )
-    made = {"artifact": str(out), "is_new": is_new, "parameters": manifest.model.parameters, "dtype": args.dtype, "bytes": size,
-            "seconds": seconds, "quantization": None if manifest.quantization is None else asdict(manifest.quantization)}  # fmt: skip
+    made = {
+        "artifact": str(out),
+        "is_new": is_new,
+        "parameters": manifest.model.parameters,
+        "dtype": args.dtype,
+        "bytes": size,
+        "seconds": seconds,
+        "quantization": None if manifest.quantization is None else asdict(manifest.quantization),
+    }
     try:
         passed, verified = _verified(args, out, manifest, can_verify)
     except KeyboardInterrupt:
@@ -185,7 +217,8 @@ def _run(args: argparse.Namespace) -> int:
 def _verified(
     args: argparse.Namespace, out: Path, manifest: Manifest, can_verify: bool
 ) -> tuple[bool, dict[str, Any] | None]:
-    """Verify what was exported, if that was asked for and is possible; whether nothing failed, and what was found."""
+    """Verify what was exported, if that was asked for and is possible; whether nothing failed, and what was
+    found."""
     if manifest.verified is not None:
         passed = bool(manifest.verified.get("passed"))
         say(
@@ -202,8 +235,12 @@ def _verified(
         return True, None
     needed, free = _verification_bytes(manifest.model), meminfo("MemAvailable")
     if args.verify == "auto" and free and needed > free and manifest.quantization is None:
-        say(args, f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: run "
-            f"'{commands.command('verify', out)}' on a larger machine, or add --verify yes")  # fmt: skip
+        say(
+            args,
+            f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are "
+            f"available: run "
+            f"'{commands.command('verify', out)}' on a larger machine, or add --verify yes",
+        )
         return True, None
     return verify(out, None, say=lambda line: say(args, line), progress=progress_of(args))
 
@@ -232,8 +269,10 @@ def _verification_bytes(facts: ModelFacts) -> int:
     """Memory of a verification: the reference in fp32, and ONNX Runtime beside it."""
     dtype = "fp32" if facts.dtype == "bf16" else facts.dtype  # by a twin
     work = Work(batch=2, length=64, block_length=32)
-    return sum(memory(replace(facts, dtype=kind), work, layout, on_cpu=True).total
-               for kind, layout in ((dtype, LAYOUTS[0]), ("fp32", LAYOUTS[-1])))  # fmt: skip
+    return sum(
+        memory(replace(facts, dtype=kind), work, layout, on_cpu=True).total
+        for kind, layout in ((dtype, LAYOUTS[0]), ("fp32", LAYOUTS[-1]))
+    )
 
 
 def _name_of(checkpoint: str) -> str:
@@ -252,7 +291,8 @@ def verify_layers(
     say: Callable[[str], object] = print,
     progress: Progress = SILENT,
 ) -> tuple[bool, dict[str, Any]]:
-    """Say the residual stream beside the reference's, layer by layer; whether all agree, and the rows of each kind of forward."""
+    """Say the residual stream beside the reference's, layer by layer; whether all agree, and the rows of each
+    kind of forward."""
     from .parity.bisect import table
     from .parity.verify import bisect
 

@@ -1,4 +1,5 @@
-"""The steps of an export, in order: read, plan, build, lint, stream, seal. Nothing half-made is ever left behind."""
+"""The steps of an export, in order: read, plan, build, lint, stream, seal. Nothing half-made is ever left
+behind."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class ExportConfig:
     """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write.
 
     weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files where they lie.
-    mask_token: the mask token, as its text or its id, for a checkpoint that does not name it, or names another.
+    mask_token: the mask token, as its text or its id, for a checkpoint that does not name it, or names
+    another.
     """
 
     checkpoint: str
@@ -70,7 +72,8 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was read and understood. mask_token: its id, where it was given and not found. notes: what a user should know."""
+    """A checkpoint that was read and understood. mask_token: its id, where it was given and not found. notes:
+    what a user should know."""
 
     checkpoint: Checkpoint
     family: Family
@@ -83,15 +86,16 @@ class Source:
 def read(
     name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None
 ) -> Source:
-    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own; `mask_token` comes before the
-    one that the checkpoint names."""
+    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own;
+    `mask_token` comes before the one that the checkpoint names."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
     found, reader, decoder = understood(source.config, where)
     if family is not None and families.find(family) is not found:
         model_type = source.config["model_type"]
         raise DllmError(
-            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give MODEL={model_type.lower()}."
+            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
+            f"MODEL={model_type.lower()}."
         )
     named = token_names.find(source, decoder.vocab_size, mask_token)
     decoding, notes = _decoding(found, reader, decoder, source.generation_config, named.ids, ignored_keys)
@@ -107,13 +111,15 @@ def _decoding(
     ids: Mapping[str, Any],
     ignored_keys: tuple[str, ...],
 ) -> tuple[DecodingFacts, list[str]]:
-    """How a model decodes, with the token `ids` that its config lacks; every key is accounted for, with a note on the ignored ones."""
+    """How a model decodes, with the token `ids` that its config lacks; every key is accounted for, with a
+    note on the ignored ones."""
     reader.supply(ids)
     decoding = family.decoding(reader, generation_config)
     noted = reader.finish(ignored_keys)
     if decoding.mask_token_id in decoding.eos_token_ids:
         raise DllmError(
-            f"{reader.where}: mask_token_id {decoding.mask_token_id} is also an end token: take the config.json of the checkpoint, or "
+            f"{reader.where}: mask_token_id {decoding.mask_token_id} is also an end token: take the "
+            f"config.json of the checkpoint, or "
             "give the mask with --mask-token."
         )
     for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
@@ -126,8 +132,9 @@ def _decoding(
 
 
 def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
-    """The model of a checkpoint (a directory or hub id) from its configuration alone. What an export would refuse of it is refused here; a
-    token that it does not name may be the tokenizer's, and is not asked for. Raises DllmError."""
+    """The model of a checkpoint (a directory or hub id) from its configuration alone. What an export would
+    refuse of it is refused here; a token that it does not name may be the tokenizer's, and is not asked for.
+    Raises DllmError."""
     return checked_facts(*checkpoints.config_of(name), dtype, ignored_keys)
 
 
@@ -184,9 +191,10 @@ def export(
     scheme: Scheme | None = None,
     complete: Callable[[Path, Manifest], Manifest] = lambda directory, manifest: manifest,
 ) -> Manifest:
-    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written; `note` is told in a
-    sentence what a user should know of an export that succeeded. `scheme` quantises linear layers. `complete` is given the artifact, whole
-    but not yet in its place, and its manifest, and returns the final one; what it raises undoes the export."""
+    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written;
+    `note` is told in a sentence what a user should know of an export that succeeded. `scheme` quantises
+    linear layers. `complete` is given the artifact, whole but not yet in its place, and its manifest, and
+    returns the final one; what it raises undoes the export."""
     source = read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
     for text in source.notes:
         note(text)
@@ -221,7 +229,8 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
     for what, (value, limit) in most.items():
         if value > limit:
             raise DllmError(
-                f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the checkpoint."
+                f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the "
+                f"checkpoint."
             )
     if decoder.vocab_size < 4:
         raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
@@ -232,8 +241,10 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
         or attention.head_dim % 2
     ):
         raise DllmError(
-            f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and {attention.num_kv_heads} KV heads do not "
-            "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be even)."
+            f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and "
+            f"{attention.num_kv_heads} KV heads do not "
+            "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be "
+            "even)."
         )
 
 
@@ -267,7 +278,8 @@ def graph_of(
     planned: list[weights.Weight],
     linears: Linears | None = None,
 ) -> ir.Model:
-    """The graph of a role for a checkpoint, its weights where they are planned, its linear layers as `linears` spells them."""
+    """The graph of a role for a checkpoint, its weights where they are planned, its linear layers as
+    `linears` spells them."""
     return roles.build(
         role,
         source.decoder,
@@ -297,8 +309,8 @@ def _write_graph(
 
 
 def _check_graphs(directory: Path, data: Iterable[str]) -> None:
-    """Run the ONNX checker by path, which never loads the weights. It takes no file with several hard links for external data
-    (a linked one has), so it sees empty files of the same size in their place."""
+    """Run the ONNX checker by path, which never loads the weights. It takes no file with several hard links
+    for external data (a linked one has), so it sees empty files of the same size in their place."""
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         for name in data:
             with open(Path(temporary) / name, "wb") as file:

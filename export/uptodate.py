@@ -1,6 +1,7 @@
 """Whether an artifact is what an export would make: its inputs stand in the manifest, by their content.
 
-Files of the checkpoint beyond 64 MiB count by size and time of change, as hashing them would take as long as an export.
+Files of the checkpoint beyond 64 MiB count by size and time of change, as hashing them would take as long as
+an export.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def noted(manifest: Manifest, inputs: Inputs, artifact: Path) -> Manifest:
 
 
 def current(artifact: Path, inputs: Inputs) -> Manifest | None:
-    """The manifest of the artifact that is there, if it is whole and was made from these inputs; None where there is none. Raises DllmError
-    that names what is different."""
+    """The manifest of the artifact that is there, if it is whole and was made from these inputs; None where
+    there is none. Raises DllmError that names what is different."""
     if not (artifact / manifests.FILE_NAME).is_file():
         return None
     how = "OVERWRITE=1 (--overwrite) replaces it, another OUT (--out) keeps both"

@@ -1,4 +1,5 @@
-"""Commit: which masked positions of a block to unmask, and the write into the canvas, so that refine steps need no host.
+"""Commit: which masked positions of a block to unmask, and the write into the canvas, so that refine steps
+need no host.
 
 Contract, for B rows whose windows begin with their block, R columns of statistics:
 
@@ -11,8 +12,9 @@ Contract, for B rows whose windows begin with their block, R columns of statisti
 | `state` | int32 [B, 2], in and out | steps made, and masks left; NOT_FINITE or PROPOSED_MASK in their place stops the row for good |
 | `committed` | int32 [B, R], in and out | the step in which a position was committed; other entries stay as they are |
 
-A row without masks stays as it is. Ties go to the lowest position. Same rules as trt_runtime/decoding/policies/base.py; the reference is
-trt_runtime/decoding/device_commit.py, on which the runtime's CPU path stands.
+A row without masks stays as it is. Ties go to the lowest position. Same rules as
+trt_runtime/decoding/policies/base.py; the reference is trt_runtime/decoding/device_commit.py, on which the
+runtime's CPU path stands.
 """
 
 from __future__ import annotations
@@ -33,10 +35,23 @@ CHUNK = 16  # columns that a position is compared with at a time
 
 @triton.jit
 def kernel(
-    ids, token, confidence, plan, value, state, committed, rows, columns,
-    MASK: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FIXED: tl.constexpr, FACTOR: tl.constexpr,
-    NOT_FINITE: tl.constexpr, PROPOSED_MASK: tl.constexpr,
-):  # fmt: skip
+    ids,
+    token,
+    confidence,
+    plan,
+    value,
+    state,
+    committed,
+    rows,
+    columns,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FIXED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    NOT_FINITE: tl.constexpr,
+    PROPOSED_MASK: tl.constexpr,
+):
     """One program a row. `rows` is S, `columns` R; BLOCK is a power of two from R."""
     row = tl.program_id(0)
     rule, limit = tl.load(plan + row * 4), tl.load(plan + row * 4 + 1)
@@ -84,25 +99,52 @@ def launch(
     mask_token_id: int,
 ) -> None:
     """Run the kernel on tensors of PyTorch of the contract's shapes and types, contiguous."""
-    kernel[(len(ids),)](ids, token, confidence, plan, value, state, committed, ids.shape[1], token.shape[1],
-                        **constants(mask_token_id, token.shape[1]), num_warps=1)  # fmt: skip
+    kernel[(len(ids),)](
+        ids,
+        token,
+        confidence,
+        plan,
+        value,
+        state,
+        committed,
+        ids.shape[1],
+        token.shape[1],
+        **constants(mask_token_id, token.shape[1]),
+        num_warps=1,
+    )
 
 
 def constants(mask_token_id: int, columns: int) -> dict[str, int]:
     """What the kernel is compiled for: blocks of up to `columns` positions."""
     block = max(CHUNK, triton.next_power_of_2(columns))
-    return {"MASK": mask_token_id, "BLOCK": block, "CHUNK": CHUNK, "FIXED": FIXED, "FACTOR": FACTOR, "NOT_FINITE": NOT_FINITE,
-            "PROPOSED_MASK": PROPOSED_MASK}  # fmt: skip
+    return {
+        "MASK": mask_token_id,
+        "BLOCK": block,
+        "CHUNK": CHUNK,
+        "FIXED": FIXED,
+        "FACTOR": FACTOR,
+        "NOT_FINITE": NOT_FINITE,
+        "PROPOSED_MASK": PROPOSED_MASK,
+    }
 
 
 SIGNATURE = {
-    "ids": "*i64", "token": "*i64", "confidence": "*fp32", "plan": "*i32", "value": "*fp64", "state": "*i32", "committed": "*i32",
-    "rows": "i32", "columns": "i32", **dict.fromkeys(constants(0, 1), "constexpr"),
-}  # fmt: skip
+    "ids": "*i64",
+    "token": "*i64",
+    "confidence": "*fp32",
+    "plan": "*i32",
+    "value": "*fp64",
+    "state": "*i32",
+    "committed": "*i32",
+    "rows": "i32",
+    "columns": "i32",
+    **dict.fromkeys(constants(0, 1), "constexpr"),
+}
 
 
 def compiled(mask_token_id: int, columns: int, compute_capability: int) -> Kernel:
-    """For blocks of up to `columns` positions. Its arguments are the seven pointers and the two int32 sizes."""
+    """For blocks of up to `columns` positions. Its arguments are the seven pointers and the two int32
+    sizes."""
     held = constants(mask_token_id, columns)
     return ahead_of_time(
         kernel, SIGNATURE, held, f"dllm_commit_{mask_token_id}_{held['BLOCK']}", compute_capability, warps=1

@@ -1,4 +1,5 @@
-"""Kernels compiled ahead of time, without a GPU, for launches that know nothing of Triton: TensorRT's and the CUDA driver's."""
+"""Kernels compiled ahead of time, without a GPU, for launches that know nothing of Triton: TensorRT's and the
+CUDA driver's."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ _MOST_SHARED = 48 * 1024  # bytes of shared memory that a launch gets without as
 
 
 class Kernel(NamedTuple):
-    """What a launch needs: the entry's name, PTX, threads of a block, and bytes of shared memory. Arguments: those of the kernel that
-    are no constants, in order."""
+    """What a launch needs: the entry's name, PTX, threads of a block, and bytes of shared memory. Arguments:
+    those of the kernel that are no constants, in order."""
 
     name: str
     ptx: str
@@ -31,7 +32,8 @@ def ahead_of_time(
     compute_capability: int,
     warps: int = 4,
 ) -> Kernel:
-    """A kernel for one kind of GPU (90 is 9.0), its entry called `name`. Raises ValueError if it needs more than a plain launch.
+    """A kernel for one kind of GPU (90 is 9.0), its entry called `name`. Raises ValueError if it needs more
+    than a plain launch.
 
     Pointers are taken to be aligned to 16 bytes, so that loads are wide.
     """
@@ -39,21 +41,35 @@ def ahead_of_time(
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # it would put this machine's paths into the PTX
-        made = triton.compile(ASTSource(kernel, dict(signature), dict(constants), aligned),
-                              target=GPUTarget("cuda", compute_capability, 32), options={"num_warps": warps})  # fmt: skip
+        made = triton.compile(
+            ASTSource(kernel, dict(signature), dict(constants), aligned),
+            target=GPUTarget("cuda", compute_capability, 32),
+            options={"num_warps": warps},
+        )
     facts = made.metadata
-    needs = {item: held for item in ("global_scratch_size", "profile_scratch_size", "tmem_size", "launch_cooperative_grid", "launch_pdl")
-             if (held := getattr(facts, item))}  # fmt: skip
+    needs = {
+        item: held
+        for item in (
+            "global_scratch_size",
+            "profile_scratch_size",
+            "tmem_size",
+            "launch_cooperative_grid",
+            "launch_pdl",
+        )
+        if (held := getattr(facts, item))
+    }
     if needs or facts.num_ctas != 1 or facts.shared > _MOST_SHARED:
         raise ValueError(
-            f"{name}: needs more than a plain launch: {needs}, num_ctas {facts.num_ctas}, shared {facts.shared}"
+            f"{name}: needs more than a plain launch: {needs}, num_ctas {facts.num_ctas}, shared "
+            f"{facts.shared}"
         )
     ptx = re.sub(rf"\b{facts.name}(?=\b|_param_)", name, without_scratch(made.asm["ptx"]))
     return Kernel(name, ptx, facts.num_warps * 32, facts.shared)
 
 
 def without_scratch(ptx: str) -> str:
-    """PTX without the two pointers (global and profile scratch) that Triton appends to the parameters of its only entry.
+    """PTX without the two pointers (global and profile scratch) that Triton appends to the parameters of its
+    only entry.
 
     Raises ValueError when there is no such entry, or when the kernel reads one of them.
     """

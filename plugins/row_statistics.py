@@ -1,8 +1,9 @@
 """Row statistics: what the policies need of a row of logits, in one pass over it.
 
-Contract, for logits [R, V] float32: `token` int64 [R], the best token that is not the mask, the lowest id on a tie; `confidence` and
-`runner_up` float32 [R], the softmax probabilities of it and of the next best that is not the mask; `entropy` float32 [R] of the softmax in
-nats. The mask keeps its share of the softmax. A row with a NaN has NaN statistics. Same as the statistics in export/graph/roles.py.
+Contract, for logits [R, V] float32: `token` int64 [R], the best token that is not the mask, the lowest id on
+a tie; `confidence` and `runner_up` float32 [R], the softmax probabilities of it and of the next best that is
+not the mask; `entropy` float32 [R] of the softmax in nats. The mask keeps its share of the softmax. A row
+with a NaN has NaN statistics. Same as the statistics in export/graph/roles.py.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def reference(logits: Array, mask_token_id: int) -> tuple[Array, Array, Array, A
 
 
 def launch(logits: Any, mask_token_id: int) -> tuple[Any, Any, Any, Any]:
-    """Run the kernel on logits [R, V], a float32 tensor of PyTorch whose rows are contiguous; the outputs lie beside it."""
+    """Run the kernel on logits [R, V], a float32 tensor of PyTorch whose rows are contiguous; the outputs lie
+    beside it."""
     import torch
 
     rows, vocab = logits.shape
@@ -99,19 +101,38 @@ def launch(logits: Any, mask_token_id: int) -> tuple[Any, Any, Any, Any]:
     confidence, runner_up, entropy = (
         torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)
     )
-    kernel[(rows,)](logits, token, confidence, runner_up, entropy, vocab, mask_token_id, logits.stride(0), BLOCK=BLOCK,
-                    BLOCKS=triton.cdiv(vocab, BLOCK))  # fmt: skip
+    kernel[(rows,)](
+        logits,
+        token,
+        confidence,
+        runner_up,
+        entropy,
+        vocab,
+        mask_token_id,
+        logits.stride(0),
+        BLOCK=BLOCK,
+        BLOCKS=triton.cdiv(vocab, BLOCK),
+    )
     return token, confidence, runner_up, entropy
 
 
 SIGNATURE = {
-    "logits": "*fp32", "token": "*i64", "confidence": "*fp32", "runner_up": "*fp32", "entropy": "*fp32", "vocab": "i32",
-    "mask_token_id": "i32", "stride": "i32", "BLOCK": "constexpr", "BLOCKS": "constexpr",
-}  # fmt: skip
+    "logits": "*fp32",
+    "token": "*i64",
+    "confidence": "*fp32",
+    "runner_up": "*fp32",
+    "entropy": "*fp32",
+    "vocab": "i32",
+    "mask_token_id": "i32",
+    "stride": "i32",
+    "BLOCK": "constexpr",
+    "BLOCKS": "constexpr",
+}
 
 
 def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> Kernel:
-    """For rows of `vocab` contiguous logits: its arguments are the five pointers alone, in the order that TensorRT passes them."""
+    """For rows of `vocab` contiguous logits: its arguments are the five pointers alone, in the order that
+    TensorRT passes them."""
     constants = {
         "vocab": vocab,
         "mask_token_id": mask_token_id,

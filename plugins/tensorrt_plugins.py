@@ -1,10 +1,12 @@
-"""Row statistics inside a TensorRT engine: the Triton kernel as a quick plugin (TensorRT 10.16 and 11.4), compiled ahead of time.
+"""Row statistics inside a TensorRT engine: the Triton kernel as a quick plugin (TensorRT 10.16 and 11.4),
+compiled ahead of time.
 
-`replace_statistics` edits a parsed network, so that the artifact stays standard ONNX. The engine holds the PTX, and needs neither Python nor
-Triton when it runs. TensorRT launches with (input pointers, extra int32 arguments, output pointers): our kernel's own order. TensorRT-RTX
-has no such plugins.
+`replace_statistics` edits a parsed network, so that the artifact stays standard ONNX. The engine holds the
+PTX, and needs neither Python nor Triton when it runs. TensorRT launches with (input pointers, extra int32
+arguments, output pointers): our kernel's own order. TensorRT-RTX has no such plugins.
 """
-# no `from __future__ import annotations`: tensorrt.plugin reads the annotations of the decorated functions as types
+# no `from __future__ import annotations`: tensorrt.plugin reads the annotations of the decorated functions as
+# types
 
 import importlib
 from collections.abc import Callable
@@ -30,7 +32,8 @@ def register(trt: Any) -> Any:
     Desc = plugin.TensorDesc
     name = f"{NAMESPACE}::{NAME}"
 
-    # attributes of type int and float fail in 10.16 with NumPy 2.4 (a conversion of arrays to scalars): hence a str
+    # attributes of type int and float fail in 10.16 with NumPy 2.4 (a conversion of arrays to scalars): hence
+    # a str
     @plugin.register(name)
     def describe(logits: Desc, mask_token_id: str, compute_capability: str) -> tuple[Desc, Desc, Desc, Desc]:  # type: ignore[valid-type]
         rows = (logits.shape_expr[0],)
@@ -72,16 +75,21 @@ def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
 
 
 def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statistics) -> None:
-    """Put other statistics of the logits in the place of those of a parsed network; names, shapes and order of its outputs stay.
+    """Put other statistics of the logits in the place of those of a parsed network; names, shapes and order
+    of its outputs stay.
 
-    In front of the outputs [B, R] are reshapes: they are given the new [B*R] tensors, and the old layers are left unused, for the
-    builder to drop. Raises DllmError for a network of another form.
+    In front of the outputs [B, R] are reshapes: they are given the new [B*R] tensors, and the old layers are
+    left unused, for the builder to drop. Raises DllmError for a network of another form.
     """
-    maker = {layer.get_output(k).name: layer for layer in map(network.get_layer, range(network.num_layers))
-             for k in range(layer.num_outputs)}  # fmt: skip
+    maker = {
+        layer.get_output(k).name: layer
+        for layer in map(network.get_layer, range(network.num_layers))
+        for k in range(layer.num_outputs)
+    }
     reshapes = {}
     for name in (LOGITS, *STATISTICS):
-        # of head 'logits', an output: the parser may put a cast or an identity behind the layer that the graph names
+        # of head 'logits', an output: the parser may put a cast or an identity behind the layer that the
+        # graph names
         layer = maker.get(name)
         while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):
             layer = maker.get(layer.get_input(0).name)

@@ -1,4 +1,5 @@
-"""Fixtures: artifacts exported once a session, from the golden checkpoint, the demo checkpoint, and a tiny one of each family."""
+"""Fixtures: artifacts exported once a session, from the golden checkpoint, the demo checkpoint, and a tiny
+one of each family."""
 
 from __future__ import annotations
 

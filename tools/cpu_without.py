@@ -1,11 +1,13 @@
-"""Run a command on this processor as if it had fewer instruction sets, at full speed: what an x86 machine without them would compute.
+"""Run a command on this processor as if it had fewer instruction sets, at full speed: what an x86 machine
+without them would compute.
 
     python tools/cpu_without.py vnni -- python -m pytest tests/runtime/backends/test_int8.py      # AVX2 alone: no AVX-512, no VNNI, no AMX
     python tools/cpu_without.py avx512-vnni -- dllm-trt doctor                               # AVX-512 of before 2019: no VNNI, no AMX
 
-Libraries such as ONNX Runtime choose their kernels by the CPUID instruction. Linux can make that instruction fault (arch_prctl
-ARCH_SET_CPUID); a small library, preloaded, answers the fault with the real registers less the bits of the instruction sets. It needs
-x86-64, a processor with CPUID faulting (Intel since 2012, AMD since Zen 4) and gcc. Exit status 3: this machine cannot do it.
+Libraries such as ONNX Runtime choose their kernels by the CPUID instruction. Linux can make that instruction
+fault (arch_prctl ARCH_SET_CPUID); a small library, preloaded, answers the fault with the real registers less
+the bits of the instruction sets. It needs x86-64, a processor with CPUID faulting (Intel since 2012, AMD
+since Zen 4) and gcc. Exit status 3: this machine cannot do it.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ __attribute__((constructor)) static void begin(void) {
 
 
 def library(name: str, directory: Path) -> Path:
-    """The library to preload, compiled into a directory. Raises OSError or CalledProcessError without a compiler."""
+    """The library to preload, compiled into a directory. Raises OSError or CalledProcessError without a
+    compiler."""
     bits = {key: 0 for key in ("b0", "c0", "d0", "a1", "d1")}
     for first, second in SETS[name]:
         for key, value in zip(bits, (*first, *second), strict=True):

@@ -1,4 +1,5 @@
-"""Held-out prompts of the demo model's task (demo_task.py), the same for everyone: as text, with their answers, or as inputs of decode cases.
+"""Held-out prompts of the demo model's task (demo_task.py), the same for everyone: as text, with their
+answers, or as inputs of decode cases.
 
 python tools/demo_prompts.py --tuning demo.jsonl --count 200        # for dllm-trt tune artifacts/llada-demo --data demo.jsonl --match json
 python tools/demo_prompts.py --prompts prompts.txt --count 24       # one a line
@@ -32,10 +33,18 @@ def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict
         ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7}),
     )
     return [
-        {"id": f"demo-{i}", "family": "llada", "mode": modes[i % 3], "prompt": [model.encode(example.prompt)],
-         "gen_length": demo_task.GEN_LENGTH, "block_length": 8, "steps": 48, **policies[i // 3 % 3]}
+        {
+            "id": f"demo-{i}",
+            "family": "llada",
+            "mode": modes[i % 3],
+            "prompt": [model.encode(example.prompt)],
+            "gen_length": demo_task.GEN_LENGTH,
+            "block_length": 8,
+            "steps": 48,
+            **policies[i // 3 % 3],
+        }
         for i, example in enumerate(examples)
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

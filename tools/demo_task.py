@@ -3,13 +3,14 @@
     take red cups from kitchen to garage, then hand blue pens to Mia
     [{"do": "move", "item": "cups", "color": "red", "from": "kitchen", "to": "garage"}, {"do": "give", ...}]
 
-A plan has many right spellings: the keys of a step come in one of several orders, and all keys of an answer follow one of
-two vocabularies ("do", "item", ... or "action", "object", ...). Tokens of an answer therefore depend on one another: a
-decoder that commits two keys at once, each alone plausible, writes one key twice or mixes the vocabularies.
-`is_right` accepts every right spelling and nothing else.
+A plan has many right spellings: the keys of a step come in one of several orders, and all keys of an answer
+follow one of two vocabularies ("do", "item", ... or "action", "object", ...). Tokens of an answer therefore
+depend on one another: a decoder that commits two keys at once, each alone plausible, writes one key twice or
+mixes the vocabularies. `is_right` accepts every right spelling and nothing else.
 
-A tenth of all pairs of a thing and a colour never stands in training; each held-out prompt names one (`is_held_out`).
-Everything is drawn from a `random.Random`, so a seed names a data set. Standard library only.
+A tenth of all pairs of a thing and a colour never stands in training; each held-out prompt names one
+(`is_held_out`). Everything is drawn from a `random.Random`, so a seed names a data set. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ Step = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """An order in words, the plan it means (keys of the first vocabulary), and one right spelling of the answer."""
+    """An order in words, the plan it means (keys of the first vocabulary), and one right spelling of the
+    answer."""
 
     prompt: str
     plan: list[Step]
@@ -146,7 +148,8 @@ def _step_of(said: str) -> Step:
 
 
 def is_right(answer: str, plan: list[Step]) -> bool:
-    """Whether `answer` is a right spelling of `plan`: JSON without a repeated key, all keys of one vocabulary."""
+    """Whether `answer` is a right spelling of `plan`: JSON without a repeated key, all keys of one
+    vocabulary."""
     try:
         read = json.loads(answer, object_pairs_hook=_without_repeats)
     except ValueError:

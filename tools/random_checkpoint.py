@@ -3,8 +3,9 @@
     python tools/random_checkpoint.py --preset llada-140m checkpoints/llada-140m
     python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random       # 16 GB: every tensor, real shapes, shards, bf16
 
-The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers are windows of one
-block of 8 M, each at another place, so writing is as fast as the disk, and memory stays small. Runs from a checkout with the `export` extra.
+The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers
+are windows of one block of 8 M, each at another place, so writing is as fast as the disk, and memory stays
+small. Runs from a checkout with the `export` extra.
 """
 
 from __future__ import annotations
@@ -33,37 +34,88 @@ _BLOCK, _STRIDE = (
 )  # the stride is prime: no two windows of a model begin at the same number
 _SHARD_BYTES = 5_000_000_000  # as transformers splits them
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "fp32": ("F32", np.dtype(np.float32)), "fp16": ("F16", np.dtype(np.float16)), "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-}  # fmt: skip
+    "fp32": ("F32", np.dtype(np.float32)),
+    "fp16": ("F16", np.dtype(np.float16)),
+    "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
 _LLADA = {
-    "model_type": "llada", "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
-    "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False,
-    "include_bias": False, "max_sequence_length": 4096,
-}  # fmt: skip
+    "model_type": "llada",
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "weight_tying": False,
+    "include_bias": False,
+    "max_sequence_length": 4096,
+}
 _DREAM = {
-    "model_type": "Dream", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
-    "tie_word_embeddings": False, "use_sliding_window": False, "attention_dropout": 0.0,
-}  # fmt: skip
+    "model_type": "Dream",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+}
 _LLADA_8B = _LLADA | {
-    "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
-    "embedding_size": 126464, "mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081,
-}  # fmt: skip
+    "d_model": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "mask_token_id": 126336,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+}
 _DREAM_7B = _DREAM | {
-    "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-    "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072, "mask_token_id": 151666,
-    "eos_token_id": 151643, "pad_token_id": 151643, "bos_token_id": 151643,
-}  # fmt: skip
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "mask_token_id": 151666,
+    "eos_token_id": 151643,
+    "pad_token_id": 151643,
+    "bos_token_id": 151643,
+}
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
-    "llada-140m": (_LLADA | {
-        "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "mlp_hidden_size": 2304, "vocab_size": 32000,
-        "embedding_size": 32000, "mask_token_id": 31999, "eos_token_id": 31998, "pad_token_id": 31998,
-    }, "fp32"),
-    "llada-1.5b": (_LLADA_8B | {"d_model": 2048, "n_layers": 20, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 5632}, "bf16"),
+    "llada-140m": (
+        _LLADA
+        | {
+            "d_model": 768,
+            "n_layers": 12,
+            "n_heads": 12,
+            "n_kv_heads": 12,
+            "mlp_hidden_size": 2304,
+            "vocab_size": 32000,
+            "embedding_size": 32000,
+            "mask_token_id": 31999,
+            "eos_token_id": 31998,
+            "pad_token_id": 31998,
+        },
+        "fp32",
+    ),
+    "llada-1.5b": (
+        _LLADA_8B
+        | {"d_model": 2048, "n_layers": 20, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 5632},
+        "bf16",
+    ),
     "llada-8b": (_LLADA_8B, "bf16"),
     "dream-7b": (_DREAM_7B, "bf16"),
-    "llada-8b-2layers": (_LLADA_8B | {"n_layers": 2}, "bf16"),  # full width: what runs on a machine of 24 GiB, with PyTorch beside
+    "llada-8b-2layers": (
+        _LLADA_8B | {"n_layers": 2},
+        "bf16",
+    ),  # full width: what runs on a machine of 24 GiB, with PyTorch beside
     "dream-7b-2layers": (_DREAM_7B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}, "bf16"),
-}  # fmt: skip
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -71,10 +123,13 @@ Shapes = dict[str, tuple[int, ...]]
 def write(
     config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0, shard_bytes: int = _SHARD_BYTES
 ) -> None:
-    """A checkpoint directory: config.json and model.safetensors, or shards with an index where it is larger than a shard."""
+    """A checkpoint directory: config.json and model.safetensors, or shards with an index where it is larger
+    than a shard."""
     family = families.find(config["model_type"])
-    shapes = {family.tensor_name(name): shape
-              for name, shape in weight_shapes(family.decoder(ConfigReader(config, "config.json"))).items()}  # fmt: skip
+    shapes = {
+        family.tensor_name(name): shape
+        for name, shape in weight_shapes(family.decoder(ConfigReader(config, "config.json"))).items()
+    }
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     itemsize, noise = _DTYPES[dtype][1].itemsize, _Noise(dtype, seed)

@@ -1,8 +1,10 @@
-"""Record a decoding as an animated SVG: vanilla beside cached and parallel, each token where and when a real run committed it.
+"""Record a decoding as an animated SVG: vanilla beside cached and parallel, each token where and when a real
+run committed it.
 
     python tools/record_decoding.py artifacts/llada-demo --out docs/decoding.svg
 
-Both runs are made here, one after the other, several times in turn; the ones of median time are drawn, both slowed by the same factor, which the picture states.
+Both runs are made here, one after the other, several times in turn; the ones of median time are drawn, both
+slowed by the same factor, which the picture states.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ WIDTH, LINE, CHARACTER, MARGIN = 880, 24, 7.3, 16
 
 @dataclass
 class Run:
-    """Seconds of each forward from the start, and of every token its text, confidence and forward (from 1)."""
+    """Seconds of each forward from the start, and of every token its text, confidence and forward (from
+    1)."""
 
     times: list[float]
     tokens: dict[int, tuple[str, float, int]]
@@ -69,7 +72,8 @@ def draw(runs: dict[str, Run], facts: str) -> str:
         for forward, at in enumerate(run.times, 1):
             share = 100 * at * slower / total
             styles.append(
-                f"@keyframes f{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,100%{{opacity:1}}}}"
+                f"@keyframes "
+                f"f{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,100%{{opacity:1}}}}"
             )
         x, y = float(MARGIN), top + 14
         for text, confidence, forward in shown.values():
@@ -77,31 +81,47 @@ def draw(runs: dict[str, Run], facts: str) -> str:
             if x + width > WIDTH - MARGIN:
                 x, y = float(MARGIN), y + LINE
             hue = f"hsl({120 * confidence:.0f} 70% 75%)"
-            body.append(f'<rect class="mask" x="{x:.1f}" y="{y}" width="{width:.1f}" height="19" rx="3"/>'
-                        f'<g style="animation:f{number}-{forward} {total}s infinite"><rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="19" rx="3" fill="{hue}"/>'
-                        f'<text class="token" x="{x + 4:.1f}" y="{y + 14}">{html.escape(text)}</text></g>')  # fmt: skip
+            body.append(
+                f'<rect class="mask" x="{x:.1f}" y="{y}" width="{width:.1f}" height="19" rx="3"/>'
+                f'<g style="animation:f{number}-{forward} {total}s infinite"><rect x="{x:.1f}" y="{y}" '
+                f'width="{width:.1f}" height="19" rx="3" fill="{hue}"/>'
+                f'<text class="token" x="{x + 4:.1f}" y="{y + 14}">{html.escape(text)}</text></g>'
+            )
             x += width + 3
         y += LINE + 12
         for forward, at in enumerate(run.times, 1):
             end = run.times[forward] if forward < len(run.times) else None
             share, until = 100 * at * slower / total, 100 if end is None else 100 * end * slower / total
-            styles.append(f"@keyframes c{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,{until:.3f}%{{opacity:1}}"
-                          + ("" if end is None else f"{until + 0.001:.3f}%,100%{{opacity:0}}") + "}")  # fmt: skip
+            styles.append(
+                f"@keyframes "
+                f"c{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,{until:.3f}%{{opacity:1}}"
+                + ("" if end is None else f"{until + 0.001:.3f}%,100%{{opacity:0}}")
+                + "}"
+            )
             done = (
                 ""
                 if end is not None
-                else f", {run.useful} tokens: {run.useful / len(run.times):.2f} a forward, {1000 * run.times[-1]:.0f} ms"
+                else f", {run.useful} tokens: {run.useful / len(run.times):.2f} a forward, "
+                f"{1000 * run.times[-1]:.0f} ms"
             )
             body.append(
-                f'<text class="count" style="animation:c{number}-{forward} {total}s infinite" x="{MARGIN}" y="{y + 4}">{forward} forwards{done}</text>'
+                f'<text class="count" style="animation:c{number}-{forward} {total}s infinite" x="{MARGIN}" '
+                f'y="{y + 4}">{forward} forwards{done}</text>'
             )
         top = y + 44
-    style = ("text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}.name{font-weight:bold;font-size:13px;fill:#222}"
-             ".token{fill:#111}.count{fill:#444;opacity:0}.mask{fill:none;stroke:#999;stroke-dasharray:2 2}.facts{fill:#666;font-size:11px}g{opacity:0}" + "".join(styles))  # fmt: skip
+    style = (
+        "text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}.name{font-weight:bold;font-size:13px;fill:#222}"
+        ".token{fill:#111}.count{fill:#444;opacity:0}.mask{fill:none;stroke:#999;stroke-dasharray:2 "
+        "2}.facts{fill:#666;font-size:11px}g{opacity:0}" + "".join(styles)
+    )
     facts = f"{facts}; shown {slower:.0f} times slower than measured"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 8}" width="{WIDTH}"><title>Two decodings of one prompt, token by token</title>'
-            f'<style>{style}</style><rect width="100%" height="100%" rx="6" fill="#fafafa"/><text class="facts" x="{MARGIN}" y="18">&gt; {html.escape(PROMPT)}</text>'
-            f'{"".join(body)}<text class="facts" x="{MARGIN}" y="{top - 8}">{html.escape(facts)}</text></svg>\n')  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 8}" '
+        f'width="{WIDTH}"><title>Two decodings of one prompt, token by token</title>'
+        f'<style>{style}</style><rect width="100%" height="100%" rx="6" fill="#fafafa"/><text class="facts" '
+        f'x="{MARGIN}" y="18">&gt; {html.escape(PROMPT)}</text>'
+        f'{"".join(body)}<text class="facts" x="{MARGIN}" y="{top - 8}">{html.escape(facts)}</text></svg>\n'
+    )
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
     python tools/train_demo.py checkpoints/llada-demo --minutes 60
 
-LLaDA's recipe (arXiv 2502.09992, section 2): mask each token of the response with probability t ~ U(0, 1), predict the
-masked ones, weigh the loss by 1/t; the response region has a fixed size and is filled up with end-of-text tokens. Half of
-the samples are masked as block decoding sees them: a window is masked with ratio t, everything right of it wholly.
+LLaDA's recipe (arXiv 2502.09992, section 2): mask each token of the response with probability t ~ U(0, 1),
+predict the masked ones, weigh the loss by 1/t; the response region has a fixed size and is filled up with
+end-of-text tokens. Half of the samples are masked as block decoding sees them: a window is masked with ratio
+t, everything right of it wholly.
 
-Two single-thread processes average their gradients (faster on two cores than one process with two threads). Writes
-config.json, model.safetensors (bf16, the official tensor names), the tokenizer and training_log.jsonl.
+Two single-thread processes average their gradients (faster on two cores than one process with two threads).
+Writes config.json, model.safetensors (bf16, the official tensor names), the tokenizer and training_log.jsonl.
 Needs torch, safetensors and tokenizers. Shape notation: B batch, L length, D width, H heads, V vocabulary.
 """
 
@@ -44,14 +45,17 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Tokenizer:
-    """Words, and runs of punctuation with their spaces; other spaces are dropped. Answers survive a round trip exactly."""
+    """Words, and runs of punctuation with their spaces; other spaces are dropped. Answers survive a round
+    trip exactly."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *demo_task.glue(), *demo_task.words()])}
     assert len(vocab) <= VOCAB and vocab[MASK] == MASK_ID and vocab[END] == END_ID
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r'[\s"\[\]{}:,;.?!]+'), "isolated"),
-        pre_tokenizers.Split(Regex(r"^\s+$"), "removed"),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r'[\s"\[\]{}:,;.?!]+'), "isolated"),
+            pre_tokenizers.Split(Regex(r"^\s+$"), "removed"),
+        ]
+    )
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
@@ -125,7 +129,8 @@ class Model(nn.Module):
 def batches(
     tokenizer: Tokenizer, rng: random.Random, size: int, *, held_out: bool, drills: float = 0.0
 ) -> Iterator[tuple[Tensor, list]]:
-    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: nothing is padded but the response.
+    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: nothing is padded but the
+    response.
 
     A share `drills` of the examples has a single step.
     """
@@ -171,7 +176,8 @@ def loss_of(model: Model, ids: Tensor) -> Tensor:
 def exact_match(
     model: Model, tokenizer: Tokenizer, ids: Tensor, examples: list, threshold: float = 0.9
 ) -> float:
-    """Share of right answers, decoded by blocks of 32 with a threshold and no cache: a progress figure, not the evaluation."""
+    """Share of right answers, decoded by blocks of 32 with a threshold and no cache: a progress figure, not
+    the evaluation."""
     first = ids.shape[1] - demo_task.GEN_LENGTH
     canvas = torch.cat([ids[:, :first], torch.full((len(ids), demo_task.GEN_LENGTH), MASK_ID)], 1)
     for end in range(first + 32, ids.shape[1] + 1, 32):
@@ -193,28 +199,75 @@ def save(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     tensors = {f"model.transformer.{name}": tensor.bfloat16() for name, tensor in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "unk_token": UNKNOWN,
-        "mask_token": MASK, "model_max_length": MAX_LENGTH, "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
-    write_json(out / "generation_config.json", {"eos_token_id": END_ID, "pad_token_id": END_ID,
-                                                "gen_length": demo_task.GEN_LENGTH, "block_length": 8})  # fmt: skip
-    write_json(out / "config.json", {
-        "activation_type": "silu", "alibi": False, "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0,
-        "attention_layer_norm": False, "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama",
-        "d_model": WIDTH, "embedding_dropout": 0.0, "embedding_size": VOCAB, "eos_token_id": END_ID,
-        "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False, "layer_norm_type": "rms",
-        "layer_norm_with_affine": True, "mask_token_id": MASK_ID, "max_sequence_length": MAX_LENGTH,
-        "mlp_hidden_size": MLP, "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": HEADS,
-        "n_kv_heads": HEADS, "n_layers": LAYERS, "pad_token_id": END_ID, "residual_dropout": 0.0, "rms_norm_eps": EPS,
-        "rope": True, "rope_full_precision": True, "rope_theta": THETA, "scale_logits": False,
-        "torch_dtype": "bfloat16", "use_cache": False, "vocab_size": VOCAB, "weight_tying": False,
-    })  # fmt: skip
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "pad_token": END,
+            "unk_token": UNKNOWN,
+            "mask_token": MASK,
+            "model_max_length": MAX_LENGTH,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    write_json(
+        out / "generation_config.json",
+        {
+            "eos_token_id": END_ID,
+            "pad_token_id": END_ID,
+            "gen_length": demo_task.GEN_LENGTH,
+            "block_length": 8,
+        },
+    )
+    write_json(
+        out / "config.json",
+        {
+            "activation_type": "silu",
+            "alibi": False,
+            "architectures": ["LLaDAModelLM"],
+            "attention_dropout": 0.0,
+            "attention_layer_norm": False,
+            "bias_for_layer_norm": False,
+            "block_group_size": 1,
+            "block_type": "llama",
+            "d_model": WIDTH,
+            "embedding_dropout": 0.0,
+            "embedding_size": VOCAB,
+            "eos_token_id": END_ID,
+            "include_bias": False,
+            "include_qkv_bias": False,
+            "input_emb_norm": False,
+            "layer_norm_type": "rms",
+            "layer_norm_with_affine": True,
+            "mask_token_id": MASK_ID,
+            "max_sequence_length": MAX_LENGTH,
+            "mlp_hidden_size": MLP,
+            "mlp_ratio": 4,
+            "model_type": "llada",
+            "multi_query_attention": None,
+            "n_heads": HEADS,
+            "n_kv_heads": HEADS,
+            "n_layers": LAYERS,
+            "pad_token_id": END_ID,
+            "residual_dropout": 0.0,
+            "rms_norm_eps": EPS,
+            "rope": True,
+            "rope_full_precision": True,
+            "rope_theta": THETA,
+            "scale_logits": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+            "vocab_size": VOCAB,
+            "weight_tying": False,
+        },
+    )
 
 
 def load(model: Model, tokenizer: Tokenizer, path: Path) -> None:
-    """Weights saved by `save`; rows of the embedding and the head follow their tokens, should the vocabulary have changed."""
+    """Weights saved by `save`; rows of the embedding and the head follow their tokens, should the vocabulary
+    have changed."""
     tensors = {
         name.removeprefix("model.transformer."): t.float()
         for name, t in load_file(path / "model.safetensors").items()
@@ -258,9 +311,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if rank == 0 and (clock.item() >= next_report or done >= 1):
             model.eval()
             ids, examples = next(tests)
-            line = {"seed": seed, "rate": rate, "minutes": round(clock.item() / 60, 1), "step": step, "sequences": sequences,
-                    "loss": round(sum(recent) / len(recent), 4),
-                    "exact_match_64_held_out": round(exact_match(model, tokenizer, ids, examples), 3)}  # fmt: skip
+            line = {
+                "seed": seed,
+                "rate": rate,
+                "minutes": round(clock.item() / 60, 1),
+                "step": step,
+                "sequences": sequences,
+                "loss": round(sum(recent) / len(recent), 4),
+                "exact_match_64_held_out": round(exact_match(model, tokenizer, ids, examples), 3),
+            }
             print(json.dumps(line), flush=True)
             with open(out / "training_log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")

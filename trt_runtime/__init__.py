@@ -1,13 +1,16 @@
-"""trt_runtime: decode diffusion LLMs from an exported artifact. See `load`, `Model`, `GenerationConfig`, `DllmError`.
+"""trt_runtime: decode diffusion LLMs from an exported artifact. See `load`, `Model`, `GenerationConfig`,
+`DllmError`.
 
-The names are imported when they are first used, so that a command line begins at once and can be interrupted from then on.
+The names are imported when they are first used, so that a command line begins at once and can be interrupted
+from then on.
 """
 
 from __future__ import annotations
 
 import os
 
-# ONNX Runtime sends usage data, and writes an identifier into the home directory, unless this is set before it is imported
+# ONNX Runtime sends usage data, and writes an identifier into the home directory, unless this is set before
+# it is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 TYPE_CHECKING = False  # the same in `typing`, whose import takes longer than all of this file

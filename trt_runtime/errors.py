@@ -8,11 +8,13 @@ if TYPE_CHECKING:
 
 
 class DllmError(Exception):
-    """Something the user can mend. The message says what is wrong, what was got, what was expected and what to do."""
+    """Something the user can mend. The message says what is wrong, what was got, what was expected and what
+    to do."""
 
 
 class BackendError(DllmError):
-    """A backend or its device failed in work that was asked for correctly: not the user's error, though what to do about it may be said."""
+    """A backend or its device failed in work that was asked for correctly: not the user's error, though what
+    to do about it may be said."""
 
 
 def check_counts(held: object, *names: str) -> None:

@@ -2,8 +2,8 @@
 
 import trt_runtime as rt
 with rt.load("artifacts/llada-demo") as model:
-    for result in model.generate(["take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"]):
-        print(result.text, result.nfe, result.tokens_per_forward)
+    for result in model.generate(["take red cups from kitchen to garage, then hand blue pens to Mia, and clean
+        hall with mop"]): print(result.text, result.nfe, result.tokens_per_forward)
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ _SHOWN = 60  # characters of a text in a repr
 class Result:
     """What became of a row. Times are of the whole call, which all its rows share.
 
-    text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length tokens.
-    num_useful: tokens before the end-of-sequence token. nfe: forwards, of which prefix_passes and refine_steps.
-    canvas: prompt and answer (with `infill`, the prompt's gaps filled). seconds: wall time until the row finished.
-    blocks: half-open ranges of the canvas, as they were decoded. pieces: the text of each of the canvas's last len(pieces) tokens: the answer's,
-    with filled gaps in the prompt the prompt's too; token ids without a tokenizer.
+    text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length
+    tokens.
+    num_useful: tokens before the end-of-sequence token. nfe: forwards, of which prefix_passes and
+    refine_steps.
+    canvas: prompt and answer (with `infill`, the prompt's gaps filled). seconds: wall time until the row
+    finished.
+    blocks: half-open ranges of the canvas, as they were decoded. pieces: the text of each of the canvas's
+    last len(pieces) tokens: the answer's, with filled gaps in the prompt the prompt's too; token ids without
+    a tokenizer.
     """
 
     text: str | None
@@ -74,12 +78,12 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class Update:
-    """A row after one forward: `committed` is the text of finished blocks, without an end that the next one may change (a character whose
-    bytes are not all there); `provisional` what is unmasked beyond them.
+    """A row after one forward: `committed` is the text of finished blocks, without an end that the next one
+    may change (a character whose bytes are not all there); `provisional` what is unmasked beyond them.
 
-    tokens: the generated part as it stands, mask tokens included. changed: positions that were written since the last update, with the
-    confidence of each (None where a device chose by itself), and block: the running block, both counted from the generated part's
-    first token (with `infill`, gaps of the prompt lie below 0).
+    tokens: the generated part as it stands, mask tokens included. changed: positions that were written since
+    the last update, with the confidence of each (None where a device chose by itself), and block: the running
+    block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
     """
 
     row: int
@@ -97,7 +101,8 @@ class Update:
     def __repr__(self) -> str:
         return (
             f"Update(row={self.row}, nfe={self.nfe}, kind={self.kind!r}, committed={_start(self.committed)}, "
-            f"provisional={_start(self.provisional)}, changed={_first(self.changed)}, block={self.block}, finished={self.finished})"
+            f"provisional={_start(self.provisional)}, changed={_first(self.changed)}, block={self.block}, "
+            f"finished={self.finished})"
         )
 
 
@@ -125,7 +130,10 @@ class Model:
     def __repr__(self) -> str:
         facts = self.manifest.model
         on = "closed" if self._backend is None else f"on {self._backend.name}"
-        return f"Model({str(self.path)!r}, {facts.family}, {facts.parameters / 1e6:,.1f} M parameters, {facts.dtype}, {on})"
+        return (
+            f"Model({str(self.path)!r}, {facts.family}, {facts.parameters / 1e6:,.1f} M parameters, "
+            f"{facts.dtype}, {on})"
+        )
 
     @property
     def backend(self) -> Backend:
@@ -147,7 +155,9 @@ class Model:
         """Complete several prompts at once; the results stand in their order.
 
         A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
-        {'role', 'content'}, or a list of token ids. `seeds`: of each prompt's draws (default: config.seed and the numbers after it). Without a config, the options that were tuned for the artifact, else the defaults. Raises DllmError for a prompt or an option that cannot be used.
+        {'role', 'content'}, or a list of token ids. `seeds`: of each prompt's draws (default: config.seed and
+        the numbers after it). Without a config, the options that were tuned for the artifact, else the
+        defaults. Raises DllmError for a prompt or an option that cannot be used.
         """
         config = config or configured({}, self.manifest)
         rows = self._sequences(prompts, config, raw, seeds)
@@ -163,8 +173,9 @@ class Model:
     def stream(
         self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
     ) -> Iterator[Update]:
-        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_sync` of the backend. Nothing
-        runs before the first is taken. Raises DllmError where the model is closed in between."""
+        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_sync`
+        of the backend. Nothing runs before the first is taken. Raises DllmError where the model is closed in
+        between."""
         self._check_open()
         return self._streamed(prompts, config, raw)
 
@@ -243,8 +254,10 @@ class Model:
         rules = rules_of(config, self.manifest)
         if rules.sampler.needs_logits and not self.backend.gives_logits:
             raise DllmError(
-                f"temperature is {config.temperature}, top_p {config.top_p}, top_k {config.top_k}, but this artifact returns "
-                f"statistics only on {self.backend.name}: leave them out, or export it again with HEAD=logits (--head logits)."
+                f"temperature is {config.temperature}, top_p {config.top_p}, top_k {config.top_k}, but this "
+                f"artifact returns "
+                f"statistics only on {self.backend.name}: leave them out, or export it again with "
+                f"HEAD=logits (--head logits)."
             )
         rows = []
         for i, prompt in enumerate(prompts):
@@ -270,9 +283,19 @@ class Model:
         starts = range(row.prompt_length, row.length, size)
         has_gaps = any(position < row.prompt_length for step in row.trace for position in step.positions)
         shown = row.canvas[0 if has_gaps else row.prompt_length :].tolist()
-        return Result(text, row.output.tolist(), row.num_useful, row.nfe, prefix_passes, row.nfe - prefix_passes,
-                      seconds, row.canvas.tolist(), row.trace, [(start, min(start + size, row.length)) for start in starts],
-                      [self.tokenizer.piece(token) if self.tokenizer else str(token) for token in shown])  # fmt: skip
+        return Result(
+            text,
+            row.output.tolist(),
+            row.num_useful,
+            row.nfe,
+            prefix_passes,
+            row.nfe - prefix_passes,
+            seconds,
+            row.canvas.tolist(),
+            row.trace,
+            [(start, min(start + size, row.length)) for start in starts],
+            [self.tokenizer.piece(token) if self.tokenizer else str(token) for token in shown],
+        )
 
     def sequence(self, prompt: Prompt, config: GenerationConfig, *, raw: bool = False) -> Sequence:
         """One row, checked, for a scheduler. Raises DllmError."""
@@ -290,9 +313,19 @@ class Model:
         committed = self._text(row.canvas[first:settled], is_whole=row.is_finished)
         rest = row.canvas[settled:useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
-        return Update(slot, row.nfe, made[-1].kind, committed, provisional, row.output.tolist(),
-                      [p - first for step in made for p in step.positions], [c for step in made for c in step.confidence],
-                      (block[0] - first, block[1] - first), row.is_finished, max(0, settled - first))  # fmt: skip
+        return Update(
+            slot,
+            row.nfe,
+            made[-1].kind,
+            committed,
+            provisional,
+            row.output.tolist(),
+            [p - first for step in made for p in step.positions],
+            [c for step in made for c in step.confidence],
+            (block[0] - first, block[1] - first),
+            row.is_finished,
+            max(0, settled - first),
+        )
 
     def text(self, ids: np.ndarray[Any, Any]) -> str:
         """The text of token ids, special tokens left out. Raises DllmError without a tokenizer."""
@@ -310,7 +343,8 @@ class Model:
 
 
 def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
-    """Open an artifact directory on a backend ('ort', or 'torch' from a checkout). Options are the backend's own.
+    """Open an artifact directory on a backend ('ort', or 'torch' from a checkout). Options are the backend's
+    own.
 
     Raises DllmError if the artifact is damaged, or the backend or its package is not there.
     """
@@ -350,7 +384,8 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
 
 
 def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:
-    """Raise DllmError for a prompt that is empty, too long, outside the vocabulary, or has mask tokens without `infill`."""
+    """Raise DllmError for a prompt that is empty, too long, outside the vocabulary, or has mask tokens
+    without `infill`."""
     model, mask = manifest.model, manifest.decoding.mask_token_id
     assert config.gen_length is not None
     if not ids:
@@ -364,12 +399,14 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
             *([f"lower gen_length to {room}"] if room > 0 else []),
         ]
         raise DllmError(
-            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the model's "
+            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than "
+            f"the model's "
             f"{model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
         )
     if mask in ids and not config.infill:
         raise DllmError(
-            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) to have the gaps "
+            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) "
+            f"to have the gaps "
             "filled, or take it out."
         )
     if config.gen_length == 0 and mask not in ids:

@@ -1,7 +1,8 @@
-"""A result as HTML for a notebook: blocks, and tokens coloured by the confidence with which they were committed.
+"""A result as HTML for a notebook: blocks, and tokens coloured by the confidence with which they were
+committed.
 
-Styles stand in the elements and colours are see-through, so that it reads on light and dark pages; nothing comes from outside, and no text of
-the model is markup.
+Styles stand in the elements and colours are see-through, so that it reads on light and dark pages; nothing
+comes from outside, and no text of the model is markup.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def html_of(result: Result) -> str:
         tokens = "".join(_token(result.pieces[i - offset], made.get(i)) for i in range(start, min(stop, end)))
         parts.append(f'<span style="{_BLOCK}" title="block {number}">{tokens}</span>')
     said = (
-        f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens a forward, "
+        f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens a "
+        f"forward, "
         f"{result.seconds:.2f} s; colour: confidence, from red (0) to green (1)"
     )
-    return f'<div style="{_PAGE}">{"".join(parts)}</div><div style="opacity: 0.75; font-size: smaller">{said}</div>'
+    return (
+        f'<div style="{_PAGE}">{"".join(parts)}</div><div style="opacity: 0.75; font-size: '
+        f'smaller">{said}</div>'
+    )
 
 
 def _forwards(result: Result) -> dict[int, tuple[str, float | None]]:
@@ -61,6 +66,12 @@ def _token(piece: str, made: tuple[str, float | None] | None) -> str:
         return f'<span style="{_TOKEN}; opacity: 0.75">{text}</span>'
     forward, confidence = made
     if confidence is None:
-        return f'<span style="{_TOKEN}; border-bottom: 1px dashed" title="{forward}, confidence not known">{text}</span>'
+        return (
+            f'<span style="{_TOKEN}; border-bottom: 1px dashed" title="{forward}, confidence not '
+            f'known">{text}</span>'
+        )
     hue = round(120 * min(max(confidence, 0.0), 1.0))
-    return f'<span style="{_TOKEN}; background: hsla({hue}, 90%, 45%, 0.3)" title="{forward}, confidence {confidence:.3f}">{text}</span>'
+    return (
+        f'<span style="{_TOKEN}; background: hsla({hue}, 90%, 45%, 0.3)" title="{forward}, confidence '
+        f'{confidence:.3f}">{text}</span>'
+    )

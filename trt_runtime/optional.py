@@ -1,8 +1,9 @@
 """Imports of what may not be installed: the packages of an extra, and the exporter and the kernels.
 
-The exporter and the kernels are the folders `export` and `plugins` of a checkout. A wheel holds the same files as the packages
-`dllm_trt_export` and `dllm_trt_plugins`, because the folders' own names are too general for site-packages. Their files import one another
-by relative imports, so they work under either name; code of yours imports them by the installed name, which a checkout knows too.
+The exporter and the kernels are the folders `export` and `plugins` of a checkout. A wheel holds the same
+files as the packages `dllm_trt_export` and `dllm_trt_plugins`, because the folders' own names are too general
+for site-packages. Their files import one another by relative imports, so they work under either name; code of
+yours imports them by the installed name, which a checkout knows too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TOOLS, PREFIX = ("export", "plugins"), "dllm_trt_"
 
 
 def import_optional(module: str, what: str, fix: str) -> Any:
-    """Import a module whose packages may be missing. `what` needs it; `fix`: the command that installs them. Raises DllmError.
+    """Import a module whose packages may be missing. `what` needs it; `fix`: the command that installs them.
+    Raises DllmError.
 
     Modules of the exporter and the kernels are named as in a checkout: 'export.parity.verify'.
     """
@@ -39,13 +41,15 @@ def import_optional(module: str, what: str, fix: str) -> Any:
             raise
         said = " ".join(str(error).split())
         raise DllmError(
-            f"{what} needs the package {broken}, which does not load ({type(error).__name__}: {said}): install it again, "
+            f"{what} needs the package {broken}, which does not load ({type(error).__name__}: {said}): "
+            f"install it again, "
             f"{commands.pip()} install --force-reinstall {broken}."
         ) from error
 
 
 def _installed_name(module: str) -> str:
-    """The name under which a module is imported here; a checkout's folder is put on the path if it is needed."""
+    """The name under which a module is imported here; a checkout's folder is put on the path if it is
+    needed."""
     tool = module.split(".", maxsplit=1)[0]
     if tool not in TOOLS:
         return module
@@ -70,7 +74,8 @@ def _package_of(error: BaseException) -> str | None:
 
 
 class InstalledName(MetaPathFinder, Loader):
-    """Makes `dllm_trt_export...` another name of the modules `export...` of a checkout, and so for the kernels: one module, two names."""
+    """Makes `dllm_trt_export...` another name of the modules `export...` of a checkout, and so for the
+    kernels: one module, two names."""
 
     def __init__(self, tool: str) -> None:
         self.tool = tool
@@ -91,7 +96,8 @@ class InstalledName(MetaPathFinder, Loader):
 
 
 def know_installed_name(package: str) -> None:
-    """For the packages of a checkout, when they are imported: code that imports them by the installed name gets the same modules."""
+    """For the packages of a checkout, when they are imported: code that imports them by the installed name
+    gets the same modules."""
     if package in TOOLS and not any(
         isinstance(finder, InstalledName) and finder.tool == package for finder in sys.meta_path
     ):

@@ -1,12 +1,13 @@
-"""A registry: what can be chosen by a name, of this project, of installed packages, and of a module that the user names.
+"""A registry: what can be chosen by a name, of this project, of installed packages, and of a module that the
+user names.
 
 A package adds to a registry by an entry point of the registry's group, under a name of its own:
 
     [project.entry-points."dllm_trt.policies"]
     patient = "my_package.policies:Patient"
 
-Without a package, `my_module:Patient` is a name too. It imports the module, so it is for the command line and Python, and never for what a
-client of a server sends (`names` holds none of these).
+Without a package, `my_module:Patient` is a name too. It imports the module, so it is for the command line and
+Python, and never for what a client of a server sends (`names` holds none of these).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Items by name. `kind`: the word for one in messages. `group`: of entry points. `expected`: what an item is, in words; `fits` says whether
-    one is that.
+    """Items by name. `kind`: the word for one in messages. `group`: of entry points. `expected`: what an item
+    is, in words; `fits` says whether one is that.
 
-    check: raises DllmError for an item that does not go with those that are there. A name that is taken is refused.
+    check: raises DllmError for an item that does not go with those that are there. A name that is taken is
+    refused.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Registry(Generic[T]):
             self.register(item)
 
     def register(self, item: T, name: str | None = None) -> T:
-        """Add an item by its `name` attribute, unless another name is given; returns it, so that it can decorate a class. Raises DllmError."""
+        """Add an item by its `name` attribute, unless another name is given; returns it, so that it can
+        decorate a class. Raises DllmError."""
         name = name or getattr(item, "name", None)
         if not self._fits(item) or not isinstance(name, str):
             raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
@@ -73,7 +76,8 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def installed(self, name: str) -> T:
-        """The item of a name that no module is imported for: where it comes from a client or a file. Raises DllmError."""
+        """The item of a name that no module is imported for: where it comes from a client or a file. Raises
+        DllmError."""
         if name not in self.names():
             raise unknown(self.kind, name, self.names())
         return self._items[name]
@@ -109,7 +113,8 @@ class Registry(Generic[T]):
                 self.register(point.load(), point.name)
             except (ImportError, AttributeError) as error:
                 raise DllmError(
-                    f"the {self.kind} '{point.name}' of an installed package cannot be imported ({error}): install that package again, "
+                    f"the {self.kind} '{point.name}' of an installed package cannot be imported ({error}): "
+                    f"install that package again, "
                     "or remove it."
                 ) from error
 

@@ -4,7 +4,8 @@
     python benchmarks/reports/gpu.py mine.json theirs.json --print       # merged, on standard output
     python benchmarks/reports/gpu.py --document FILE.md                  # elsewhere; the plot goes beside the document
 
-The table takes the place of what stands between the two marks of the document. The plot (of the first report) needs matplotlib (the `bench` extra).
+The table takes the place of what stands between the two marks of the document. The plot (of the first report)
+needs matplotlib (the `bench` extra).
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from marks import ROOT, insert
 BEGIN, END = "<!-- gpu-report: begin -->", "<!-- gpu-report: end -->"
 PLOT, FORMAT, VERSION = "gpu-report.svg", "dllm-trt gpu report", 1
 # stage and key in its result -> the name of a row
-ROWS = (("torch", "", "PyTorch, eager"), ("torch_graph", "graph", "PyTorch, CUDA graph (*)"),
-        ("torch_graph", "compiled_graph", "PyTorch, compiled, CUDA graph (*)"), ("ort", "", "ONNX Runtime"), ("tensorrt", "", "TensorRT"))  # fmt: skip
+ROWS = (
+    ("torch", "", "PyTorch, eager"),
+    ("torch_graph", "graph", "PyTorch, CUDA graph (*)"),
+    ("torch_graph", "compiled_graph", "PyTorch, compiled, CUDA graph (*)"),
+    ("ort", "", "ONNX Runtime"),
+    ("tensorrt", "", "TensorRT"),
+)
 
 
 def main() -> None:
@@ -47,7 +53,8 @@ def main() -> None:
     files = args.reports or sorted((ROOT / "benchmarks" / "results").glob("gpu-report-*.json"))
     if not files:
         raise SystemExit(
-            "error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine first."
+            "error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine "
+            "first."
         )
     reports = [read(file) for file in files]
     text = "\n\n".join([*([merged(reports)] if len(reports) > 1 else []), *map(table, reports)])
@@ -74,7 +81,8 @@ def read(file: Path) -> dict[str, Any]:
         stages["environment"]["machine"]["versions"]  # what every table begins with
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(
-            f"error: {file}: is no report of 'make gpu-report' ({error}): give one, or make one on a GPU machine."
+            f"error: {file}: is no report of 'make gpu-report' ({error}): give one, or make one on a GPU "
+            f"machine."
         ) from error
     return stages
 
@@ -86,9 +94,11 @@ def device_of(results: dict[str, Any]) -> str:
 
 
 def merged(reports: list[dict[str, Any]]) -> str:
-    """One row a GPU and variant. What was measured with another model stands in another row, never in one comparison."""
+    """One row a GPU and variant. What was measured with another model stands in another row, never in one
+    comparison."""
     lines = [
-        "| device | model | variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | parity |",
+        "| device | model | variant | refine step ms | share of roofline | prefix pass ms | share | "
+        "tokens/s | parity |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for results in reports:
@@ -96,9 +106,17 @@ def merged(reports: list[dict[str, Any]]) -> str:
         for name, row in longest(results):
             stage = next(stage for stage, _, known in ROWS if known == name)
             passed = results.get(stage, {}).get("parity", {}).get("passed")
-            cells = [device_of(results), f"{settings['preset']} {settings['dtype']}, canvas {settings['canvases'][-1]}", name, f"{row['refine_ms']:.2f}",
-                     _share(row, "refine"), f"{row['prefix_ms']:.2f}", _share(row, "prefix"), _number(row.get("tokens_per_second_at_schedule")),
-                     "-" if passed is None else "passed" if passed else "FAILED"]  # fmt: skip
+            cells = [
+                device_of(results),
+                f"{settings['preset']} {settings['dtype']}, canvas {settings['canvases'][-1]}",
+                name,
+                f"{row['refine_ms']:.2f}",
+                _share(row, "refine"),
+                f"{row['prefix_ms']:.2f}",
+                _share(row, "prefix"),
+                _number(row.get("tokens_per_second_at_schedule")),
+                "-" if passed is None else "passed" if passed else "FAILED",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,21 +152,39 @@ def table(results: dict[str, Any]) -> str:
     settings, machine = environment["settings"], environment["machine"]
     where = device_of(results)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit {str(environment['commit'])[:10]}. "
-             f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block {settings['block_length']}, batch 1; "
-             f"tokens/s at {settings['tokens_per_forward']} tokens a forward, from the times of single calls, and of the loop itself.", ""]  # fmt: skip
-    lines += ["| variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | of eager | tokens/s of the loop, at tokens a forward |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit "
+        f"{str(environment['commit'])[:10]}. "
+        f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block "
+        f"{settings['block_length']}, batch 1; "
+        f"tokens/s at {settings['tokens_per_forward']} tokens a forward, from the times of single calls, "
+        f"and of the loop itself.",
+        "",
+    ]
+    lines += [
+        "| variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | of eager | "
+        "tokens/s of the loop, at tokens a forward |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rows = longest(results)
     base = next((row["tokens_per_second_at_schedule"] for name, row in rows if name == ROWS[0][2]), None)
     for name, row in rows:
         speed, loop = row.get("tokens_per_second_at_schedule"), row.get("loop") or {}
-        cells = [name, f"{row['refine_ms']:.2f}", _share(row, "refine"), f"{row['prefix_ms']:.2f}", _share(row, "prefix"), _number(speed),
-                 f"{speed / base:.2f}" if speed and base else "-", f"{loop['tokens_per_second']:,.0f} at {loop['tokens_per_forward']:.2f}" if loop else "-"]  # fmt: skip
+        cells = [
+            name,
+            f"{row['refine_ms']:.2f}",
+            _share(row, "refine"),
+            f"{row['prefix_ms']:.2f}",
+            _share(row, "prefix"),
+            _number(speed),
+            f"{speed / base:.2f}" if speed and base else "-",
+            f"{loop['tokens_per_second']:,.0f} at {loop['tokens_per_forward']:.2f}" if loop else "-",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "(*) the GPU's own time of a replay: no copies in or out, token and confidence alone. The others are what a caller waits.",
+        "(*) the GPU's own time of a replay: no copies in or out, token and confidence alone. The others "
+        "are what a caller waits.",
     ]
     lines.append("")
     for stage, held in sorted(results.items()):
@@ -166,11 +202,13 @@ def table(results: dict[str, Any]) -> str:
             )
             verdict = "passed" if parity["passed"] else "FAILED"
             lines.append(
-                f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own {settings['dtype']} is {own:.2g} away."
+                f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own "
+                f"{settings['dtype']} is {own:.2g} away."
             )
         if reason := held.get("failed") or held.get("skipped"):
             lines.append(
-                f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: {reason.splitlines()[-1][:200]}."
+                f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: "
+                f"{reason.splitlines()[-1][:200]}."
             )
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ def insert(document: Path, begin: str, end: str, made: str) -> None:
     text = document.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(
-            f"error: {document}: has not the marks {begin} and {end} once each: put them where the table goes."
+            f"error: {document}: has not the marks {begin} and {end} once each: put them where the table "
+            f"goes."
         )
     before, after = text.split(begin)[0], text.split(end)[1]
     document.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")

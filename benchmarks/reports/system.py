@@ -3,7 +3,8 @@
     python benchmarks/reports/system.py                                    # benchmarks/results/system-*.json -> docs/benchmarks.md, docs/system*.png, .svg
     python benchmarks/reports/system.py --results DIR --document FILE.md   # elsewhere; the plots go beside the document
 
-Tables take the place of what stands between the two marks of the document. Needs matplotlib (the `bench` extra).
+Tables take the place of what stands between the two marks of the document. Needs matplotlib (the `bench`
+extra).
 """
 
 from __future__ import annotations
@@ -62,11 +63,18 @@ def main() -> None:
     scaling = args.results / "system-scaling.json"
     if not runs or not scaling.is_file():
         raise SystemExit(
-            f"error: {args.results}: no system-variants-*.json and system-scaling.json there: run 'make bench' first."
+            f"error: {args.results}: no system-variants-*.json and system-scaling.json there: run 'make "
+            f"bench' first."
         )
     grown = json.loads(scaling.read_text(encoding="utf-8"))
-    text = "\n\n".join([*(variants(threads, run) for threads, run in runs.items()), "![tokens a second of every variant](system.png)",
-                        growth(grown), "![forwards beside the roofline](system-scaling.png)"])  # fmt: skip
+    text = "\n\n".join(
+        [
+            *(variants(threads, run) for threads, run in runs.items()),
+            "![tokens a second of every variant](system.png)",
+            growth(grown),
+            "![forwards beside the roofline](system-scaling.png)",
+        ]
+    )
     insert(args.document, BEGIN, END, text)
     plot_variants(runs, args.document.parent / "system")
     plot_growth(grown, args.document.parent / "system-scaling")
@@ -83,10 +91,12 @@ def variants(threads: int, run: dict[str, Any]) -> str:
     speeds = {row["variant"]: row["tokens_per_second"] for row in run["rows"]}
     versions, where = run["machine"]["versions"], run["machine"]["cpu"]
     lines = [
-        f"{threads} thread{'' if threads == 1 else 's'}; {where}, onnxruntime {versions['onnxruntime']}, torch {versions['torch']}; medians of "
+        f"{threads} thread{'' if threads == 1 else 's'}; {where}, onnxruntime {versions['onnxruntime']}, "
+        f"torch {versions['torch']}; medians of "
         f"{run['settings']['repeats']} rounds:",
         "",
-        "| | decoding | tokens/s | against PyTorch fp32 dual | against PyTorch bf16 dual | ms a prefix pass | ms a refine step | peak MiB |",
+        "| | decoding | tokens/s | against PyTorch fp32 dual | against PyTorch bf16 dual | ms a prefix pass "
+        "| ms a refine step | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(run["rows"], key=lambda row: row["tokens_per_second"]):
@@ -112,9 +122,11 @@ def growth(report: dict[str, Any]) -> str:
     lines = [
         "The same model on ONNX Runtime, one size changed at a time (else "
         + ", ".join(f"{_SWEEPS[name].split(',')[0]} {value}" for name, value in report["base"].items())
-        + "); tokens/s follow from the two forwards; the share is the roofline's time over the measured time:",
+        + "); tokens/s follow from the two forwards; the share is the roofline's time over the measured "
+        "time:",
         "",
-        "| changed | | fp32: prefix ms (share) | refine ms (share) | tokens/s | w8a8: prefix ms (share) | refine ms (share) | tokens/s |",
+        "| changed | | fp32: prefix ms (share) | refine ms (share) | tokens/s | w8a8: prefix ms (share) | "
+        "refine ms (share) | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for sweep, title in _SWEEPS.items():
@@ -127,14 +139,19 @@ def growth(report: dict[str, Any]) -> str:
                     if p["sweep"] == sweep and p[sweep] == size and p["artifact"] == artifact
                 )
                 cells += [
-                    f"{point[f'{kind}_ms']:.1f} ({100 * point[f'{kind}_roofline_ms'] / point[f'{kind}_ms']:.0f} %)"
+                    f"{point[f'{kind}_ms']:.1f} "
+                    f"({100 * point[f'{kind}_roofline_ms'] / point[f'{kind}_ms']:.0f} %)"
                     for kind in ("prefix", "refine")
                 ]
                 cells.append(f"{point['tokens_per_second']:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
     rates = report["rates"]["1"]
-    lines += ["", f"The roofline's rates, measured in the same run on one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['int8'] / 1e9:.0f} Gop/s in u8 x s8, "
-              f"{rates['bandwidth'] / 1e9:.0f} GB/s of a copy."]  # fmt: skip
+    lines += [
+        "",
+        f"The roofline's rates, measured in the same run on one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s "
+        f"in fp32, {rates['int8'] / 1e9:.0f} Gop/s in u8 x s8, "
+        f"{rates['bandwidth'] / 1e9:.0f} GB/s of a copy.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""Offline tasks over the demo model's language, for `dllm-trt eval`: its own task, a needle in a long order, and multiple choice by likelihood.
+"""Offline tasks over the demo model's language, for `dllm-trt eval`: its own task, a needle in a long order,
+and multiple choice by likelihood.
 
 The orders are drawn as in tools/demo_task.py, held out from training, and the same for a seed.
 """
@@ -30,7 +31,8 @@ def plans(**options: Any) -> dict[str, Dataset]:
 
 
 def needles(**options: Any) -> dict[str, Dataset]:
-    """Orders of which one step's goods are asked for: the pair of thing and colour that stands in one step alone."""
+    """Orders of which one step's goods are asked for: the pair of thing and colour that stands in one step
+    alone."""
     rows = []
     for row in plans()["test"]:
         steps = [step for step in json.loads(row["plan"]) if "item" in step]

@@ -1,7 +1,9 @@
-"""A Hugging Face checkpoint directory: config.json and safetensors (one file, or shards with an index), memory-mapped.
+"""A Hugging Face checkpoint directory: config.json and safetensors (one file, or shards with an index),
+memory-mapped.
 
-The safetensors header is read here and not by the safetensors package because the byte offsets are needed: tensors are
-streamed, and may be used where they lie, without ever being loaded. Format: eight bytes of length, a JSON header, the data.
+The safetensors header is read here and not by the safetensors package because the byte offsets are needed:
+tensors are streamed, and may be used where they lie, without ever being loaded. Format: eight bytes of
+length, a JSON header, the data.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ADAPTER = (
     "adapter_model.bin",
 )  # files of the peft package
 MERGE = (
-    "merge the adapter into its base model first: model = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE, trust_remote_code=True), "
+    "merge the adapter into its base model first: model = "
+    "PeftModel.from_pretrained(AutoModel.from_pretrained(BASE, trust_remote_code=True), "
     "ADAPTER); model.merge_and_unload().save_pretrained(OUT)"
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +61,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` is config.json; `generation_config` is generation_config.json, or empty. notes: what a user should know of the files."""
+    """`config` is config.json; `generation_config` is generation_config.json, or empty. notes: what a user
+    should know of the files."""
 
     path: Path
     config: dict[str, Any]
@@ -69,7 +73,8 @@ class Checkpoint:
 
 
 def locate(name: str) -> tuple[Path, str | None]:
-    """A checkpoint directory and its revision, from a directory or a hub id ('org/name' or 'org/name@revision')."""
+    """A checkpoint directory and its revision, from a directory or a hub id ('org/name' or
+    'org/name@revision')."""
     path = Path(name)
     if path.is_dir():
         return path, None
@@ -93,14 +98,16 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
     ).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
         held = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
         raise DllmError(
-            f"{name}: no such directory; in {parent} {'lies ' + ', '.join(held[:8]) if held else 'lies none'}. "
+            f"{name}: no such directory; in {parent} "
+            f"{'lies ' + ', '.join(held[:8]) if held else 'lies none'}. "
             f"For the hub's repository of this name, give {name}@main."
         )
     try:
         import huggingface_hub
     except ImportError as error:
         raise DllmError(
-            f"{name}: no such directory; to download it from the hub, install huggingface_hub: {package('huggingface_hub')}."
+            f"{name}: no such directory; to download it from the hub, install huggingface_hub: "
+            f"{package('huggingface_hub')}."
         ) from error
     if (
         "HF_HUB_VERBOSITY" not in os.environ
@@ -115,14 +122,15 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
 def _unreachable(name: str, error: Exception) -> DllmError:
     said = str(error).splitlines()[0] if str(error) else "no message"
     return DllmError(
-        f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: {said}): check the name and the "
+        f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: {said}): check "
+        f"the name and the "
         "network, or download it yourself and give its directory."
     )
 
 
 def config_of(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """config.json and generation_config.json, and where the first came from: of a directory, or of a hub id, whose weights are not
-    downloaded (and of which config.json alone is read)."""
+    """config.json and generation_config.json, and where the first came from: of a directory, or of a hub id,
+    whose weights are not downloaded (and of which config.json alone is read)."""
     path = Path(name)
     if path.is_dir() or not _HUB_ID.fullmatch(name):
         path = locate(name)[0]
@@ -138,7 +146,8 @@ def config_of(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def load(path: Path, revision: str | None = None) -> Checkpoint:
-    """Read the headers of a checkpoint directory. Raises DllmError for anything missing, cut short or contradictory."""
+    """Read the headers of a checkpoint directory. Raises DllmError for anything missing, cut short or
+    contradictory."""
     _refuse_adapter(path)
     config = read_json(path / "config.json", "a checkpoint directory has config.json and *.safetensors")
     tensors, notes = _tensors(path)
@@ -175,19 +184,26 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_adapter(path: Path) -> None:
-    """Raise DllmError for a directory with files of an adapter: transformers applies it, an export of the weights beside it would not."""
+    """Raise DllmError for a directory with files of an adapter: transformers applies it, an export of the
+    weights beside it would not."""
     if found := [name for name in ADAPTER if (path / name).is_file()]:
-        here = "" if not (path / SINGLE).is_file() and not (path / INDEX).is_file() else (
-            f", or move {' and '.join(found)} elsewhere to export the weights beside it without the adapter"
-        )  # fmt: skip
+        here = (
+            ""
+            if not (path / SINGLE).is_file() and not (path / INDEX).is_file()
+            else (
+                f", or move {' and '.join(found)} elsewhere to export the weights beside it without the "
+                f"adapter"
+            )
+        )
         raise DllmError(
-            f"{path}: {found[0]} is of an adapter (LoRA), whose weights are not part of the model yet: {MERGE}{here}."
+            f"{path}: {found[0]} is of an adapter (LoRA), whose weights are not part of the model yet: "
+            f"{MERGE}{here}."
         )
 
 
 def _tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors of a directory, and notes. Which files hold them is decided as transformers does: model.safetensors, and the index
-    only where that is not there."""
+    """The tensors of a directory, and notes. Which files hold them is decided as transformers does:
+    model.safetensors, and the index only where that is not there."""
     has_single, has_index = (path / SINGLE).is_file(), (path / INDEX).is_file()
     if not has_single and not has_index:
         raise _no_weights(path)
@@ -210,9 +226,15 @@ def _no_weights(path: Path) -> DllmError:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     advice = "a checkpoint needs one of them"
     if others:
-        advice = f"there are {some(others)}: download the index of these shards too, or rename a file that holds all weights to {SINGLE}"
+        advice = (
+            f"there are {some(others)}: download the index of these shards too, or rename a file that "
+            f"holds all weights to {SINGLE}"
+        )
     elif pickles:
-        advice = f"{pickles[0]} is a pickle, which can run code and is not read: convert it with transformers' save_pretrained"
+        advice = (
+            f"{pickles[0]} is a pickle, which can run code and is not read: convert it with "
+            f"transformers' save_pretrained"
+        )
     return DllmError(f"{path}: neither {SINGLE} nor {INDEX}: {advice}.")
 
 
@@ -223,14 +245,18 @@ def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
     for shard in weight_map.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise DllmError(f"{path / INDEX}: the shard {shard!r} is not a bare file name like model-00001.safetensors: "
-                            "do not use this checkpoint.")  # fmt: skip
+            raise DllmError(
+                f"{path / INDEX}: the shard {shard!r} is not a bare file name like model-00001.safetensors: "
+                "do not use this checkpoint."
+            )
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         here = sorted(file.name for file in path.glob("*.safetensors"))
         raise DllmError(
-            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} lists are; safetensors files that are "
-            f"there: {some(here) if here else 'none'}. Download what is missing; if the index is stale (it came with other files), replace it."
+            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} "
+            f"lists are; safetensors files that are "
+            f"there: {some(here) if here else 'none'}. Download what is missing; if the index is stale (it "
+            f"came with other files), replace it."
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -250,8 +276,8 @@ def some(names: Sequence[str]) -> str:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises DllmError for a header that the format does not allow: it is a table of byte offsets, so
-    nothing in it is believed."""
+    """The tensors of a safetensors file. Raises DllmError for a header that the format does not allow: it is
+    a table of byte offsets, so nothing in it is believed."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -281,7 +307,8 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             )
         if begin > end:
             raise DllmError(
-                f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it again."
+                f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it "
+                f"again."
             )
     return held
 
@@ -300,7 +327,8 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
         raise ValueError(f"a tensor is called {name!r}")
     if entry["dtype"] not in _DTYPES:
         raise DllmError(
-            f"{path}: tensor {name} is {ascii(entry['dtype'])[1:-1][:20]}, supported are {', '.join(_DTYPES)}: "
+            f"{path}: tensor {name} is {ascii(entry['dtype'])[1:-1][:20]}, supported are "
+            f"{', '.join(_DTYPES)}: "
             "convert the checkpoint to bf16 (a quantised checkpoint cannot be exported)."
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -315,6 +343,7 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
         )
     if data + end > size:
         raise DllmError(
-            f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it again."
+            f"{path}: cut short: {size} bytes, but tensor {name} ends at byte {data + end}: download it "
+            f"again."
         )
     return StoredTensor(path, dtype, shape, data + begin, end - begin)

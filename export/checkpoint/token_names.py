@@ -1,4 +1,5 @@
-"""Which token is the mask, which ends a text, which fills up: of config.json or generation_config.json, else of the tokenizer, or given."""
+"""Which token is the mask, which ends a text, which fills up: of config.json or generation_config.json, else
+of the tokenizer, or given."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ MASK, END, PAD = KEYS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class Found:
-    """Token ids that config.json does not hold (or not so), by its keys, and a note on where they come from."""
+    """Token ids that config.json does not hold (or not so), by its keys, and a note on where they come
+    from."""
 
     ids: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -32,20 +34,23 @@ def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
 
 
 def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any], where: str) -> None:
-    """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model was trained with."""
+    """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model
+    was trained with."""
     own, other = (
         [value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK))
     )
     if own is not None and other is not None and own != other:
         raise DllmError(
-            f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: take both files from one "
+            f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: "
+            f"take both files from one "
             "checkpoint, or say which is right with --mask-token."
         )
 
 
 def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> Found:
-    """What has to be added to config.json so that all three are known. `given`: the mask token, as its text or its id, which comes before
-    what the checkpoint says. Raises DllmError, which says how to give it, where nothing names the mask or an end token."""
+    """What has to be added to config.json so that all three are known. `given`: the mask token, as its text
+    or its id, which comes before what the checkpoint says. Raises DllmError, which says how to give it, where
+    nothing names the mask or an end token."""
     found, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
@@ -53,7 +58,8 @@ def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> F
         found.ids[MASK] = _given(given, tokenizer, vocab_size)
         if named is not None and named != found.ids[MASK]:
             found.notes.append(
-                f"the mask token is {found.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is {named!r}"
+                f"the mask token is {found.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is "
+                f"{named!r}"
             )
     else:
         check_agreed(config, generation_config, f"{checkpoint.path / 'config.json'}")
@@ -94,12 +100,14 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
     if token is None:
         if tokenizer.opened is None:
             raise DllmError(
-                f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's id."
+                f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's "
+                f"id."
             )
         token = tokenizer.opened.id_of(given)
     if token is None:
         raise DllmError(
-            f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or its id."
+            f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or "
+            f"its id."
         )
     if not 0 <= token < vocab_size:
         raise DllmError(f"--mask-token {given!r}: is token id {token}, the model has 0 to {vocab_size - 1}.")

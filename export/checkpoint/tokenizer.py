@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer, put into the artifact as tokenizer.json with its configuration and chat template.
 
-Most checkpoints have a tokenizer.json. Dream and other Qwen2 relatives may ship the slow tokenizer's files alone (vocab.json and
-merges.txt, beside Python code that is never run): their tokenizer.json is made here.
+Most checkpoints have a tokenizer.json. Dream and other Qwen2 relatives may ship the slow tokenizer's files
+alone (vocab.json and merges.txt, beside Python code that is never run): their tokenizer.json is made here.
 """
 
 from __future__ import annotations
@@ -28,25 +28,32 @@ _BESIDE = (
     "additional_chat_templates",
 )
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-# how a slow byte-level BPE tokenizer splits a text before its merges, by the class that tokenizer_config.json names
-_QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+# how a slow byte-level BPE tokenizer splits a text before its merges, by the class that tokenizer_config.json
+# names
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPLITS = dict.fromkeys(("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast"), _QWEN2)
 
 
 def note(checkpoint: Path) -> str:
-    """What to tell a user about a checkpoint whose tokenizer cannot be taken along; empty if there is nothing to say."""
+    """What to tell a user about a checkpoint whose tokenizer cannot be taken along; empty if there is nothing
+    to say."""
     if (checkpoint / FILE_NAME).is_file() or _is_slow(checkpoint):
         return ""
     if models := sorted(file.name for file in checkpoint.glob("*.model")):
         return (
-            f"{models[0]} is a SentencePiece model, which is not read: prompts must be token ids. For text, make a {FILE_NAME} with "
+            f"{models[0]} is a SentencePiece model, which is not read: prompts must be token ids. For text, "
+            f"make a {FILE_NAME} with "
             "transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) and export again"
         )
     return f"the checkpoint has no {FILE_NAME}: prompts must be token ids"
 
 
 def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
-    """Put the tokenizer of a checkpoint into `directory`, and open it. None if there is none. Raises DllmError."""
+    """Put the tokenizer of a checkpoint into `directory`, and open it. None if there is none. Raises
+    DllmError."""
     if not (checkpoint / FILE_NAME).is_file() and not _is_slow(checkpoint):
         return None
     directory.mkdir()
@@ -73,21 +80,25 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
 def completed(
     decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False
 ) -> DecodingFacts:
-    """The decoding facts with what else ends an answer among the end tokens: the token that ends a turn of the chat template, and the
-    tokens that a model was taught to fill the rest of an answer with (DiffuCoder's <|dlm_pad|>): the tokenizer's pad token, and the one of
-    config.json. They count where they are added tokens (a careless pad_token_id of 0 names a word) and not the tokenizer's eos_token, of which
+    """The decoding facts with what else ends an answer among the end tokens: the token that ends a turn of
+    the chat template, and the tokens that a model was taught to fill the rest of an answer with (DiffuCoder's
+    <|dlm_pad|>): the tokenizer's pad token, and the one of config.json. They count where they are added
+    tokens (a careless pad_token_id of 0 names a word) and not the tokenizer's eos_token, of which
     generation_config.json has the last word.
 
-    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask token, unless the mask was given.
+    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask
+    token, unless the mask was given.
     """
     if (most := tokenizer.max_id) >= vocab_size:
         raise DllmError(
-            f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this checkpoint."
+            f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this "
+            f"checkpoint."
         )
     mask = tokenizer.special_id("mask_token")
     if mask is not None and mask != decoding.mask_token_id and not mask_is_given:
         raise DllmError(
-            f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both from one checkpoint, or say "
+            f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both "
+            f"from one checkpoint, or say "
             "which is right with --mask-token."
         )
     added, eos = tokenizer.added_tokens, tokenizer.special_id("eos_token")
@@ -112,7 +123,8 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
     name = config.get("tokenizer_class")
     if not isinstance(name, str) or name not in _SPLITS:
         raise DllmError(
-            f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is none of {', '.join(_SPLITS)}: make a {FILE_NAME} "
+            f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is none of "
+            f"{', '.join(_SPLITS)}: make a {FILE_NAME} "
             "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
     try:
@@ -132,7 +144,8 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[str, Any]) -> None:
-    """Added tokens, at the ids where the checkpoint has them: of tokenizer_config.json, or of the older added_tokens.json."""
+    """Added tokens, at the ids where the checkpoint has them: of tokenizer_config.json, or of the older
+    added_tokens.json."""
     listed = _listed(checkpoint, config)
     for token, entry in sorted(listed.items()):
         flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
@@ -140,7 +153,8 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[
         (tokenizer.add_special_tokens if entry.get("special") else tokenizer.add_tokens)([added])
         if (got := tokenizer.token_to_id(entry["content"])) != token:
             raise DllmError(
-                f"{checkpoint}: the added token {entry['content']!r} comes to id {got}, tokenizer_config.json says {token}: its "
+                f"{checkpoint}: the added token {entry['content']!r} comes to id {got}, "
+                f"tokenizer_config.json says {token}: its "
                 f"vocabulary has gaps; make a {FILE_NAME} with transformers' save_pretrained."
             )
 
@@ -162,7 +176,8 @@ def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any
         )
         if not str(token).isdigit() or not flags:
             raise DllmError(
-                f"{checkpoint}: the added token {token!r} is {entry!r}, expected an id with 'content' and flags: download "
+                f"{checkpoint}: the added token {token!r} is {entry!r}, expected an id with 'content' and "
+                f"flags: download "
                 "tokenizer_config.json again."
             )
         listed[int(token)] = entry

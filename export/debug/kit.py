@@ -1,6 +1,8 @@
-"""A directory in which Polygraphy's command line works on an artifact at once: graphs, real calls, what they gave, shapes, tolerances, commands.
+"""A directory in which Polygraphy's command line works on an artifact at once: graphs, real calls, what they
+gave, shapes, tolerances, commands.
 
-Nothing of Polygraphy is imported here. The files under files/ are copied as they are; settings.sh and facts.json are made.
+Nothing of Polygraphy is imported here. The files under files/ are copied as they are; settings.sh and
+facts.json are made.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ _GENERATED, _BLOCK = 24, 8
 
 @dataclass(frozen=True)
 class KitConfig:
-    """prompts: token ids; None draws some. count: recorded calls of each role. link: hard-link the weights. reference: also record PyTorch's outputs
-    (None: where it is installed). checkpoint: of the reference and of a bf16 artifact's twin; None takes the manifest's."""
+    """prompts: token ids; None draws some. count: recorded calls of each role. link: hard-link the weights.
+    reference: also record PyTorch's outputs (None: where it is installed). checkpoint: of the reference and
+    of a bf16 artifact's twin; None takes the manifest's."""
 
     prompts: list[list[int]] | None = None
     count: int = 3
@@ -55,11 +58,13 @@ def write(
     manifest = manifests.load(artifact)
     if not manifest.dims.writes_caches:
         raise DllmError(
-            f"{artifact}: is of the legacy lowering: Polygraphy's kit is for modern graphs: export it with --lowering modern."
+            f"{artifact}: is of the legacy lowering: Polygraphy's kit is for modern graphs: export it with "
+            f"--lowering modern."
         )
     if manifest.quantization is not None and manifest.quantization.target == manifests.ORT_CPU:
         raise DllmError(
-            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT does not read: take the artifact without --quantize."
+            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT does not read: take the "
+            f"artifact without --quantize."
         )
     if out.exists() and any(out.iterdir()):
         raise DllmError(f"{out}: is there already: remove it, or choose another directory.")
@@ -134,15 +139,21 @@ def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *
 
 
 def settings(calls: list[Call], dtype: str) -> str:
-    """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how far each output may be off."""
+    """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how
+    far each output may be off."""
     lines = [
-        "# Shapes of the recorded calls and tolerances (trt_runtime/measure/tolerances.py), for run.sh. Made by dllm-trt polygraphy."
+        "# Shapes of the recorded calls and tolerances (trt_runtime/measure/tolerances.py), for run.sh. "
+        "Made by dllm-trt polygraphy."
     ]
     for role in contract.ROLES:
         ours = [call for call in calls if call.role == role]
         seen = {name: np.array([call.inputs[name].shape for call in ours]) for name in ours[0].inputs}
-        for kind, shapes in (("MIN", {name: held.min(0) for name, held in seen.items()}), ("OPT", {name: held.max(0) for name, held in seen.items()}),
-                             ("MAX", {name: held.max(0) for name, held in seen.items()}), ("FIRST", {name: held[0] for name, held in seen.items()})):  # fmt: skip
+        for kind, shapes in (
+            ("MIN", {name: held.min(0) for name, held in seen.items()}),
+            ("OPT", {name: held.max(0) for name, held in seen.items()}),
+            ("MAX", {name: held.max(0) for name, held in seen.items()}),
+            ("FIRST", {name: held[0] for name, held in seen.items()}),
+        ):
             lines.append(
                 _array(
                     f"{role.upper()}_{kind}",

@@ -1,4 +1,5 @@
-"""Real calls of a decoding, with the caches that they found and what they gave: what graphs and engines are compared on.
+"""Real calls of a decoding, with the caches that they found and what they gave: what graphs and engines are
+compared on.
 
 Shape letters as in trt_runtime/artifact/contract.py.
 """
@@ -26,8 +27,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a graph by the names of its contract. inputs: caches in float32, the rest int64. outputs: what the backend gave, token int64, the
-    rest float32 (logits where they were asked for)."""
+    """A call of a graph by the names of its contract. inputs: caches in float32, the rest int64. outputs:
+    what the backend gave, token int64, the rest float32 (logits where they were asked for)."""
 
     role: str
     inputs: dict[str, Array]
@@ -39,7 +40,8 @@ class Call:
 
 
 class Recording(Backend):
-    """A backend that notes its calls: those whose numbers are in `wanted`, or only how many of each role there were."""
+    """A backend that notes its calls: those whose numbers are in `wanted`, or only how many of each role
+    there were."""
 
     name = "recording"
 
@@ -102,7 +104,8 @@ def window_of(inputs: dict[str, Array]) -> Window:
 
 
 def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logits: bool) -> dict[str, Array]:
-    """A call on another backend, in a cache of its own that begins as the call found it: the outputs of the graph."""
+    """A call on another backend, in a cache of its own that begins as the call found it: the outputs of the
+    graph."""
     caches = {name: value for name, value in inputs.items() if name.startswith("cache_")}
     batch, capacity = len(inputs["kv_len"]), next(iter(caches.values())).shape[2]
     cache, slots = backend.new_cache(batch, capacity), slice(0, batch)
@@ -116,7 +119,8 @@ def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logi
 
 
 def decode(backend: Backend, prompts: Rows[list[int]], config: GenerationConfig, count: int) -> list[Call]:
-    """Decode prompts as one batch, and return `count` calls of each role (or all, if there are fewer), spread over the decoding."""
+    """Decode prompts as one batch, and return `count` calls of each role (or all, if there are fewer), spread
+    over the decoding."""
     whole = Recording(backend)
     _run(whole, prompts, config)
     wanted = {
@@ -139,7 +143,8 @@ def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig)
 
 
 def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
-    """How far apart two correct computations may be, output by output: the table of trt_runtime/measure/tolerances.py, relative ones by the largest value."""
+    """How far apart two correct computations may be, output by output: the table of
+    trt_runtime/measure/tolerances.py, relative ones by the largest value."""
     largest: dict[str, float] = {}
     for call in calls:
         for name, value in call.outputs.items():

@@ -1,10 +1,11 @@
-"""Runners for Polygraphy's Comparator: any backend of ours (ONNX Runtime, TensorRT, the PyTorch reference) beside its own runners. Needs the `debug` extra.
+"""Runners for Polygraphy's Comparator: any backend of ours (ONNX Runtime, TensorRT, the PyTorch reference)
+beside its own runners. Needs the `debug` extra.
 
-    from polygraphy.comparator import Comparator
-    Comparator.run([BackendRunner(backend, "refine"), BackendRunner(reference, "refine")], data_loader=feeds(calls, "refine", "fp32"))
+    from polygraphy.comparator import Comparator Comparator.run([BackendRunner(backend, "refine"),
+    BackendRunner(reference, "refine")], data_loader=feeds(calls, "refine", "fp32"))
 
-A feed holds every input of a graph of the contract, caches too; what a runner gives are all of its outputs. Feeds are copied on the way in and out: one goes to
-all runners.
+A feed holds every input of a graph of the contract, caches too; what a runner gives are all of its outputs.
+Feeds are copied on the way in and out: one goes to all runners.
 """
 
 from __future__ import annotations
@@ -75,17 +76,25 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 
 
 def feeds(calls: Iterable[Call], role: str, dtype: str) -> list[dict[str, Array]]:
-    """What runners of a role are given: the calls' inputs, caches in the dtype of the graph (of bf16 in float32)."""
+    """What runners of a role are given: the calls' inputs, caches in the dtype of the graph (of bf16 in
+    float32)."""
     kind = np.float16 if dtype == "fp16" else np.float32
-    return [{name: value.astype(kind) if name.startswith("cache_") else value for name, value in call.inputs.items()}
-            for call in calls if call.role == role]  # fmt: skip
+    return [
+        {
+            name: value.astype(kind) if name.startswith("cache_") else value
+            for name, value in call.inputs.items()
+        }
+        for call in calls
+        if call.role == role
+    ]
 
 
 def differences(
     runners: list[BaseRunner], given: list[dict[str, Array]]
 ) -> Iterator[tuple[str, str, int, dict[str, float]]]:
-    """Run the runners over the same feeds, and compare each with the first one: its name, the first one's, the number of the feed, and the largest
-    difference of each output. Tokens are compared by whether they differ."""
+    """Run the runners over the same feeds, and compare each with the first one: its name, the first one's,
+    the number of the feed, and the largest difference of each output. Tokens are compared by whether they
+    differ."""
     with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it tells of every tensor on standard output
         results = Comparator.run(runners, data_loader=given)
     first, *others = results.items()
@@ -106,8 +115,9 @@ def differences(
 
 
 def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, dict[str, Any], str]:
-    """Recorded calls of a decoding, both graphs, on three runners: the PyTorch reference, the artifact as our backend runs it, and the artifact's graphs as Polygraphy's own
-    OnnxrtRunner runs them. Whether all outputs agree as far as they must, what was measured, and the first that does not."""
+    """Recorded calls of a decoding, both graphs, on three runners: the PyTorch reference, the artifact as our
+    backend runs it, and the artifact's graphs as Polygraphy's own OnnxrtRunner runs them. Whether all outputs
+    agree as far as they must, what was measured, and the first that does not."""
     manifest, dtype = engine.manifest, engine.manifest.model.dtype
     calls = decode(engine, kit.prompts(manifest), kit.decoding(manifest), 3)
     worst: dict[str, tuple[float, str]] = {}
@@ -120,8 +130,11 @@ def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, di
                 str(Path(temporary) / f"{role}.onnx"), options, providers=["CPUExecutionProvider"]
             )
             want_logits = manifest.head == contract.LOGITS
-            runners = [BackendRunner(reference, role, "PyTorch", want_logits=want_logits), BackendRunner(engine, role, "dllm-trt", want_logits=want_logits),
-                       OnnxrtRunner(session, name="OnnxrtRunner")]  # fmt: skip
+            runners = [
+                BackendRunner(reference, role, "PyTorch", want_logits=want_logits),
+                BackendRunner(engine, role, "dllm-trt", want_logits=want_logits),
+                OnnxrtRunner(session, name="OnnxrtRunner"),
+            ]
             limits = allowed([call for call in calls if call.role == role], dtype)
             for name, _, number, found in differences(runners, feeds(calls, role, dtype)):
                 for key, value in found.items():

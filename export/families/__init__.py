@@ -1,6 +1,8 @@
-"""Families: one file an architecture, found by its `model_type` (lower case). See docs/how-to/add-a-family.md.
+"""Families: one file an architecture, found by its `model_type` (lower case). See
+docs/how-to/add-a-family.md.
 
-A family of an installed package is an entry point of the group `dllm_trt.families`: the model type, and a Family.
+A family of an installed package is an entry point of the group `dllm_trt.families`: the model type, and a
+Family.
 """
 
 from __future__ import annotations

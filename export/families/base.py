@@ -18,34 +18,71 @@ from ..graph.decoder import DecoderConfig
 
 # keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
 _NEUTRAL = {
-    "_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "tokenizer_class",
-}  # fmt: skip
-# keys that compute nothing, whatever their value, in any family (regular expressions of whole keys): they are ignored, with a note
-_COMPUTES_NOTHING = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
-    # which kernel computes attention or experts
-    r"_*(attn|attention|experts)_implementation(_internal|_autoset)?", r"_?(use_)?(flash|flex)_?(attn|attention)(_?[234]|_varlen|_version|_2_enabled)?",
-    r"(use_)?(sdpa|sdpa_attention|xformers|memory_efficient_attention|liger(_kernel)?|torch_compile|compile|fused_\w+|kernels)", r"fuse_\w+",
-    # comments
-    r"[_$]*comments?([^a-z].*)?", r"_+(note|description|info|todo|doc|readme)s?([^a-z].*)?", r"notes?|description|readme", r"(//|#).*", r"\$schema",
-    # training
-    r"\w*dropout(_p|_prob|_rate)?", r"\w*_pdrop", r"layer_?drop", r"\w*(gradient|activation)_checkpointing\w*", r"initializer_\w+",
-    r"init_(std|fn|device|method|cutoff_factor)", r"(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params)",
-    r"(loss_type|label_smoothing|learning_rate|weight_decay|max_grad_norm|warmup_\w+|skip_checkpoint|unsloth_\w+)",
-    # what a forward returns besides, and how transformers runs it
-    r"(return_dict|output_attentions|output_hidden_states|torchscript|chunk_size_feed_forward|keys_to_ignore_at_inference)",
-    r"(use_bfloat16|tf_legacy_loss|pretraining_tp|gguf_file|_commit_hash|_from_model_config|model_max_length|precision)",
-    # generation settings, which transformers up to 4.50 writes into config.json
-    r"(max_length|min_length|max_new_tokens|min_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|num_return_sequences)",
-    r"(temperature|top_k|top_p|typical_p|min_p|alg|alg_temp|steps|output_history|diversity_penalty|repetition_penalty)",
-    r"(length_penalty|exponential_decay_length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|output_scores)",
-    r"(return_dict_in_generate|remove_invalid_values|suppress_tokens|begin_suppress_tokens|forced_(bos|eos)_token_id|prefix)",
-    r"(sep|cls|unk|decoder_start|additional_special)_tokens?_id", r"generation_config",
-))  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "mask_token_id",
+    "tokenizer_class",
+}
+# keys that compute nothing, whatever their value, in any family (regular expressions of whole keys): they are
+# ignored, with a note
+_COMPUTES_NOTHING = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # which kernel computes attention or experts
+        r"_*(attn|attention|experts)_implementation(_internal|_autoset)?",
+        r"_?(use_)?(flash|flex)_?(attn|attention)(_?[234]|_varlen|_version|_2_enabled)?",
+        r"(use_)?(sdpa|sdpa_attention|xformers|memory_efficient_attention|liger(_kernel)?|torch_compile|"
+        r"compile|fused_\w+|kernels)",
+        r"fuse_\w+",
+        # comments
+        r"[_$]*comments?([^a-z].*)?",
+        r"_+(note|description|info|todo|doc|readme)s?([^a-z].*)?",
+        r"notes?|description|readme",
+        r"(//|#).*",
+        r"\$schema",
+        # training
+        r"\w*dropout(_p|_prob|_rate)?",
+        r"\w*_pdrop",
+        r"layer_?drop",
+        r"\w*(gradient|activation)_checkpointing\w*",
+        r"initializer_\w+",
+        r"init_(std|fn|device|method|cutoff_factor)",
+        r"(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params)",
+        r"(loss_type|label_smoothing|learning_rate|weight_decay|max_grad_norm|warmup_\w+|"
+        r"skip_checkpoint|unsloth_\w+)",
+        # what a forward returns besides, and how transformers runs it
+        r"(return_dict|output_attentions|output_hidden_states|torchscript|chunk_size_feed_forward|"
+        r"keys_to_ignore_at_inference)",
+        r"(use_bfloat16|tf_legacy_loss|pretraining_tp|gguf_file|_commit_hash|_from_model_config|"
+        r"model_max_length|precision)",
+        # generation settings, which transformers up to 4.50 writes into config.json
+        r"(max_length|min_length|max_new_tokens|min_new_tokens|do_sample|early_stopping|num_beams|"
+        r"num_beam_groups|num_return_sequences)",
+        r"(temperature|top_k|top_p|typical_p|min_p|alg|alg_temp|steps|output_history|diversity_penalty|"
+        r"repetition_penalty)",
+        r"(length_penalty|exponential_decay_length_penalty|no_repeat_ngram_size|"
+        r"encoder_no_repeat_ngram_size|bad_words_ids|output_scores)",
+        r"(return_dict_in_generate|remove_invalid_values|suppress_tokens|begin_suppress_tokens|"
+        r"forced_(bos|eos)_token_id|prefix)",
+        r"(sep|cls|unk|decoder_start|additional_special)_tokens?_id",
+        r"generation_config",
+    )
+)
 # keys that may name another attention than softmax, unless their value is a kernel of it
 _KERNEL_KEY = re.compile(r"_*(attn|attention)_(impl|backend|kernel|type)", re.IGNORECASE)
 _KERNEL = re.compile(
-    r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|mem_efficient)([_-]?(attn|attention))?([_-]?[234])?"
+    r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|"
+    r"mem_efficient)([_-]?(attn|attention))?([_-]?[234])?"
 )
 _PLAIN_ROPE: tuple[Any, ...] = (
     {},
@@ -55,10 +92,19 @@ _PLAIN_ROPE: tuple[Any, ...] = (
 )
 # keys that compute nothing at these values; another value stops the export
 _COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
-    "is_causal": (False,), "causal": (False,), "is_decoder": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (), "tie_encoder_decoder": (False,), "pruned_heads": ({},), "rope_scaling": _PLAIN_ROPE,
-    "use_sliding_window": (False,), "sliding_window": (), "partial_rotary_factor": (1.0,),
-}  # fmt: skip
+    "is_causal": (False,),
+    "causal": (False,),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "rope_scaling": _PLAIN_ROPE,
+    "use_sliding_window": (False,),
+    "sliding_window": (),
+    "partial_rotary_factor": (1.0,),
+}
 
 
 class ConfigReader:
@@ -69,13 +115,15 @@ class ConfigReader:
         self._seen: set[str] = set(_NEUTRAL)
 
     def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """The value of `key`, which must be of `kind` (an int will do for a float); `default` where it is absent or null."""
+        """The value of `key`, which must be of `kind` (an int will do for a float); `default` where it is
+        absent or null."""
         self._seen.add(key)
         value: Any = self.config.get(key)
         if value is None:
             if default is None:
                 raise DllmError(
-                    f"{self.where}: {key} is missing: this model needs it; take the config.json of the checkpoint."
+                    f"{self.where}: {key} is missing: this model needs it; take the config.json of the "
+                    f"checkpoint."
                 )
             return default
         if not isinstance(value, (int, float) if kind is float else (kind,)) or (
@@ -94,7 +142,8 @@ class ConfigReader:
         return value
 
     def rope_theta(self) -> float:
-        """The base of plain RoPE, under either of its names: rope_theta, or rope_parameters of newer transformers."""
+        """The base of plain RoPE, under either of its names: rope_theta, or rope_parameters of newer
+        transformers."""
         parameters = self.get("rope_parameters", dict, {})
         inner = ConfigReader(parameters, f"{self.where}: rope_parameters") if parameters else self
         theta: float = inner.get("rope_theta", float)
@@ -102,12 +151,14 @@ class ConfigReader:
             self._seen.add("rope_theta")
             if strange := sorted(set(parameters) - {"rope_type", "rope_theta"}):
                 raise DllmError(
-                    f"{inner.where}: {strange[0]} is not implemented: supported are rope_type 'default' and rope_theta."
+                    f"{inner.where}: {strange[0]} is not implemented: supported are rope_type 'default' and "
+                    f"rope_theta."
                 )
             inner.require("rope_type", "default")
             if self.config.get("rope_theta") not in (None, theta):
                 raise DllmError(
-                    f"{self.where}: rope_theta is {self.config['rope_theta']!r}, rope_parameters say {theta:g}."
+                    f"{self.where}: rope_theta is {self.config['rope_theta']!r}, rope_parameters say "
+                    f"{theta:g}."
                 )
         if theta < 1:
             raise DllmError(f"{self.where}: rope_theta is {theta:g}, expected 1 or more.")
@@ -132,7 +183,8 @@ class ConfigReader:
         self.config = {**self.config, **values}
 
     def token_ids(self, key: str, other: Mapping[str, Any]) -> tuple[int, ...]:
-        """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the config's."""
+        """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the
+        config's."""
         value = self.config.get(key) if other.get(key) is None else other[key]
         ids = value if isinstance(value, list) else [value]
         if not ids or any(
@@ -149,8 +201,8 @@ class ConfigReader:
         return ids[0]
 
     def finish(self, ignored: Collection[str]) -> list[str]:
-        """The keys that were ignored because they are known to compute nothing. Raises for a key that was neither read nor ignored,
-        unless its value is null."""
+        """The keys that were ignored because they are known to compute nothing. Raises for a key that was
+        neither read nor ignored, unless its value is null."""
         for key, harmless in _COMPUTES_NOTHING_AT.items():
             if key not in self._seen:
                 self.require(key, *harmless)
@@ -169,8 +221,10 @@ class ConfigReader:
             raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
         if unknown:
             raise DllmError(
-                f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not known to this family. If this "
-                f"does not change what the model computes, export with {' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
+                f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not "
+                f"known to this family. If this "
+                f"does not change what the model computes, export with "
+                f"{' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
             )
         return noted
 
@@ -194,10 +248,16 @@ def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:
 
 
 _HF_LAYER = {
-    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
-}  # fmt: skip
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+}
 _HF_OUTSIDE = {
     decoder.EMBEDDING: "model.embed_tokens",
     decoder.FINAL_NORM: "model.norm",
@@ -206,7 +266,8 @@ _HF_OUTSIDE = {
 
 
 def hf_name(weight: str) -> str:
-    """The name of a decoder weight in transformers' Llama and Qwen2: 'layers.3.q_proj.bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
+    """The name of a decoder weight in transformers' Llama and Qwen2: 'layers.3.q_proj.bias' ->
+    'model.layers.3.self_attn.q_proj.bias'."""
     where = split_layer(weight)
     if where is None:
         return _HF_OUTSIDE[weight] + ".weight"
@@ -216,30 +277,34 @@ def hf_name(weight: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A checkpoint tensor, or its rows [start, stop) alone. The pieces of a weight stand one after the other along its first axis."""
+    """A checkpoint tensor, or its rows [start, stop) alone. The pieces of a weight stand one after the other
+    along its first axis."""
 
     tensor: str
     rows: tuple[int, int] | None = None
 
 
 class Reference(Protocol):
-    """The network of a family in PyTorch, which the exported graphs are compared with. Shape letters: B rows of the call, S rows of the window.
+    """The network of a family in PyTorch, which the exported graphs are compared with. Shape letters: B rows
+    of the call, S rows of the window.
 
-    module: all of it, for hooks and for moving it to a device. layers: its decoder layers, in order; what one returns is the residual stream
-    after it (or a tuple that begins with it).
+    module: all of it, for hooks and for moving it to a device. layers: its decoder layers, in order; what one
+    returns is the residual stream after it (or a tuple that begins with it).
     """
 
     module: Any
     layers: Any
 
     def load(self, state: Mapping[str, Any], dtype: Any) -> None:
-        """Take the weights, tensors by the names of decoder.weight_shapes. Raises DllmError where they are not those of the network."""
+        """Take the weights, tensors by the names of decoder.weight_shapes. Raises DllmError where they are
+        not those of the network."""
 
     def hidden_states(self, input_ids: Any, position_ids: Any, mask: Any, cache: Any) -> Any:
-        """The residual stream after the final norm [B, S, hidden], of int64 [B, S] ids and positions and an additive mask [B, 1, S, keys].
+        """The residual stream after the final norm [B, S, hidden], of int64 [B, S] ids and positions and an
+        additive mask [B, 1, S, keys].
 
-        cache: has `update(key, value, layer)`, which is given a layer's keys (after RoPE) and values [B, H, S, D], and returns those that it
-        attends to.
+        cache: has `update(key, value, layer)`, which is given a layer's keys (after RoPE) and values [B, H,
+        S, D], and returns those that it attends to.
         """
 
     def logits(self, hidden: Any) -> Any:
@@ -247,7 +312,8 @@ class Reference(Protocol):
 
 
 def transformers_reference(architecture: str, decoder: DecoderConfig, **config: Any) -> Reference:
-    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention; `config`: what its configuration has besides."""
+    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention; `config`: what its
+    configuration has besides."""
     from . import transformers_network  # imports torch
 
     return transformers_network.TransformersNetwork(architecture, decoder, config)
@@ -274,7 +340,8 @@ class Family(ABC):
         """The checkpoint's name of a decoder weight (decoder.weight_shapes), e.g. 'layers.3.q_proj'."""
 
     def pieces(self, weight: str) -> tuple[Piece, ...]:
-        """Where a decoder weight is stored: one tensor, unless a family's checkpoints have it in several, or as rows of a larger one."""
+        """Where a decoder weight is stored: one tensor, unless a family's checkpoints have it in several, or
+        as rows of a larger one."""
         return (Piece(self.tensor_name(weight)),)
 
     @abstractmethod
@@ -283,4 +350,5 @@ class Family(ABC):
 
     @abstractmethod
     def reference(self, decoder: DecoderConfig) -> Reference:
-        """The same network in PyTorch, by code that is not ours; imports torch. `transformers_reference` serves where transformers has it."""
+        """The same network in PyTorch, by code that is not ours; imports torch. `transformers_reference`
+        serves where transformers has it."""

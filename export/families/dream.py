@@ -1,7 +1,9 @@
-"""Dream (`model_type: Dream`): Dream-v0 7B Base and Instruct, Dream-Coder, DiffuCoder and fine-tuned relatives.
+"""Dream (`model_type: Dream`): Dream-v0 7B Base and Instruct, Dream-Coder, DiffuCoder and fine-tuned
+relatives.
 
-A Qwen2.5 body under Qwen2's own tensor names, with full attention: biases on q, k and v alone, grouped KV heads, cos and sin cast
-to the model's dtype. Predicts token i from row i - 1 (logit_shift 1), as the autoregressive model it was made from.
+A Qwen2.5 body under Qwen2's own tensor names, with full attention: biases on q, k and v alone, grouped KV
+heads, cos and sin cast to the model's dtype. Predicts token i from row i - 1 (logit_shift 1), as the
+autoregressive model it was made from.
 """
 
 from __future__ import annotations
@@ -64,11 +66,23 @@ class Dream(Family):
 
     def tiny_config(self) -> dict[str, Any]:
         return {
-            "model_type": "Dream", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu",
-            "use_sliding_window": False, "mask_token_id": 126, "eos_token_id": 125, "pad_token_id": 125,
-        }  # fmt: skip
+            "model_type": "Dream",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "intermediate_size": 96,
+            "vocab_size": 128,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "mask_token_id": 126,
+            "eos_token_id": 125,
+            "pad_token_id": 125,
+        }
 
     def reference(self, decoder: DecoderConfig) -> Reference:
         return transformers_reference("Qwen2", decoder)

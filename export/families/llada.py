@@ -1,8 +1,9 @@
 """LLaDA (`model_type: llada`): LLaDA-8B Base, Instruct, 1.5 and fine-tuned relatives.
 
-A Llama body under OLMo's names: plain MHA (or GQA by n_kv_heads), no biases, untied head, RoPE in full precision,
-mask token 126336. Predicts token i from row i (logit_shift 0). The upstream class defaults are GPT-2-like and wrong for
-every published checkpoint, so nothing falls back on them but mlp_ratio and n_kv_heads, as upstream computes these.
+A Llama body under OLMo's names: plain MHA (or GQA by n_kv_heads), no biases, untied head, RoPE in full
+precision, mask token 126336. Predicts token i from row i (logit_shift 0). The upstream class defaults are
+GPT-2-like and wrong for every published checkpoint, so nothing falls back on them but mlp_ratio and
+n_kv_heads, as upstream computes these.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from ..graph.feed_forward import SwiGLU
 from .base import ConfigReader, Family, Reference, decoding_defaults, transformers_reference
 
 _LAYER = {
-    "attention_norm": "attn_norm", "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "attn_out",
-    "mlp_norm": "ff_norm", "gate_proj": "ff_proj", "up_proj": "up_proj", "down_proj": "ff_out",
-}  # fmt: skip
+    "attention_norm": "attn_norm",
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "o_proj": "attn_out",
+    "mlp_norm": "ff_norm",
+    "gate_proj": "ff_proj",
+    "up_proj": "up_proj",
+    "down_proj": "ff_out",
+}
 _OUTSIDE = {decoder.EMBEDDING: "wte", decoder.FINAL_NORM: "ln_f", decoder.HEAD: "ff_out"}
 
 
@@ -36,12 +44,32 @@ class Llada(Family):
         config.require("rope", True)
         config.require("block_group_size", 1)
         config.require("layer_norm_with_affine", True)
-        for key in ("alibi", "include_bias", "include_qkv_bias", "bias_for_layer_norm", "scale_logits", "input_emb_norm",
-                    "attention_layer_norm", "multi_query_attention", "clip_qkv"):  # fmt: skip
+        for key in (
+            "alibi",
+            "include_bias",
+            "include_qkv_bias",
+            "bias_for_layer_norm",
+            "scale_logits",
+            "input_emb_norm",
+            "attention_layer_norm",
+            "multi_query_attention",
+            "clip_qkv",
+        ):
             config.require(key, False)
-        config.ignore("alibi_bias_max", "attention_dropout", "residual_dropout", "embedding_dropout", "flash_attention",
-                      "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision", "vocab_size",
-                      "attention_layer_norm_with_affine")  # fmt: skip
+        config.ignore(
+            "alibi_bias_max",
+            "attention_dropout",
+            "residual_dropout",
+            "embedding_dropout",
+            "flash_attention",
+            "init_cutoff_factor",
+            "init_device",
+            "init_fn",
+            "init_std",
+            "precision",
+            "vocab_size",
+            "attention_layer_norm_with_affine",
+        )
         config.require(
             "tie_word_embeddings", config.get("weight_tying", bool, False)
         )  # transformers' name, which it may add
@@ -83,12 +111,26 @@ class Llada(Family):
 
     def tiny_config(self) -> dict[str, Any]:
         return {
-            "model_type": "llada", "d_model": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "mlp_hidden_size": 96,
-            "vocab_size": 120, "embedding_size": 128, "max_sequence_length": 128, "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0, "rope_full_precision": True, "weight_tying": False, "block_type": "llama",
-            "activation_type": "silu", "layer_norm_type": "rms", "mask_token_id": 126, "eos_token_id": 125,
+            "model_type": "llada",
+            "d_model": 64,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "n_layers": 3,
+            "mlp_hidden_size": 96,
+            "vocab_size": 120,
+            "embedding_size": 128,
+            "max_sequence_length": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "rope_full_precision": True,
+            "weight_tying": False,
+            "block_type": "llama",
+            "activation_type": "silu",
+            "layer_norm_type": "rms",
+            "mask_token_id": 126,
+            "eos_token_id": 125,
             "pad_token_id": 125,
-        }  # fmt: skip
+        }
 
     def reference(self, decoder: DecoderConfig) -> Reference:
         return transformers_reference("Llama", decoder)

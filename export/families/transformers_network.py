@@ -58,7 +58,8 @@ class TransformersNetwork:
         except RuntimeError as error:
             raise DllmError(
                 f"the weights are not those of the reference, transformers' {self.architecture}ForCausalLM "
-                f"({' '.join(str(error).split())[:300]}): correct the family's reference() or the names of its tensors."
+                f"({' '.join(str(error).split())[:300]}): correct the family's reference() or the names of "
+                f"its tensors."
             ) from error
         rotary = self.module.model.rotary_emb = type(self.module.model.rotary_emb)(
             self._config
@@ -67,7 +68,8 @@ class TransformersNetwork:
         expected = attention.rope_theta ** -(torch.arange(0, attention.head_dim, 2) / attention.head_dim)
         if not torch.allclose(rotary.inv_freq.cpu(), expected, rtol=1e-4):
             raise DllmError(
-                f"transformers {transformers.__version__} does not take rope_theta {attention.rope_theta:g} from where it is given: install "
+                f"transformers {transformers.__version__} does not take rope_theta {attention.rope_theta:g} "
+                f"from where it is given: install "
                 f"transformers 5.8 or newer ({commands.package('-U', 'transformers')})."
             )
         self.module.eval()

@@ -14,7 +14,8 @@ from .context import Context, Rows, Shapes
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated in float32."""
+    """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated
+    in float32."""
 
     hidden_size: int
     num_heads: int
@@ -40,7 +41,8 @@ class Attention:
         return key, self._heads(on, h, layer, "v_proj", self.num_kv_heads, rows)
 
     def queries(self, on: Context, h: ir.Value, layer: int, rows: Rows) -> ir.Value:
-        """Queries of h [T, hidden] after RoPE, and with what of 1 / sqrt(D) the lowering leaves to them: [B, heads, rows, D]."""
+        """Queries of h [T, hidden] after RoPE, and with what of 1 / sqrt(D) the lowering leaves to them: [B,
+        heads, rows, D]."""
         factor, _ = on.lowering.scales(self.head_dim, on.dtype)
         return self._rotate(on, self._heads(on, h, layer, "q_proj", self.num_heads, rows), rows, factor)
 
@@ -52,7 +54,7 @@ class Attention:
         group = self.num_heads // self.num_kv_heads
         attended = on.lowering.attention(
             on.op, query, keys, values, rows.mask, scale=scale, head_dim=self.head_dim, group=group
-        )  # fmt: skip
+        )
         flat = on.op.Reshape(
             on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim]
         )
@@ -65,8 +67,8 @@ class Attention:
         return on.op.Transpose(on.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
 
     def _rotate(self, on: Context, x: ir.Value, rows: Rows, factor: float | None = None) -> ir.Value:
-        """x [B, heads, rows, D] rotated to its positions, and times `factor` in float32. With rotary_float32 x goes up and comes back; casting only
-        the table would not be the same."""
+        """x [B, heads, rows, D] rotated to its positions, and times `factor` in float32. With rotary_float32
+        x goes up and comes back; casting only the table would not be the same."""
         cos, sin = on.table
         is_wide = self.rotary_float32
         turned = (

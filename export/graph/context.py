@@ -41,13 +41,15 @@ def is_layer(name: str) -> bool:
 
 
 def is_linear(name: str) -> bool:
-    """Whether a weight is that of a linear layer, the head among them: parts give these names that end in _proj."""
+    """Whether a weight is that of a linear layer, the head among them: parts give these names that end in
+    _proj."""
     return name == HEAD or name.endswith("_proj")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the additive mask they attend by."""
+    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the additive
+    mask they attend by."""
 
     positions: ir.Value
     shape: ir.Value
@@ -56,7 +58,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Context:
-    """The graph that is being built. dtype: of activations and caches. weight: the initializer of a weight. linears: spells linear layers.
+    """The graph that is being built. dtype: of activations and caches. weight: the initializer of a weight.
+    linears: spells linear layers.
     table: cos and sin."""
 
     op: OpBuilder

@@ -1,8 +1,8 @@
 """The decoder, built node by node as an ONNX graph: no tracing, no torch, no weights in memory.
 
-Pre-norm, with RMSNorm; attention and feed-forward are parts (attention.py, feed_forward.py) that a family puts into its DecoderConfig.
-Activations are [B*S, hidden] so that each linear layer is one Gemm over the checkpoint's own [out, in] weights.
-The last layer needs its queries, MLP and head only on the rows asked for.
+Pre-norm, with RMSNorm; attention and feed-forward are parts (attention.py, feed_forward.py) that a family
+puts into its DecoderConfig. Activations are [B*S, hidden] so that each linear layer is one Gemm over the
+checkpoint's own [out, in] weights. The last layer needs its queries, MLP and head only on the rows asked for.
 
 Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
 """
@@ -58,7 +58,8 @@ Caches = Pair | tuple[None, None]  # a graph that neither reads nor writes cache
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The network: what differs between families, as data and as parts. `max_length` positions have rotation tables."""
+    """The network: what differs between families, as data and as parts. `max_length` positions have rotation
+    tables."""
 
     hidden_size: int
     num_layers: int
@@ -71,7 +72,8 @@ class DecoderConfig:
 
 
 def weight_shapes(config: DecoderConfig) -> Shapes:
-    """Every weight of the decoder that comes from the checkpoint, in the order of use: name -> shape, [out, in]."""
+    """Every weight of the decoder that comes from the checkpoint, in the order of use: name -> shape, [out,
+    in]."""
     norm = (config.hidden_size,)
     layer = {
         "attention_norm": norm,
@@ -100,7 +102,8 @@ class Window:
 
 
 class Decoder:
-    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight; `linears` spells the linear layers."""
+    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight;
+    `linears` spells the linear layers."""
 
     def __init__(
         self,
@@ -129,7 +132,8 @@ class Decoder:
         ]
 
     def build(self, window: Window, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
-        """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a layer."""
+        """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a
+        layer."""
         op, returned = self.op, []
         embedding = self.weight(EMBEDDING)
         x = op.Gather(embedding, op.Reshape(window.input_ids, [-1]), axis=0)
@@ -180,7 +184,8 @@ class Decoder:
         return self.op.Add(x, self.config.feed_forward.build(on, h, i)), (new_key, new_value)
 
     def _rows(self, window: Window, cache: ir.Value | None, positions: ir.Value) -> Rows:
-        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to kv_len."""
+        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to
+        kv_len."""
         op = self.op
         length = op.Unsqueeze(window.kv_len, [1])
         if cache is None or window.write_index is None:
@@ -207,7 +212,8 @@ class Decoder:
         )
 
         def picked(x: ir.Value) -> ir.Value:
-            """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT computes on the host."""
+            """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT
+            computes on the host."""
             return op.Reshape(
                 op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size]
             )

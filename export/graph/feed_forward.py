@@ -1,7 +1,7 @@
 """The feed-forward of a decoder layer: a part that owns its weights' names and shapes, and builds its nodes.
 
-Another form is a class of its own that a family puts into its DecoderConfig. Weights of linear layers have names that end in _proj: schemes of
-quantisation and parity tables know them by that.
+Another form is a class of its own that a family puts into its DecoderConfig. Weights of linear layers have
+names that end in _proj: schemes of quantisation and parity tables know them by that.
 
 Shape letters: T rows of activations, K hidden size.
 """
@@ -18,7 +18,8 @@ from .context import Context, Shapes, layer_name
 
 @dataclass(frozen=True)
 class FeedForward(ABC):
-    """hidden_size: of the residual stream. intermediate_size: of what stands between the linear layers, for forecasts of memory."""
+    """hidden_size: of the residual stream. intermediate_size: of what stands between the linear layers, for
+    forecasts of memory."""
 
     hidden_size: int
     intermediate_size: int

@@ -1,4 +1,5 @@
-"""Linear layers: how they are spelled in ONNX. The decoder asks for them by name; schemes of quantisation spell them otherwise.
+"""Linear layers: how they are spelled in ONNX. The decoder asks for them by name; schemes of quantisation
+spell them otherwise.
 
 Shape letters: T tokens (rows of activations), K inputs, N outputs of a layer; its weight is [N, K].
 """
@@ -16,7 +17,8 @@ Initializer = Callable[[str], ir.Value]  # the initializer of a stored tensor, b
 
 
 class Linears:
-    """Linear layers as the checkpoint has them: one Gemm over its own [N, K] weights. Schemes override what they spell otherwise."""
+    """Linear layers as the checkpoint has them: one Gemm over its own [N, K] weights. Schemes override what
+    they spell otherwise."""
 
     operators: ClassVar[frozenset[str]] = frozenset()  # nodes of com.microsoft that a graph may hold
 
@@ -31,7 +33,8 @@ class Linears:
         return op.Gemm(*(value for value in (x, weight(name), bias) if value is not None), transB=1)
 
     def head(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> ir.Value:
-        """Logits [T, V] of x [T, K], both float32: rounded to 16 bit, say, they would move confidences across the threshold."""
+        """Logits [T, V] of x [T, K], both float32: rounded to 16 bit, say, they would move confidences across
+        the threshold."""
         return op.Gemm(x, widened(op, weight(name)), transB=1)
 
     def gated(self, op: OpBuilder, h: ir.Value, names: tuple[str, str, str], weight: Initializer) -> ir.Value:

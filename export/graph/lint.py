@@ -1,7 +1,7 @@
 """What a graph may not contain: the rules that keep one graph correct on ONNX Runtime and on TensorRT.
 
-Each rule has a reason measured on a real parser: see docs/architecture.md. A graph that breaks one would build and compute
-something else, so the export fails instead.
+Each rule has a reason measured on a real parser: see docs/architecture.md. A graph that breaks one would
+build and compute something else, so the export fails instead.
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ _FORBIDDEN_OPS = {
 }
 # (op, attribute): the values that every target reads alike; the parser ignores or misreads others
 _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
-    ("Attention", "is_causal"): {0}, ("Attention", "softcap"): {0.0}, ("Attention", "softmax_precision"): set(),
-    ("Attention", "qk_matmul_output_mode"): set(), ("Attention", "left_window_size"): set(),
-    ("Attention", "right_window_size"): set(), ("RMSNormalization", "stash_type"): {1}, ("RMSNormalization", "axis"): {-1},
-    ("RotaryEmbedding", "interleaved"): {0}, ("RotaryEmbedding", "rotary_embedding_dim"): {0},
-    ("TensorScatter", "axis"): {-2}, ("TensorScatter", "mode"): {"linear"},
-}  # fmt: skip
+    ("Attention", "is_causal"): {0},
+    ("Attention", "softcap"): {0.0},
+    ("Attention", "softmax_precision"): set(),
+    ("Attention", "qk_matmul_output_mode"): set(),
+    ("Attention", "left_window_size"): set(),
+    ("Attention", "right_window_size"): set(),
+    ("RMSNormalization", "stash_type"): {1},
+    ("RMSNormalization", "axis"): {-1},
+    ("RotaryEmbedding", "interleaved"): {0},
+    ("RotaryEmbedding", "rotary_embedding_dim"): {0},
+    ("TensorScatter", "axis"): {-2},
+    ("TensorScatter", "mode"): {"linear"},
+}
 _ATTENTION_INPUTS = (
     4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
 )
@@ -44,7 +51,8 @@ _ATTENTION_INPUTS = (
 def check(
     model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()
 ) -> None:
-    """Raise DllmError naming every breach of the rules in a graph. `operators` of com.microsoft are allowed in it."""
+    """Raise DllmError naming every breach of the rules in a graph. `operators` of com.microsoft are allowed
+    in it."""
     if breaches := list(find(model, role, dims, head, operators)):
         raise DllmError(
             f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches)
@@ -100,7 +108,10 @@ def _check_node(node: ir.Node, graph: ir.Graph, operators: frozenset[str]) -> It
     for name, attribute in node.attributes.items():
         allowed = _ATTRIBUTES.get((node.op_type, name))
         if allowed is not None and attribute.value not in allowed:
-            yield f"{node.name}: {node.op_type}.{name} is {attribute.value!r}, allowed: {sorted(allowed) or 'not set'}"
+            yield (
+                f"{node.name}: {node.op_type}.{name} is {attribute.value!r}, allowed: "
+                f"{sorted(allowed) or 'not set'}"
+            )
     if node.op_type == "Attention":
         yield from _check_attention(node)
     if (
@@ -119,7 +130,10 @@ def _check_node(node: ir.Node, graph: ir.Graph, operators: frozenset[str]) -> It
 def _check_attention(node: ir.Node) -> Iterator[str]:
     used = [value for value in node.inputs if value is not None]
     if len(used) != len(node.inputs) or len(used) > _ATTENTION_INPUTS:
-        yield f"{node.name}: Attention has {len(node.inputs)} inputs, allowed are query, key, value and mask (nonpad and past are not)"
+        yield (
+            f"{node.name}: Attention has {len(node.inputs)} inputs, allowed are query, key, value and "
+            f"mask (nonpad and past are not)"
+        )
     if len([output for output in node.outputs if output.name]) != 1:
         yield f"{node.name}: Attention has {len(node.outputs)} outputs, allowed is one"
     mask = node.inputs[3] if len(node.inputs) > 3 else None

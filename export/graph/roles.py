@@ -1,4 +1,5 @@
-"""The prefix graph and the refine graph: the decoder, the statistics, and the contract's names around them."""
+"""The prefix graph and the refine graph: the decoder, the statistics, and the contract's names around
+them."""
 
 from __future__ import annotations
 
@@ -34,10 +35,12 @@ def build(
     lowering: str = contract.MODERN,
     linears: Linears | None = None,
 ) -> ir.Model:
-    """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its initializers.
+    """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its
+    initializers.
 
-    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS; `linears` is a scheme of quantised
-    layers, None for layers as they are. Nothing is read from the weights but type and shape.
+    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS;
+    `linears` is a scheme of quantised layers, None for layers as they are. Nothing is read from the weights
+    but type and shape.
     """
     spelled = lowerings.find(lowering)
     linears = linears or Linears()
@@ -89,8 +92,8 @@ def _statistics(
 ) -> dict[str, ir.Value]:
     """Token, confidence, runner-up and entropy of the softmax of logits [B*R, V] (float32).
 
-    The mask token is never proposed, yet keeps its share of the softmax. The best three suffice for that: the proposal is
-    the first of them that is not the mask, the runner-up the next.
+    The mask token is never proposed, yet keeps its share of the softmax. The best three suffice for that: the
+    proposal is the first of them that is not the mask, the runner-up the next.
     """
     shape = op.Shape(logit_rows)
     best, ids = op.TopK(logits, [3], axis=-1, largest=1, sorted=1, _outputs=2)

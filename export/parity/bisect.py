@@ -1,7 +1,7 @@
 """Inside the network: the residual stream layer by layer, and the largest activations.
 
-`compare` bisects a failed verification: it runs the artifact's graphs with the residual stream after every layer exposed, beside
-the PyTorch reference, and the first layer that differs is where the fault lies.
+`compare` bisects a failed verification: it runs the artifact's graphs with the residual stream after every
+layer exposed, beside the PyTorch reference, and the first layer that differs is where the fault lies.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Row:
-    """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values that are no number."""
+    """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values
+    that are no number."""
 
     name: str
     difference: float
@@ -59,7 +60,8 @@ Noted = Callable[[str, torch.nn.Module, torch.Tensor, torch.Tensor], None]
 
 @contextmanager
 def _hooked(modules: dict[str, torch.nn.Module], noted: Noted) -> Iterator[None]:
-    """While it lasts, `noted` is told of every forward of the modules: name, module, what went in and what came out."""
+    """While it lasts, `noted` is told of every forward of the modules: name, module, what went in and what
+    came out."""
 
     def hook(name: str) -> Callable[..., None]:
         def told(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
@@ -81,7 +83,8 @@ def _layers(reference: TorchBackend) -> dict[str, torch.nn.Module]:
 
 @contextmanager
 def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
-    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its residual stream."""
+    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its
+    residual stream."""
     linear = {
         decoder.layer_name(i, name): module
         for i, layer in enumerate(reference.network.layers)
@@ -103,17 +106,21 @@ def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
 def compare(
     artifact: Path, reference: TorchBackend, calls: tuple[Window, Window, Array], exposed: Exposed
 ) -> dict[str, list[Row]]:
-    """Rows by kind of call (a prefix pass on either graph, a refine step): the residual stream after each layer, then the logits.
+    """Rows by kind of call (a prefix pass on either graph, a refine step): the residual stream after each
+    layer, then the logits.
 
-    `calls`: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. `exposed` makes a graph with more outputs.
+    `calls`: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. `exposed` makes a graph
+    with more outputs.
     """
     full, refine, valid = calls
     facts = manifests.load(artifact).model
     names = [decoder.layer_name(i, decoder.OUTPUT) for i in range(facts.num_layers)]
     batch, length = full.input_ids.shape
     slots, theirs = slice(0, batch), reference.new_cache(batch, length)
-    expected = {"prefix": _residuals(reference, theirs, slots, full, own_rows_only=True),
-                "refine": _residuals(reference, theirs, slots, refine, own_rows_only=False)}  # fmt: skip
+    expected = {
+        "prefix": _residuals(reference, theirs, slots, full, own_rows_only=True),
+        "refine": _residuals(reference, theirs, slots, refine, own_rows_only=False),
+    }
     every = np.ones((*refine.input_ids.shape, 1), bool)
     tables = {}
     for role in contract.ROLES:  # one session at a time
@@ -126,8 +133,16 @@ def compare(
             kinds.append(("refine step, refine graph", refine, every, expected["refine"]))
         for kind, call, keep, wanted in kinds:
             made = engine.run(cache, slots, call, [*names, contract.LOGITS])
-            tables[kind] = [_row(name, made[name].astype(np.float32).reshape(wanted[name].shape), wanted[name], keep, facts.dtype)
-                            for name in [*names, contract.LOGITS]]  # fmt: skip
+            tables[kind] = [
+                _row(
+                    name,
+                    made[name].astype(np.float32).reshape(wanted[name].shape),
+                    wanted[name],
+                    keep,
+                    facts.dtype,
+                )
+                for name in [*names, contract.LOGITS]
+            ]
         engine.close()
     return tables
 
@@ -178,4 +193,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     first = next((row for row in rows if not row.passed), None)
     for row in rows:
         mark = "  <-- first bad" if row is first else "" if row.passed else "  bad"
-        yield f"{row.name:{width}}  {row.difference:8.1e}  {row.cosine:8.6f}  {row.norm_ratio:10.6f}  {row.bad_values:7}{mark}"
+        yield (
+            f"{row.name:{width}}  {row.difference:8.1e}  {row.cosine:8.6f}  {row.norm_ratio:10.6f}  "
+            f"{row.bad_values:7}{mark}"
+        )

@@ -1,7 +1,7 @@
 """The PyTorch reference: the family's network by code that is not ours, as a backend of the same runtime.
 
-Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours: what agrees with
-it was exported right. It is also the eager PyTorch baseline of the benchmarks.
+Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours:
+what agrees with it was exported right. It is also the eager PyTorch baseline of the benchmarks.
 
 Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
 """
@@ -32,7 +32,8 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 @dataclass
 class _Writer:
-    """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends to."""
+    """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends
+    to."""
 
     buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] a layer
     write_index: list[int]  # [B], on the host: reading it back from a GPU in every layer would wait each time
@@ -55,7 +56,8 @@ class _Writer:
 class TorchBackend(Backend):
     """The checkpoint behind an artifact, in eager PyTorch on a CPU or GPU.
 
-    checkpoint: its directory or hub id; None takes the one that the manifest names. dtype: None takes the artifact's.
+    checkpoint: its directory or hub id; None takes the one that the manifest names. dtype: None takes the
+    artifact's.
     """
 
     name = "torch"
@@ -71,7 +73,8 @@ class TorchBackend(Backend):
     ) -> None:
         facts = manifests.load(artifact)
         source = source_of(facts, checkpoint, artifact)
-        # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows the tokenizer
+        # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows
+        # the tokenizer
         decoding = replace(
             source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults
         )
@@ -132,8 +135,10 @@ class TorchBackend(Backend):
 
     def logits(self, cache: Cache, slots: slice, window: Window, *, own_rows_only: bool) -> torch.Tensor:
         """float32 logits [B, R, V] of the rows asked for; the caches of `slots` are updated."""
-        tensors = {name: torch.from_numpy(getattr(window, name)).to(self.device) for name in
-                   ("input_ids", "position_ids", "kv_len", "logit_rows")}  # fmt: skip
+        tensors = {
+            name: torch.from_numpy(getattr(window, name)).to(self.device)
+            for name in ("input_ids", "position_ids", "kv_len", "logit_rows")
+        }
         keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
         valid = torch.arange(keys, device=self.device) < tensors["kv_len"][:, None]
         mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
@@ -147,8 +152,8 @@ class TorchBackend(Backend):
 
 
 def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...], str | None]:
-    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys ignored at its export, and the mask
-    token that was given."""
+    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys ignored at
+    its export, and the mask token that was given."""
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")

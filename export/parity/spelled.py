@@ -1,7 +1,9 @@
-"""A graph that is quantised for the CPU, spelled out in standard operators and float arithmetic, which are right on every processor.
+"""A graph that is quantised for the CPU, spelled out in standard operators and float arithmetic, which are
+right on every processor.
 
-ONNX Runtime's own operators for products of 8 and 4 bits are fast, and wrong where a kernel's sums do not fit (trt_runtime/backends/int8.py). What they compute is
-written down here operator by operator; run without optimisation, it says what the artifact should give on this machine.
+ONNX Runtime's own operators for products of 8 and 4 bits are fast, and wrong where a kernel's sums do not fit
+(trt_runtime/backends/int8.py). What they compute is written down here operator by operator; run without
+optimisation, it says what the artifact should give on this machine.
 
 Shape letters: T tokens, K inputs, N outputs of a layer, G blocks of a row.
 """
@@ -49,8 +51,8 @@ def _integer(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphPro
 
 
 def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
-    """MatMulNBits of accuracy level 4: x [T, K] is rounded to 8 bits in blocks, each with the scale of its largest number; the weight is
-    (b - middle) * scale in the same blocks."""
+    """MatMulNBits of accuracy level 4: x [T, K] is rounded to 8 bits in blocks, each with the scale of its
+    largest number; the weight is (b - middle) * scale in the same blocks."""
     x, stored, scales = node.input[:3]
     facts = {item.name: item.i for item in node.attribute}
     inputs, block, bits = facts["K"], facts["block_size"], facts["bits"]
@@ -76,8 +78,14 @@ def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProt
     pads = constant("pads", np.array([0, 0, 0, number * block - inputs], np.int64))
     split = constant("split", np.array([-1, number, block], np.int64))
     joined = constant("joined", np.array([-1, number * block], np.int64))
-    share, tiny, last = (constant(key, value) for key, value in (
-        ("share", np.float32(1 / 127)), ("tiny", np.float32(_TINY)), ("last", np.array([-1], np.int64))))  # fmt: skip
+    share, tiny, last = (
+        constant(key, value)
+        for key, value in (
+            ("share", np.float32(1 / 127)),
+            ("tiny", np.float32(_TINY)),
+            ("last", np.array([-1], np.int64)),
+        )
+    )
     return [
         helper.make_node("Pad", [x, pads], [names("padded")]),
         helper.make_node("Reshape", [names("padded"), split], [names("x")]),
@@ -108,5 +116,6 @@ class _Names:
 
 
 _RULES: dict[str, Callable[[NodeProto, dict[str, TensorProto], onnx.GraphProto], list[NodeProto]]] = {
-    "MatMulIntegerToFloat": _integer, "MatMulNBits": _blocks,
-}  # fmt: skip
+    "MatMulIntegerToFloat": _integer,
+    "MatMulNBits": _blocks,
+}

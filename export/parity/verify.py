@@ -1,11 +1,13 @@
 """Parity of an artifact with the PyTorch reference, stage by stage: weights, range, logits, cache, decode.
 
-weights: every tensor of weights.data is the checkpoint's, converted. range: no activation of the reference leaves the dtype's range.
-logits: a prefix pass on both graphs. cache: what the pass and a refine step left in it, and the logits of the step, which reads it.
+weights: every tensor of weights.data is the checkpoint's, converted. range: no activation of the reference
+leaves the dtype's range.
+logits: a prefix pass on both graphs. cache: what the pass and a refine step left in it, and the logits of the
+step, which reads it.
 decode: recorded cases of the reference, token by token.
 
-The artifact's own graphs are run, with the logits exposed as an output where they are none. ONNX Runtime has no bf16 on a CPU: a
-bf16 artifact is verified through an fp32 twin, exported from the same checkpoint.
+The artifact's own graphs are run, with the logits exposed as an output where they are none. ONNX Runtime has
+no bf16 on a CPU: a bf16 artifact is verified through an fp32 twin, exported from the same checkpoint.
 """
 
 from __future__ import annotations
@@ -80,13 +82,15 @@ def verify(
     *,
     with_polygraphy: bool = False,
 ) -> Iterator[Stage]:
-    """The stages, as they finish; `doing` is told what runs now. with_polygraphy: one more, by Polygraphy's Comparator (export/debug/runners.py). After
-    the last, the result is written into the manifest. Raises DllmError."""
+    """The stages, as they finish; `doing` is told what runs now. with_polygraphy: one more, by Polygraphy's
+    Comparator (export/debug/runners.py). After the last, the result is written into the manifest. Raises
+    DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     stages, made = [], _stages if manifest.quantization is None else _quantized_stages
     if with_polygraphy and manifest.quantization is not None:
         raise DllmError(
-            f"{artifact}: is quantised, and not to agree with PyTorch output by output: leave --with-polygraphy out."
+            f"{artifact}: is quantised, and not to agree with PyTorch output by output: leave "
+            f"--with-polygraphy out."
         )
     for stage in made(artifact, checkpoint, manifest, doing):
         stages.append(stage)
@@ -126,7 +130,8 @@ def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[laye
     """Layer by layer, for a prefix pass and a refine step: where a failure begins. Raises DllmError."""
     if manifests.load(artifact).quantization is not None:
         raise DllmError(
-            f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without --quantize."
+            f"{artifact}: is quantised, and not to agree layer by layer: look at the artifact without "
+            f"--quantize."
         )
     with opened(artifact, checkpoint) as (runnable, reference):
         calls = verify_graphs.calls_of(
@@ -154,8 +159,12 @@ def _stages(
             {"worst": worst.logits, "prefix against refine graph": worst.same, "allowed": allowed},
         )
         cache_ok = worst.caches <= tolerances.CACHE[dtype] and worst.refine_logits <= allowed
-        measured = {"worst": worst.caches, "allowed": tolerances.CACHE[dtype], "refine logits": worst.refine_logits,
-                    "allowed for logits": allowed}  # fmt: skip
+        measured = {
+            "worst": worst.caches,
+            "allowed": tolerances.CACHE[dtype],
+            "refine logits": worst.refine_logits,
+            "allowed for logits": allowed,
+        }
         yield Stage("cache", cache_ok, measured)
         doing("decode: recording cases with the reference, and following them")
         yield _decode(engine, reference, manifest, dtype)
@@ -164,8 +173,8 @@ def _stages(
 def _quantized_stages(
     artifact: Path, checkpoint: str | None, manifest: Manifest, doing: Callable[[str], object]
 ) -> Iterator[Stage]:
-    """What is quantised is not to agree within rounding: its weights and graphs must be those that this version makes of the checkpoint, and
-    the gate of the export must have been passed."""
+    """What is quantised is not to agree within rounding: its weights and graphs must be those that this
+    version makes of the checkpoint, and the gate of the export must have been passed."""
     source = source_of(manifest, checkpoint, artifact)
     doing("weights: quantising the checkpoint again, and comparing every tensor")
     yield _weights(artifact, source, manifest)
@@ -188,7 +197,8 @@ def _canvases(artifact: Path, manifest: Manifest) -> Stage:
             "canvases",
             True,
             {
-                "run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version makes"
+                "run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version "
+                "makes"
             },
         )
     assert manifest.quantization is not None
@@ -203,12 +213,16 @@ def _canvases(artifact: Path, manifest: Manifest) -> Stage:
         "cache": worst.caches,
         "allowed": allowed,
     }
-    advice = "this processor, or this ONNX Runtime, does not compute what the graphs say: 'dllm-trt doctor' tells of its 8-bit products"
+    advice = (
+        "this processor, or this ONNX Runtime, does not compute what the graphs say: 'dllm-trt doctor' "
+        "tells of its 8-bit products"
+    )
     return Stage("canvases", largest <= allowed, measured, "" if largest <= allowed else advice)
 
 
 def _weights(artifact: Path, source: pipeline.Source, manifest: Manifest) -> Stage:
-    """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the graphs look for it."""
+    """Every initializer that comes from the checkpoint holds that tensor, converted, at the place where the
+    graphs look for it."""
     mode = "copy" if stream.holds_all(manifest) else "link"
     scheme = _scheme(artifact, manifest)
     planned = weights.plan(

@@ -1,4 +1,5 @@
-"""The artifact's graphs run on canvases of random tokens, beside the PyTorch reference or, if they are quantised, beside themselves spelled out.
+"""The artifact's graphs run on canvases of random tokens, beside the PyTorch reference or, if they are
+quantised, beside themselves spelled out.
 
 The artifact's own graphs are run, with the logits exposed as an output where they are none.
 """
@@ -41,7 +42,8 @@ class Worst:
     ranges: layers.Ranges = field(default_factory=layers.Ranges)
 
     def add(self, role: str, mine: Run, theirs: Run, valid: Array) -> None:
-        """Take in a run of the graph of a role beside what is expected; `valid` [2, L, 1] are the rows that count."""
+        """Take in a run of the graph of a role beside what is expected; `valid` [2, L, 1] are the rows that
+        count."""
         self.logits = max(self.logits, layers.difference(mine.logits * valid, theirs.logits * valid))
         caches = list(zip(mine.caches, theirs.caches, strict=True))
         if role == "refine":
@@ -64,7 +66,8 @@ def graph_in(path: Path) -> onnx.ModelProto:
 
 
 def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") -> bytes:
-    """The graph of a role with internal values of a dtype added to its outputs, over the artifact's own weights."""
+    """The graph of a role with internal values of a dtype added to its outputs, over the artifact's own
+    weights."""
     model = graph_in(artifact / manifests.load(artifact).graphs[role].file)
     kinds = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}
     present = {output.name for output in model.graph.output}
@@ -77,8 +80,8 @@ def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") ->
 
 
 def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]:
-    """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine step. One graph is
-    open at a time: the weights of both would take twice the memory."""
+    """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine
+    step. One graph is open at a time: the weights of both would take twice the memory."""
     worst, rng = Worst(), np.random.default_rng(0)
     calls = [
         calls_of(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length))
@@ -108,7 +111,8 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
 
 @dataclass(frozen=True)
 class Run:
-    """Logits of a prefix pass, the caches after it, logits of a refine step, and the caches after that (refine graph only)."""
+    """Logits of a prefix pass, the caches after it, logits of a refine step, and the caches after that
+    (refine graph only)."""
 
     logits: Array
     caches: list[Array]
@@ -117,7 +121,8 @@ class Run:
 
 
 def calls_of(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Window, Window, Array]:
-    """A prefix pass over two rows of unequal length, a refine step over an edited block, and the valid rows [2, L, 1]."""
+    """A prefix pass over two rows of unequal length, a refine step over an edited block, and the valid rows
+    [2, L, 1]."""
     canvas = rng.integers(0, facts.model.vocab_size, (2, length))
     canvas[:, length // 2 :] = facts.decoding.mask_token_id
     start = length // 2
@@ -158,12 +163,17 @@ def _check_statistics(made: dict[str, Array], manifest: Manifest) -> None:
     probability[..., manifest.decoding.mask_token_id] = -1
     best = np.sort(probability, -1)
     proposed = np.take_along_axis(probability, made["token"][..., None], -1)[..., 0]
-    pairs = {"token": (proposed, best[..., -1]), "confidence": (made["confidence"], best[..., -1]),
-             "runner_up": (made["runner_up"], best[..., -2]), "entropy": (made["entropy"], entropy)}  # fmt: skip
+    pairs = {
+        "token": (proposed, best[..., -1]),
+        "confidence": (made["confidence"], best[..., -1]),
+        "runner_up": (made["runner_up"], best[..., -2]),
+        "entropy": (made["entropy"], entropy),
+    }
     for name, (mine, theirs) in pairs.items():
         if not np.allclose(mine, theirs, rtol=1e-3, atol=1e-4):
             raise DllmError(
-                f"the graph's {name} is not that of its logits with mask token {manifest.decoding.mask_token_id}: the graph is not of "
+                f"the graph's {name} is not that of its logits with mask token "
+                f"{manifest.decoding.mask_token_id}: the graph is not of "
                 "this artifact: export it again."
             )
 
@@ -179,9 +189,10 @@ def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> Run:
 
 
 def compare_quantised(artifact: Path, manifest: Manifest) -> Worst:
-    """Both graphs of a quantised artifact as this processor computes them. Beside what: of one for the CPU, its graph spelled out in float arithmetic
-    (export/parity/spelled.py); of one for TensorRT, whose graphs have none of the CPU's integer operators, the other graph. Raises DllmError if a graph's
-    statistics are not those of its logits."""
+    """Both graphs of a quantised artifact as this processor computes them. Beside what: of one for the CPU,
+    its graph spelled out in float arithmetic (export/parity/spelled.py); of one for TensorRT, whose graphs
+    have none of the CPU's integer operators, the other graph. Raises DllmError if a graph's statistics are
+    not those of its logits."""
     assert manifest.quantization is not None
     worst, rng = Worst(), np.random.default_rng(0)
     calls = [calls_of(manifest, rng, min(24 + 7 * n, manifest.model.max_length)) for n in range(_CANVASES)]

@@ -1,7 +1,9 @@
-"""How large activations become in decoding: the largest magnitude of every input of every linear layer, over masked canvases.
+"""How large activations become in decoding: the largest magnitude of every input of every linear layer, over
+masked canvases.
 
-Canvases as decoding meets them (export/quantize/gate.py): blocks before the running one filled, the running one partly masked, all that follows
-masked. Clean text would not do: it holds no mask token, whose activations are like no other's.
+Canvases as decoding meets them (export/quantize/gate.py): blocks before the running one filled, the running
+one partly masked, all that follows masked. Clean text would not do: it holds no mask token, whose activations
+are like no other's.
 
 Shape letters: K inputs, N outputs of a layer.
 """

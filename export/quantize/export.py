@@ -1,7 +1,8 @@
-"""Quantised exports: the model as it is decodes the user's prompts, calibrates what needs it, and judges the quantised one before that is kept.
+"""Quantised exports: the model as it is decodes the user's prompts, calibrates what needs it, and judges the
+quantised one before that is kept.
 
 1. an fp32 twin of the checkpoint, in a temporary directory, decodes the prompts           (quality.expect)
-2. where the scheme is calibrated, it is observed on masked canvases of some of them         (calibration.observe)
+2. where the scheme is calibrated, it is observed on masked canvases of some of them   (calibration.observe)
 3. the quantised artifact is written, and measured beside the twin before it takes its place (quality.measure)
 """
 
@@ -39,7 +40,8 @@ _CALIBRATING = 32  # prompts at most
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to quantise. scheme, target: quantization.find. data: a file of prompts (examples.read); match: how answers are compared.
+    """How to quantise. scheme, target: quantization.find. data: a file of prompts (examples.read); match: how
+    answers are compared.
 
     gate: whether the result must pass; without it nothing is measured, and the manifest says so.
     """
@@ -53,7 +55,8 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the model as it was had to say: what a scheme is calibrated with, and what is expected of the quantised model."""
+    """What the model as it was had to say: what a scheme is calibrated with, and what is expected of the
+    quantised model."""
 
     calibration: Calibration | None = None
     calibrated_on: dict[str, Any] | None = None
@@ -67,15 +70,16 @@ def export(
     note: Callable[[str], object] = lambda text: None,
     shown: Line = SILENT,
 ) -> Manifest:
-    """Write a quantised artifact at `config.out`; `note` is told the quality, `shown` says how far the gate is. Raises DllmError, also where the gate is not passed, and
-    then leaves nothing."""
+    """Write a quantised artifact at `config.out`; `note` is told the quality, `shown` says how far the gate
+    is. Raises DllmError, also where the gate is not passed, and then leaves nothing."""
     kind = schemes.find(how.scheme, how.target)
     _check(config, how, kind)
     source = pipeline.read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
         note(
-            f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not used"
+            f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not "
+            f"used"
         )
     prepared = (
         Prepared()
@@ -92,7 +96,8 @@ def export(
             measured = _measure(directory, config, scheme_here, prepared.expected, how.match, shown)
             if missed := list(measured.failures()):
                 raise DllmError(
-                    f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; take another scheme, or "
+                    f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; "
+                    f"take another scheme, or "
                     "--gate no if you know better."
                 )
             note(f"quality beside the model as it was: {measured}")
@@ -107,7 +112,8 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
         raise unknown("--match", how.match, examples.MATCHES)
     if config.dtype not in kind.dtypes:
         raise DllmError(
-            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, dtype is {config.dtype}: "
+            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
+            f"dtype is {config.dtype}: "
             f"export with DTYPE={kind.dtypes[0]}."
         )
     if config.weights != "copy":
@@ -116,7 +122,8 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
         )
     if config.lowering != contract.MODERN:
         raise DllmError(
-            "--quantize goes with the modern lowering (opset 24): use ONNX Runtime 1.24 or newer, and leave --lowering out."
+            "--quantize goes with the modern lowering (opset 24): use ONNX Runtime 1.24 or newer, and leave "
+            "--lowering out."
         )
     if how.data is None and (how.gate or kind.is_calibrated):
         why = (
@@ -147,7 +154,8 @@ def _prepare(
     )
     if free and needed > free:
         raise DllmError(
-            f"measuring the quality runs the model in fp32: about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are available: "
+            f"measuring the quality runs the model in fp32: about {needed / GIB:.0f} GiB of memory, "
+            f"{free / GIB:.0f} GiB are available: "
             "quantise on a larger machine" + ("." if kind.is_calibrated else ", or with --gate no.")
         )
     split = min(_CALIBRATING, (len(held) + 1) // 2) if kind.is_calibrated else 0

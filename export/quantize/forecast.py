@@ -1,4 +1,5 @@
-"""What a quantised export of a checkpoint will hold, from its config.json: the same plan of weights as an export makes, without any weights."""
+"""What a quantised export of a checkpoint will hold, from its config.json: the same plan of weights as an
+export makes, without any weights."""
 
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ _CONFIG_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 def quantised(
     name: str, dtype: str | None, scheme: str, target: str | None
 ) -> tuple[ModelFacts, Quantization]:
-    """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, `weight_bytes` those of weights.data, and the scheme. `dtype`: of
-    the rest; None takes the one that an export would. Raises DllmError."""
+    """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, `weight_bytes` those of
+    weights.data, and the scheme. `dtype`: of the rest; None takes the one that an export would. Raises
+    DllmError."""
     kind = schemes.find(scheme, target)
     config, generation_config, where = checkpoints.config_of(name)
     dtype = dtype or ("fp32" if kind.dtypes[0] == "fp32" else "bf16")
     if dtype not in kind.dtypes:
         raise DllmError(
-            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, --dtype is {dtype}: leave "
+            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
+            f"--dtype is {dtype}: leave "
             f"--dtype out, or give {kind.dtypes[0]}."
         )
     family, _, decoder = pipeline.understood(config, where)
@@ -60,7 +63,8 @@ def _stored(path: Path, config: dict[str, Any], family: Family, decoder: Decoder
 def _empty(
     path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig
 ) -> dict[str, StoredTensor]:
-    """Tensors of the shapes that the family's weights ask for: a weight in several pieces has an equal share of its rows in each."""
+    """Tensors of the shapes that the family's weights ask for: a weight in several pieces has an equal share
+    of its rows in each."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, shape in weight_shapes(decoder).items():
         pieces = family.pieces(weight)
@@ -74,7 +78,8 @@ def _empty(
 
 
 def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
-    """Of the embedding, which a CPU artifact keeps as it is: from its file where it is here, else as config.json says."""
+    """Of the embedding, which a CPU artifact keeps as it is: from its file where it is here, else as
+    config.json says."""
     if path.is_dir() and any(path.glob("*.safetensors")):
         try:
             held: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype

@@ -1,7 +1,9 @@
 """What quantising costs, measured against the model as it was: the gate that a quantised export must pass.
 
-    canvases   masked at several ratios, with the block at several places of the answer: the Kullback-Leibler divergence on masked rows
-    commits    the model's own decoding, forced step by step: would the same tokens be proposed, and committed in the same forward?
+    canvases   masked at several ratios, with the block at several places of the answer: the
+               Kullback-Leibler divergence on masked rows
+    commits    the model's own decoding, forced step by step: would the same tokens be proposed, and
+               committed in the same forward?
     answers    decoded freely: how many are right (where the examples say what is), and how many are unchanged
 
 First `expect` runs the model as it was, then `measure` the quantised one: never are both in memory.
@@ -36,7 +38,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Canvas:
-    """A canvas in the middle of a decoding, ids [L], and the masked positions of its running block [R]. What follows is all masks."""
+    """A canvas in the middle of a decoding, ids [L], and the masked positions of its running block [R]. What
+    follows is all masks."""
 
     ids: Array
     masked: Array
@@ -44,7 +47,8 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An example as the model decoded it: its steps, its whole canvas, where the useful part of it ends, and its text."""
+    """An example as the model decoded it: its steps, its whole canvas, where the useful part of it ends, and
+    its text."""
 
     example: Example
     steps: list[Step]
@@ -71,7 +75,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured. Shares are of 1; `right` and `right_before` count the examples that say what is right (`judged`)."""
+    """What was measured. Shares are of 1; `right` and `right_before` count the examples that say what is
+    right (`judged`)."""
 
     examples: int
     canvases: int
@@ -89,7 +94,8 @@ class Quality:
 
     @property
     def allowed_losses(self) -> float:
-        """Right answers that may be lost: the bound in points, and one in any case, for a single answer says nothing."""
+        """Right answers that may be lost: the bound in points, and one in any case, for a single answer says
+        nothing."""
         return max(1.0, self.judged * tolerances.QUANTIZED_DROP / 100)
 
     def failures(self) -> Iterator[str]:
@@ -97,11 +103,20 @@ class Quality:
         if not self.kl_mean <= tolerances.QUANTIZED_KL:
             yield f"KL on masked rows is {self.kl_mean:.3g} nats, allowed {tolerances.QUANTIZED_KL:g}"
         if not self.same_token >= tolerances.QUANTIZED_TOKENS:
-            yield f"{100 * self.same_token:.1f} % of the committed tokens are proposed again, required {100 * tolerances.QUANTIZED_TOKENS:g} %"
+            yield (
+                f"{100 * self.same_token:.1f} % of the committed tokens are proposed again, required "
+                f"{100 * tolerances.QUANTIZED_TOKENS:g} %"
+            )
         if not self.same_commit >= tolerances.QUANTIZED_COMMITS:
-            yield f"{100 * self.same_commit:.1f} % of the commits are made in the same forward, required {100 * tolerances.QUANTIZED_COMMITS:g} %"
+            yield (
+                f"{100 * self.same_commit:.1f} % of the commits are made in the same forward, required "
+                f"{100 * tolerances.QUANTIZED_COMMITS:g} %"
+            )
         if self.right_before - self.right > self.allowed_losses:
-            yield f"{self.right} of {self.judged} answers are right, {self.right_before} were before: allowed are {self.allowed_losses:g} less"
+            yield (
+                f"{self.right} of {self.judged} answers are right, {self.right_before} were before: "
+                f"allowed are {self.allowed_losses:g} less"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -116,8 +131,10 @@ class Quality:
             else ""
         )
         return (
-            f"KL {self.kl_mean:.2g} nats on {self.masked_rows} masked rows (largest {self.kl_largest:.2g}); of {self.commits} commits "
-            f"{100 * self.same_token:.1f} % the same token, {100 * self.same_commit:.1f} % in the same forward; "
+            f"KL {self.kl_mean:.2g} nats on {self.masked_rows} masked rows (largest {self.kl_largest:.2g}); "
+            f"of {self.commits} commits "
+            f"{100 * self.same_token:.1f} % the same token, {100 * self.same_commit:.1f} % in the same "
+            f"forward; "
             f"{100 * self.same_answer:.0f} % of {self.examples} answers unchanged{right}"
         )
 
@@ -147,7 +164,8 @@ def decode(
 
 
 def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[Canvas]:
-    """Of each decoding one canvas a ratio, the places in turn. Which positions are masked is drawn, the same each time."""
+    """Of each decoding one canvas a ratio, the places in turn. Which positions are masked is drawn, the same
+    each time."""
     rng, made = np.random.default_rng(0), []
     for number, done in enumerate(decoded):
         blocks = max(1, -(-(done.useful_end - done.prompt_length) // block_length))
@@ -190,7 +208,8 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
 
 
 def measure(model: Model, expected: Expected, match: str, progress: Progress = SILENT) -> Quality:
-    """The quantised model beside what was expected of it; `match` is how answers are compared (examples.MATCHES)."""
+    """The quantised model beside what was expected of it; `match` is how answers are compared
+    (examples.MATCHES)."""
     divergence, best = _divergence(model, expected, progress)
     commits = [
         _forced(model, done, expected.config)
@@ -208,12 +227,20 @@ def measure(model: Model, expected: Expected, match: str, progress: Progress = S
     judged = [(mine, theirs) for mine, theirs in pairs if theirs.example.answers is not None]
     right = [[is_right(done.text or "", done.example, match) for done in pair] for pair in judged]
     return Quality(
-        examples=len(pairs), canvases=len(expected.canvases), masked_rows=divergence.size,
-        kl_mean=float(divergence.mean()), kl_largest=float(divergence.max()), same_best=float(best.mean()),
-        commits=number, same_token=tokens / max(1, number), same_commit=same / max(1, number),
+        examples=len(pairs),
+        canvases=len(expected.canvases),
+        masked_rows=divergence.size,
+        kl_mean=float(divergence.mean()),
+        kl_largest=float(divergence.max()),
+        same_best=float(best.mean()),
+        commits=number,
+        same_token=tokens / max(1, number),
+        same_commit=same / max(1, number),
         same_answer=sum(np.array_equal(mine.useful, theirs.useful) for mine, theirs in pairs) / len(pairs),
-        judged=len(judged), right_before=sum(before for _, before in right), right=sum(now for now, _ in right),
-    )  # fmt: skip
+        judged=len(judged),
+        right_before=sum(before for _, before in right),
+        right=sum(now for now, _ in right),
+    )
 
 
 def _divergence(model: Model, expected: Expected, progress: Progress) -> tuple[Array, Array]:
@@ -238,7 +265,8 @@ def _log_probabilities(model: Model, canvas: Canvas) -> Array:
 
 
 def _forced(model: Model, done: Decoded, config: GenerationConfig) -> tuple[int, int, int]:
-    """Commits of a decoding, those whose token is proposed again after the same history, and those that are committed again too."""
+    """Commits of a decoding, those whose token is proposed again after the same history, and those that are
+    committed again too."""
     row = model.sequence(done.example.prompt, config)
     generator, number, tokens, same = Generator(model.backend, [row]), 0, 0, 0
     for step in done.steps:

@@ -1,4 +1,5 @@
-"""Quantised linear layers, a file a kind: w8a8 and int4 for ONNX Runtime on a CPU; fp8, int8-sq and int4 for TensorRT."""
+"""Quantised linear layers, a file a kind: w8a8 and int4 for ONNX Runtime on a CPU; fp8, int8-sq and int4 for
+TensorRT."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def names_for(target: str | None) -> list[str]:
 
 
 def find(name: str, target: str | None = None) -> type[Scheme]:
-    """A scheme by its name, and by its target where several have the name (None: the first). Raises DllmError."""
+    """A scheme by its name, and by its target where several have the name (None: the first). Raises
+    DllmError."""
     named = [scheme for scheme in SCHEMES if scheme.name == name]
     if not named:
         raise unknown("scheme of quantisation", name, NAMES)
@@ -30,6 +32,7 @@ def find(name: str, target: str | None = None) -> type[Scheme]:
     if found is None:
         others = ", ".join(scheme.name for scheme in SCHEMES if scheme.target == target)
         raise DllmError(
-            f"{name} is for {named[0].target}, not for {target}: leave the target out, or quantise with {others}."
+            f"{name} is for {named[0].target}, not for {target}: leave the target out, or quantise with "
+            f"{others}."
         )
     return found

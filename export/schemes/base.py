@@ -1,8 +1,9 @@
-"""What a scheme of quantised linear layers provides: what it stores of each weight, and how a layer is spelled with it.
+"""What a scheme of quantised linear layers provides: what it stores of each weight, and how a layer is
+spelled with it.
 
-A scheme is asked three things: `parts` (names, types and shapes of what it stores in a weight's place: from shapes alone, so that graphs
-can be built first), `quantize` (the parts, from the weight, rows at a time), and `linear` (the nodes). The decoder asks for layers by name
-and knows no scheme.
+A scheme is asked three things: `parts` (names, types and shapes of what it stores in a weight's place: from
+shapes alone, so that graphs can be built first), `quantize` (the parts, from the weight, rows at a time), and
+`linear` (the nodes). The decoder asks for layers by name and knows no scheme.
 
 Shape letters: T tokens (rows of activations), K inputs, N outputs of a layer; its weight is [N, K].
 """
@@ -29,7 +30,8 @@ _SIDES = ("inputs", "weights")
 
 @dataclass(frozen=True)
 class Calibration:
-    """By layer, [K] each: the largest magnitude of its inputs over the calibration canvases, and of the columns of its weight."""
+    """By layer, [K] each: the largest magnitude of its inputs over the calibration canvases, and of the
+    columns of its weight."""
 
     inputs: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
@@ -63,7 +65,8 @@ class Part:
 
 
 class Scheme(Linears, ABC):
-    """A way of quantising. `target` is one of manifest.TARGETS; `dtypes` are those of activations and caches that it takes."""
+    """A way of quantising. `target` is one of manifest.TARGETS; `dtypes` are those of activations and caches
+    that it takes."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -84,5 +87,6 @@ class Scheme(Linears, ABC):
         """The parts of a layer, from its weight in pieces of whole rows, float32 [n, K]."""
 
     def factors(self, name: str) -> tuple[Array | None, Array | None]:
-        """What the rows [N] and the columns [K] of a weight are multiplied with before anything else (a vector: its elements, as rows)."""
+        """What the rows [N] and the columns [K] of a weight are multiplied with before anything else (a
+        vector: its elements, as rows)."""
         return None, None

@@ -1,4 +1,5 @@
-"""Weights in blocks along their inputs, each block with a scale of its own, chosen for the least squared error.
+"""Weights in blocks along their inputs, each block with a scale of its own, chosen for the least squared
+error.
 
 Shape letters: N outputs, K inputs of a layer; G blocks of a row.
 """
@@ -11,7 +12,8 @@ import numpy as np
 
 from .base import Array
 
-# what the largest magnitude of a block is rounded to, as a share of the range: clipping a few large numbers buys finer steps for the rest
+# what the largest magnitude of a block is rounded to, as a share of the range: clipping a few large numbers
+# buys finer steps for the rest
 _SHARES = (0.85, 0.93, 1.0, 1.07, 1.15, 1.25)
 _TINY = 1e-20
 
@@ -28,8 +30,8 @@ def rounded(
     bits: int,
     stored: Callable[[Array], Array] = lambda scale: scale,
 ) -> tuple[Array, Array]:
-    """A weight [N, K] in signed whole numbers int8 [N, G, block] (zeros pad the last block), and their scales float32 [N, G].
-    `stored` gives scales as they will be stored."""
+    """A weight [N, K] in signed whole numbers int8 [N, G, block] (zeros pad the last block), and their scales
+    float32 [N, G]. `stored` gives scales as they will be stored."""
     outputs, inputs = shape
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     blocks = count(inputs, block)
@@ -57,6 +59,7 @@ def rounded(
 
 
 def packed(whole: Array) -> Array:
-    """Numbers of four bits, two a byte along the last axis, the first in the lower half: uint8 [..., n / 2]."""
+    """Numbers of four bits, two a byte along the last axis, the first in the lower half: uint8 [..., n /
+    2]."""
     low, high = whole[..., 0::2].astype(np.uint8) & 15, whole[..., 1::2].astype(np.uint8) & 15
     return low | high << 4

@@ -1,5 +1,5 @@
-"""int4 for ONNX Runtime on a CPU: 4-bit weights in blocks, for memory; the head keeps 8 bits. Activations are rounded to 8 bits in blocks
-by the operator (MatMulNBits, accuracy level 4).
+"""int4 for ONNX Runtime on a CPU: 4-bit weights in blocks, for memory; the head keeps 8 bits. Activations are
+rounded to 8 bits in blocks by the operator (MatMulNBits, accuracy level 4).
 
 Block decoding is bound by arithmetic on a CPU, so this saves memory, not time: w8a8 is the faster one.
 """
@@ -50,9 +50,17 @@ class Int4(Scheme):
         stored = weight(f"{name}.int{_bits(name)}")
         outputs, inputs = self.shapes[name]
         made = op.MatMulNBits(
-            x, stored, weight(f"{name}.scale"), K=inputs, N=outputs, bits=_bits(name), block_size=BLOCK,
-            accuracy_level=_INT8_ARITHMETIC, _domain=MICROSOFT, _version=1,
-        )  # fmt: skip
+            x,
+            stored,
+            weight(f"{name}.scale"),
+            K=inputs,
+            N=outputs,
+            bits=_bits(name),
+            block_size=BLOCK,
+            accuracy_level=_INT8_ARITHMETIC,
+            _domain=MICROSOFT,
+            _version=1,
+        )
         return made if bias is None else op.Add(made, bias)
 
     def head(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> ir.Value:

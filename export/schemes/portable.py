@@ -1,4 +1,5 @@
-"""Numbers that come out the same on every processor, so that an artifact can be made again, and verified, on another machine."""
+"""Numbers that come out the same on every processor, so that an artifact can be made again, and verified, on
+another machine."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ Array = np.ndarray[Any, Any]
 
 
 def power(base: Array | float, exponent: Array | float) -> Array:
-    """base ** exponent of float32 numbers, rounded to float32 from float64. The last bit of NumPy's own float32 power differs between AVX2 and AVX-512."""
+    """base ** exponent of float32 numbers, rounded to float32 from float64. The last bit of NumPy's own
+    float32 power differs between AVX2 and AVX-512."""
     made: Array = np.power(
         np.asarray(base, np.float32).astype(np.float64), np.asarray(exponent, np.float32).astype(np.float64)
     )

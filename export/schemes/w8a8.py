@@ -1,9 +1,11 @@
-"""w8a8 for ONNX Runtime on a CPU: 8-bit weights with a scale an output, activations rounded to 8 bit with a scale a token as they come.
+"""w8a8 for ONNX Runtime on a CPU: 8-bit weights with a scale an output, activations rounded to 8 bit with a
+scale a token as they come.
 
     s = max|x| / 127 a token,  q = round(x / s) + 128,  y = s * (q - 128) @ W8 * scale
 
-Scales of a token, and no calibration: one outlier token then costs the others nothing. Activations are unsigned around 128 because
-u8 x s8 is what processors multiply fast; s8 x s8 is six times slower than float32 in ONNX Runtime.
+Scales of a token, and no calibration: one outlier token then costs the others nothing. Activations are
+unsigned around 128 because u8 x s8 is what processors multiply fast; s8 x s8 is six times slower than float32
+in ONNX Runtime.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from . import tensor_names
 
 
 def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Checkpoint) -> None:
-    """Raise DllmError, with names, for tensors that are missing, left over, or taken in part. `pieces` of every weight."""
+    """Raise DllmError, with names, for tensors that are missing, left over, or taken in part. `pieces` of
+    every weight."""
     wanted = list(dict.fromkeys(piece.tensor for each in pieces.values() for piece in each))
     there = set(checkpoint.tensors)
     surplus = [
@@ -26,14 +27,19 @@ def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Che
         raise DllmError(f"{checkpoint.path}: {why}")
     if missing:
         raise DllmError(
-            f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}: download the checkpoint again."
+            f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}: download the "
+            f"checkpoint again."
         )
     if surplus:
         advice = "they would be left out silently; check that config.json belongs to these weights"
         if all(name.endswith(".bias") for name in surplus):
-            advice = f"{family.title} is implemented without these biases (a config.json that does not mention them leaves them to the class)"
+            advice = (
+                f"{family.title} is implemented without these biases (a config.json that does not "
+                f"mention them leaves them to the class)"
+            )
         raise DllmError(
-            f"{checkpoint.path}: {len(surplus)} tensors are not part of a {family.title} of this config: {some(surplus)}: {advice}."
+            f"{checkpoint.path}: {len(surplus)} tensors are not part of a {family.title} of this config: "
+            f"{some(surplus)}: {advice}."
         )
     _check_rows([piece for each in pieces.values() for piece in each], checkpoint)
 
@@ -52,6 +58,7 @@ def _check_rows(pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
             end = stop
         if end != checkpoint.tensors[name].shape[0]:
             raise DllmError(
-                f"{checkpoint.path}: tensor {name} has {checkpoint.tensors[name].shape[0]} rows, the weights of this config take them up to "
+                f"{checkpoint.path}: tensor {name} has {checkpoint.tensors[name].shape[0]} rows, the "
+                f"weights of this config take them up to "
                 f"{end}: config and weights are not of one model."
             )

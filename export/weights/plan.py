@@ -1,4 +1,5 @@
-"""Where every weight lies in an artifact. Made from shapes alone, so that graphs can be built before a byte is read."""
+"""Where every weight lies in an artifact. Made from shapes alone, so that graphs can be built before a byte
+is read."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ ALIGNMENT = 4096  # so that the file can be memory-mapped tensor by tensor
 
 
 class Quantized:
-    """What a scheme makes of one weight: all its parts when the first is asked for; each is given once, and then held no longer."""
+    """What a scheme makes of one weight: all its parts when the first is asked for; each is given once, and
+    then held no longer."""
 
     def __init__(self, scheme: Scheme, name: str, shape: tuple[int, int], stored: FromCheckpoint) -> None:
         self.scheme, self.name, self.shape, self.stored = scheme, name, shape, stored
@@ -53,7 +55,8 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer: `size` bytes at `offset` of `file`, and where they come from. linked_to: the checkpoint's file that `file` is."""
+    """One initializer: `size` bytes at `offset` of `file`, and where they come from. linked_to: the
+    checkpoint's file that `file` is."""
 
     name: str
     dtype: str
@@ -95,22 +98,26 @@ class _Layout:
         self._end = -(-(self._end + size) // ALIGNMENT) * ALIGNMENT
 
     def link(self, name: str, shape: tuple[int, ...], source: FromCheckpoint, dtype: str) -> None:
-        """A weight that stays where the checkpoint has it. Raises DllmError where a graph cannot refer to it there."""
+        """A weight that stays where the checkpoint has it. Raises DllmError where a graph cannot refer to it
+        there."""
         if len(source.stored) > 1:
             raise DllmError(
-                f"{source.stored[0].file.parent}: {name} is stored as {len(source.stored)} tensors, which --weights link cannot join: export with "
+                f"{source.stored[0].file.parent}: {name} is stored as {len(source.stored)} tensors, which "
+                f"--weights link cannot join: export with "
                 "--weights copy."
             )
         (stored,) = source.stored
         if stored.dtype != NUMPY_DTYPES[dtype]:
             found = DTYPE_OF.get(stored.dtype, stored.dtype.name)
             raise DllmError(
-                f"{stored.file.parent}: tensor {source.name} is {found}, and --weights link cannot convert it to {dtype}: "
+                f"{stored.file.parent}: tensor {source.name} is {found}, and --weights link cannot convert "
+                f"it to {dtype}: "
                 f"export with DTYPE={found}, or with --weights copy."
             )
         if stored.offset % 8:
             raise DllmError(
-                f"{stored.file}: tensor {source.name} lies at byte {stored.offset}, which --weights link cannot use (multiples of 8): "
+                f"{stored.file}: tensor {source.name} lies at byte {stored.offset}, which --weights link "
+                f"cannot use (multiples of 8): "
                 "export with --weights copy."
             )
         self.weights.append(
@@ -136,8 +143,8 @@ def plan(
     mode: str = "copy",
     scheme: Scheme | None = None,
 ) -> list[Weight]:
-    """Where every weight will lie, those of linear layers as the parts that `scheme` makes of them. Raises DllmError, with names, for
-    missing, surplus or misshapen tensors."""
+    """Where every weight will lie, those of linear layers as the parts that `scheme` makes of them. Raises
+    DllmError, with names, for missing, surplus or misshapen tensors."""
     shapes = weight_shapes(config)
     pieces = {name: family.pieces(name) for name in shapes}
     accounts.check(pieces, family, checkpoint)
@@ -158,13 +165,15 @@ def plan(
 
 
 def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
-    """Raise DllmError unless the pieces of a weight make up its shape; those of one that is stored whole have that shape."""
+    """Raise DllmError unless the pieces of a weight make up its shape; those of one that is stored whole have
+    that shape."""
     found = source.stored[0].shape
     if (found != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
         several = f"{len(source.stored)} tensors from {source.name} on hold {source.size} elements"
         said = f"tensor {source.name} has shape {list(found)}" if len(source.stored) == 1 else several
         raise DllmError(
-            f"{checkpoint.path}: {said}, config.json asks for {list(shape)}: config and weights are not of one model."
+            f"{checkpoint.path}: {said}, config.json asks for {list(shape)}: config and weights are not of "
+            f"one model."
         )
 
 
@@ -176,7 +185,8 @@ def _quantized(
     config: DecoderConfig,
     dtype: str,
 ) -> Iterator[tuple[str, str, tuple[int, ...], Source]]:
-    """Name, type, shape and source of what is stored for a weight. A tied head is stored beside the embedding."""
+    """Name, type, shape and source of what is stored for a weight. A tied head is stored beside the
+    embedding."""
     is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)
     is_covered = scheme.covers_head if is_head else decoder.is_linear(name)
     if not is_covered or name == decoder.EMBEDDING:
@@ -207,7 +217,8 @@ def total_size(weights: Iterable[Weight]) -> int:
 
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
-    """cos and sin of `position * theta^(-2i/head_dim)`, float32 [max_length, head_dim/2], the same on every processor."""
+    """cos and sin of `position * theta^(-2i/head_dim)`, float32 [max_length, head_dim/2], the same on every
+    processor."""
     exponent = np.arange(0, config.attention.head_dim, 2, dtype=np.float32) / np.float32(
         config.attention.head_dim
     )

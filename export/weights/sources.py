@@ -1,6 +1,8 @@
-"""Where the elements of a stored tensor come from: the checkpoint, a table, or what a scheme makes of a weight.
+"""Where the elements of a stored tensor come from: the checkpoint, a table, or what a scheme makes of a
+weight.
 
-A source gives its elements in order, a piece at a time, so that memory stays at two pieces whatever the model's size.
+A source gives its elements in order, a piece at a time, so that memory stays at two pieces whatever the
+model's size.
 """
 
 from __future__ import annotations
@@ -25,16 +27,22 @@ FP16_LARGEST = 65504.0
 _PIECE = 1 << 22  # bytes read at a time
 _CACHED = 1 << 19  # elements looked at at a time: they stay in the processor's cache
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 DTYPE_OF = {known: name for name, known in NUMPY_DTYPES.items()}
-# what a stored tensor may hold: NumPy's type and ONNX's. int4: two numbers a byte, the first in the lower half
+# what a stored tensor may hold: NumPy's type and ONNX's. int4: two numbers a byte, the first in the lower
+# half
 STORED: dict[str, tuple[np.dtype[Any], ir.DataType]] = {
-    "fp32": (NUMPY_DTYPES["fp32"], ir.DataType.FLOAT), "fp16": (NUMPY_DTYPES["fp16"], ir.DataType.FLOAT16),
-    "bf16": (NUMPY_DTYPES["bf16"], ir.DataType.BFLOAT16), "int8": (np.dtype(np.int8), ir.DataType.INT8),
-    "uint8": (np.dtype(np.uint8), ir.DataType.UINT8), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN),
+    "fp32": (NUMPY_DTYPES["fp32"], ir.DataType.FLOAT),
+    "fp16": (NUMPY_DTYPES["fp16"], ir.DataType.FLOAT16),
+    "bf16": (NUMPY_DTYPES["bf16"], ir.DataType.BFLOAT16),
+    "int8": (np.dtype(np.int8), ir.DataType.INT8),
+    "uint8": (np.dtype(np.uint8), ir.DataType.UINT8),
+    "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN),
     "int4": (np.dtype(np.uint8), ir.DataType.INT4),
-}  # fmt: skip
+}
 
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +76,8 @@ class Source(ABC):
         """The elements in order, flat, a piece at a time; a piece is good until the second after it."""
 
     def converted(self, piece: Array, dtype: str, maxima: Maximum) -> Array:
-        """A piece in the dtype that is stored; its largest magnitude is noted if it is of a checkpoint's tensor."""
+        """A piece in the dtype that is stored; its largest magnitude is noted if it is of a checkpoint's
+        tensor."""
         return piece
 
     def is_at(self, path: Path, offset: int, dtype: str) -> bool:
@@ -90,8 +99,8 @@ class Maximum:
     largest: float | None = None
 
     def note(self, piece: Array) -> None:
-        """Raises DllmError for values that are no number. Without their sign, floating-point numbers are ordered as their bits are: no conversion is
-        needed to compare them."""
+        """Raises DllmError for values that are no number. Without their sign, floating-point numbers are
+        ordered as their bits are: no conversion is needed to compare them."""
         kind = np.dtype(f"u{piece.dtype.itemsize}")
         magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
         bits = piece.view(kind)
@@ -105,7 +114,8 @@ class Maximum:
 
 @dataclass(frozen=True)
 class FromCheckpoint(Source):
-    """One or several pieces of a checkpoint, one after the other; `name`: of the first tensor, for messages."""
+    """One or several pieces of a checkpoint, one after the other; `name`: of the first tensor, for
+    messages."""
 
     name: str
     stored: tuple[StoredTensor, ...]
@@ -134,7 +144,8 @@ class FromCheckpoint(Source):
                     yield piece
 
     def rows(self, columns: int) -> Iterator[Array]:
-        """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for values that are no number."""
+        """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for values that are no
+        number."""
         step = max(1, _PIECE // (4 * columns))
         for stored in self.stored:
             flat, outputs = stored.open(), math.prod(stored.shape) // columns
@@ -158,7 +169,8 @@ class FromCheckpoint(Source):
             made = wide.astype(np.float32, copy=False).astype(target, copy=False)
         if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
             raise DllmError(
-                f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): export with "
+                f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): "
+                f"export with "
                 "DTYPE=bf16 (--dtype bf16)."
             )
         return made
@@ -177,7 +189,8 @@ class Table(Source):
         yield self.array.reshape(-1)
 
     def is_at(self, path: Path, offset: int, dtype: str) -> bool:
-        """But for the last bits of its frequencies (at most 1), as another machine or version computes them."""
+        """But for the last bits of its frequencies (at most 1), as another machine or version computes
+        them."""
         there = np.memmap(path, np.float32, "r", offset, self.array.shape)
         allowed = np.float32(2.0**-22) * (1 + np.arange(len(self.array), dtype=np.float32))[:, None]
         return bool((np.abs(self.array - there) <= allowed).all())  # false for values that are no number

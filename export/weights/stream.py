@@ -1,8 +1,9 @@
 """The stream that puts the weights into an artifact.
 
-It goes through the checkpoint in small pieces: conversion, hashing and the largest magnitudes happen in the same pass, every byte is written
-once, and memory stays at two pieces, whatever the model's size. Linked weights stay in the checkpoint's own files, which are hard-linked
-into the artifact and only read once, to hash them.
+It goes through the checkpoint in small pieces: conversion, hashing and the largest magnitudes happen in the
+same pass, every byte is written once, and memory stays at two pieces, whatever the model's size. Linked
+weights stay in the checkpoint's own files, which are hard-linked into the artifact and only read once, to
+hash them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _PIECE = 1 << 22  # bytes read at a time
 
 @dataclass
 class Written:
-    """What a stream left behind: facts of the files, and the largest magnitude of every checkpoint tensor, by its weight."""
+    """What a stream left behind: facts of the files, and the largest magnitude of every checkpoint tensor, by
+    its weight."""
 
     files: dict[str, FileFacts] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
@@ -41,7 +43,8 @@ class Written:
 
 
 def stream(weights: list[Weight], directory: Path, progress: Callable[[int], object]) -> Written:
-    """Put the weights' files into `directory`; `progress` is told the bytes done. Raises DllmError for what fp16 cannot hold."""
+    """Put the weights' files into `directory`; `progress` is told the bytes done. Raises DllmError for what
+    fp16 cannot hold."""
     written = Written()
     shards = {weight.file: weight.linked_to for weight in weights if weight.linked_to is not None}
     for name, shard in shards.items():
@@ -76,7 +79,8 @@ def near_fp16(maxima: Mapping[str, float]) -> str:
         return ""
     name = max(near, key=lambda item: near[item])
     return (
-        f"{name} holds {near[name]:g}, near the end of fp16's range ({FP16_LARGEST:g}), as do {len(near) - 1} other weights: sums may "
+        f"{name} holds {near[name]:g}, near the end of fp16's range ({FP16_LARGEST:g}), as do "
+        f"{len(near) - 1} other weights: sums may "
         "overflow; prefer DTYPE=bf16"
     )
 
@@ -92,7 +96,8 @@ def link(source: Path, target: Path) -> None:
 
 
 class _Hasher:
-    """SHA-256 in a thread of its own, one piece behind: the caller must not change a piece before the next call."""
+    """SHA-256 in a thread of its own, one piece behind: the caller must not change a piece before the next
+    call."""
 
     def __init__(self) -> None:
         self.size, self._digest, self._pool = 0, hashlib.sha256(), ThreadPoolExecutor(1)

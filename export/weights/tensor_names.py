@@ -1,4 +1,5 @@
-"""Why the tensors of a checkpoint have other names than a family's: an adapter that is not merged, or a prefix of whoever saved them."""
+"""Why the tensors of a checkpoint have other names than a family's: an adapter that is not merged, or a
+prefix of whoever saved them."""
 
 from __future__ import annotations
 
@@ -9,17 +10,22 @@ from ..checkpoint.huggingface import MERGE, some
 
 # what wrappers put into names: torch.compile, DataParallel, FSDP, activation checkpoints, peft
 _WRAPPERS = re.compile(
-    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_model)\."
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|"
+    r"base_model)\."
 )
 _ADAPTER = re.compile(r"(?<![^.])(lora_\w+|base_layer|modules_to_save)\.")
 Change = dict[str, str]  # a family's name of a tensor -> the one it has here
 
 
 def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]) -> str:
-    """A sentence with the remedy; empty where the names are no case of these. `names`: of the family; of these, `missing` are not held;
+    """A sentence with the remedy; empty where the names are no case of these. `names`: of the family; of
+    these, `missing` are not held;
     `surplus`: held, and not the family's."""
     if of_adapter := [name for name in surplus if _ADAPTER.search(name)]:
-        return f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged ({some(of_adapter)}): {MERGE}."
+        return (
+            f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged "
+            f"({some(of_adapter)}): {MERGE}."
+        )
     if not missing or not surplus:
         return ""
     found = max(
@@ -37,12 +43,15 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
     example = f"{change[renamed[0]]} in place of {renamed[0]}"
     if len(renamed) == len(missing) and not left:
         return (
-            f"{said} ({example}); all {len(names)} tensors fit but for that. Save them under their own names: read each file with "
+            f"{said} ({example}); all {len(names)} tensors fit but for that. Save them under their own "
+            f"names: read each file with "
             "safetensors.torch.load_file, rename, write it with save_file."
         )
     return (
-        f"{said} ({example}), and even so {len(missing) - len(renamed)} tensors are missing and {len(left)} are not part of this model "
-        f"({some([name for name in missing if name not in renamed] + left)}): save the model's own state_dict under its own names."
+        f"{said} ({example}), and even so {len(missing) - len(renamed)} tensors are missing and {len(left)} "
+        f"are not part of this model "
+        f"({some([name for name in missing if name not in renamed] + left)}): save the model's own "
+        f"state_dict under its own names."
     )
 
 

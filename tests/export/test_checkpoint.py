@@ -1,4 +1,5 @@
-"""Bad checkpoints and bad configs: each one clear line that names the file, key or tensor, and nothing left behind."""
+"""Bad checkpoints and bad configs: each one clear line that names the file, key or tensor, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -156,7 +157,8 @@ def test_files_that_are_missing_or_damaged(tiny, tmp_path):
 
 
 def test_shards(tiny, tmp_path):
-    """A sharded checkpoint exports like a single file; a cut or missing shard and a false index are refused."""
+    """A sharded checkpoint exports like a single file; a cut or missing shard and a false index are
+    refused."""
     single, sharded = tiny("single"), tiny("sharded", shards=3)
     assert (
         manifests.load(export_quietly(single, tmp_path / "a")).files["weights.data"]
@@ -188,7 +190,8 @@ def test_shards(tiny, tmp_path):
 
 
 def test_tied_head_and_grouped_heads(tiny, tmp_path):
-    """A tied LLaDA has no head tensor; n_kv_heads below n_heads shrinks the caches. Both agree with the reference."""
+    """A tied LLaDA has no head tensor; n_kv_heads below n_heads shrinks the caches. Both agree with the
+    reference."""
     from export.parity.verify import verify
 
     pytest.importorskip("torch")
@@ -215,7 +218,8 @@ def test_target_directories(tiny, tmp_path):
 
 
 def test_nothing_but_an_artifact_is_ever_replaced(tiny, tmp_path):
-    """A directory with some other manifest.json, with files of the user's, or with the checkpoint in it is left alone."""
+    """A directory with some other manifest.json, with files of the user's, or with the checkpoint in it is
+    left alone."""
     path, out = tiny(), tmp_path / "out"
     web = tmp_path / "web"
     web.mkdir()
@@ -285,8 +289,15 @@ def test_an_error_in_the_middle_leaves_the_old_artifact(tiny, tmp_path, monkeypa
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_killed_export_leaves_no_half_artifact(tmp_path, signum):
     """A large enough model that the signal comes while the weights stream."""
-    config = {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 4096, "n_layers": 8, "vocab_size": 60000,
-              "embedding_size": 60000}  # fmt: skip
+    config = {
+        "d_model": 512,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "mlp_hidden_size": 4096,
+        "n_layers": 8,
+        "vocab_size": 60000,
+        "embedding_size": 60000,
+    }
     path = tmp_path / "checkpoint"
     full = LLADA.tiny_config() | config
     write_sparse(LLADA, path, full)

@@ -19,19 +19,63 @@ from trt_runtime.cli.main import main
 from trt_runtime.errors import DllmError
 
 HARMLESS = {
-    "attn_implementation": "flash_attention_2", "_attn_implementation": "sdpa", "_attn_implementation_internal": "eager",
-    "_attn_implementation_autoset": True, "attention_implementation": "flash_attention_2", "flash_attn_varlen": True,
-    "use_flash_attn": True, "use_flash_attention_2": True, "_flash_attn_2_enabled": True, "use_liger_kernel": True, "fuse_cross_entropy": True,
-    "_comment": "x", "_comment_core_dims": "y", "//": "z", "// rope": ["a"], "#note": 1, "comment": "c", "comments": [], "$schema": "s",
-    "hidden_dropout_prob": 0.1, "classifier_dropout": 0.0, "resid_pdrop": 0.1, "gradient_checkpointing": True, "initializer_factor": 1.0,
-    "id2label": {"0": "a"}, "label2id": {"a": 0}, "task_specific_params": {}, "problem_type": "x", "unsloth_version": "2025",
-    "return_dict": True, "output_attentions": False, "torchscript": False, "chunk_size_feed_forward": 0, "pretraining_tp": 1,
-    "max_length": 20, "do_sample": False, "temperature": 0.7, "top_p": 1.0, "num_beams": 1, "bad_words_ids": [[5]], "sep_token_id": 3,
-    "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "is_causal": False,
-    "layer_types": ["full_attention"] * 3, "use_sliding_window": False,
-    "attn_impl": "flash", "attention_backend": "FlashInfer", "attn_kernel": "fa3", "activation_checkpointing": True, "notes": "n",
-    "description": "d", "_doc": "e", "_README": "f",
-}  # fmt: skip
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "sdpa",
+    "_attn_implementation_internal": "eager",
+    "_attn_implementation_autoset": True,
+    "attention_implementation": "flash_attention_2",
+    "flash_attn_varlen": True,
+    "use_flash_attn": True,
+    "use_flash_attention_2": True,
+    "_flash_attn_2_enabled": True,
+    "use_liger_kernel": True,
+    "fuse_cross_entropy": True,
+    "_comment": "x",
+    "_comment_core_dims": "y",
+    "//": "z",
+    "// rope": ["a"],
+    "#note": 1,
+    "comment": "c",
+    "comments": [],
+    "$schema": "s",
+    "hidden_dropout_prob": 0.1,
+    "classifier_dropout": 0.0,
+    "resid_pdrop": 0.1,
+    "gradient_checkpointing": True,
+    "initializer_factor": 1.0,
+    "id2label": {"0": "a"},
+    "label2id": {"a": 0},
+    "task_specific_params": {},
+    "problem_type": "x",
+    "unsloth_version": "2025",
+    "return_dict": True,
+    "output_attentions": False,
+    "torchscript": False,
+    "chunk_size_feed_forward": 0,
+    "pretraining_tp": 1,
+    "max_length": 20,
+    "do_sample": False,
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "num_beams": 1,
+    "bad_words_ids": [[5]],
+    "sep_token_id": 3,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "is_causal": False,
+    "layer_types": ["full_attention"] * 3,
+    "use_sliding_window": False,
+    "attn_impl": "flash",
+    "attention_backend": "FlashInfer",
+    "attn_kernel": "fa3",
+    "activation_checkpointing": True,
+    "notes": "n",
+    "description": "d",
+    "_doc": "e",
+    "_README": "f",
+}
 SAID_NOTHING_OF = {
     "is_decoder",
     "is_encoder_decoder",
@@ -62,12 +106,33 @@ def test_keys_that_compute_nothing_are_ignored_and_noted_once(family, tmp_path):
     assert (first.model, first.decoding, first.files) == (second.model, second.decoding, second.files)
 
 
-@pytest.mark.parametrize("change", [
-    {"strange": 0}, {"attention_window": 64}, {"final_logit_softcapping": 30.0}, {"quantization_config": {"bits": 4}}, {"is_causal": True},
-    {"is_decoder": True}, {"pruned_heads": {"0": [1]}}, {"layer_types": ["full_attention", "sliding_attention"]}, {"num_experts": 4},
-    {"commentary_heads": 2}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"use_qk_norm": True}, {"init_values": 1e-5},
-    {"doc_mask": 1}, {"attn_kernel": "performer"}, {"attn_impl": 2}, {"notebooks": 1}, {"gen_length": "x"}, {"attention_bias": True}, {"eos_token_id": 126}, {"mask_token_id": 500}, {"pad_token_id": "end"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strange": 0},
+        {"attention_window": 64},
+        {"final_logit_softcapping": 30.0},
+        {"quantization_config": {"bits": 4}},
+        {"is_causal": True},
+        {"is_decoder": True},
+        {"pruned_heads": {"0": [1]}},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"num_experts": 4},
+        {"commentary_heads": 2},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"use_qk_norm": True},
+        {"init_values": 1e-5},
+        {"doc_mask": 1},
+        {"attn_kernel": "performer"},
+        {"attn_impl": 2},
+        {"notebooks": 1},
+        {"gen_length": "x"},
+        {"attention_bias": True},
+        {"eos_token_id": 126},
+        {"mask_token_id": 500},
+        {"pad_token_id": "end"},
+    ],
+)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_plan_refuses_what_an_export_refuses(family, change, tmp_path):
     path = write_checkpoint(families.find(family), tmp_path / "c", config=change)
@@ -76,10 +141,17 @@ def test_plan_refuses_what_an_export_refuses(family, change, tmp_path):
     refused(path, tmp_path / "out", str(planned.value))
 
 
-@pytest.mark.parametrize("change", [
-    HARMLESS, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}}, {"rope_scaling": {}}, {"strange": None},
-    {"mask_token_id": None, "eos_token_id": None, "pad_token_id": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        HARMLESS,
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {}},
+        {"strange": None},
+        {"mask_token_id": None, "eos_token_id": None, "pad_token_id": None},
+    ],
+)
 def test_plan_takes_what_an_export_takes(tiny, change, capsys):
     assert main(["plan", str(tiny(config=change))]) == 0, capsys.readouterr().err
 
@@ -109,11 +181,22 @@ def test_all_unknown_keys_stand_in_one_suggestion(tiny, tmp_path):
 
 
 def _with_tokenizer(path, special, names, **config):
-    """A tiny LLaDA whose tokenizer names the special tokens of `names`, or of tokenizer_config.json; config.json as `config` says."""
+    """A tiny LLaDA whose tokenizer names the special tokens of `names`, or of tokenizer_config.json;
+    config.json as `config` says."""
     made = trained(special, tokenizer._QWEN2)
     size = made.get_vocab_size() + 4
-    write_checkpoint(families.find("llada"), path, model={"vocab_size": size, "embedding_size": size, "mask_token_id": None, "eos_token_id": None,
-                                                            "pad_token_id": None, **config})  # fmt: skip
+    write_checkpoint(
+        families.find("llada"),
+        path,
+        model={
+            "vocab_size": size,
+            "embedding_size": size,
+            "mask_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **config,
+        },
+    )
     made.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
         json.dumps({**names, "added_tokens_decoder": decoder_entries(made)})
@@ -165,8 +248,15 @@ def test_slow_tokenizer_files_name_the_mask_too(tmp_path):
         model={"vocab_size": made.get_vocab_size(), "mask_token_id": None},
     )
     made.model.save(str(path))
-    (path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>", "added_tokens_decoder": decoder_entries(made)}))  # fmt: skip
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "DreamTokenizer",
+                "mask_token": "<|mask|>",
+                "added_tokens_decoder": decoder_entries(made),
+            }
+        )
+    )
     assert manifests.load(export_quietly(path, tmp_path / "a")).decoding.mask_token_id == made.token_to_id(
         "<|mask|>"
     )
@@ -262,13 +352,29 @@ def _diffucoder(path, **names):
     special = [*DREAM_SPECIAL, "<|dlm_pad|>"]
     made = trained(special, tokenizer._QWEN2)
     ids = {text: made.token_to_id(text) for text in special}
-    write_checkpoint(families.find("dream"), path, model={
-        "vocab_size": made.get_vocab_size() + 8, "mask_token_id": ids["<|mask|>"], "eos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"]})  # fmt: skip
+    write_checkpoint(
+        families.find("dream"),
+        path,
+        model={
+            "vocab_size": made.get_vocab_size() + 8,
+            "mask_token_id": ids["<|mask|>"],
+            "eos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+    )
     made.model.save(str(path))
-    (path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|dlm_pad|>", "mask_token": "<|mask|>",
-        "added_tokens_decoder": decoder_entries(made)} | names))  # fmt: skip
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|dlm_pad|>",
+                "mask_token": "<|mask|>",
+                "added_tokens_decoder": decoder_entries(made),
+            }
+            | names
+        )
+    )
     return ids
 
 
@@ -301,10 +407,18 @@ def test_a_pad_token_of_its_own_ends_an_answer(tmp_path, capsys):
     assert result.num_useful == 0 and result.text == "" and result.nfe < 9  # it stops behind the first block
 
 
-@pytest.mark.parametrize(("names", "ends"), [
-    ({"pad_token": "<|endoftext|>"}, []), ({"pad_token": "<|mask|>"}, []), ({"pad_token": None}, []), ({"pad_token": "!"}, []),
-    ({"pad_token": "<|nowhere|>"}, []), ({"pad_token": {"content": "<|dlm_pad|>"}}, ["<|dlm_pad|>"]), ({"pad_token": "<|im_end|>"}, ["<|im_end|>"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "ends"),
+    [
+        ({"pad_token": "<|endoftext|>"}, []),
+        ({"pad_token": "<|mask|>"}, []),
+        ({"pad_token": None}, []),
+        ({"pad_token": "!"}, []),
+        ({"pad_token": "<|nowhere|>"}, []),
+        ({"pad_token": {"content": "<|dlm_pad|>"}}, ["<|dlm_pad|>"]),
+        ({"pad_token": "<|im_end|>"}, ["<|im_end|>"]),
+    ],
+)
 def test_only_a_pad_token_of_its_own_ends_an_answer(names, ends, tmp_path):
     ids = _diffucoder(tmp_path / "c", **names)
     decoding = manifests.load(export_quietly(tmp_path / "c", tmp_path / "a")).decoding

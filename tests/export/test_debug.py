@@ -1,4 +1,5 @@
-"""Polygraphy on our graphs, on the CPU: runners beside PyTorch, the kit's commands as a user types them, and a fault that they find."""
+"""Polygraphy on our graphs, on the CPU: runners beside PyTorch, the kit's commands as a user types them, and
+a fault that they find."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def scale(graph: Path, to: Path | None = None) -> str:
 
 
 def test_three_runners_agree_on_both_graphs(golden_artifact):
-    """PyTorch, our backend and Polygraphy's own runner of ONNX Runtime, over real calls with valid caches and ragged rows."""
+    """PyTorch, our backend and Polygraphy's own runner of ONNX Runtime, over real calls with valid caches and
+    ragged rows."""
     engine, reference = OrtBackend(golden_artifact, threads=1), TorchBackend(golden_artifact, threads=1)
     calls = record.decode(engine, kit.prompts(engine.manifest), kit.decoding(engine.manifest), 3)
     assert {call.role for call in calls} == set(contract.ROLES)
@@ -91,8 +93,10 @@ def test_caches_are_read_and_written_by_every_backend_alike(golden_artifact, gol
     for backend in (OrtBackend(golden_artifact), OrtBackend(golden_fp16), TorchBackend(golden_artifact)):
         model = backend.manifest.model
         cache = backend.new_cache(3, 16)
-        arrays = {name: rng.standard_normal((2, model.num_kv_heads, 16, model.head_dim)).astype(np.float32)
-                  for name in contract.cache_names("cache", backend.manifest.dims)}  # fmt: skip
+        arrays = {
+            name: rng.standard_normal((2, model.num_kv_heads, 16, model.head_dim)).astype(np.float32)
+            for name in contract.cache_names("cache", backend.manifest.dims)
+        }
         backend.write_cache(cache, slice(1, 3), arrays)
         for name, array in backend.read_cache(cache, slice(1, 3)).items():
             assert (array == widened(narrowed(arrays[name], model.dtype), model.dtype)).all()
@@ -132,8 +136,16 @@ def command(kit_of: Path, *words: str, **environment: str) -> subprocess.Complet
 
 
 def test_the_kit_says_what_it_holds(made):
-    assert {"prefix.onnx", "refine.onnx", "weights.data", "run.sh", "settings.sh", "README.md", "load_windows.py", "postprocess.py"} <= {
-        path.name for path in made.iterdir()}  # fmt: skip
+    assert {
+        "prefix.onnx",
+        "refine.onnx",
+        "weights.data",
+        "run.sh",
+        "settings.sh",
+        "README.md",
+        "load_windows.py",
+        "postprocess.py",
+    } <= {path.name for path in made.iterdir()}
     facts = json.loads((made / "facts.json").read_text())
     assert facts["capacity"] % 64 == 0 and facts["dtype"] == "fp32"
     assert (
@@ -205,7 +217,10 @@ def test_a_bf16_artifact_is_recorded_on_its_twin(tmp_path):
 
     artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "bf16", dtype="bf16")
     kit.write(artifact, tmp_path / "kit", kit.KitConfig(count=1, reference=False))
-    code = "from load_windows import load_refine; f = next(load_refine()); print(f['cache_key.0'].dtype, f['input_ids'].dtype)"
+    code = (
+        "from load_windows import load_refine; f = next(load_refine()); print(f['cache_key.0'].dtype, "
+        "f['input_ids'].dtype)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "kit", capture_output=True, text=True, check=True
     )

@@ -1,4 +1,5 @@
-"""The graphs: their contract, their lint, and their numbers against the goldens, the reference and one another."""
+"""The graphs: their contract, their lint, and their numbers against the goldens, the reference and one
+another."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from trt_runtime.measure import tolerances
 
 @pytest.mark.parametrize("name", ["c0", "c1"])
 def test_forward_goldens(golden_backend, golden_family, name):
-    """Full pass, keys and values, and both refine calls after edits of the block: 1e-4 relative. Logits stand at their own row."""
+    """Full pass, keys and values, and both refine calls after edits of the block: 1e-4 relative. Logits stand
+    at their own row."""
     data = {
         k[3:]: v
         for k, v in load_file(GOLDENS / f"{golden_family}_forward.safetensors").items()
@@ -170,8 +172,8 @@ def test_rows_asked_for_are_those_rows(tiny_artifact):
 
 @pytest.mark.parametrize("lowering", contract.LOWERINGS)
 def test_padding_is_told_by_its_rows_and_not_by_its_positions(tiny_checkpoint, tmp_path, lowering):
-    """Rows of unequal length in one prefix pass, and rows whose positions skip some (a bounded suffix): the prefix graph gives what each row gives alone,
-    whatever stands in the padding."""
+    """Rows of unequal length in one prefix pass, and rows whose positions skip some (a bounded suffix): the
+    prefix graph gives what each row gives alone, whatever stands in the padding."""
     artifact = export_quietly(tiny_checkpoint, tmp_path / "artifact", lowering=lowering, head="logits")
     backend = OrtBackend(artifact, threads=1, role="prefix")
     rng, lengths = np.random.default_rng(0), np.array([9, 14, 12])

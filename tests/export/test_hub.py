@@ -27,7 +27,8 @@ CODE = {
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the demo checkpoint and files that must never be asked for; drops the first transfer of the largest half way."""
+    """Serves the demo checkpoint and files that must never be asked for; drops the first transfer of the
+    largest half way."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -95,8 +96,12 @@ def hub():
 
 
 def _export(hub, tmp_path, checkpoint, out):
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home"),
-                                "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [
         sys.executable,
         "-m",
@@ -127,9 +132,28 @@ def test_a_hub_id_is_downloaded_resumed_pinned_and_runs_no_code(hub, tmp_path):
     transfers = len(resumed)
     assert _export(hub, tmp_path, "org/demo@main", "again").returncode == 0
     assert sum(c == "GET" and p.endswith(LARGE) for c, p, _ in hub.asked) == transfers  # from the cache
-    linked = subprocess.run([sys.executable, "-m", "export", "--checkpoint", "org/demo@main", "--out", str(tmp_path / "linked"),
-                             "--verify", "no", "--dtype", "bf16", "--weights", "link"], cwd=ROOT, capture_output=True, text=True, check=False,
-                            env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    linked = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "export",
+            "--checkpoint",
+            "org/demo@main",
+            "--out",
+            str(tmp_path / "linked"),
+            "--verify",
+            "no",
+            "--dtype",
+            "bf16",
+            "--weights",
+            "link",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )
     assert linked.returncode == 0, linked.stderr
     assert manifests.load(tmp_path / "linked").files["model.safetensors"].size == len(
         hub.files["model.safetensors"]
@@ -145,7 +169,8 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
 
 
 def test_attempts_of_the_client_are_not_told(monkeypatch):
-    """Its warnings, one an attempt, would stand before the one line of the error; HF_HUB_VERBOSITY of the user's stays."""
+    """Its warnings, one an attempt, would stand before the one line of the error; HF_HUB_VERBOSITY of the
+    user's stays."""
     from huggingface_hub.utils import logging as hub_logging
 
     attempts = hub_logging.get_logger("huggingface_hub.utils._http")  # what tells of each

@@ -1,4 +1,5 @@
-"""A family and a feed-forward from outside, each in one file: exported, verified against PyTorch, quantised, and decoded."""
+"""A family and a feed-forward from outside, each in one file: exported, verified against PyTorch, quantised,
+and decoded."""
 
 from __future__ import annotations
 

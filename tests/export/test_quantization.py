@@ -1,4 +1,5 @@
-"""Quantised linear layers: what each scheme stores, what its graphs compute, what it is calibrated with, and the gate."""
+"""Quantised linear layers: what each scheme stores, what its graphs compute, what it is calibrated with, and
+the gate."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def ids(kind) -> str:
 
 
 def made(kind, weight: np.ndarray, inputs: np.ndarray, dtype="fp32", name=NAME):
-    """A scheme calibrated for one layer of weight [N, K], and the parts that it stores of it, given in pieces of three rows."""
+    """A scheme calibrated for one layer of weight [N, K], and the parts that it stores of it, given in pieces
+    of three rows."""
     others = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     names = [name, *(f"layers.0.{other}" for other in others)]
     scheme = kind(
@@ -98,7 +100,8 @@ def dequantised(kind, parts: dict, shape: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids)
 def test_what_is_stored_stands_for_the_weight(kind):
-    """Types and shapes are those promised, and every number is within half a step of the weight (fp8: within its four digits)."""
+    """Types and shapes are those promised, and every number is within half a step of the weight (fp8: within
+    its four digits)."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((10, 192)).astype(np.float32)
     weight[3] = 0  # no scale may become zero or infinite
@@ -355,8 +358,15 @@ def test_graphs_hold_no_foreign_operators_but_those_of_their_scheme(tiny_checkpo
     source = read(str(tiny_checkpoint))
     dims = pipeline.graphs.dims_of(source.decoder, "fp32")
     scheme = KINDS[0]("fp32")
-    graph = pipeline.graph_of("refine", source, "fp32", "statistics", contract.MODERN,
-                              plan(source.decoder, source.family, source.checkpoint, "fp32", scheme=scheme), scheme)  # fmt: skip
+    graph = pipeline.graph_of(
+        "refine",
+        source,
+        "fp32",
+        "statistics",
+        contract.MODERN,
+        plan(source.decoder, source.family, source.checkpoint, "fp32", scheme=scheme),
+        scheme,
+    )
     lint.check(graph, "refine", dims, "statistics", scheme.operators)
     for allowed in (frozenset(), frozenset({"MatMulNBits"})):
         with pytest.raises(DllmError, match="MatMulIntegerToFloat is not a standard op"):
@@ -532,13 +542,31 @@ def test_lost_answers_alone_fail_the_gate():
 
 
 REFUSALS = [
-    (["--quantize", "w8a8"], "needs prompts to measure the quality on"), (["--quantize", "fp8", "--dtype", "fp16", "--gate", "no"], "needs prompts to calibrate"),
-    (["--quantize", "w8a8", "--data", "{missing}"], "cannot be read"), (["--quantize", "w8a8", "--dtype", "fp16", "--gate", "no"], "export with DTYPE=fp32"),
+    (["--quantize", "w8a8"], "needs prompts to measure the quality on"),
+    (["--quantize", "fp8", "--dtype", "fp16", "--gate", "no"], "needs prompts to calibrate"),
+    (["--quantize", "w8a8", "--data", "{missing}"], "cannot be read"),
+    (["--quantize", "w8a8", "--dtype", "fp16", "--gate", "no"], "export with DTYPE=fp32"),
     (["--quantize", "w8a8", "--target", "tensorrt", "--gate", "no"], "w8a8 is for ort-cpu, not for tensorrt"),
-    (["--quantize", "w8a8", "--weights", "link", "--gate", "no"], "--weights link keeps"), (["--quantize", "w8a8", "--lowering", "legacy", "--gate", "no"], "modern lowering"),
-    (["--gate", "no"], "--gate goes with --quantize"), (["--target", "tensorrt"], "--target goes with --quantize"),
-    (["--quantize", "int4", "--target", "tensorrt", "--dtype", "fp16", "--gate", "no", "--checkpoint", "{narrow}"], "multiple of 64"),
-]  # fmt: skip
+    (["--quantize", "w8a8", "--weights", "link", "--gate", "no"], "--weights link keeps"),
+    (["--quantize", "w8a8", "--lowering", "legacy", "--gate", "no"], "modern lowering"),
+    (["--gate", "no"], "--gate goes with --quantize"),
+    (["--target", "tensorrt"], "--target goes with --quantize"),
+    (
+        [
+            "--quantize",
+            "int4",
+            "--target",
+            "tensorrt",
+            "--dtype",
+            "fp16",
+            "--gate",
+            "no",
+            "--checkpoint",
+            "{narrow}",
+        ],
+        "multiple of 64",
+    ),
+]
 
 
 @pytest.mark.parametrize(("options", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
@@ -594,7 +622,8 @@ def test_a_cpu_artifact_is_refused_on_gpus(w8a8, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.target == "tensorrt"], ids=ids)
 def test_tensorrt_rtx_builds_every_scheme_for_its_targets(demo_data, tmp_path, kind):
-    """No GPU is needed. That weights stay in few bits shows in the engine's size beside that of the fp16 artifact's."""
+    """No GPU is needed. That weights stay in few bits shows in the engine's size beside that of the fp16
+    artifact's."""
     pytest.importorskip("tensorrt_rtx_bindings")
     artifact = quantised(
         DEMO, tmp_path / "out", kind, demo_data, "fp16" if kind.name != "int8-sq" else "bf16", gate=False

@@ -1,4 +1,5 @@
-"""Published configurations and tokenizers (tests/data/real), as they are: exported, compared with transformers, or refused in one line."""
+"""Published configurations and tokenizers (tests/data/real), as they are: exported, compared with
+transformers, or refused in one line."""
 
 from __future__ import annotations
 
@@ -22,23 +23,41 @@ from trt_runtime.errors import DllmError
 
 SMALL = {
     "llada": {"d_model": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 1, "mlp_hidden_size": 96},
-    "Dream": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "intermediate_size": 96},
-}  # fmt: skip
+    "Dream": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 96,
+    },
+}
 ACCEPTED = ["Dream-v0-Base-7B", "Dream-v0-Instruct-7B", "LLaDA-8B-Instruct", "LLaDA-8B-Instruct-DARE"] + [
     f"small-llada-configs/{name}"
-    for name in ("F4k3r22-LLaDA-from-scratch.config.json", "midstreeeam-llada_1b.json", "midstreeeam-llada_4b.json",
-                 "midstreeeam-tllada_50m.json", "midstreeeam-tllada_52m.json", "midstreeeam-tllada_56m.json")
-]  # fmt: skip
+    for name in (
+        "F4k3r22-LLaDA-from-scratch.config.json",
+        "midstreeeam-llada_1b.json",
+        "midstreeeam-llada_4b.json",
+        "midstreeeam-tllada_50m.json",
+        "midstreeeam-tllada_52m.json",
+        "midstreeeam-tllada_56m.json",
+    )
+]
 REFUSED = {
     "SDAR-8B-Chat": ("unknown model type 'sdar'",),
-    **{f"small-llada-configs/midstreeeam-{name}.json": ("layer_norm_type is 'default'", "supported is 'rms'")
-       for name in ("llada_40m", "llada_100m", "llada_400m", "llada_debug")},
-    **{f"small-llada-configs/midstreeeam-{name}.json": ("unknown model type 'llama'",) for name in ("llama_400m", "llama_1b", "llama_4b")},
-}  # fmt: skip
+    **{
+        f"small-llada-configs/midstreeeam-{name}.json": ("layer_norm_type is 'default'", "supported is 'rms'")
+        for name in ("llada_40m", "llada_100m", "llada_400m", "llada_debug")
+    },
+    **{
+        f"small-llada-configs/midstreeeam-{name}.json": ("unknown model type 'llama'",)
+        for name in ("llama_400m", "llama_1b", "llama_4b")
+    },
+}
 
 
 def _write(path, name, tokenizer=None, **change):
-    """A checkpoint with a real configuration of a smaller network, and a real tokenizer. All weights are zero."""
+    """A checkpoint with a real configuration of a smaller network, and a real tokenizer. All weights are
+    zero."""
     config = config_of(name)
     write_sparse(
         families.find(config["model_type"]), path, {**config, **SMALL[config["model_type"]], **change}, "bf16"
@@ -87,10 +106,17 @@ def test_the_tensors_of_a_real_index_are_the_familys(name):
     assert names == set(json.loads((REAL / name / "model.safetensors.index.json").read_text())["weight_map"])
 
 
-@pytest.mark.parametrize(("name", "noted"), [
-    ("Dream-v0-Instruct-7B", "attn_implementation"), ("LLaDA-8B-Instruct-DARE", "flash_attn_varlen"),
-    ("small-llada-configs/midstreeeam-tllada_56m.json", "_comment_bias, _comment_attention, _comment_dropout, _comment_initialization"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "noted"),
+    [
+        ("Dream-v0-Instruct-7B", "attn_implementation"),
+        ("LLaDA-8B-Instruct-DARE", "flash_attn_varlen"),
+        (
+            "small-llada-configs/midstreeeam-tllada_56m.json",
+            "_comment_bias, _comment_attention, _comment_dropout, _comment_initialization",
+        ),
+    ],
+)
 def test_what_a_trainer_added_is_noted_once(tmp_path, name, noted):
     tokenizer = "midstreeeam-tinystory2" if "tllada" in name else None
     path, said = _write(tmp_path / "checkpoint", name, tokenizer), []
@@ -103,12 +129,64 @@ def test_what_a_trainer_added_is_noted_once(tmp_path, name, noted):
 
 
 def _texts(tokenizer, count):
-    """Varied texts: prose, code, digits, many scripts, white space, special and half special tokens, conversations."""
+    """Varied texts: prose, code, digits, many scripts, white space, special and half special tokens,
+    conversations."""
     rng = random.Random(0)
-    pieces = ["the ", "Hello", " world", "def f(x):\n", "    return ", "x ** 2", "\t", "\r\n", "\n\n", "  ", "it's", "I'LL", "100", "3.14159",
-              "٣٤", "ß", "größe", "đem", "e\u0301", "世界", "日本語", "한국어", "🙂", "👩‍👩‍👧", "नमस्ते", "שלום", "\u00a0", "\u2028", "\u200b", "ﬁ", "Ⅷ", "½", "!?",
-              "<|im_start|>", "<|im_end|>", "<|mask|>", "<|fim_pad|>", "<|im_", "end|>", "<tool_call>", "{\"a\": [1, 2]}", "https://a.b/c?d=e",
-              "#include <x>\n", "/* ", "\\n", "_", "\x00", "\x7f", "Ġ", "Ã¶", "aAbB", " ", "."]  # fmt: skip
+    pieces = [
+        "the ",
+        "Hello",
+        " world",
+        "def f(x):\n",
+        "    return ",
+        "x ** 2",
+        "\t",
+        "\r\n",
+        "\n\n",
+        "  ",
+        "it's",
+        "I'LL",
+        "100",
+        "3.14159",
+        "٣٤",
+        "ß",
+        "größe",
+        "đem",
+        "e\u0301",
+        "世界",
+        "日本語",
+        "한국어",
+        "🙂",
+        "👩‍👩‍👧",
+        "नमस्ते",
+        "שלום",
+        "\u00a0",
+        "\u2028",
+        "\u200b",
+        "ﬁ",
+        "Ⅷ",
+        "½",
+        "!?",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|mask|>",
+        "<|fim_pad|>",
+        "<|im_",
+        "end|>",
+        "<tool_call>",
+        '{"a": [1, 2]}',
+        "https://a.b/c?d=e",
+        "#include <x>\n",
+        "/* ",
+        "\\n",
+        "_",
+        "\x00",
+        "\x7f",
+        "Ġ",
+        "Ã¶",
+        "aAbB",
+        " ",
+        ".",
+    ]
     for i in range(count):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 24)))
         if i % 10 == 0:
@@ -186,9 +264,21 @@ def test_the_real_template_of_llada_names_its_end_of_turn(tmp_path):
     config = json.loads((REAL / "LLaDA-8B-Instruct" / "tokenizer_config.json").read_text())
     assert "add_generation_prompt" not in config["chat_template"]
     tokens = {int(token): entry for token, entry in config["added_tokens_decoder"].items()}
-    small = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None, "post_processor": None,
-             "decoder": None, "model": {"type": "WordLevel", "unk_token": "[gMASK]", "vocab": {e["content"]: i for i, e in tokens.items()}},
-             "added_tokens": [{"id": i, **entry} for i, entry in tokens.items()]}  # fmt: skip
+    small = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "unk_token": "[gMASK]",
+            "vocab": {e["content"]: i for i, e in tokens.items()},
+        },
+        "added_tokens": [{"id": i, **entry} for i, entry in tokens.items()],
+    }
     (path / "tokenizer.json").write_text(json.dumps(small))
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(REAL / "LLaDA-8B-Instruct" / name, path / name)
@@ -202,7 +292,8 @@ def test_the_real_template_of_llada_names_its_end_of_turn(tmp_path):
 
 
 def test_the_mask_of_a_real_small_llada_is_its_tokenizers(tmp_path):
-    """config.json names neither mask nor end; the tokenizer does. [PAD] is a token of its own, so it ends an answer too."""
+    """config.json names neither mask nor end; the tokenizer does. [PAD] is a token of its own, so it ends an
+    answer too."""
     path, said = (
         _write(
             tmp_path / "checkpoint",
@@ -248,7 +339,8 @@ def test_wordpiece_texts_are_those_of_transformers(name, cleans, tmp_path):
 
 
 def test_config_json_without_include_bias_leaves_the_biases_to_the_tensors(tmp_path):
-    """The class's default is true: with biases among the tensors an export refuses them by name, without them there is nothing to add."""
+    """The class's default is true: with biases among the tensors an export refuses them by name, without them
+    there is nothing to add."""
     name = "small-llada-configs/F4k3r22-LLaDA-from-scratch.config.json"
     assert "include_bias" not in config_of(name)
     path = _write(tmp_path / "checkpoint", name)

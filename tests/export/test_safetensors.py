@@ -51,7 +51,8 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(tiny, tmp_path):
 
 
 def test_transformers_takes_the_same_file(tmp_path):
-    """Its own choice, on a model of its own: model.safetensors beside an index and shards of other weights."""
+    """Its own choice, on a model of its own: model.safetensors beside an index and shards of other
+    weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
@@ -73,8 +74,14 @@ def test_a_stale_index_says_what_is_missing_and_what_is_there(tiny, tmp_path):
     path = tiny(shards=3)
     (path / "model-00002-of-00003.safetensors").unlink()
     (path / "model-00003-of-00003.safetensors").rename(path / "consolidated.safetensors")
-    refused(path, tmp_path / "out", "model-00002-of-00003.safetensors: missing", "2 of the 3 shards", "stale",
-            "consolidated.safetensors, model-00001-of-00003.safetensors")  # fmt: skip
+    refused(
+        path,
+        tmp_path / "out",
+        "model-00002-of-00003.safetensors: missing",
+        "2 of the 3 shards",
+        "stale",
+        "consolidated.safetensors, model-00001-of-00003.safetensors",
+    )
     for file in path.glob("model-0*"):
         file.unlink()
     (path / "consolidated.safetensors").unlink()
@@ -122,16 +129,22 @@ def test_other_safetensors_alone_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda n: "module." + n, "carry the prefix 'module.'"),
-    (lambda n: "base_model.model." + n, "carry the prefix 'base_model.model.'"),
-    (lambda n: "_orig_mod." + n, "carry the prefix '_orig_mod.'"),
-    (lambda n: "student." + n, "carry the prefix 'student.'"),
-    (lambda n: n.removeprefix("model."), "lack the prefix 'model.'"),
-    (lambda n: n.replace("model.", "net.", 1), "begin with 'net.' in place of 'model.'"),
-    (lambda n: n.replace(".1.", ".1._orig_mod.").replace(".2.", ".2._orig_mod."), "_orig_mod."),
-    (lambda n: "_fsdp_wrapped_module." + n.replace(".0.", ".0._fsdp_wrapped_module."), "carry '_fsdp_wrapped_module.', of a wrapper"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda n: "module." + n, "carry the prefix 'module.'"),
+        (lambda n: "base_model.model." + n, "carry the prefix 'base_model.model.'"),
+        (lambda n: "_orig_mod." + n, "carry the prefix '_orig_mod.'"),
+        (lambda n: "student." + n, "carry the prefix 'student.'"),
+        (lambda n: n.removeprefix("model."), "lack the prefix 'model.'"),
+        (lambda n: n.replace("model.", "net.", 1), "begin with 'net.' in place of 'model.'"),
+        (lambda n: n.replace(".1.", ".1._orig_mod.").replace(".2.", ".2._orig_mod."), "_orig_mod."),
+        (
+            lambda n: "_fsdp_wrapped_module." + n.replace(".0.", ".0._fsdp_wrapped_module."),
+            "carry '_fsdp_wrapped_module.', of a wrapper",
+        ),
+    ],
+)
 def test_names_under_a_prefix_are_said_to_be(family, change, said, tmp_path):
     path = write_checkpoint(families.find(family), tmp_path / "c")
     tensors = load_file(path / SINGLE)
@@ -161,7 +174,8 @@ def test_a_prefix_is_not_blamed_for_other_faults(tiny, tmp_path):
 
 
 def test_adapters_have_to_be_merged_first(tiny, tmp_path):
-    """An adapter alone, one beside its base model (transformers would apply it), and weights in which it is still apart."""
+    """An adapter alone, one beside its base model (transformers would apply it), and weights in which it is
+    still apart."""
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "adapter_config.json").write_text(
@@ -192,8 +206,11 @@ def test_adapters_have_to_be_merged_first(tiny, tmp_path):
     def apart(tensors):
         for name in [n for n in tensors if "q_proj" in n]:
             stem = "base_model.model." + name.removesuffix(".weight")
-            tensors |= {f"{stem}.base_layer.weight": tensors.pop(name), f"{stem}.lora_A.default.weight": np.zeros((2, 64), np.float32),
-                        f"{stem}.lora_B.default.weight": np.zeros((64, 2), np.float32)}  # fmt: skip
+            tensors |= {
+                f"{stem}.base_layer.weight": tensors.pop(name),
+                f"{stem}.lora_A.default.weight": np.zeros((2, 64), np.float32),
+                f"{stem}.lora_B.default.weight": np.zeros((64, 2), np.float32),
+            }
 
     refused(
         tiny("apart", change=apart),
@@ -220,30 +237,48 @@ BASE = {
 }
 
 
-@pytest.mark.parametrize(("header", "said"), [
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [28, 36]}}, "4 bytes between a and b belong to no tensor"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [20, 28]}}, "overlap"),
-    ({"a": BASE["a"]}, "16 bytes between a and the end of the file belong to no tensor"),
-    ({**BASE, "b": {**BASE["b"], "shape": [-1, -2]}}, "has the shape [-1, -2]"),
-    ({**BASE, "b": {**BASE["b"], "shape": [2.0]}}, "has the shape [2.0]"),
-    ({**BASE, "b": {**BASE["b"], "shape": ["2"]}}, "has the shape ['2']"),
-    ({**BASE, "b": {**BASE["b"], "shape": [True, 2]}}, "has the shape [True, 2]"),
-    ({**BASE, "b": {**BASE["b"], "shape": [2] + [1] * 500}}, "has the shape [2, 1, 1"),
-    ({**BASE, "b": {**BASE["b"], "shape": [10**400]}}, "has the shape [1000"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [24, 10**30]}}, "at [24, 1000"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [1 << 62, (1 << 62) + 8]}}, "cut short"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [-8, 0]}}, "at [-8, 0]"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [32, 24]}}, "bytes for shape"),
-    ({**BASE, "b": {**BASE["b"], "data_offsets": [24]}}, "damaged"),
-    ({**BASE, "b": {**BASE["b"], "dtype": "F16"}}, "has 8 bytes for shape [2]"),
-    ({**BASE, "b": {**BASE["b"], "dtype": ["F32"]}}, "damaged"),
-    ({**BASE, "b": {**BASE["b"], "dtype": "F32\nrun this"}}, "is F32\\nrun this, supported are"),
-    ({"a": BASE["a"], "b\nerror: none": BASE["b"]}, "a tensor is called"),
-    ({**BASE, "b": None}, "damaged"), ([BASE], "damaged"), ({**BASE, "b": [1]}, "damaged"),
-    (b'{"a": ' + json.dumps(BASE["a"]).encode() + b', "a": ' + json.dumps(BASE["b"]).encode() + b"}", "the key 'a' comes twice"),
-    (json.dumps(BASE).replace('"dtype": "F32", "shape": [2]', '"dtype": "F32", "dtype": "F32", "shape": [2]').encode(), "comes twice"),
-    (json.dumps(BASE).encode("utf-16"), "damaged"), (b"\xff" + json.dumps(BASE).encode(), "damaged"), (b"[" * 100_000, "damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (
+            {**BASE, "b": {**BASE["b"], "data_offsets": [28, 36]}},
+            "4 bytes between a and b belong to no tensor",
+        ),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [20, 28]}}, "overlap"),
+        ({"a": BASE["a"]}, "16 bytes between a and the end of the file belong to no tensor"),
+        ({**BASE, "b": {**BASE["b"], "shape": [-1, -2]}}, "has the shape [-1, -2]"),
+        ({**BASE, "b": {**BASE["b"], "shape": [2.0]}}, "has the shape [2.0]"),
+        ({**BASE, "b": {**BASE["b"], "shape": ["2"]}}, "has the shape ['2']"),
+        ({**BASE, "b": {**BASE["b"], "shape": [True, 2]}}, "has the shape [True, 2]"),
+        ({**BASE, "b": {**BASE["b"], "shape": [2] + [1] * 500}}, "has the shape [2, 1, 1"),
+        ({**BASE, "b": {**BASE["b"], "shape": [10**400]}}, "has the shape [1000"),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [24, 10**30]}}, "at [24, 1000"),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [1 << 62, (1 << 62) + 8]}}, "cut short"),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [-8, 0]}}, "at [-8, 0]"),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [32, 24]}}, "bytes for shape"),
+        ({**BASE, "b": {**BASE["b"], "data_offsets": [24]}}, "damaged"),
+        ({**BASE, "b": {**BASE["b"], "dtype": "F16"}}, "has 8 bytes for shape [2]"),
+        ({**BASE, "b": {**BASE["b"], "dtype": ["F32"]}}, "damaged"),
+        ({**BASE, "b": {**BASE["b"], "dtype": "F32\nrun this"}}, "is F32\\nrun this, supported are"),
+        ({"a": BASE["a"], "b\nerror: none": BASE["b"]}, "a tensor is called"),
+        ({**BASE, "b": None}, "damaged"),
+        ([BASE], "damaged"),
+        ({**BASE, "b": [1]}, "damaged"),
+        (
+            b'{"a": ' + json.dumps(BASE["a"]).encode() + b', "a": ' + json.dumps(BASE["b"]).encode() + b"}",
+            "the key 'a' comes twice",
+        ),
+        (
+            json.dumps(BASE)
+            .replace('"dtype": "F32", "shape": [2]', '"dtype": "F32", "dtype": "F32", "shape": [2]')
+            .encode(),
+            "comes twice",
+        ),
+        (json.dumps(BASE).encode("utf-16"), "damaged"),
+        (b"\xff" + json.dumps(BASE).encode(), "damaged"),
+        (b"[" * 100_000, "damaged"),
+    ],
+)
 def test_a_header_that_lies_is_one_clear_line(header, said, tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(_join(header, bytes(40)))

@@ -18,11 +18,15 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.tokenizer import Tokenizer as Ours
 from trt_runtime.errors import DllmError
 
-# the conversation formats of the two families, written out: headers and <|eot_id|>, a begin token first; ChatML with a system text
+# the conversation formats of the two families, written out: headers and <|eot_id|>, a begin token first;
+# ChatML with a system text
 LLADA_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + "
-    "content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set "
+    "content = bos_token + "
+    "content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>"
     "\n\n' }}{% endif %}"
 )
 DREAM_TEMPLATE = """{%- if tools %}
@@ -54,43 +58,84 @@ LLADA_SPECIAL = [
 CONVERSATIONS = [
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  Hello,\n\tworld!  "}],
-    [{"role": "user", "content": "Grüße, 世界 🙂"}, {"role": "assistant", "content": "Ok <|endoftext|> fine."},
-     {"role": "user", "content": "def f(x):\n    return x ** 2 # it's 100%\r\n"}],
-]  # fmt: skip
+    [
+        {"role": "user", "content": "Grüße, 世界 🙂"},
+        {"role": "assistant", "content": "Ok <|endoftext|> fine."},
+        {"role": "user", "content": "def f(x):\n    return x ** 2 # it's 100%\r\n"},
+    ],
+]
 
 
 @pytest.fixture(scope="module")
 def llada(tmp_path_factory):
-    """A LLaDA-Instruct as it is published: tokenizer.json, tokenizer_config.json with a chat template, special_tokens_map.json."""
+    """A LLaDA-Instruct as it is published: tokenizer.json, tokenizer_config.json with a chat template,
+    special_tokens_map.json."""
     tokenizer = trained(LLADA_SPECIAL, tokenizer_files._QWEN2)
     size, ids = tokenizer.get_vocab_size(), {text: tokenizer.token_to_id(text) for text in LLADA_SPECIAL}
-    path = write_checkpoint(families.find("llada"), tmp_path_factory.mktemp("llada") / "checkpoint", model={
-        "vocab_size": size, "embedding_size": size, "mask_token_id": ids["<|mdm_mask|>"], "eos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"]})  # fmt: skip
+    path = write_checkpoint(
+        families.find("llada"),
+        tmp_path_factory.mktemp("llada") / "checkpoint",
+        model={
+            "vocab_size": size,
+            "embedding_size": size,
+            "mask_token_id": ids["<|mdm_mask|>"],
+            "eos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+    )
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "special_tokens_map.json").write_text(
         json.dumps({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"})
     )
-    (path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>", "chat_template": LLADA_TEMPLATE, "added_tokens_decoder": decoder_entries(tokenizer)}))  # fmt: skip
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "chat_template": LLADA_TEMPLATE,
+                "added_tokens_decoder": decoder_entries(tokenizer),
+            }
+        )
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def dream(tmp_path_factory):
-    """A Dream-Instruct as it is published: the slow tokenizer's vocab.json and merges.txt, beside a class of its own."""
+    """A Dream-Instruct as it is published: the slow tokenizer's vocab.json and merges.txt, beside a class of
+    its own."""
     tokenizer = trained(DREAM_SPECIAL, tokenizer_files._QWEN2)
     size, ids = tokenizer.get_vocab_size(), {text: tokenizer.token_to_id(text) for text in DREAM_SPECIAL}
-    path = write_checkpoint(families.find("dream"), tmp_path_factory.mktemp("dream") / "checkpoint", model={
-        "vocab_size": size + 8, "mask_token_id": ids["<|mask|>"], "eos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"]})  # fmt: skip
+    path = write_checkpoint(
+        families.find("dream"),
+        tmp_path_factory.mktemp("dream") / "checkpoint",
+        model={
+            "vocab_size": size + 8,
+            "mask_token_id": ids["<|mask|>"],
+            "eos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "bos_token_id": ids["<|endoftext|>"],
+        },
+    )
     tokenizer.model.save(str(path))
     (path / "tokenization_dream.py").write_text("raise SystemExit('code of a checkpoint was run')")
-    (path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-        "bos_token": "<|beginoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>",
-        "unk_token": "<|endoftext|>", "chat_template": DREAM_TEMPLATE, "added_tokens_decoder": decoder_entries(tokenizer)}))  # fmt: skip
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "DreamTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+                "bos_token": "<|beginoftext|>",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "mask_token": "<|mask|>",
+                "unk_token": "<|endoftext|>",
+                "chat_template": DREAM_TEMPLATE,
+                "added_tokens_decoder": decoder_entries(tokenizer),
+            }
+        )
+    )
     return path
 
 
@@ -183,9 +228,11 @@ def test_several_end_tokens_of_generation_config_and_several_templates(llada, tm
 def test_a_template_sees_plain_texts_and_what_transformers_gives_it(llada):
     tokenizer = Ours(llada)
     for template, said in (
-        ("{{ {'a': '<b>'} | tojson }}", '{"a": "<b>"}'), ("{{ tools is none }}{{ documents is none }}", "TrueTrue"),
-        ("{% for m in messages %}{% break %}{% endfor %}{{ bos_token }}", "<|startoftext|>"), ("{{ strftime_now('%%') }}", "%"),
-    ):  # fmt: skip
+        ("{{ {'a': '<b>'} | tojson }}", '{"a": "<b>"}'),
+        ("{{ tools is none }}{{ documents is none }}", "TrueTrue"),
+        ("{% for m in messages %}{% break %}{% endfor %}{{ bos_token }}", "<|startoftext|>"),
+        ("{{ strftime_now('%%') }}", "%"),
+    ):
         tokenizer._template = template
         assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == said
     for attack in (
@@ -224,7 +271,8 @@ def test_tokenizers_that_do_not_fit_are_refused(dream, llada, tmp_path):
         json.dumps({e["content"]: int(i) for i, e in config["added_tokens_decoder"].items()})
     )
     assert Ours(export_quietly(path, tmp_path / "older") / "tokenizer").encode("<|mask|>") == Ours(
-        export_quietly(dream, tmp_path / "newer") / "tokenizer").encode("<|mask|>")  # fmt: skip
+        export_quietly(dream, tmp_path / "newer") / "tokenizer"
+    ).encode("<|mask|>")
     (path / "merges.txt").write_text("a b c d\n")
     _refused(path, tmp_path, "vocab.json and merges.txt are not readable")
     small = shutil.copytree(DEMO, tmp_path / "demo")
@@ -254,8 +302,14 @@ def test_truncation_and_padding_of_a_training_run_are_left_behind(tmp_path):
     path = shutil.copytree(DEMO, tmp_path / "demo")
     held = json.loads((path / "tokenizer.json").read_text())
     held["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    held["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                       "pad_token": "<|endoftext|>"}  # fmt: skip
+    held["padding"] = {
+        "strategy": {"Fixed": 40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     (path / "tokenizer.json").write_text(json.dumps(held))
     text = "take red cups from kitchen to garage"
     assert Ours(path).encode(text) == Ours(DEMO).encode(text)
@@ -263,10 +317,12 @@ def test_truncation_and_padding_of_a_training_run_are_left_behind(tmp_path):
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ '<|user|>' + messages[0]['content'] + '<|assistant|>' }}",
-     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content | upper }}{% endfor %}",
-     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|assistant|>' }}"],
-)  # fmt: skip
+    [
+        "{{ '<|user|>' + messages[0]['content'] + '<|assistant|>' }}",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|assistant|>' }}",
+    ],
+)
 def test_a_token_that_ends_no_turn_is_not_taken_for_an_end(template):
     tokenizer = Ours(DEMO)
     tokenizer._template = template
@@ -274,9 +330,19 @@ def test_a_token_that_ends_no_turn_is_not_taken_for_an_end(template):
 
 
 @pytest.mark.parametrize(
-    "listed", [[1], 5, "x", {"abc": {"content": "a"}}, {"900": {}}, {"900": {"content": 5}}, {"900": "x"}, {"900": {"content": "\ud800"}},
-               {"900": {"content": "a", "lstrip": "yes"}}]
-)  # fmt: skip
+    "listed",
+    [
+        [1],
+        5,
+        "x",
+        {"abc": {"content": "a"}},
+        {"900": {}},
+        {"900": {"content": 5}},
+        {"900": "x"},
+        {"900": {"content": "\ud800"}},
+        {"900": {"content": "a", "lstrip": "yes"}},
+    ],
+)
 def test_added_tokens_of_the_wrong_kind_are_one_clear_line(dream, tmp_path, listed):
     path = shutil.copytree(dream, tmp_path / "checkpoint")
     config = json.loads((path / "tokenizer_config.json").read_text())

@@ -1,4 +1,5 @@
-"""A second export of the same inputs keeps what is there; of other inputs it is refused, until told to overwrite. And what to run next."""
+"""A second export of the same inputs keeps what is there; of other inputs it is refused, until told to
+overwrite. And what to run next."""
 
 from __future__ import annotations
 
@@ -54,11 +55,13 @@ def test_the_same_again_is_up_to_date(run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dtype", "fp16"], "dtype fp32, now fp16"), (["--head", "logits"], "head statistics, now logits"),
-        (["--lowering", "legacy"], "lowering modern, now legacy"), (["--ignore-key", "x"], "ignored_keys [], now ['x']"),
+        (["--dtype", "fp16"], "dtype fp32, now fp16"),
+        (["--head", "logits"], "head statistics, now logits"),
+        (["--lowering", "legacy"], "lowering modern, now legacy"),
+        (["--ignore-key", "x"], "ignored_keys [], now ['x']"),
         (["--quantize", "w8a8", "--gate", "no"], "quantize None, now w8a8"),
     ],
-)  # fmt: skip
+)
 def test_other_options_are_refused(run, options, said):
     assert run()[0] == 0
     status, text, made = run(*options)
@@ -278,8 +281,27 @@ def test_make_clean_keeps_what_took_long(tmp_path):
 def test_every_variable_of_the_makefile_is_explained():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     head = text.split("\n\n")[0]
-    asked = {name for name in ("MODEL", "CHECKPOINT", "DTYPE", "WEIGHTS", "HEAD", "OUT", "OVERWRITE", "VERIFY", "MASK_TOKEN", "QUANTIZE",
-                               "TARGET", "DATA", "MATCH", "GATE", "PYTHON") if f"$({name})" in text}  # fmt: skip
+    asked = {
+        name
+        for name in (
+            "MODEL",
+            "CHECKPOINT",
+            "DTYPE",
+            "WEIGHTS",
+            "HEAD",
+            "OUT",
+            "OVERWRITE",
+            "VERIFY",
+            "MASK_TOKEN",
+            "QUANTIZE",
+            "TARGET",
+            "DATA",
+            "MATCH",
+            "GATE",
+            "PYTHON",
+        )
+        if f"$({name})" in text
+    }
     assert len(asked) == 15 and all(f"{name}=" in head for name in asked)
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("export ")]

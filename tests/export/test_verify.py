@@ -115,7 +115,8 @@ def _position_off_by_one_in_refine_steps(monkeypatch):
 
 
 def _wrong_scale_in_the_prefix_graph(monkeypatch):
-    """The refine graph is right, and ONNX Runtime decodes with that one: only TensorRT would meet the fault."""
+    """The refine graph is right, and ONNX Runtime decodes with that one: only TensorRT would meet the
+    fault."""
     real = pipeline.graphs.build
 
     def wrong(role, *arguments, **options):
@@ -176,11 +177,19 @@ def _shift_off_by_one(monkeypatch):
 
 
 FAULTS = [
-    (_one_tensor_not_loaded, "weights"), (_wrong_scale, "logits"), (_wrong_scale_in_the_prefix_graph, "logits"), (_swap_heads, "logits"), (_wrong_rope_base, "weights"),
-    (_interleaved_rotation, "logits"), (_swap_gate_and_up, "logits"), (_position_off_by_one, "cache"),
-    (_position_off_by_one_in_refine_steps, "cache"), (_stale_cache, "cache"), (_cache_written_at_the_wrong_row, "cache"),
+    (_one_tensor_not_loaded, "weights"),
+    (_wrong_scale, "logits"),
+    (_wrong_scale_in_the_prefix_graph, "logits"),
+    (_swap_heads, "logits"),
+    (_wrong_rope_base, "weights"),
+    (_interleaved_rotation, "logits"),
+    (_swap_gate_and_up, "logits"),
+    (_position_off_by_one, "cache"),
+    (_position_off_by_one_in_refine_steps, "cache"),
+    (_stale_cache, "cache"),
+    (_cache_written_at_the_wrong_row, "cache"),
     (_shift_off_by_one, "decode"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -188,7 +197,8 @@ FAULTS = [
 def test_an_injected_fault_is_caught_and_its_stage_named(
     golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype
 ):
-    """The first stage that fails is where the fault lies. It is injected into the export alone, not into what verifies it."""
+    """The first stage that fails is where the fault lies. It is injected into the export alone, not into what
+    verifies it."""
     with monkeypatch.context() as patch:
         fault(patch)
         artifact = export_quietly(golden_checkpoint, tmp_path / "broken", dtype=dtype)
@@ -268,7 +278,8 @@ def test_values_that_are_no_number_are_counted(golden_checkpoint, monkeypatch, t
 
 
 def _outlier(family, value):
-    """A model whose layer 1 has one large MLP unit: its weights are fine, its activations are `value` times as large."""
+    """A model whose layer 1 has one large MLP unit: its weights are fine, its activations are `value` times
+    as large."""
 
     def change(tensors):
         tensors[family.tensor_name("layers.1.up_proj")][3] *= value
@@ -316,7 +327,8 @@ def test_a_changed_weight_is_caught_before_anything_runs(tmp_path):
 
 
 def _reseal(artifact, **change):
-    """Hashes fixed after an edit by hand, and facts changed: what only a comparison with the checkpoint can find."""
+    """Hashes fixed after an edit by hand, and facts changed: what only a comparison with the checkpoint can
+    find."""
     manifest = json.loads((artifact / "manifest.json").read_text())
     for name in manifest["files"]:
         data = artifact / name
@@ -330,9 +342,16 @@ def _reseal(artifact, **change):
 
 @pytest.mark.parametrize(
     "change",
-    [{"decoding__eos_token_ids": [3, 4]}, {"model__max_length": 100_000}, {"model__num_heads": 2}, {"model__parameters": 5},
-     {"decoding__defaults": {"gen_length": 7}}, {"decoding__pad_token_id": 3}, {"model__family": "other"}],
-)  # fmt: skip
+    [
+        {"decoding__eos_token_ids": [3, 4]},
+        {"model__max_length": 100_000},
+        {"model__num_heads": 2},
+        {"model__parameters": 5},
+        {"decoding__defaults": {"gen_length": 7}},
+        {"decoding__pad_token_id": 3},
+        {"model__family": "other"},
+    ],
+)
 def test_facts_that_are_not_the_checkpoints_are_found(tmp_path, change):
     artifact = _reseal(export_quietly(GOLDENS / "llada_tiny", tmp_path / "a"), **change)
     assert "decode" in _failing(artifact)
@@ -438,7 +457,8 @@ def test_the_wrong_checkpoint_is_refused(tmp_path, capsys):
 
 
 def test_what_was_tuned_is_no_fact_of_the_checkpoint(tmp_path):
-    """A tuned artifact is verified as before, and keeps what was tuned; a changed fact beside it is still found."""
+    """A tuned artifact is verified as before, and keeps what was tuned; a changed fact beside it is still
+    found."""
     artifact = export_quietly(GOLDENS / "llada_tiny", tmp_path / "artifact")
     tune.write(artifact, {"policy": "eb", "gamma": 0.05, "block_length": 16, "cache": "prefix"})
     assert all(stage.passed for stage in verify(artifact))

@@ -1,4 +1,5 @@
-"""Weights: converted where the plan says, in little memory, linked or copied, with their largest magnitudes; full-size graphs."""
+"""Weights: converted where the plan says, in little memory, linked or copied, with their largest magnitudes;
+full-size graphs."""
 
 from __future__ import annotations
 
@@ -118,8 +119,10 @@ def test_linked_weights_give_the_same_logits_and_take_no_room(tiny_checkpoint, t
     )
     rows = np.arange(20)[None]
     call = Window(rows % 7, rows, np.zeros(1, np.int64), np.array([20]), rows)
-    first, second = (backend.prefix(backend.new_cache(1, 20), slice(0, 1), call, want_logits=True).logits
-                     for backend in (OrtBackend(copied, threads=1), OrtBackend(linked, threads=1)))  # fmt: skip
+    first, second = (
+        backend.prefix(backend.new_cache(1, 20), slice(0, 1), call, want_logits=True).logits
+        for backend in (OrtBackend(copied, threads=1), OrtBackend(linked, threads=1))
+    )
     assert (first == second).all()
     recorded = replay.record(OrtBackend(copied, threads=1), cases.random_cases(manifest, 6))["cases"]
     backend = OrtBackend(linked, threads=1)
@@ -151,8 +154,15 @@ def test_a_link_that_cannot_be_made_becomes_a_copy_and_a_conversion_is_refused(t
 @pytest.mark.parametrize("mode", weights.MODES)
 def test_memory_stays_small_whatever_the_size(tmp_path, mode):
     """A checkpoint of 1.3 GB, of which one tensor alone has 520 MB: the process stays under 250 MB."""
-    config = LLADA.tiny_config() | {"d_model": 1024, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 4096, "n_layers": 2,
-                                    "vocab_size": 256_000, "embedding_size": 256_000}  # fmt: skip
+    config = LLADA.tiny_config() | {
+        "d_model": 1024,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "mlp_hidden_size": 4096,
+        "n_layers": 2,
+        "vocab_size": 256_000,
+        "embedding_size": 256_000,
+    }
     path = write_sparse(LLADA, tmp_path / "checkpoint", config, "bf16")
     script = f"""
 import sys
@@ -197,12 +207,17 @@ def test_graphs_of_full_size_models_pass_the_checker_by_path(tmp_path, preset, l
 @pytest.mark.parametrize("sets", sorted(cpu_without.SETS))
 def test_rotation_tables_and_powers_are_the_same_on_every_processor(sets):
     code = (
-        "import hashlib; import numpy as np; from export.schemes import portable; r = np.random.default_rng(0).random(1 << 16, np.float32) * 9;"
-        "print(hashlib.sha256(portable.power(r, 0.5).tobytes() + portable.power(r, 0.3).tobytes()).hexdigest());"
-        " from dataclasses import replace; from export import families; from export.weights import plan as weights; from export.families.base import ConfigReader;"
+        "import hashlib; import numpy as np; from export.schemes import portable; r = "
+        "np.random.default_rng(0).random(1 << 16, np.float32) * 9;"
+        "print(hashlib.sha256(portable.power(r, 0.5).tobytes() + portable.power(r, "
+        "0.3).tobytes()).hexdigest());"
+        " from dataclasses import replace; from export import families; from export.weights import plan as "
+        "weights; from export.families.base import ConfigReader;"
         "f = families.find('llada'); c = f.decoder(ConfigReader(f.tiny_config(), 'c'));"
-        "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, 128)"
-        " for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, head_dim=size), max_length=4096))))"
+        "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, "
+        "128)"
+        " for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, "
+        "head_dim=size), max_length=4096))))"
     )
     here = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

@@ -14,18 +14,38 @@ VERSIONS = ["10.16.1.11", "11.4.0.106"]
 
 _STUB = "\n".join(
     f"void* {name}(void) {{ return 0; }}"
-    for name in ("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
-                 "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
-                 "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins")
-)  # fmt: skip
+    for name in (
+        "createInferBuilder_INTERNAL",
+        "createInferRefitter_INTERNAL",
+        "createInferRuntime_INTERNAL",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "createNvOnnxParser_INTERNAL",
+        "getBuilderPluginRegistry",
+        "getNvOnnxParserVersion",
+        "getPluginRegistry",
+        "initLibNvInferPlugins",
+    )
+)
 
 
 def bindings_of(version, folder) -> dict[str, str]:
-    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test where they cannot be had."""
+    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test where
+    they cannot be had."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler for the stub libraries")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder),
-               f"tensorrt-cu13-bindings=={version}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-d",
+        str(folder),
+        f"tensorrt-cu13-bindings=={version}",
+    ]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"the bindings of {version} cannot be downloaded for this Python")
     (wheel,) = folder.glob("*.whl")

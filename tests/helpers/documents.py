@@ -18,7 +18,8 @@ DOCUMENTS = sorted(
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command in a code block of the documents, and scripts that their text names, without what stands behind #."""
+    """Every command in a code block of the documents, and scripts that their text names, without what stands
+    behind #."""
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         scripts = [f"{found}\n" for found in re.findall(r"`(python \w+/[^`]+)`", text)]

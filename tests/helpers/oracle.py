@@ -1,4 +1,5 @@
-"""Naive restatements of the decoding rules, with loops and lists: what the vectorised code is compared with."""
+"""Naive restatements of the decoding rules, with loops and lists: what the vectorised code is compared
+with."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def factor(confidence: Sequence[float], masked: Sequence[bool], value: float) ->
 
 
 def decaying_quota(masked: int, steps: int, first: int) -> list[int]:
-    """Dream's schedule, by its words: time runs evenly from 1 to 0.001; each step takes the share of it that passes."""
+    """Dream's schedule, by its words: time runs evenly from 1 to 0.001; each step takes the share of it that
+    passes."""
     counts, left = [], masked
     for i in range(first, steps):
         now, then = (1 - (1 - 1e-3) * k / steps for k in (i, i + 1))
@@ -55,7 +57,8 @@ def bounded_threshold(
 
 
 def kept_tokens(probability: Sequence[float], top_p: float, top_k: int | None) -> set[int]:
-    """Tokens that top_p and then top_k keep: from the best on until their sum is above top_p; of these the k best."""
+    """Tokens that top_p and then top_k keep: from the best on until their sum is above top_p; of these the k
+    best."""
     order = sorted(range(len(probability)), key=lambda token: (-probability[token], token))
     kept, total = [], 0.0
     for token in order:

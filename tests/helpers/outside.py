@@ -1,4 +1,5 @@
-"""What somebody else's package adds: tests/data/outside, which looks like an installed one (dist-info with entry points)."""
+"""What somebody else's package adds: tests/data/outside, which looks like an installed one (dist-info with
+entry points)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def added(registry: Registry, item, name: str) -> Iterator[None]:
 
 
 def command(*words: object, cwd=ROOT, installed: bool = True) -> subprocess.CompletedProcess[str]:
-    """A Python command in a process that finds the package: as an installed one, or else its modules in the current directory."""
+    """A Python command in a process that finds the package: as an installed one, or else its modules in the
+    current directory."""
     path = os.pathsep.join([str(ROOT), *([str(OUTSIDE)] if installed else [])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

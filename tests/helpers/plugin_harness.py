@@ -1,7 +1,7 @@
 """Run by test_plugins_tensorrt.py in a process of its own: our plugin, driven as TensorRT drives one.
 
-The package `tensorrt.plugin` and the bindings are real (their libraries are stubs); expressions of shapes are Python objects here.
-Prints as JSON what TensorRT would be told.
+The package `tensorrt.plugin` and the bindings are real (their libraries are stubs); expressions of shapes are
+Python objects here. Prints as JSON what TensorRT would be told.
 """
 
 import json
@@ -107,9 +107,21 @@ def main(vocab, mask_token_id, compute_capability):
     plugin.get_launch_params([shape], tensors, 1, launch, extra, builder)
     name, code = plugin.get_kernel([item.desc for item in tensors[:1]], [item.desc for item in tensors[1:]])
     texts = {key: getattr(value.expr, "text", str(value.expr)) for key, value in vars(launch).items()}
-    print(json.dumps({"version": trt.__version__, "aot": aot, "refused": refused, "kinds": [str(kind) for kind in kinds],
-                      "shapes": [[axis.text for axis in held] for held in shapes], "launch": texts, "extra": len(extra),
-                      "name": name.decode() if isinstance(name, bytes) else name, "ptx": bytes(code).decode()}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "version": trt.__version__,
+                "aot": aot,
+                "refused": refused,
+                "kinds": [str(kind) for kind in kinds],
+                "shapes": [[axis.text for axis in held] for held in shapes],
+                "launch": texts,
+                "extra": len(extra),
+                "name": name.decode() if isinstance(name, bytes) else name,
+                "ptx": bytes(code).decode(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ def ordinary_layers(network):
             shuffle = network.add_shuffle(best.get_output(i))
             shuffle.reshape_dims = (-1,)
             flat.append(shuffle.get_output(0))
-        others = [network.add_unary(flat[1], kind).get_output(0) for kind in
-                  (rtx.UnaryOperation.EXP, rtx.UnaryOperation.ABS, rtx.UnaryOperation.NEG)]  # fmt: skip
+        others = [
+            network.add_unary(flat[1], kind).get_output(0)
+            for kind in (rtx.UnaryOperation.EXP, rtx.UnaryOperation.ABS, rtx.UnaryOperation.NEG)
+        ]
         return [network.add_cast(flat[0], rtx.int64).get_output(0), *others]
 
     return make

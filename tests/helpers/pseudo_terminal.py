@@ -1,4 +1,5 @@
-"""A command on a pseudo-terminal, and the terminal itself: pyte, which keeps the screen and what scrolled out of it."""
+"""A command on a pseudo-terminal, and the terminal itself: pyte, which keeps the screen and what scrolled out
+of it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import pyte
 
 
 class Terminal:
-    """A screen of `columns` x `lines`. `feed` takes what a program writes; `text` is everything that can be seen, scrolled up too."""
+    """A screen of `columns` x `lines`. `feed` takes what a program writes; `text` is everything that can be
+    seen, scrolled up too."""
 
     def __init__(self, columns=60, lines=10):
         self.screen = pyte.HistoryScreen(columns, lines, history=100_000, ratio=0.5)
@@ -48,10 +50,15 @@ class Session:
         self._set_size(columns, lines)
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
+            [str(word) for word in command],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            close_fds=True,
+            start_new_session=True,
             env=inherited | {"TERM": "linux", "OMP_NUM_THREADS": "1"} | environment,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 # so that Ctrl-C and Ctrl-D work
-        )  # fmt: skip
+        )
         os.close(slave)
 
     def _set_size(self, columns, lines):

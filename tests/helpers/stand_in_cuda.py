@@ -1,7 +1,8 @@
 """A stand-in for CUDA: the functions of cuda-python that trt_runtime.backends.cuda uses, over host memory.
 
-Work that was queued runs only at a synchronisation, so that a result which is read too early is wrong. Fresh memory is full of NaN. Addresses
-are checked against what was allocated. A capture refuses to wait and to allocate.
+Work that was queued runs only at a synchronisation, so that a result which is read too early is wrong. Fresh
+memory is full of NaN. Addresses are checked against what was allocated. A capture refuses to wait and to
+allocate.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ ALIGNMENT = 256
 
 
 class Cuda:
-    """The functions of cuda.bindings.runtime and .driver that trt_runtime.backends.cuda uses. `kernels`: entry name -> function of arguments."""
+    """The functions of cuda.bindings.runtime and .driver that trt_runtime.backends.cuda uses. `kernels`:
+    entry name -> function of arguments."""
 
     class cudaMemcpyKind(enum.IntEnum):
         cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice = 1, 2, 3
@@ -174,10 +176,18 @@ def commit_kernel(mask_token_id):
     from trt_runtime.decoding import device_commit as steps
 
     def run(batch, ids, token, confidence, plan, value, state, committed, rows, columns):
-        at = [view(address, shape, np.dtype(kind)) for address, shape, kind in (
-            (ids, (batch, rows), np.int64), (token, (batch, columns), np.int64), (confidence, (batch, columns), np.float32),
-            (plan, (batch, 4), np.int32), (value, (batch,), np.float64), (state, (batch, 2), np.int32),
-            (committed, (batch, columns), np.int32))]  # fmt: skip
+        at = [
+            view(address, shape, np.dtype(kind))
+            for address, shape, kind in (
+                (ids, (batch, rows), np.int64),
+                (token, (batch, columns), np.int64),
+                (confidence, (batch, columns), np.float32),
+                (plan, (batch, 4), np.int32),
+                (value, (batch,), np.float64),
+                (state, (batch, 2), np.int32),
+                (committed, (batch, columns), np.int32),
+            )
+        ]
         steps.commit(at[0], at[1], at[2], steps.Plan(*at[3:]), mask_token_id)
 
     return run

@@ -1,7 +1,8 @@
-"""Stand-ins for TensorRT: packages whose networks TensorRT-RTX parses and whose engines ONNX Runtime's CPU runs, over the stand-in for CUDA.
+"""Stand-ins for TensorRT: packages whose networks TensorRT-RTX parses and whose engines ONNX Runtime's CPU
+runs, over the stand-in for CUDA.
 
-They hold the code to the rules of the real ones: shapes within profiles, aligned addresses, caches in place, no capture of a context whose
-shapes changed since its last run, no replay after the context was changed.
+They hold the code to the rules of the real ones: shapes within profiles, aligned addresses, caches in place,
+no capture of a context whose shapes changed since its last run, no replay after the context was changed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Context:
 
 
 class Engine:
-    """A deserialised engine: `text` is what the stand-in builder wrote, the graph's path and the shapes of each profile."""
+    """A deserialised engine: `text` is what the stand-in builder wrote, the graph's path and the shapes of
+    each profile."""
 
     def __init__(self, cuda: Cuda, graph: str, profiles: list[dict]) -> None:
         self.cuda, self.profiles, self.num_optimization_profiles = cuda, profiles, len(profiles)
@@ -311,7 +313,8 @@ class Context86(Context):
 
 
 def pieces(reader):
-    """What a stream reader gives: as TensorRT reads, a header, then the whole, in as many calls as the reader needs."""
+    """What a stream reader gives: as TensorRT reads, a header, then the whole, in as many calls as the reader
+    needs."""
     header = reader.read(16, 0)
     assert len(header) == 16 and reader.seek(0, reader.where.SET)
     while piece := reader.read(1 << 40, 0):
@@ -319,7 +322,8 @@ def pieces(reader):
 
 
 def tensorrt(cuda: Cuda, rtx):
-    """A package `tensorrt` that parses as TensorRT-RTX does, and whose engines are those above. `rtx`: tensorrt_rtx_bindings."""
+    """A package `tensorrt` that parses as TensorRT-RTX does, and whose engines are those above. `rtx`:
+    tensorrt_rtx_bindings."""
 
     class Builder:
         def __init__(self, logger):
@@ -373,8 +377,21 @@ def tensorrt(cuda: Cuda, rtx):
             )
             return opened
 
-    held = {name: getattr(rtx, name) for name in ("ILogger", "IProgressMonitor", "NetworkDefinitionCreationFlag", "BuilderFlag",
-            "ProfilingVerbosity", "LayerType", "ExecutionContextAllocationStrategy", "LayerInformationFormat", "IAttentionInputLayer", "SeekPosition")}  # fmt: skip
+    held = {
+        name: getattr(rtx, name)
+        for name in (
+            "ILogger",
+            "IProgressMonitor",
+            "NetworkDefinitionCreationFlag",
+            "BuilderFlag",
+            "ProfilingVerbosity",
+            "LayerType",
+            "ExecutionContextAllocationStrategy",
+            "LayerInformationFormat",
+            "IAttentionInputLayer",
+            "SeekPosition",
+        )
+    }
 
     class StreamReader:  # the real one is not made without a driver
         where = rtx.SeekPosition
@@ -383,12 +400,21 @@ def tensorrt(cuda: Cuda, rtx):
             pass
 
     held |= {"IStreamReaderV2": StreamReader}
-    return types.SimpleNamespace(**held, Builder=Builder, OnnxParser=Parser, Runtime=Runtime, Refitter=Refitter,
-                                 OnnxParserRefitter=ParserRefitter, nptype=lambda kind: kind, __version__="11.4.0.106")  # fmt: skip
+    return types.SimpleNamespace(
+        **held,
+        Builder=Builder,
+        OnnxParser=Parser,
+        Runtime=Runtime,
+        Refitter=Refitter,
+        OnnxParserRefitter=ParserRefitter,
+        nptype=lambda kind: kind,
+        __version__="11.4.0.106",
+    )
 
 
 def tensorrt86(cuda: Cuda, rtx):
-    """The same as TensorRT 8.6 has it: types by constraints, int32 for int64, no progress, contexts by their older names."""
+    """The same as TensorRT 8.6 has it: types by constraints, int32 for int64, no progress, contexts by their
+    older names."""
     package = tensorrt(cuda, rtx)
     newer_runtime, newer_builder, newer_parser = package.Runtime, package.Builder, package.OnnxParser
 
@@ -424,10 +450,18 @@ def tensorrt86(cuda: Cuda, rtx):
         "IStreamReaderV2",
     ):
         delattr(package, name)
-    vars(package).update(Builder=Builder, OnnxParser=parser, Runtime=Runtime, Settings=Settings86, __version__="8.6.1", float32=rtx.float32,
-                         float16=rtx.float16, NetworkDefinitionCreationFlag=types.SimpleNamespace(EXPLICIT_BATCH=0),
-                         BuilderFlag=types.SimpleNamespace(**{name: types.SimpleNamespace(name=name) for name in flags}),
-                         TacticSource=types.SimpleNamespace(**SOURCES86))  # fmt: skip
+    vars(package).update(
+        Builder=Builder,
+        OnnxParser=parser,
+        Runtime=Runtime,
+        Settings=Settings86,
+        __version__="8.6.1",
+        float32=rtx.float32,
+        float16=rtx.float16,
+        NetworkDefinitionCreationFlag=types.SimpleNamespace(EXPLICIT_BATCH=0),
+        BuilderFlag=types.SimpleNamespace(**{name: types.SimpleNamespace(name=name) for name in flags}),
+        TacticSource=types.SimpleNamespace(**SOURCES86),
+    )
     return package
 
 

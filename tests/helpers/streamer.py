@@ -1,6 +1,8 @@
-"""A program for a terminal: shows the answer of a stand-in model, whose tokens are texts of a file (a JSON list), block after block.
+"""A program for a terminal: shows the answer of a stand-in model, whose tokens are texts of a file (a JSON
+list), block after block.
 
-python streamer.py TOKENS.json BLOCK: reads a line from standard input before forward 20, for whoever wants to resize the terminal then.
+python streamer.py TOKENS.json BLOCK: reads a line from standard input before forward 20, for whoever wants to
+resize the terminal then.
 """
 
 from __future__ import annotations
@@ -37,8 +39,18 @@ def stream(prompts, config, raw):
             for i in changed:
                 tokens[i] = i + 1
             done = start if left else min(start + block, len(texts))
-            yield Update(0, number, "refine", decode(tokens[:done]), "", list(tokens), changed, [None] * len(changed),
-                         (start, start + block), done == len(texts))  # fmt: skip
+            yield Update(
+                0,
+                number,
+                "refine",
+                decode(tokens[:done]),
+                "",
+                list(tokens),
+                changed,
+                [None] * len(changed),
+                (start, start + block),
+                done == len(texts),
+            )
 
 
 tokenizer = SimpleNamespace(decode=decode)

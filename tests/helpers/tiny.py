@@ -1,4 +1,5 @@
-"""Small checkpoints in a family's official layout, for tests: random weights, optionally changed on the way."""
+"""Small checkpoints in a family's official layout, for tests: random weights, optionally changed on the
+way."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def write_checkpoint(
     change: Callable[[Tensors], object] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint directory. `model` changes the model, `config` only what config.json says of it; `change` may edit the tensors;
-    `shards` > 1 writes an index."""
+    """A checkpoint directory. `model` changes the model, `config` only what config.json says of it; `change`
+    may edit the tensors; `shards` > 1 writes an index."""
     path.mkdir(parents=True)
     real = {**family.tiny_config(), **(model or {})}
     (path / "config.json").write_text(json.dumps({**real, **(config or {})}))

@@ -1,4 +1,5 @@
-"""The commit kernel in Triton's interpreter against its reference, bit for bit, and compiled for every GPU that is supported."""
+"""The commit kernel in Triton's interpreter against its reference, bit for bit, and compiled for every GPU
+that is supported."""
 
 from __future__ import annotations
 
@@ -51,18 +52,34 @@ print(json.dumps({"wrong": wrong, "rows": rows, "stopped": stopped, "committed":
 
 
 def test_the_kernel_equals_its_reference():
-    """All three rules, ties, blocks shorter than their columns, windows longer than their block, NaN, the mask proposed."""
-    done = subprocess.run([sys.executable, "-c", _INTERPRET], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
+    """All three rules, ties, blocks shorter than their columns, windows longer than their block, NaN, the
+    mask proposed."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRET],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     made = json.loads(done.stdout)
     assert made["wrong"] == 0 and made["rows"] > 400 and made["stopped"] > 3 and made["committed"] > 1000
 
 
 @pytest.mark.parametrize("compute_capability", [80, 86, 87, 89, 90, 120])
 def test_it_compiles_without_a_gpu(compute_capability):
-    script = f"from plugins import commit; k = commit.compiled(126336, 32, {compute_capability}); print(k.threads, k.shared); print(k.ptx)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})  # fmt: skip
+    script = (
+        f"from plugins import commit; k = commit.compiled(126336, 32, {compute_capability}); "
+        f"print(k.threads, k.shared); print(k.ptx)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )
     assert done.stdout.startswith("32 ") and f".target sm_{compute_capability}" in done.stdout
     (declared,) = re.findall(r"\.entry dllm_commit_126336_32\((.*?)\)", done.stdout, re.S)
     assert [line.split()[1] for line in declared.strip().splitlines()] == [".u64"] * 7 + [".u32"] * 2

@@ -1,4 +1,5 @@
-"""The kernel of row statistics in Triton's interpreter against its reference, and compiled for every GPU that is supported."""
+"""The kernel of row statistics in Triton's interpreter against its reference, and compiled for every GPU that
+is supported."""
 
 from __future__ import annotations
 
@@ -51,8 +52,14 @@ print(json.dumps({"rows": rows, "wrong": wrong, "worst": worst, "nan": nan}))
 
 
 def _interpreted(seed: int, sizes: list[tuple[int, int, int]]) -> dict:
-    done = subprocess.run([sys.executable, "-c", _INTERPRET, str(seed), json.dumps(sizes)], cwd=ROOT, capture_output=True, text=True,
-                          check=True, env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRET, str(seed), json.dumps(sizes)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     return json.loads(done.stdout)
 
 
@@ -88,8 +95,17 @@ def test_the_reference_is_what_the_graphs_return(golden_backend):
 
 @pytest.mark.parametrize("compute_capability", [80, 86, 87, 89, 90, 120])
 def test_it_compiles_without_a_gpu(compute_capability):
-    script = f"from plugins import row_statistics; print(row_statistics.compiled(152_064, 7, {compute_capability}).ptx)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})  # fmt: skip
+    script = (
+        f"from plugins import row_statistics; print(row_statistics.compiled(152_064, 7, "
+        f"{compute_capability}).ptx)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )
     assert done.stdout.count(".visible .entry dllm_row_statistics_152064_7") == 1
     assert f".target sm_{compute_capability}" in done.stdout

@@ -1,6 +1,8 @@
-"""Row statistics as a TensorRT plugin: its definition as TensorRT 10.16 and 11.4 read it, and its place in parsed networks.
+"""Row statistics as a TensorRT plugin: its definition as TensorRT 10.16 and 11.4 read it, and its place in
+parsed networks.
 
-No engine with a plugin can be built without a GPU: TensorRT-RTX has none of this kind. What stands in its place here are ordinary layers.
+No engine with a plugin can be built without a GPU: TensorRT-RTX has none of this kind. What stands in its
+place here are ordinary layers.
 """
 
 from __future__ import annotations
@@ -32,8 +34,14 @@ def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
         key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
     } | bindings_of(version, tmp_path)
     environment["PYTHONPATH"] += f":{ROOT}"
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "plugin_harness.py"), "126464", "126336", "90"], cwd=tmp_path,
-                          capture_output=True, text=True, env=environment, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "plugin_harness.py"), "126464", "126336", "90"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["version"], told["aot"], told["extra"]) == (version, True, 0)
@@ -51,16 +59,22 @@ def test_ptx_loses_its_scratch_pointers_and_nothing_else():
     made = row_statistics.compiled(1001, 7, 90)
     (declared,) = re.findall(r"\.entry \w+\((.*?)\)", made.ptx, re.S)
     assert [line.split()[1] for line in declared.strip().splitlines()] == [".u64"] * 5
-    for ptx, said in ((made.ptx.replace(".entry", ".func"), "0 entries"), (made.ptx, "reads its scratch pointer"),
-                      (made.ptx.replace("_param_4", "_param_4 .x").replace(".param .u64", ".param .u32"), "no pointers")):  # fmt: skip
+    for ptx, said in (
+        (made.ptx.replace(".entry", ".func"), "0 entries"),
+        (made.ptx, "reads its scratch pointer"),
+        (made.ptx.replace("_param_4", "_param_4 .x").replace(".param .u64", ".param .u32"), "no pointers"),
+    ):
         with pytest.raises(ValueError, match=said):
             without_scratch(ptx)
 
 
-@pytest.mark.parametrize(("lowering", "dtype", "head"), [("modern", "fp16", "statistics"), ("modern", "bf16", "logits"),
-                                                         ("legacy", "fp32", "logits")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lowering", "dtype", "head"),
+    [("modern", "fp16", "statistics"), ("modern", "bf16", "logits"), ("legacy", "fp32", "logits")],
+)
 def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, head):
-    """Outputs keep names, order, types and shapes; nothing of the old statistics is needed any more; TensorRT-RTX builds it."""
+    """Outputs keep names, order, types and shapes; nothing of the old statistics is needed any more;
+    TensorRT-RTX builds it."""
     from plugins.tensorrt_plugins import replace_statistics
 
     artifact = export_quietly(

@@ -1,7 +1,7 @@
 """Chat templates: Jinja text that came with a checkpoint, rendered in a sandbox as transformers renders it.
 
-A template is untrusted: it sees plain strings, lists and dicts, and can change nothing outside itself. jinja2 below 3.1.6 has known
-ways out of its sandbox.
+A template is untrusted: it sees plain strings, lists and dicts, and can change nothing outside itself. jinja2
+below 3.1.6 has known ways out of its sandbox.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ def render(
     add_generation_prompt: bool,
     continue_final_message: bool = False,
 ) -> str:
-    """The text of a conversation of {'role', 'content'} messages. `special`: texts of the special tokens, by name.
+    """The text of a conversation of {'role', 'content'} messages. `special`: texts of the special tokens, by
+    name.
 
-    With continue_final_message the text ends right behind the last message's content, as the template wrote it, and nothing closes that
-    message: what is generated goes on from there. A template that trims contents takes the spaces at its end too.
-    Raises DllmError for a message that is none, and for whatever the template raises.
+    With continue_final_message the text ends right behind the last message's content, as the template wrote
+    it, and nothing closes that
+    message: what is generated goes on from there. A template that trims contents takes the spaces at its end
+    too. Raises DllmError for a message that is none, and for whatever the template raises.
     """
     plain = []
     for message in messages:
@@ -37,26 +39,30 @@ def render(
             isinstance(item, str) for pair in message.items() for item in pair
         ):
             raise DllmError(
-                f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': '...'}}."
+                f"a message is {message!r}, expected a dict of texts like {{'role': 'user', 'content': "
+                f"'...'}}."
             )
         plain.append({str(key): str(value) for key, value in message.items()})
     if not continue_final_message:
         return _rendered(template, plain, special, add_generation_prompt)
     if add_generation_prompt or not plain or "content" not in plain[-1]:
         raise DllmError(
-            "continue_final_message goes on from the content of the last message: give one, and leave out add_generation_prompt."
+            "continue_final_message goes on from the content of the last message: give one, and leave out "
+            "add_generation_prompt."
         )
     content = plain[-1]["content"]
     if _END.strip() in "".join(message.get("content", "") for message in plain):
         raise DllmError(
-            f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave it out."
+            f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave "
+            f"it out."
         )
     plain[-1]["content"] = content + _END
     text = _rendered(template, plain, special, add_generation_prompt)
     begun, found, _ = text.rpartition(_END.strip())
     if not found or content.strip() not in begun:
         raise DllmError(
-            "the chat template drops or changes the message that is to be continued: its answer cannot be begun."
+            "the chat template drops or changes the message that is to be continued: its answer cannot be "
+            "begun."
         )
     return (
         begun if text.startswith(begun + _END) else begun.rstrip()

@@ -1,5 +1,5 @@
-"""Whether an artifact's directory holds what its manifest says: listed files with their sizes and hashes, nothing else that is read, and
-graphs that take weights from listed files alone. Standard library only.
+"""Whether an artifact's directory holds what its manifest says: listed files with their sizes and hashes,
+nothing else that is read, and graphs that take weights from listed files alone. Standard library only.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ def check(
     check_hashes: bool,
     may_be_microsoft: bool,
 ) -> None:
-    """Raise DllmError unless the directory holds the listed files, and the graphs among them refer to nothing else.
+    """Raise DllmError unless the directory holds the listed files, and the graphs among them refer to nothing
+    else.
 
-    Files may be links, as in the Hub's cache: what they lead to is checked. may_be_microsoft: whether graphs may hold ONNX Runtime's own operators.
+    Files may be links, as in the Hub's cache: what they lead to is checked. may_be_microsoft: whether graphs
+    may hold ONNX Runtime's own operators.
     """
     for name, facts in listed.items():
         _check_file(artifact, name, facts, check_hashes)
     for name in unlisted(artifact, set(listed)):
         raise DllmError(
-            f"{artifact / name}: the manifest does not list it: the file was added after export: remove it, or {AGAIN}."
+            f"{artifact / name}: the manifest does not list it: the file was added after export: remove it, "
+            f"or {AGAIN}."
         )
     for name in graphs:
         _check_references(
@@ -64,7 +67,8 @@ def sha256_of(path: Path) -> str:
 
 
 def unlisted(artifact: Path, listed: set[str]) -> Iterator[str]:
-    """Files that are there and not listed, but for the manifest, one that is just being written, and notes that no reader looks at."""
+    """Files that are there and not listed, but for the manifest, one that is just being written, and notes
+    that no reader looks at."""
     for name in found(artifact, _is_note):
         is_ours = name == FILE_NAME or (name.startswith(f".{FILE_NAME}.") and name.endswith(".tmp"))
         if name not in listed and not is_ours and not _is_note(name):
@@ -76,8 +80,10 @@ def _is_note(name: str) -> bool:
 
 
 def found(artifact: Path, passes_by: Callable[[str], bool] = lambda name: False) -> Iterator[str]:
-    """Every file under a directory, one by one as they are found; a directory may be a link, as in the Hub's cache (also to a whole file
-    system: whoever wants the first file waits for no more). `passes_by`: directories, with a slash behind, that are not looked into."""
+    """Every file under a directory, one by one as they are found; a directory may be a link, as in the Hub's
+    cache (also to a whole file
+    system: whoever wants the first file waits for no more). `passes_by`: directories, with a slash behind,
+    that are not looked into."""
     seen = set[tuple[int, int]]()  # so that a link to a directory above it ends
     for where, directories, names in os.walk(artifact, followlinks=True):
         try:
@@ -103,7 +109,8 @@ def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -
         raise DllmError(f"{path}: {what}: {AGAIN}.")
     if (size := path.stat().st_size) != facts.size:
         raise DllmError(
-            f"{path}: {size} bytes, the manifest says {facts.size}: the file was changed or cut short after export: {AGAIN}."
+            f"{path}: {size} bytes, the manifest says {facts.size}: the file was changed or cut short after "
+            f"export: {AGAIN}."
         )
     if check_hash and (digest := sha256_of(path)) != facts.sha256:
         raise DllmError(
@@ -113,21 +120,25 @@ def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -
 
 
 def _check_references(path: Path, listed: Mapping[str, FileFacts], domains: tuple[str, ...]) -> None:
-    """A graph takes its weights from listed files, within their sizes, and has operators of these domains alone."""
+    """A graph takes its weights from listed files, within their sizes, and has operators of these domains
+    alone."""
     refers = graph_file.read(path)
     for file, offset, length in sorted(refers.data, key=str):
         if file not in listed:
             raise DllmError(
-                f"{path}: takes weights from {file[:200]!r}, which the manifest does not list: do not use this artifact."
+                f"{path}: takes weights from {file[:200]!r}, which the manifest does not list: do not use "
+                f"this artifact."
             )
         size = listed[file].size
         if not 0 <= offset <= size or not 0 <= (length or 0) <= size - offset:
             raise DllmError(
-                f"{path}: takes {length} bytes at {offset} of {file}, which has {size}: the files are not of one export: {AGAIN}."
+                f"{path}: takes {length} bytes at {offset} of {file}, which has {size}: the files are not "
+                f"of one export: {AGAIN}."
             )
     for domain, operator in sorted(refers.operators):
         if domain not in domains:
             what = f"{domain}.{operator}"[:200]
             raise DllmError(
-                f"{path}: holds the operator {what}, which no artifact of this kind has: do not use this artifact."
+                f"{path}: holds the operator {what}, which no artifact of this kind has: do not use this "
+                f"artifact."
             )

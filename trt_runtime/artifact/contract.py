@@ -1,6 +1,7 @@
 """The graph contract: names, dtypes and axes of both graphs. The one place where they are written down.
 
-Shape letters: B batch, S rows of the window, R rows asked for, C capacity of the cache, H KV heads, D head_dim, V vocabulary.
+Shape letters: B batch, S rows of the window, R rows asked for, C capacity of the cache, H KV heads, D
+head_dim, V vocabulary.
 
 | input | type, shape | meaning |
 |---|---|---|
@@ -39,7 +40,8 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type (a NumPy or ml_dtypes name) and axes (a letter where the size is free) of an input or output."""
+    """Name, element type (a NumPy or ml_dtypes name) and axes (a letter where the size is free) of an input
+    or output."""
 
     name: str
     dtype: str
@@ -48,7 +50,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """What fixes a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the lowering."""
+    """What fixes a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the
+    lowering."""
 
     num_layers: int
     num_kv_heads: int
@@ -64,7 +67,8 @@ class Dims:
 
 
 def cache_names(side: str, dims: Dims) -> list[str]:
-    """Names of the caches in layer order, key before value; `side` is 'cache' (inputs), 'updated' or 'new' (outputs)."""
+    """Names of the caches in layer order, key before value; `side` is 'cache' (inputs), 'updated' or 'new'
+    (outputs)."""
     return [f"{side}_{what}.{i}" for i in range(dims.num_layers) for what in ("key", "value")]
 
 

@@ -1,4 +1,5 @@
-"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text stays whatever follows."""
+"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text stays
+whatever follows."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# transformers' clean_up_tokenization, in its order: each is replaced by itself without its space (" ' " without both)
+# transformers' clean_up_tokenization, in its order: each is replaced by itself without its space (" ' "
+# without both)
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _IN_CLEANED = set("".join(_CLEANED))
 _GOES_ON = {
@@ -16,7 +18,8 @@ _PAIRS = {text[i : i + 2] for text in _CLEANED for i in range(len(text) - 1)}
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's): itself where it is visible, else one from U+0100 on."""
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's): itself where it is
+    visible, else one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
@@ -25,10 +28,11 @@ def _byte_alphabet() -> list[str]:
 class Detokenizer:
     """Decodes as transformers does.
 
-    Added tokens come back as they are written. The decoder of a byte-level vocabulary reads one like 'größe' as if its letters stood for
-    bytes; it is given the letters of its bytes instead. (transformers' slow tokenizers, Dream's own among them, keep added tokens as they
-    are; its fast ones share the fault of the package.) Where the configuration asks for clean_up_tokenization_spaces, spaces before
-    punctuation go, but not for BPE, as in transformers 5.
+    Added tokens come back as they are written. The decoder of a byte-level vocabulary reads one like 'größe'
+    as if its letters stood for bytes; it is given the letters of its bytes instead. (transformers' slow
+    tokenizers, Dream's own among them, keep added tokens as they are; its fast ones share the fault of the
+    package.) Where the configuration asks for clean_up_tokenization_spaces, spaces before punctuation go, but
+    not for BPE, as in transformers 5.
     """
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any]) -> None:
@@ -48,8 +52,8 @@ class Detokenizer:
         return _clean(text) if self._cleans else text
 
     def settled(self, ids: Iterable[int]) -> str:
-        """What of that text stays as it is, whatever tokens follow: without the beginning of a character, and without an end whose
-        spaces may go with the next characters."""
+        """What of that text stays as it is, whatever tokens follow: without the beginning of a character, and
+        without an end whose spaces may go with the next characters."""
         text = self._raw(list(ids), skip_special=True).rstrip("\ufffd")
         return _clean(text[: _settled_length(text)]) if self._cleans else text
 
@@ -81,11 +85,14 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _misread(tokenizer: Any, added: Mapping[int, str]) -> dict[int, str]:
-    """Of the added tokens that come back otherwise than they are written (also because the package keeps them as its normalizer leaves
-    them), the spelling that a byte-level decoder reads as their text."""
+    """Of the added tokens that come back otherwise than they are written (also because the package keeps them
+    as its normalizer leaves them), the spelling that a byte-level decoder reads as their text."""
     letters = _byte_alphabet()
-    return {token: "".join(letters[byte] for byte in text.encode()) for token, text in added.items()
-            if tokenizer.decode([token], skip_special_tokens=False) != text}  # fmt: skip
+    return {
+        token: "".join(letters[byte] for byte in text.encode())
+        for token, text in added.items()
+        if tokenizer.decode([token], skip_special_tokens=False) != text
+    }
 
 
 def _clean(text: str) -> str:
@@ -95,9 +102,9 @@ def _clean(text: str) -> str:
 
 
 def _settled_length(text: str) -> int:
-    """How much of a text before it is cleaned can be cleaned by itself: up to a place that no replacement can span, now or after an
-    earlier one took a space away. That is behind a character which nothing follows in them, before one that is in none of them, or
-    between two that are no space and not neighbours in any."""
+    """How much of a text before it is cleaned can be cleaned by itself: up to a place that no replacement can
+    span, now or after an earlier one took a space away. That is behind a character which nothing follows in
+    them, before one that is in none of them, or between two that are no space and not neighbours in any."""
     for end in range(len(text), 0, -1):
         before, after = text[end - 1], text[end : end + 1]
         if before not in _GOES_ON or (after and after not in _IN_CLEANED):

@@ -1,6 +1,8 @@
-"""What a graph file refers to: the files and ranges of its weights, and its operators. Read from the protobuf; no onnx package is needed.
+"""What a graph file refers to: the files and ranges of its weights, and its operators. Read from the
+protobuf; no onnx package is needed.
 
-A graph decides by itself which files it takes weights from. A reader that trusts the manifest's hashes must know that it takes none but those.
+A graph decides by itself which files it takes weights from. A reader that trusts the manifest's hashes must
+know that it takes none but those.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ from trt_runtime.errors import DllmError
 
 # message -> field number -> message: the parts of onnx.proto3 in which tensors and nodes can stand
 _PARTS = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"}, "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
-    "Training": {1: "Graph", 2: "Graph"}, "Function": {7: "Node", 11: "Attribute"}, "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"}, "Sparse": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "Entry"}, "Entry": {},
-}  # fmt: skip
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
+    "Sparse": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+    "Entry": {},
+}
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # kinds of fields
 _DEEPEST = 32
 

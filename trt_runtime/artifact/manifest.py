@@ -1,7 +1,8 @@
 """The artifact's manifest: reading, checking, writing. Standard library only.
 
-An artifact is a directory: manifest.json (written last), prefix.onnx, refine.onnx, weights.data and, if the checkpoint had
-one, tokenizer/. Readers ignore keys they do not know, check types, paths and sizes always, and hashes on request.
+An artifact is a directory: manifest.json (written last), prefix.onnx, refine.onnx, weights.data and, if the
+checkpoint had one, tokenizer/. Readers ignore keys they do not know, check types, paths and sizes always, and
+hashes on request.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _MEASURED = (
 class ModelFacts:
     """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
 
-    parameters: of the network alone. tied_head: whether the head is the embedding. weight_bytes: of a quantised model's weights as they are
-    stored; None: `parameters` numbers of `dtype`.
+    parameters: of the network alone. tied_head: whether the head is the embedding. weight_bytes: of a
+    quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
     """
 
     family: str
@@ -64,9 +65,12 @@ class DecodingFacts:
     """What the loop must know. `logit_shift`: the logits of row i - logit_shift predict token i.
 
     sampling: how proposals are drawn, 'gumbel' (LLaDA) or 'categorical' (Dream): see sampling.py.
-    first_commit: with a cache, a prefix pass commits the block's first position alone, whatever the policy (Dream).
-    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; they hold where the user gives none.
-    blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the whole canvas).
+    first_commit: with a cache, a prefix pass commits the block's first position alone, whatever the policy
+    (Dream).
+    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; they hold where the user
+    gives none.
+    blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the
+    whole canvas).
     """
 
     mask_token_id: int
@@ -87,10 +91,12 @@ class DecodingFacts:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one of TARGETS.
+    """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one
+    of TARGETS.
 
-    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run there on a CPU alone; those for 'tensorrt' hold QuantizeLinear and
-    DequantizeLinear. calibration: what it was calibrated on. quality: what the gate of the export measured; None if it was left out.
+    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run there on a CPU alone; those for
+    'tensorrt' hold QuantizeLinear and DequantizeLinear. calibration: what it was calibrated on. quality: what
+    the gate of the export measured; None if it was left out.
     """
 
     scheme: str
@@ -101,7 +107,8 @@ class Quantization:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """File of a graph, and its inputs and outputs as [name, dtype, axes] rows: a copy of the contract for readers."""
+    """File of a graph, and its inputs and outputs as [name, dtype, axes] rows: a copy of the contract for
+    readers."""
 
     file: str
     inputs: list[Any]
@@ -112,7 +119,8 @@ class GraphFacts:
 class Manifest:
     """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes.
 
-    weight_maxima: the largest magnitude of each checkpoint tensor that is stored as it is, by the name of its initializer.
+    weight_maxima: the largest magnitude of each checkpoint tensor that is stored as it is, by the name of its
+    initializer.
     """
 
     producer: dict[str, str]
@@ -168,7 +176,8 @@ def parse(read: object, where: str) -> Manifest:
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         got = read.get("format") if isinstance(read, dict) else type(read).__name__
         raise DllmError(
-            f"{where}: format is {got!r}, expected '{FORMAT}': this is not the manifest of a dllm-trt artifact."
+            f"{where}: format is {got!r}, expected '{FORMAT}': this is not the manifest of a dllm-trt "
+            f"artifact."
         )
     version = read.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -202,7 +211,8 @@ def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
     held = manifest.quantization
     if held is not None and held.target == ORT_CPU:
         raise DllmError(
-            f"{where}: is quantised ({held.scheme}) with ONNX Runtime's own operators, which run on a CPU: for a GPU export it with "
+            f"{where}: is quantised ({held.scheme}) with ONNX Runtime's own operators, which run on a CPU: "
+            f"for a GPU export it with "
             "--quantize fp8, int8-sq, or int4 --target tensorrt, or without --quantize."
         )
 
@@ -212,14 +222,16 @@ def _check_notes(manifest: Manifest, where: str) -> None:
     for key, value in manifest.decoding.tuned.items():
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise DllmError(
-                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a text or null: tune it again."
+                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a text or null: tune "
+                f"it again."
             )
     measured = manifest.quantization.quality if manifest.quantization else None
     if measured is not None and (
         lacking := [key for key in _MEASURED if type(measured.get(key)) not in (int, float)]
     ):
         raise DllmError(
-            f"{where}: quantization.quality: {lacking[0]} is {measured.get(lacking[0])!r}, expected a number: {_AGAIN}."
+            f"{where}: quantization.quality: {lacking[0]} is {measured.get(lacking[0])!r}, expected a "
+            f"number: {_AGAIN}."
         )
 
 
@@ -240,7 +252,8 @@ def _check_facts(manifest: Manifest, where: str) -> None:
             )
     if manifest.quantization is not None and manifest.quantization.target not in TARGETS:
         raise DllmError(
-            f"{where}: quantization.target is {manifest.quantization.target!r}, expected one of {list(TARGETS)}: {_AGAIN}."
+            f"{where}: quantization.target is {manifest.quantization.target!r}, expected one of "
+            f"{list(TARGETS)}: {_AGAIN}."
         )
     if decoding.sampling not in SAMPLINGS:
         raise DllmError(
@@ -253,12 +266,14 @@ def _check_facts(manifest: Manifest, where: str) -> None:
             )
     if decoding.mask_token_id in decoding.eos_token_ids or decoding.logit_shift not in (0, 1):
         raise DllmError(
-            f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, logit_shift "
+            f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, "
+            f"logit_shift "
             f"{decoding.logit_shift}: the mask cannot end a text, and the shift is 0 or 1: {_AGAIN}."
         )
     if decoding.logit_shift and not decoding.first_commit:  # the row before a refine window would be needed
         raise DllmError(
-            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which cannot be decoded: {_AGAIN}."
+            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which cannot be decoded: "
+            f"{_AGAIN}."
         )
 
 
@@ -269,19 +284,22 @@ def write(manifest: Manifest, artifact: Path) -> None:
 
 
 def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Manifest) -> None:
-    """Note something in the manifest as it is now, one process after another. `since`: what the caller read before; raises DllmError if the
-    artifact was exported anew meanwhile, for what is to be noted then holds for another one."""
+    """Note something in the manifest as it is now, one process after another. `since`: what the caller read
+    before; raises DllmError if the artifact was exported anew meanwhile, for what is to be noted then holds
+    for another one."""
     with atomic.locked(artifact):
         held = load(artifact)
         if held.files != since.files or held.model != since.model:
             raise DllmError(
-                f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command again."
+                f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command "
+                f"again."
             )
         write(change(held), artifact)
 
 
 def foreign_files(artifact: Path) -> Iterator[str]:
-    """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if the manifest is none."""
+    """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if
+    the manifest is none."""
     try:
         listed = set(
             parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files
@@ -295,7 +313,8 @@ def _check_name(name: str, where: str) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
         raise DllmError(
-            f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not use this artifact."
+            f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not "
+            f"use this artifact."
         )
 
 
@@ -308,7 +327,8 @@ def finite(text: str) -> float:
 
 
 def _typed(expected: Any, value: Any, where: str) -> Any:
-    """`value` checked against a type annotation; dataclasses are built from mappings, unknown keys ignored."""
+    """`value` checked against a type annotation; dataclasses are built from mappings, unknown keys
+    ignored."""
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any:
         return value

@@ -65,9 +65,11 @@ class Tokenizer:
         return {token: added.content for token, added in self._tokenizer.get_added_tokens_decoder().items()}
 
     def _adds_bos(self, config: Mapping[str, Any]) -> bool:
-        """Whether plain texts begin with the BOS token: if tokenizer_config.json says so (add_bos_token), or tokenizer.json puts it there.
+        """Whether plain texts begin with the BOS token: if tokenizer_config.json says so (add_bos_token), or
+        tokenizer.json puts it there.
 
-        transformers believes the first of slow tokenizer files alone, of which the export makes a tokenizer.json without that.
+        transformers believes the first of slow tokenizer files alone, of which the export makes a
+        tokenizer.json without that.
         """
         bos = self.special_id("bos_token")
         if bos is None:
@@ -79,8 +81,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of a text as it stands; special tokens in it count as such, none are added.
 
-        add_bos: the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos` expect that of plain texts, not of
-        what a chat template wrote. Raises DllmError for a tokenizer without one.
+        add_bos: the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos`
+        expect that of plain texts, not of what a chat template wrote. Raises DllmError for a tokenizer
+        without one.
         """
         ids = list(self._encoding(text).ids)
         if not add_bos:
@@ -95,7 +98,8 @@ class Tokenizer:
         return self._detokenizer.decode(ids)
 
     def settled(self, ids: Iterable[int]) -> str:
-        """What of the text of token ids stays as it is, whatever tokens follow: a prefix of every decode() of more."""
+        """What of the text of token ids stays as it is, whatever tokens follow: a prefix of every decode() of
+        more."""
         return self._detokenizer.settled(ids)
 
     def spelled(self, ids: Iterable[int]) -> str:
@@ -109,7 +113,8 @@ class Tokenizer:
         return frozenset(token.content for token in added if token.special and token.content)
 
     def surely_exceeds(self, text: str, most: int) -> bool:
-        """Whether a text has more than `most` tokens, judged by its beginning alone; False where that does not tell.
+        """Whether a text has more than `most` tokens, judged by its beginning alone; False where that does
+        not tell.
 
         Tokens near the end of the beginning may be others in the whole text: they are not counted.
         """
@@ -128,8 +133,11 @@ class Tokenizer:
         if unknown is None:
             return []
         encoding = self._encoding(text)
-        return [text[begin:end] for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)
-                if token == unknown and text[begin:end] != unknown]  # fmt: skip
+        return [
+            text[begin:end]
+            for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)
+            if token == unknown and text[begin:end] != unknown
+        ]
 
     def render_chat(
         self,
@@ -140,8 +148,8 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template.
 
-        It ends where the model's answer begins (add_generation_prompt, the default), or with continue_final_message right behind the text of
-        the last message, which the model then goes on with.
+        It ends where the model's answer begins (add_generation_prompt, the default), or with
+        continue_final_message right behind the text of the last message, which the model then goes on with.
         """
         if self._template is None:
             raise DllmError(
@@ -187,7 +195,8 @@ class Tokenizer:
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the configuration; where there are several, the one called 'default'."""
+    """The chat template: a file of its own, or in the configuration; where there are several, the one called
+    'default'."""
     file = path / "chat_template.jinja"
     try:
         template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
@@ -199,7 +208,8 @@ def _template(path: Path, config: Mapping[str, Any]) -> str | None:
         )
     if template is not None and not isinstance(template, str):
         raise DllmError(
-            f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text: export the artifact again."
+            f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text: export the "
+            f"artifact again."
         )
     return template
 

@@ -37,25 +37,41 @@ BACKENDS: Registry[BackendSpec] = Registry(
     lambda item: isinstance(item, BackendSpec),
     (
         BackendSpec(
-            "ort", "trt_runtime.backends.ort:open_ort", partial(commands.install, "ort"), ("threads", "device", "steps_per_sync"),
-            devices=(CPU, "cuda"), is_concurrent=True, renamed=_RENAMED,
+            "ort",
+            "trt_runtime.backends.ort:open_ort",
+            partial(commands.install, "ort"),
+            ("threads", "device", "steps_per_sync"),
+            devices=(CPU, "cuda"),
+            is_concurrent=True,
+            renamed=_RENAMED,
             layouts=(Layout("ort, one session", "ort", on_cpu=True, widens=True, quantized_for=ORT_CPU),),
         ),
         BackendSpec(
-            "tensorrt", "trt_runtime.backends.tensorrt.backend:TensorRTBackend", partial(commands.by_driver, "trt"), _ENGINE_OPTIONS,
-            renamed=_RENAMED, layouts=_ENGINES,
+            "tensorrt",
+            "trt_runtime.backends.tensorrt.backend:TensorRTBackend",
+            partial(commands.by_driver, "trt"),
+            _ENGINE_OPTIONS,
+            renamed=_RENAMED,
+            layouts=_ENGINES,
         ),
         BackendSpec(
-            "tensorrt-rtx", "trt_runtime.backends.tensorrt.backend:TensorRTRTXBackend", partial(commands.by_driver, "rtx"),
-            _ENGINE_OPTIONS, renamed=_RENAMED,
+            "tensorrt-rtx",
+            "trt_runtime.backends.tensorrt.backend:TensorRTRTXBackend",
+            partial(commands.by_driver, "rtx"),
+            _ENGINE_OPTIONS,
+            renamed=_RENAMED,
         ),
         BackendSpec(
-            "torch", "export.parity.reference:TorchBackend", partial(commands.install, "export", "reference"), ("threads", "checkpoint"),
-            devices=(CPU, "cuda"), is_reference=True,
+            "torch",
+            "export.parity.reference:TorchBackend",
+            partial(commands.install, "export", "reference"),
+            ("threads", "checkpoint"),
+            devices=(CPU, "cuda"),
+            is_reference=True,
             layouts=(Layout("torch (the reference)", "torch", wide_head=False, scores=False, on_cpu=True),),
         ),
     ),
-)  # fmt: skip
+)
 
 
 def names() -> list[str]:

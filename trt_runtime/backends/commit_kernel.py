@@ -1,4 +1,5 @@
-"""The commit kernel of plugins/commit.py on a GPU: loaded from PTX that was compiled ahead of time, and the arrays it works on."""
+"""The commit kernel of plugins/commit.py on a GPU: loaded from PTX that was compiled ahead of time, and the
+arrays it works on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Running:
 
 
 class CommitKernel:
-    """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as engine.json has them."""
+    """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as
+    engine.json has them."""
 
     def __init__(self, device: cuda.Device, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
         self.device, self.max_batch, self.columns, self._facts = (
@@ -40,11 +42,13 @@ class CommitKernel:
         self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * self.columns)))
 
     def begin(self, rules: Sequence[CommitRule], columns: int) -> Running:
-        """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks that the kernel does not hold."""
+        """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks that
+        the kernel does not hold."""
         most = max(rule.limit for rule in rules)
         if most > self.columns:
             raise DllmError(
-                f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines with --block-length {most}."
+                f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines "
+                f"with --block-length {most}."
             )
         made = steps.plan_of(rules, columns)
         arrays, addresses, used = self._arena.place(self._tensors(len(rules), columns))

@@ -1,6 +1,8 @@
-"""One GPU through NVIDIA's cuda-python: memory, a stream, graphs of recorded work, kernels from PTX. No torch.
+"""One GPU through NVIDIA's cuda-python: memory, a stream, graphs of recorded work, kernels from PTX. No
+torch.
 
-Addresses are plain integers. Work is queued on the device's one stream; nothing is read or reused before `synchronize`.
+Addresses are plain integers. Work is queued on the device's one stream; nothing is read or reused before
+`synchronize`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ ALIGNMENT = 256  # bytes: what TensorRT asks of every address it is given
 
 
 def _mend() -> str:
-    return f"install NVIDIA's cuda-bindings ({commands.package('cuda-bindings')}, of the CUDA that the driver runs) and a driver; 'dllm-trt doctor' says what is there"
+    return (
+        f"install NVIDIA's cuda-bindings ({commands.package('cuda-bindings')}, of the CUDA that the "
+        f"driver runs) and a driver; 'dllm-trt doctor' says what is there"
+    )
 
 
 def _bindings() -> tuple[Any, Any]:
@@ -57,7 +62,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a GPU is. compute_capability: 90 for 9.0. driver: the newest CUDA that its driver runs, as '13.0'."""
+    """What a GPU is. compute_capability: 90 for 9.0. driver: the newest CUDA that its driver runs, as
+    '13.0'."""
 
     name: str
     compute_capability: int
@@ -75,7 +81,8 @@ class Arena:
     device: Memory
 
     def place(self, tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int], int]:
-        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes in use."""
+        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes
+        in use."""
         arrays, addresses, offset = {}, {}, 0
         for name, (dtype, shape) in tensors.items():
             size = dtype.itemsize * math.prod(shape)
@@ -131,19 +138,22 @@ class Device:
         )
 
     def _remedy(self, error: BackendError) -> str:
-        """What to do where the GPU cannot be used: most often cuda-bindings is of a newer CUDA than the driver runs."""
+        """What to do where the GPU cannot be used: most often cuda-bindings is of a newer CUDA than the
+        driver runs."""
         with contextlib.suppress(BackendError):
             driver, bindings = int(self._do("cudaDriverGetVersion")) // 1000, bindings_major()
             if "InsufficientDriver" in str(error) and bindings is not None and 0 < driver < bindings:
                 older = commands.package(f"cuda-bindings<{driver + 1}")
                 return (
-                    f"cuda-bindings is of CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras trt-cu{driver} and rtx-cu{driver} hold that), "
+                    f"cuda-bindings is of CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras "
+                    f"trt-cu{driver} and rtx-cu{driver} hold that), "
                     "or update the driver (CUDA 13 needs 580 or newer)"
                 )
         return _mend()
 
     def enter(self) -> None:
-        """Make this the device of the calling thread: CUDA keeps one for each. Every time: a thread's number is used again by another."""
+        """Make this the device of the calling thread: CUDA keeps one for each. Every time: a thread's number
+        is used again by another."""
         self._do("cudaSetDevice", self.index)
 
     def _do(self, name: str, *arguments: Any) -> Any:
@@ -163,7 +173,8 @@ class Device:
             address = int(self._do("cudaMalloc", max(size, 1)))
         except BackendError as error:
             raise BackendError(
-                f"could not allocate {size / 2**30:.2f} GiB on the GPU ({error}): use a smaller batch or length, or 'dllm-trt plan'."
+                f"could not allocate {size / 2**30:.2f} GiB on the GPU ({error}): use a smaller batch or "
+                f"length, or 'dllm-trt plan'."
             ) from error
         owner = _Owner()
         weakref.finalize(owner, self._runtime.cudaFree, address)
@@ -183,7 +194,8 @@ class Device:
         return Arena(self.pinned(size), self.allocate(size))
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Queue a copy to the device. `array` is contiguous; pinned, it may change only after `synchronize`."""
+        """Queue a copy to the device. `array` is contiguous; pinned, it may change only after
+        `synchronize`."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._do("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
 
@@ -195,7 +207,8 @@ class Device:
     def copy_rows(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
     ) -> None:
-        """Queue a copy of `height` pieces of `width` bytes on the device, each a pitch behind the one before."""
+        """Queue a copy of `height` pieces of `width` bytes on the device, each a pitch behind the one
+        before."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._do(
             "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind, self.stream
@@ -240,7 +253,8 @@ class Device:
             found = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
             version = found[1].decode() if found else "unknown"
             raise BackendError(
-                f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} (8.7 needs CUDA 12.8), the driver "
+                f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} "
+                f"(8.7 needs CUDA 12.8), the driver "
                 f"runs CUDA {self.facts.driver}: update the driver, or go without --plugins."
             ) from error
         function = self._checked(
@@ -259,7 +273,8 @@ class Kernel:
     def queue(
         self, grid: int, threads: int, shared: int, addresses: Sequence[int], sizes: Sequence[int] = ()
     ) -> None:
-        """Queue a launch of `grid` blocks of `threads` threads; the arguments are device addresses, then int32 sizes."""
+        """Queue a launch of `grid` blocks of `threads` threads; the arguments are device addresses, then
+        int32 sizes."""
         kinds = (ctypes.c_void_p,) * len(addresses) + (ctypes.c_int32,) * len(sizes)
         arguments = ((*addresses, *sizes), kinds)
         answer = self.device._driver.cuLaunchKernel(

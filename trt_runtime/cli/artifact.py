@@ -27,8 +27,14 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     add_output(info, "the manifest")
     info.add_argument("--check", action="store_true", help="also compare every file with its SHA-256")
 
-    plan = command(commands, "plan", _plan, "forecast memory, time and disk, before work", "ARTIFACT|CHECKPOINT",
-                   "checkpoints/llada-demo --device l4 --batch 8")  # fmt: skip
+    plan = command(
+        commands,
+        "plan",
+        _plan,
+        "forecast memory, time and disk, before work",
+        "ARTIFACT|CHECKPOINT",
+        "checkpoints/llada-demo --device l4 --batch 8",
+    )
     plan.add_argument(
         "--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)"
     )
@@ -105,8 +111,13 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     )
     add_output(build, "the engines' files")
 
-    verify = command(commands, "verify", _verify, "compare with the PyTorch reference and note the result in the manifest",
-                     example="artifacts/llada-demo")  # fmt: skip
+    verify = command(
+        commands,
+        "verify",
+        _verify,
+        "compare with the PyTorch reference and note the result in the manifest",
+        example="artifacts/llada-demo",
+    )
     verify.add_argument(
         "--checkpoint", help="the checkpoint's directory or hub id (default: the one in the manifest)"
     )
@@ -122,8 +133,13 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
         help="also compare recorded calls by Polygraphy's Comparator (debug extra)",
     )
 
-    debug = command(commands, "polygraphy", _polygraphy, "write what Polygraphy's command line needs to work on the graphs",
-                    example="artifacts/llada-demo /tmp/kit")  # fmt: skip
+    debug = command(
+        commands,
+        "polygraphy",
+        _polygraphy,
+        "write what Polygraphy's command line needs to work on the graphs",
+        example="artifacts/llada-demo /tmp/kit",
+    )
     debug.add_argument("out", type=Path, help="a new directory")
     debug.add_argument(
         "--prompts", type=Path, help="a file with one prompt a line to record (default: random token ids)"
@@ -152,9 +168,18 @@ def _info(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     config = store.BuildConfig(
-        args.backend, args.layout, tuple(name for name in args.target.split(",") if name), args.max_batch, args.max_length,
-        args.block_length, args.max_rows, args.optimization_level, args.strip, args.plugins, args.inspect,
-    )  # fmt: skip
+        args.backend,
+        args.layout,
+        tuple(name for name in args.target.split(",") if name),
+        args.max_batch,
+        args.max_length,
+        args.block_length,
+        args.max_rows,
+        args.optimization_level,
+        args.strip,
+        args.plugins,
+        args.inspect,
+    )
     with progress_of(args).task(f"building engines of {args.artifact}"):
         directory = store.build(args.artifact, args.out, config, lambda text: note(args, f"warning: {text}"))
     files = {str(file): file.stat().st_size for file in sorted(directory.glob(f"*{store.SUFFIX}"))}
@@ -169,8 +194,16 @@ def _build(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     with progress_of(args).task(f"reading {args.model}"):
-        text, made = planning.run(args.model, device=args.device, batch=args.batch, length=args.length, block_length=args.block_length,
-                                  dtype=args.dtype, as_json=args.json, quantize=args.quantize)  # fmt: skip
+        text, made = planning.run(
+            args.model,
+            device=args.device,
+            batch=args.batch,
+            length=args.length,
+            block_length=args.block_length,
+            dtype=args.dtype,
+            as_json=args.json,
+            quantize=args.quantize,
+        )
     report(args, made, text)
     hint(args, lambda: next_steps.after_plan(args.model, made, args.device))
     return 0
@@ -222,7 +255,10 @@ def _polygraphy(args: argparse.Namespace) -> int:
     with progress_of(args).task(f"recording calls of {args.artifact}"):
         calls = kit.write(args.artifact, args.out, config, lambda text: note(args, f"note: {text}"))
     numbers = {role: sum(call.role == role for call in calls) for role in contract.ROLES}
-    said = f"{args.out}: both graphs, {', '.join(f'{number} {role} calls' for role, number in numbers.items())}, run.sh and README.md"
+    said = (
+        f"{args.out}: both graphs, "
+        f"{', '.join(f'{number} {role} calls' for role, number in numbers.items())}, run.sh and README.md"
+    )
     report(args, {"directory": str(args.out), "calls": numbers, "capacity": calls[0].capacity}, said)
     hint(args, lambda: f"cd {shlex.quote(str(args.out))} && ./run.sh onnxrt")
     return 0

@@ -101,8 +101,11 @@ def _ids(text: str) -> list[int]:
 
 
 def _as_json(result: Result) -> dict[str, object]:
-    return {**asdict(replace(result, trace=[])), "tokens_per_forward": result.tokens_per_forward,
-            "trace": [step.with_confidence() for step in result.trace]}  # fmt: skip
+    return {
+        **asdict(replace(result, trace=[])),
+        "tokens_per_forward": result.tokens_per_forward,
+        "trace": [step.with_confidence() for step in result.trace],
+    }
 
 
 def _warn_of_unknown_words(args: argparse.Namespace, model: Model, prompts: list[Prompt]) -> None:
@@ -125,7 +128,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 class _Chat:
-    """A conversation. What is typed at a terminal can be edited and is remembered; Ctrl-C there stops an answer, not the conversation."""
+    """A conversation. What is typed at a terminal can be edited and is remembered; Ctrl-C there stops an
+    answer, not the conversation."""
 
     def __init__(self, args: argparse.Namespace, model: Model, config: GenerationConfig) -> None:
         self.args, self.model, self.config = args, model, config
@@ -202,8 +206,8 @@ class _Chat:
 
 
 class _History:
-    """Lines that were typed, in a file of the user's own that later conversations begin with; none where it cannot be written, or where
-    Python has no readline."""
+    """Lines that were typed, in a file of the user's own that later conversations begin with; none where it
+    cannot be written, or where Python has no readline."""
 
     def __init__(self) -> None:
         self.readline: Any = None

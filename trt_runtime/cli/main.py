@@ -1,4 +1,5 @@
-"""The command line `dllm-trt`: its entry, serve and triton-repo; the others are in cli_generate.py, cli_artifact.py and cli_measure.py.
+"""The command line `dllm-trt`: its entry, serve and triton-repo; the others are in cli_generate.py,
+cli_artifact.py and cli_measure.py.
 
 Nothing heavy is imported before a command runs: an interrupt is one line from the first moment on.
 """
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130
+    interrupted."""
     try:
         from trt_runtime.system import program
     except KeyboardInterrupt:
@@ -125,9 +127,12 @@ def _parser() -> Parser:
     cli_parser.add_output(serve)
 
     triton = cli_parser.command(
-        commands, "triton-repo", _triton_repo, "write a model repository for Triton Inference Server",
+        commands,
+        "triton-repo",
+        _triton_repo,
+        "write a model repository for Triton Inference Server",
         example="artifacts/llada-demo model-repository",
-    )  # fmt: skip
+    )
     triton.add_argument("out", type=Path, help="the repository's directory")
     triton.add_argument("--name", help="the model's name (default: the artifact's directory)")
     triton.add_argument("--slots", type=int, default=8, help="answers under way at a time (default 8)")
@@ -159,8 +164,11 @@ def _serve(args: argparse.Namespace) -> int:
 
     serving = import_optional("trt_runtime.serving.process", "serve", commands.install("serve"))
     check_counts(args, "slots", "max_body", "max_length", "lanes", "ray")
-    for name, is_right, expected in (("queue", args.queue >= 0, "from 0"), ("port", 0 <= args.port <= 65535, "0 to 65535"),
-                                     ("timeout", 0 < args.timeout <= 86_400, "above 0 and at most 86400 seconds")):  # fmt: skip
+    for name, is_right, expected in (
+        ("queue", args.queue >= 0, "from 0"),
+        ("port", 0 <= args.port <= 65535, "0 to 65535"),
+        ("timeout", 0 < args.timeout <= 86_400, "above 0 and at most 86400 seconds"),
+    ):
         if not is_right:
             raise DllmError(f"--{name} is {getattr(args, name):g}, expected {expected}.")
     serving.cors.check(tuple(args.cors))
@@ -193,7 +201,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _api_keys(given: list[str] | None) -> tuple[str, ...] | None:
-    """The keys that clients may send: those given, else those of the environment, with commas between them. Raises DllmError."""
+    """The keys that clients may send: those given, else those of the environment, with commas between them.
+    Raises DllmError."""
     from trt_runtime.errors import DllmError
 
     held = os.environ.get("DLLM_API_KEY") or None
@@ -217,7 +226,14 @@ def _triton_repo(args: argparse.Namespace) -> int:
         name: str(value) if isinstance(value, Path) else value
         for name, value in backend_options(args).items()
     }
-    made = triton_repo.write(args.artifact, args.out, name=args.name, backend=args.backend, options=options, slots=args.slots,
-                             max_length=args.max_length)  # fmt: skip
+    made = triton_repo.write(
+        args.artifact,
+        args.out,
+        name=args.name,
+        backend=args.backend,
+        options=options,
+        slots=args.slots,
+        max_length=args.max_length,
+    )
     print(f"{made} written: tritonserver --model-repository {args.out}")
     return 0

@@ -20,8 +20,13 @@ from trt_runtime.system import commands
 
 def add(commands) -> None:  # type: ignore[no-untyped-def]
     """Add the commands to the parser's subcommands."""
-    again = command(commands, "replay", _replay, "run recorded decode cases and compare, or record some",
-                    example="artifacts/llada-demo checkpoints/llada-demo/cases.json")  # fmt: skip
+    again = command(
+        commands,
+        "replay",
+        _replay,
+        "run recorded decode cases and compare, or record some",
+        example="artifacts/llada-demo checkpoints/llada-demo/cases.json",
+    )
     again.add_argument(
         "cases", nargs="?", type=Path, metavar="CASES.json", help="cases to run; not needed with --record"
     )
@@ -37,8 +42,13 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
     add_backend(again)
     add_output(again, "what was compared", "write what came out of each case")
 
-    bench = command(commands, "bench", _bench, "measure caches and parallel unmasking side by side",
-                    example="artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt")  # fmt: skip
+    bench = command(
+        commands,
+        "bench",
+        _bench,
+        "measure caches and parallel unmasking side by side",
+        example="artifacts/llada-demo --prompts checkpoints/llada-demo/prompts.txt",
+    )
     bench.add_argument(
         "--prompts", type=Path, help="a file with one prompt a line (default: random token ids)"
     )
@@ -66,15 +76,27 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
         metavar="NAMES",
         help="of PyTorch, e.g. fp32,bf16 (default the artifact's)",
     )
-    bench.add_argument("--beside", type=Path, action="append", default=[], metavar="ARTIFACT",
-                       help="another artifact of the same model, quantised, say, that runs the same variants (may be repeated)")  # fmt: skip
+    bench.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="ARTIFACT",
+        help="another artifact of the same model, quantised, say, that runs the same variants (may be "
+        "repeated)",
+    )
     add_backend(bench)
     add_output(bench, "all figures", "write all figures")
 
     _add_eval(commands)
 
-    tuning = command(commands, "tune", _tune, "find the fastest way of decoding that keeps the answers of your prompts",
-                     example="artifacts/llada-demo --data checkpoints/llada-demo/prompts.txt")  # fmt: skip
+    tuning = command(
+        commands,
+        "tune",
+        _tune,
+        "find the fastest way of decoding that keeps the answers of your prompts",
+        example="artifacts/llada-demo --data checkpoints/llada-demo/prompts.txt",
+    )
     tuning.add_argument(
         "--data", type=Path, required=True, help="a prompt a line, or lines of JSON with prompt and answers"
     )
@@ -101,11 +123,22 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
-    evaluate = command(commands, "eval", _eval, "measure accuracy on tasks of lm-evaluation-harness",
-                       example="artifacts/llada-demo --tasks demo_plan --include-path benchmarks/tasks --chat --limit 40")  # fmt: skip
+    evaluate = command(
+        commands,
+        "eval",
+        _eval,
+        "measure accuracy on tasks of lm-evaluation-harness",
+        example="artifacts/llada-demo --tasks demo_plan --include-path benchmarks/tasks --chat --limit 40",
+    )
     evaluate.add_argument("--tasks", required=True, metavar="NAMES", help="tasks, with commas")
-    evaluate.add_argument("--include-path", type=Path, action="append", default=[], metavar="DIR",
-                          help="tasks as YAML files (may be repeated); lm-eval's own are then left out")  # fmt: skip
+    evaluate.add_argument(
+        "--include-path",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="tasks as YAML files (may be repeated); lm-eval's own are then left out",
+    )
     evaluate.add_argument(
         "--defaults", action="store_true", help="lm-eval's own tasks too, beside those of the directories"
     )
@@ -117,8 +150,13 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     evaluate.add_argument(
         "--chat", action="store_true", help="put questions into the artifact's chat template"
     )
-    evaluate.add_argument("--max-length", type=int, metavar="N",
-                          help="tokens of a prompt with its answer (default the model's), and of windows of long texts (default at most 4096)")  # fmt: skip
+    evaluate.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt with its answer (default the model's), and of windows of long texts "
+        "(default at most 4096)",
+    )
     evaluate.add_argument(
         "--add-bos",
         default="auto",
@@ -197,12 +235,25 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:
         raise DllmError(
-            "no case says what to expect (output, trace): nothing was compared; give --output to keep the results."
+            "no case says what to expect (output, trace): nothing was compared; give --output to keep the "
+            "results."
         )
-    value = {"cases": len(cases), "backend": model.backend.name, "dtype": dtype, "expecting": expecting, "mismatches": wrong,
-             "ambiguous": near, "excused": excused, "differences": differences}  # fmt: skip
-    report(args, value, f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
-           f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}")  # fmt: skip
+    value = {
+        "cases": len(cases),
+        "backend": model.backend.name,
+        "dtype": dtype,
+        "expecting": expecting,
+        "mismatches": wrong,
+        "ambiguous": near,
+        "excused": excused,
+        "differences": differences,
+    }
+    report(
+        args,
+        value,
+        f"{len(cases)} cases on {model.backend.name} in {dtype}: {expecting} with expectations, "
+        f"{wrong} mismatches, {near} ambiguous, {excused} not expected to hold in {dtype}",
+    )
     return 1 if wrong else 0
 
 
@@ -224,18 +275,34 @@ def _eval(args: argparse.Namespace) -> int:
     tasks = [name for name in args.tasks.split(",") if name]
     if not tasks or (args.num_fewshot is not None and args.num_fewshot < 0):
         raise DllmError(
-            f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and from 0."
+            f"--tasks is {args.tasks!r}, --num-fewshot {args.num_fewshot}: expected one task or more, and "
+            f"from 0."
         )
     if missing := [path for path in args.include_path if not path.is_dir()]:
         raise DllmError(f"--include-path is {missing[0]}: no such directory.")
     model = open_model(args)
     config = config_of(args, model.manifest, may_draw=True)  # a task may ask for it
     config.resolved(model.manifest)
-    harness = evaluation.Harness(model, config, batch=args.batch, samples=args.mc_samples, check_greedy=args.check_greedy, max_length=args.max_length,
-                                 add_bos=args.add_bos, escape_until=args.escape_until)  # fmt: skip
+    harness = evaluation.Harness(
+        model,
+        config,
+        batch=args.batch,
+        samples=args.mc_samples,
+        check_greedy=args.check_greedy,
+        max_length=args.max_length,
+        add_bos=args.add_bos,
+        escape_until=args.escape_until,
+    )
     harness.progress = progress_of(args)
-    settings = evaluation.Settings(tuple(args.include_path), args.defaults or not args.include_path, args.num_fewshot, args.limit, args.chat,
-                                   args.gen_kwargs, args.confirm_run_unsafe_code)  # fmt: skip
+    settings = evaluation.Settings(
+        tuple(args.include_path),
+        args.defaults or not args.include_path,
+        args.num_fewshot,
+        args.limit,
+        args.chat,
+        args.gen_kwargs,
+        args.confirm_run_unsafe_code,
+    )
     if args.confirm_run_unsafe_code:  # the metric that runs code asks for this as well
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     found = evaluation.run(harness, tasks, settings)
@@ -279,7 +346,8 @@ def _tune(args: argparse.Namespace) -> int:
         report(
             args,
             found,
-            f"{found['speedup']:.2f} times the baseline's tokens/s, {right} (baseline {found['baseline_right']}): {words}",
+            f"{found['speedup']:.2f} times the baseline's tokens/s, {right} (baseline "
+            f"{found['baseline_right']}): {words}",
         )
     if args.write:
         say(args, f"noted in {args.artifact / 'manifest.json'}")

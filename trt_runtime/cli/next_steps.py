@@ -1,4 +1,5 @@
-"""What to run next, after a command: one command with the real paths, quoted for a shell. It is a hint, and goes to standard error."""
+"""What to run next, after a command: one command with the real paths, quoted for a shell. It is a hint, and
+goes to standard error."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def after_build(artifact: Path, backend: str, engines: Path) -> str:
 
 
 def after_plan(path: str, made: dict[str, Any], device: str | None) -> str | None:
-    """Of an artifact: use it. Of a checkpoint: export it as forecast, if it fits; else forecast it in fewer bits, on a CPU."""
+    """Of an artifact: use it. Of a checkpoint: export it as forecast, if it fits; else forecast it in fewer
+    bits, on a CPU."""
     fits = [label for row in made["devices"].values() for label, is_so in row["fits"].items() if is_so]
     if (Path(path) / manifests.FILE_NAME).is_file():
         if not fits:

@@ -35,9 +35,14 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         "--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)"
     )
     parser.add_argument(
-        "--steps-per-sync", "--steps-per-look", type=int, dest="steps_per_sync", metavar="N",
-        help="refine steps that the device makes before the host synchronises with it (default 1; --steps-per-look is its former name)",
-    )  # fmt: skip
+        "--steps-per-sync",
+        "--steps-per-look",
+        type=int,
+        dest="steps_per_sync",
+        metavar="N",
+        help="refine steps that the device makes before the host synchronises with it (default 1; "
+        "--steps-per-look is its former name)",
+    )
     parser.add_argument(
         "--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)"
     )
@@ -67,8 +72,11 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
         "--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens"
     )
     parser.add_argument(
-        "--hold-back-eos", action="store_true", default=None, help="commit an end token only when nothing else is left in the block"
-    )  # fmt: skip
+        "--hold-back-eos",
+        action="store_true",
+        default=None,
+        help="commit an end token only when nothing else is left in the block",
+    )
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
     add_backend(command)
 
@@ -117,7 +125,8 @@ def _add_caches(parser: argparse._ArgumentGroup, default: GenerationConfig) -> N
 
 
 def load_modules(words: list[str]) -> None:
-    """Import what --policy, --cache and --backend name as module:Name, so that the parser knows their options. Raises DllmError."""
+    """Import what --policy, --cache and --backend name as module:Name, so that the parser knows their
+    options. Raises DllmError."""
     registries: dict[str, Registry[Any]] = {
         "--policy": POLICIES,
         "--cache": PLANS,
@@ -153,7 +162,8 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
         if name not in spec.options:
             takers = [each.name for each in every if name in each.options]
             raise DllmError(
-                f"--{name.replace('_', '-')} goes with --backend {' or '.join(takers)}, got --backend {args.backend}."
+                f"--{name.replace('_', '-')} goes with --backend {' or '.join(takers)}, got --backend "
+                f"{args.backend}."
             )
         options[name] = value
     if "device" in options and not spec.devices:
@@ -166,12 +176,14 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace, manifest: Manifest, *, may_draw: bool = False) -> GenerationConfig:
-    """The options that were given, over those that were tuned for the artifact. may_draw: whether something else than they may ask for draws."""
+    """The options that were given, over those that were tuned for the artifact. may_draw: whether something
+    else than they may ask for draws."""
     values = {name: value for name in option_names() if (value := getattr(args, name, None)) is not None}
     config = configured(values, manifest)
     if not may_draw and args.seed is not None and not config.draws:
         raise DllmError(
-            "--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is drawn."
+            "--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is "
+            "drawn."
         )
     return config
 

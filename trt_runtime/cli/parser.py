@@ -1,4 +1,5 @@
-"""The parsers of the command lines: errors in one line that say what was meant, options that every command has, and reports as text or JSON."""
+"""The parsers of the command lines: errors in one line that say what was meant, options that every command
+has, and reports as text or JSON."""
 
 from __future__ import annotations
 
@@ -19,20 +20,41 @@ from trt_runtime import __version__
 from trt_runtime.errors import DllmError
 from trt_runtime.system.progress import SILENT, Progress
 
-# the largest values of whole numbers, by option: far above what is of use, far below what would hang or fill the memory
+# the largest values of whole numbers, by option: far above what is of use, far below what would hang or fill
+# the memory
 _TOKENS = 1 << 22
 _MOST = {
-    "count": 100_000, "repeats": 10_000, "prompt_length": _TOKENS, "gen_length": _TOKENS, "block_length": _TOKENS, "max_length": _TOKENS,
-    "length": _TOKENS, "max_rows": _TOKENS, "tokens_per_step": _TOKENS, "suffix": _TOKENS, "refresh_every": _TOKENS, "refresh_window": _TOKENS,
-    "batch": 65_536, "max_batch": 65_536, "slots": 65_536, "steps_per_sync": 65_536, "lanes": 1024, "ray": 1024, "queue": 1_000_000,
-    "mc_samples": 1_000_000, "num_fewshot": 10_000, "max_body": 1 << 40, "seed": (1 << 63) - 1,
-}  # fmt: skip
+    "count": 100_000,
+    "repeats": 10_000,
+    "prompt_length": _TOKENS,
+    "gen_length": _TOKENS,
+    "block_length": _TOKENS,
+    "max_length": _TOKENS,
+    "length": _TOKENS,
+    "max_rows": _TOKENS,
+    "tokens_per_step": _TOKENS,
+    "suffix": _TOKENS,
+    "refresh_every": _TOKENS,
+    "refresh_window": _TOKENS,
+    "batch": 65_536,
+    "max_batch": 65_536,
+    "slots": 65_536,
+    "steps_per_sync": 65_536,
+    "lanes": 1024,
+    "ray": 1024,
+    "queue": 1_000_000,
+    "mc_samples": 1_000_000,
+    "num_fewshot": 10_000,
+    "max_body": 1 << 40,
+    "seed": (1 << 63) - 1,
+}
 _MOST_OTHERS = (1 << 31) - 1
 _LONGEST = 300  # characters of an error about what was typed
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which says what may have been meant. Options have to be written out."""
+    """A parser whose errors are one line, which says what may have been meant. Options have to be written
+    out."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         defaults: dict[str, Any] = {
@@ -112,7 +134,8 @@ def versions() -> str:
 
 
 def add_output(parser: argparse.ArgumentParser, as_json: str = "", output: str = "") -> None:
-    """The options about what is printed. as_json: what --json prints, if the command reports; output: what --output writes."""
+    """The options about what is printed. as_json: what --json prints, if the command reports; output: what
+    --output writes."""
     group = parser.add_argument_group("output")
     if output:
         group.add_argument("--output", type=Path, metavar="OUT.json", help=output)
@@ -138,7 +161,8 @@ def command(  # type: ignore[no-untyped-def]
     takes: str = "",
     example: str = "",
 ) -> argparse.ArgumentParser:
-    """A subcommand that takes an artifact, or what `takes` names ('-': nothing). example: its arguments in an example."""
+    """A subcommand that takes an artifact, or what `takes` names ('-': nothing). example: its arguments in an
+    example."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -183,7 +207,8 @@ def check(args: argparse.Namespace) -> None:
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, Path) and not _is_text(os.path.abspath(path)):
                 raise DllmError(
-                    f"the path {os.path.abspath(path)!a} has bytes that are not UTF-8, which ONNX and its tools do not take: "
+                    f"the path {os.path.abspath(path)!a} has bytes that are not UTF-8, which ONNX and its "
+                    f"tools do not take: "
                     "rename what they belong to, or choose another path."
                 )
 
@@ -213,7 +238,8 @@ def hint(args: argparse.Namespace, command_of: Callable[[], str | None]) -> None
 
 
 def say(args: argparse.Namespace, line: str) -> None:
-    """Print a line that comes before the report: on standard error with --json, and not at all with --quiet then."""
+    """Print a line that comes before the report: on standard error with --json, and not at all with --quiet
+    then."""
     if not (args.json and args.quiet):
         progress_of(args).say(line)
 

@@ -21,8 +21,10 @@ _MASK = "░"
 def summary(result: Result) -> str:
     """One line about a result: useful tokens, forwards by kind, tokens a forward, time."""
     return (
-        f"[{result.num_useful} tokens, {result.nfe} forwards ({_plural(result.prefix_passes, 'prefix pass', 'es')}, "
-        f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens a forward, {result.seconds:.2f} s, "
+        f"[{result.num_useful} tokens, {result.nfe} forwards "
+        f"({_plural(result.prefix_passes, 'prefix pass', 'es')}, "
+        f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens a "
+        f"forward, {result.seconds:.2f} s, "
         f"{result.num_useful / max(result.seconds, 1e-9):.0f} tokens/s]"
     )
 
@@ -32,14 +34,16 @@ def _plural(number: int, what: str, ending: str) -> str:
 
 
 def answer(model: Model, result: Result, *, whole: bool) -> str:
-    """A result as text, or as token ids without a tokenizer; `whole`: with the prompt, whose gaps were filled."""
+    """A result as text, or as token ids without a tokenizer; `whole`: with the prompt, whose gaps were
+    filled."""
     if not whole:
         return result.text if result.text is not None else " ".join(map(str, result.tokens))
     return model.tokenizer.decode(result.canvas) if model.tokenizer else " ".join(map(str, result.canvas))
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C during an answer. text: what of it stood before the first gap, and is on the screen; None without a tokenizer."""
+    """Ctrl-C during an answer. text: what of it stood before the first gap, and is on the screen; None
+    without a tokenizer."""
 
     def __init__(self, text: str | None) -> None:
         super().__init__()
@@ -55,8 +59,9 @@ def show_stream(
     out: TextIO | None = None,
     quiet: bool = False,
 ) -> str | None:
-    """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is printed once. `quiet`: without the
-    line about forwards and seconds. Ctrl-C ends the answer before the next forward, marks it, and raises Stopped."""
+    """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is
+    printed once. `quiet`: without the line about forwards and seconds. Ctrl-C ends the answer before the next
+    forward, marks it, and raises Stopped."""
     out = out or sys.stdout
     begin = time.perf_counter()
     live = screen.Live(out) if screen.is_terminal(out) else None
@@ -95,7 +100,8 @@ def show_stream(
 
 
 class _CtrlC:
-    """Notes the first Ctrl-C inside the block, for the answer to end where it can; a second one interrupts at once."""
+    """Notes the first Ctrl-C inside the block, for the answer to end where it can; a second one interrupts at
+    once."""
 
     def __init__(self) -> None:
         self.came = False
@@ -132,7 +138,8 @@ def _useful(model: Model, update: Update) -> list[int]:
 
 
 def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
-    """An update as styled text, masks as shaded cells and what is new bright, and how many characters of it never change again."""
+    """An update as styled text, masks as shaded cells and what is new bright, and how many characters of it
+    never change again."""
     tokens, mask, changed = _useful(model, update), model.manifest.decoding.mask_token_id, set(update.changed)
     gap = tokens.index(mask) if mask in tokens else len(tokens)
     spans = _styled(model, tokens[:gap], 0, changed, is_whole=update.finished)
@@ -149,8 +156,9 @@ def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
 def _styled(
     model: Model, tokens: list[int], first: int, changed: set[int], *, is_whole: bool
 ) -> list[screen.Span]:
-    """A run of tokens, which begins at position `first`, decoded together: a tokenizer may join what two tokens mean. Unless it `is_whole`,
-    what is left of a character whose other bytes are still to come is left out."""
+    """A run of tokens, which begins at position `first`, decoded together: a tokenizer may join what two
+    tokens mean. Unless it `is_whole`, what is left of a character whose other bytes are still to come is left
+    out."""
 
     def text_of(end: int) -> str:
         if model.tokenizer is None:
@@ -186,7 +194,8 @@ def describe(path: Path, manifest: Manifest) -> str:
     rows = {
         "artifact": f"{path} ({size / 1e6:,.1f} MB in {len(manifest.files)} files)",
         "model": f"{model.family}, {model.parameters / 1e6:,.1f} M parameters, {model.dtype}",
-        "network": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, {model.num_kv_heads} KV heads "
+        "network": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
+        f"{model.num_kv_heads} KV heads "
         f"of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}",
         "canvas": f"up to {model.max_length} tokens; the cache takes {per_token / 1024:g} KiB a token",
         "decoding": f"mask {decoding.mask_token_id}, end {', '.join(map(str, decoding.eos_token_ids))}, "

@@ -1,7 +1,7 @@
 """What a backend is: it runs the two roles over caches that stay where it put them.
 
-The public methods check names, dtypes, shapes and ranges, and that what came back is finite; the subclass runs.
-Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, V vocabulary.
+The public methods check names, dtypes, shapes and ranges, and that what came back is finite; the subclass
+runs. Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from trt_runtime.errors import BackendError, DllmError, unknown
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs of a call, int64: input_ids and position_ids [B, S], write_index and kv_len [B], logit_rows [B, R]."""
+    """Inputs of a call, int64: input_ids and position_ids [B, S], write_index and kv_len [B], logit_rows [B,
+    R]."""
 
     input_ids: Ints
     position_ids: Ints
@@ -34,7 +35,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Stats:
-    """Outputs of a call: token int64 [B, R], the others float32 [B, R]; logits float32 [B, R, V] where asked for."""
+    """Outputs of a call: token int64 [B, R], the others float32 [B, R]; logits float32 [B, R, V] where asked
+    for."""
 
     token: Ints
     confidence: Floats
@@ -50,7 +52,8 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """Keys and values of `batch` slots of `capacity` rows each. `buffers` belong to the backend that made it."""
+    """Keys and values of `batch` slots of `capacity` rows each. `buffers` belong to the backend that made
+    it."""
 
     batch: int
     capacity: int
@@ -71,10 +74,11 @@ def narrowed(array: Floats, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
-    """`cache`, whose buffers go into `pool` when it is given up, by batch and capacity: memory of a GPU takes long to get. The pool holds
-    those of one cache.
+    """`cache`, whose buffers go into `pool` when it is given up, by batch and capacity: memory of a GPU takes
+    long to get. The pool holds those of one cache.
 
-    Rows that were written before are masked until they are written again, so buffers need no zeros the second time.
+    Rows that were written before are masked until they are written again, so buffers need no zeros the second
+    time.
     """
     key, buffers = (cache.batch, cache.capacity), cache.buffers
 
@@ -110,7 +114,8 @@ class Backend(ABC):
 
     @property
     def gives_logits(self) -> bool:
-        """Whether a call can be asked for logits: always with --head logits, else where the backend has them anyway."""
+        """Whether a call can be asked for logits: always with --head logits, else where the backend has them
+        anyway."""
         return self.manifest.head == "logits"
 
     @abstractmethod
@@ -118,8 +123,9 @@ class Backend(ABC):
         """A cache for `batch` rows of up to `capacity` positions. It lives as long as the object."""
 
     def resized(self, cache: Cache, capacity: int) -> Cache | None:
-        """A cache with the same slots, their first rows and another capacity, where rows that are masked cost time; None where they do not,
-        or where engines fix the capacity. The old cache must not be used afterwards."""
+        """A cache with the same slots, their first rows and another capacity, where rows that are masked cost
+        time; None where they do not, or where engines fix the capacity. The old cache must not be used
+        afterwards."""
         return None
 
     def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
@@ -127,12 +133,13 @@ class Backend(ABC):
         return False
 
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, Floats]:
-        """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names: for comparisons. Raises DllmError where a backend
-        cannot."""
+        """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names: for
+        comparisons. Raises DllmError where a backend cannot."""
         raise DllmError(f"the backend {self.name} does not show its caches.")
 
     def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Floats]) -> None:
-        """Put what `read_cache` gives into the cache, rounded to its dtype. Raises DllmError where a backend cannot."""
+        """Put what `read_cache` gives into the cache, rounded to its dtype. Raises DllmError where a backend
+        cannot."""
         raise DllmError(f"the backend {self.name} does not take caches.")
 
     @abstractmethod
@@ -145,11 +152,13 @@ class Backend(ABC):
     def forward(
         self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False
     ) -> Stats:
-        """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of the cache that the B rows of the call
-        stand in. Raises DllmError for inputs outside the contract, BackendError where the device fails.
+        """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of the
+        cache that the B rows of the call stand in. Raises DllmError for inputs outside the contract,
+        BackendError where the device fails.
 
         prefix: the windows are whole canvases, written to the cache from row 0 and attending to themselves.
-        refine: the windows' keys and values are written at write_index, then attend to the cache up to kv_len.
+        refine: the windows' keys and values are written at write_index, then attend to the cache up to
+        kv_len.
         """
         if role not in self.manifest.graphs:
             raise unknown("role", role, self.manifest.graphs)
@@ -169,15 +178,19 @@ class Backend(ABC):
     def refine_steps(
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
-        """Up to `steps_per_sync` refine steps of blocks that begin the windows, each with its commit; a rule a row.
+        """Up to `steps_per_sync` refine steps of blocks that begin the windows, each with its commit; a rule
+        a row.
 
-        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose block is full wait. No more steps are made than some row can need; those in which a row waits are not its forwards.
+        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose
+        block is full wait. No more steps are made than some row can need; those in which a row waits are not
+        its forwards.
         """
         if len(rules) != len(window.input_ids) or any(
             not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules
         ):
             raise DllmError(
-                f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R positions."
+                f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R "
+                f"positions."
             )
         self._check(cache, slots, window, want_logits=False)
         return self._refine_steps(cache, slots, window, rules)
@@ -198,17 +211,29 @@ class Backend(ABC):
         batch, rows = slots.stop - slots.start, window.input_ids.shape[-1]
         if not 0 <= slots.start < slots.stop <= cache.batch:
             raise DllmError(
-                f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not empty."
+                f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not "
+                f"empty."
             )
-        shapes = {"input_ids": (batch, rows), "position_ids": (batch, rows), "write_index": (batch,), "kv_len": (batch,),
-                  "logit_rows": (batch, window.logit_rows.shape[-1])}  # fmt: skip
-        limits = {"input_ids": (0, model.vocab_size - 1), "position_ids": (0, model.max_length - 1),
-                  "write_index": (0, cache.capacity - rows), "kv_len": (1, cache.capacity), "logit_rows": (0, rows - 1)}  # fmt: skip
+        shapes = {
+            "input_ids": (batch, rows),
+            "position_ids": (batch, rows),
+            "write_index": (batch,),
+            "kv_len": (batch,),
+            "logit_rows": (batch, window.logit_rows.shape[-1]),
+        }
+        limits = {
+            "input_ids": (0, model.vocab_size - 1),
+            "position_ids": (0, model.max_length - 1),
+            "write_index": (0, cache.capacity - rows),
+            "kv_len": (1, cache.capacity),
+            "logit_rows": (0, rows - 1),
+        }
         for name, shape in shapes.items():
             array = getattr(window, name)
             if array.dtype != np.int64 or array.shape != shape or 0 in shape:
                 raise DllmError(
-                    f"{name}: {array.dtype} {list(array.shape)}, expected int64 {list(shape)} with no empty axis."
+                    f"{name}: {array.dtype} {list(array.shape)}, expected int64 {list(shape)} with no empty "
+                    f"axis."
                 )
             low, high = limits[name]
             if array.min() < low or array.max() > high:
@@ -221,7 +246,8 @@ class Backend(ABC):
         for name in ("confidence", "runner_up", "entropy"):
             if not np.isfinite(getattr(stats, name)).all():
                 raise BackendError(
-                    f"the model returned a {name} that is no number: the weights are damaged or overflow in this dtype: "
+                    f"the model returned a {name} that is no number: the weights are damaged or overflow in "
+                    f"this dtype: "
                     "check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
                 )
         return stats

@@ -1,7 +1,9 @@
-"""Cache plans: which forward a row makes next, and so what of its keys and values is computed anew and what is read from the cache.
+"""Cache plans: which forward a row makes next, and so what of its keys and values is computed anew and what
+is read from the cache.
 
-A plan is chosen by its name (GenerationConfig.cache). It looks at a row (RowView) and answers with a Forward. A plan of your own is a class in
-one file: an entry point of the group `dllm_trt.cache_plans`, or `--cache my_module:MyPlan`.
+A plan is chosen by its name (GenerationConfig.cache). It looks at a row (RowView) and answers with a Forward.
+A plan of your own is a class in one file: an entry point of the group `dllm_trt.cache_plans`, or `--cache
+my_module:MyPlan`.
 
     none     every forward sees the whole canvas, and nothing is kept
     prefix   a block begins with a prefix pass; its refine steps compute the block and all that follows
@@ -34,10 +36,12 @@ KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
 
 @dataclass(frozen=True)
 class Refresh:
-    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: of the first alone).
+    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: of the
+    first alone).
 
-    Other blocks begin with a refine step over the block before, the block and `window` positions on either side of both: the vicinity refresh
-    of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of dKV-Cache (arXiv 2505.15781).
+    Other blocks begin with a refine step over the block before, the block and `window` positions on either
+    side of both: the vicinity refresh of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of
+    dKV-Cache (arXiv 2505.15781).
     """
 
     every: int = 1
@@ -46,9 +50,11 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Suffix:
-    """How many of the masks after the block a forward sees (None: all), as masks far away add little (DPad, arXiv 2508.14148).
+    """How many of the masks after the block a forward sees (None: all), as masks far away add little (DPad,
+    arXiv 2508.14148).
 
-    The nearest and the canvas's last one (Streaming-dLLM, arXiv 2601.17917); with `decay`, at distances that grow geometrically.
+    The nearest and the canvas's last one (Streaming-dLLM, arXiv 2601.17917); with `decay`, at distances that
+    grow geometrically.
     """
 
     most: int | None = None
@@ -67,10 +73,12 @@ class Suffix:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward that a row makes next: a window of its canvas, and the masked positions to get statistics for.
+    """A forward that a row makes next: a window of its canvas, and the masked positions to get statistics
+    for.
 
-    role: of the graph, 'prefix' or 'refine'. kind: what the window is, of KINDS. The window is the positions [start, end), then those of
-    `far`, which are further right. They stand in the cache from row `start` on; kv_len: rows of the cache that are valid.
+    role: of the graph, 'prefix' or 'refine'. kind: what the window is, of KINDS. The window is the positions
+    [start, end), then those of `far`, which are further right. They stand in the cache from row `start` on;
+    kv_len: rows of the cache that are valid.
     """
 
     role: str
@@ -103,10 +111,12 @@ class Forward:
 class RowView:
     """What a plan sees of a row.
 
-    is_masked [L]: of the canvas. start, end: the running block; number: how many blocks came before it; before: the range of the last of these.
-    opens_block: the next forward is the block's first (or another of that kind, where the first left the block's first position masked).
-    is_first_only: the block's first forward is asked about its first mask alone (Dream). fills_gaps: a prefix pass is asked about masks before
-    the block too.
+    is_masked [L]: of the canvas. start, end: the running block; number: how many blocks came before it;
+    before: the range of the last of these.
+    opens_block: the next forward is the block's first (or another of that kind, where the first left the
+    block's first position masked).
+    is_first_only: the block's first forward is asked about its first mask alone (Dream). fills_gaps: a prefix
+    pass is asked about masks before the block too.
     """
 
     is_masked: Bools
@@ -146,8 +156,8 @@ class RowView:
 class CachePlan(ABC):
     """Chooses each next forward of a row. `refresh` and `suffix` as the user asked for them.
 
-    name: on the command line and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do options about
-    refreshing apply.
+    name: on the command line and in requests. keeps_cache: whether a forward reads what an earlier one wrote;
+    only then do options about refreshing apply.
     """
 
     name: ClassVar[str]
@@ -171,7 +181,8 @@ class NoCache(CachePlan):
 
 
 class _BlockCache(CachePlan):
-    """A prefix pass at a block's start, or where the cache is not rebuilt a refine step around it; then refine steps."""
+    """A prefix pass at a block's start, or where the cache is not rebuilt a refine step around it; then
+    refine steps."""
 
     kind: ClassVar[str]
     computes_suffix: ClassVar[bool]

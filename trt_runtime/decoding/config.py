@@ -33,16 +33,19 @@ def option_names() -> list[str]:
 
 
 def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig:
-    """What a user gave by name, over what 'dllm-trt tune' noted in the manifest; not yet resolved. Raises DllmError.
+    """What a user gave by name, over what 'dllm-trt tune' noted in the manifest; not yet resolved. Raises
+    DllmError.
 
-    Whoever chooses a policy, or an option of another policy than the tuned one, gets none of the tuned policy's options.
+    Whoever chooses a policy, or an option of another policy than the tuned one, gets none of the tuned
+    policy's options.
     """
     tuned = dict(manifest.decoding.tuned)
     if isinstance(given.get("policy"), str):
         POLICIES.find(given["policy"])  # one of a module of yours brings its options along
     if strange := sorted(set(tuned) - set(option_names())):
         raise DllmError(
-            f"the manifest's tuned options have '{strange[0]}', which this version does not know: update dllm-trt, or tune again."
+            f"the manifest's tuned options have '{strange[0]}', which this version does not know: update "
+            f"dllm-trt, or tune again."
         )
     policy, of_policies = tuned.get("policy", "threshold"), set(registry.options())
     own = {item.name for item in options_of(POLICIES.installed(policy))}
@@ -58,12 +61,14 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
 
 
 def effective_temperature(asked: float) -> float:
-    """Of a client or a task: what is above 0 and too small to draw with is a way to ask for the best token, so it counts as 0."""
+    """Of a client or a task: what is above 0 and too small to draw with is a way to ask for the best token,
+    so it counts as 0."""
     return 0.0 if 0 < asked < MIN_TEMPERATURE else asked
 
 
 def check_options(given: Mapping[str, Any], policy: str) -> None:
-    """Raise DllmError for an option of another policy than this one. `given`: the options that the user gave."""
+    """Raise DllmError for an option of another policy than this one. `given`: the options that the user
+    gave."""
     for name in sorted(_active(given) & set(registry.options())):
         takers = registry.takers(name)
         if name not in {item.name for item in options_of(POLICIES.find(policy))}:
@@ -85,25 +90,36 @@ class GenerationConfig:
     """Options of a generation. `None` takes the model's default.
 
     gen_length: tokens to generate; need not be a multiple of block_length (the last block is then shorter).
-    block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no blocks by default.
-    cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after it).
-    policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy', 'maskgit_plus',
-        'topk_margin', 'origin' (Dream's); 'eb', 'margin', 'dynamic', 'localleap', 'hierarchy', 'prophet', 'slowfast' (adaptive.py).
-        `threshold` in (0, 1] is inclusive; `factor` > 0; `gamma` >= 0 is of 'eb', `alpha` in [0, 1] of 'dynamic', `low_threshold` in (0, 1] of
-        'localleap', 'hierarchy' and 'slowfast'.
-    speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for what draws nothing.
-    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first alone); other blocks begin with a refine
-        step over the block before, the block and so many positions on either side.
-    suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or at growing distances.
-    steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is left unused);
-        None is one token a forward. With 'threshold' a bound: no more than an even share and what earlier steps left over.
-    alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score / alg_temp).
-    temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits / temperature).
-    top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0 they change nothing but a Dream's
-        confidences. Drawing and filtering need logits: of an artifact exported with --head logits, or a backend that has them anyway (ort, torch).
+    block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no
+    blocks by default.
+    cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after
+    it).
+    policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy',
+        'maskgit_plus', 'topk_margin', 'origin' (Dream's); 'eb', 'margin', 'dynamic', 'localleap',
+        'hierarchy', 'prophet', 'slowfast' (adaptive.py). `threshold` in (0, 1] is inclusive; `factor` > 0;
+        `gamma` >= 0 is of 'eb', `alpha` in [0, 1] of 'dynamic', `low_threshold` in (0, 1] of 'localleap',
+        'hierarchy' and 'slowfast'.
+    speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for
+    what draws nothing.
+    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first
+        alone); other blocks begin with a refine step over the block before, the block and so many positions
+        on either side.
+    suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or
+    at growing distances.
+    steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is
+        left unused); None is one token a forward. With 'threshold' a bound: no more than an even share and
+        what earlier steps left over.
+    alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score
+    / alg_temp).
+    temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits /
+    temperature).
+    top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0
+        they change nothing but a Dream's confidences. Drawing and filtering need logits: of an artifact
+        exported with --head logits, or a backend that has them anyway (ort, torch).
     seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
     stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
-    hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other candidate is left in the block.
+    hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other
+    candidate is left in the block.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused.
     """
 
@@ -149,7 +165,8 @@ class GenerationConfig:
         policy_options: Mapping[str, Value] | None = None,
         **options_by_name: Value,
     ) -> None:
-        """`options_by_name`: options of policies, as `threshold=0.8`. Raises TypeError for a name that no policy declares."""
+        """`options_by_name`: options of policies, as `threshold=0.8`. Raises TypeError for a name that no
+        policy declares."""
         if isinstance(policy, str) and ":" in policy:
             POLICIES.find(policy)  # so that its options are known
         known, made = registry.options(), {**(policy_options or {}), **options_by_name}
@@ -171,7 +188,8 @@ class GenerationConfig:
         return self.policy_options.get(name, known[name].default)
 
     def resolved(self, manifest: Manifest) -> GenerationConfig:
-        """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out of range."""
+        """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out
+        of range."""
         self._check_types()
         defaults, keeps_cache = manifest.decoding.defaults, PLANS.find(self.cache).keeps_cache
         gen = (
@@ -204,7 +222,8 @@ class GenerationConfig:
             off = known[name].off
             if off is not None and value != off and name not in {item.name for item in options_of(policy)}:
                 raise DllmError(
-                    f"{name} is {value} with policy '{self.policy}': expected {off:g}, or one of {', '.join(registry.takers(name))}."
+                    f"{name} is {value} with policy '{self.policy}': expected {off:g}, or one of "
+                    f"{', '.join(registry.takers(name))}."
                 )
 
     def _check_refresh(self) -> None:
@@ -214,11 +233,13 @@ class GenerationConfig:
                 raise DllmError(f"{name} is {value}, expected a whole number from 0.")
         if not PLANS.find(self.cache).keeps_cache and (self.refresh_every != 1 or self.refresh_window):
             raise DllmError(
-                "refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave them out."
+                "refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave "
+                "them out."
             )
         if self.refresh_window and self.refresh_every == 1:
             raise DllmError(
-                "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the whole canvas."
+                "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the "
+                "whole canvas."
             )
         if self.suffix_decay and self.suffix is None:
             raise DllmError("suffix_decay goes with suffix: say how many masks after the block are seen.")
@@ -231,7 +252,8 @@ class GenerationConfig:
         filters = sampling == CATEGORICAL and (self.top_p < 1 or self.top_k is not None)
         if self.speculate > 1 and (self.draws or filters):
             raise DllmError(
-                "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy 'origin': leave one of them out."
+                "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy "
+                "'origin': leave one of them out."
             )
         if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
             raise DllmError(
@@ -267,7 +289,8 @@ class GenerationConfig:
         if not POLICIES.find(self.policy).takes_steps() or self.steps < self._num_blocks:
             takers = [policy.name for policy in POLICIES.all() if policy.takes_steps()]
             raise DllmError(
-                f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected at least one step a "
+                f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected "
+                f"at least one step a "
                 f"block, and one of {', '.join(takers)}."
             )
 

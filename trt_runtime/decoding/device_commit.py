@@ -1,7 +1,8 @@
 """Refine steps without a look in between: the commit as arrays, in NumPy, and what came of several steps.
 
-A device makes the steps of a block by itself where every policy of a call can be written as data (policies.CommitRule). The commit here
-is the reference of the GPU kernel plugins/commit.py, whose docstring is the contract, and what a CPU runs.
+A device makes the steps of a block by itself where every policy of a call can be written as data
+(policies.CommitRule). The commit here is the reference of the GPU kernel plugins/commit.py, whose docstring
+is the contract, and what a CPU runs.
 
 Shape letters: B rows, S rows of the window, R columns of the statistics.
 """
@@ -26,8 +27,8 @@ _NAMES = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
 
 @dataclass(frozen=True)
 class Committed:
-    """What came of several refine steps: the windows' tokens [B, S], and the step [B, R], from 0, in which each position of the block
-    was committed (-1: in none of them)."""
+    """What came of several refine steps: the windows' tokens [B, S], and the step [B, R], from 0, in which
+    each position of the block was committed (-1: in none of them)."""
 
     ids: Ints
     step: Int32s
@@ -53,7 +54,8 @@ def plan_of(rules: Sequence[CommitRule], columns: int) -> Plan:
 
 
 def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
-    """Steps to make before a look: no more than `most`, and no more than the row with the most to do can need."""
+    """Steps to make before a look: no more than `most`, and no more than the row with the most to do can
+    need."""
     left = []
     for rule, row in zip(rules, ids, strict=True):
         masks = int((row[: rule.limit] == mask_token_id).sum())
@@ -74,7 +76,8 @@ def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
     """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
     if (held.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
-            "the model returned a confidence that is no number: the weights are damaged or overflow in this dtype: check them with "
+            "the model returned a confidence that is no number: the weights are damaged or overflow in this "
+            "dtype: check them with "
             "'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
     if (held.state[:, 1] == PROPOSED_MASK).any():

@@ -1,10 +1,11 @@
 """The loop over rows: the file to read first.
 
-    each step:  what does every row want next?  ->  group the rows that can share a call  ->  run  ->  let each row commit
+    each step:  what does every row want next?  ->  group the rows that can share a call  ->  run
+                ->  let each row commit
 
-What a row wants next is its cache plan's answer (cache_plan.py): a prefix pass at a block's start, a refine step inside a block. Rows stand in
-slots of one cache, join and finish on their own, and never see one another: padding is masked, and never written over a valid row.
-One call for a group of rows: step.py.
+What a row wants next is its cache plan's answer (cache_plan.py): a prefix pass at a block's start, a refine
+step inside a block. Rows stand in slots of one cache, join and finish on their own, and never see one
+another: padding is masked, and never written over a valid row. One call for a group of rows: step.py.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Generator:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
-        """One forward for every unfinished row, or the several steps that its backend makes in one call. Returns what was done for
-        each. `instead`: what to write in place of a slot's own choice (Sequence.commit)."""
+        """One forward for every unfinished row, or the several steps that its backend makes in one call.
+        Returns what was done for each. `instead`: what to write in place of a slot's own choice
+        (Sequence.commit)."""
         wanted = wanted_of(dict(enumerate(self.sequences)))
         for group in groups(wanted, self.capacity, self.backend.max_batch):
             advance(self.backend, self.cache, group, assemble(group), instead)

@@ -1,4 +1,5 @@
-"""Proposals drawn from logits: LLaDA's Gumbel noise, and Dream's temperature with top-p and top-k. Pure NumPy.
+"""Proposals drawn from logits: LLaDA's Gumbel noise, and Dream's temperature with top-p and top-k. Pure
+NumPy.
 
 Shape letters: R candidates of one row of the batch, V vocabulary.
 """
@@ -15,12 +16,14 @@ from trt_runtime.decoding.policies.base import Bools, Floats, Ints, RowStats
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph's statistics give already.
+    """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph's statistics
+    give already.
 
-    gumbel: argmax(logits - T ln(-ln u)), which draws from softmax(logits / T); with filters, among the tokens that top_p, then top_k keep of
-    that distribution. The confidence is un-tempered, over the whole vocabulary (LLaDA). At T = 0 it is the best token, which filters keep.
-    categorical: the logits are divided by T and filtered by top_p, then top_k; the token is drawn from what is left (T = 0: the
-    best), and all statistics are those of that distribution (Dream).
+    gumbel: argmax(logits - T ln(-ln u)), which draws from softmax(logits / T); with filters, among the tokens
+    that top_p, then top_k keep of that distribution. The confidence is un-tempered, over the whole vocabulary
+    (LLaDA). At T = 0 it is the best token, which filters keep.
+    categorical: the logits are divided by T and filtered by top_p, then top_k; the token is drawn from what
+    is left (T = 0: the best), and all statistics are those of that distribution (Dream).
     """
 
     kind: str = GUMBEL
@@ -39,7 +42,8 @@ class Sampler:
     def propose(
         self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator
     ) -> RowStats:
-        """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is never proposed."""
+        """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is
+        never proposed."""
         if self.kind == GUMBEL:
             kept = None
             if self._filters:
@@ -67,7 +71,8 @@ class Sampler:
 def gumbel_propose(
     logits: Floats, uniform: Floats, temperature: float, mask_token_id: int, kept: Bools | None = None
 ) -> tuple[Ints, Floats]:
-    """Tokens and their un-tempered probabilities from logits [R, V] and noise uniform in [0, 1): argmax(logits - T ln(-ln u)).
+    """Tokens and their un-tempered probabilities from logits [R, V] and noise uniform in [0, 1):
+    argmax(logits - T ln(-ln u)).
 
     The mask token is never proposed but keeps its share of the softmax; so do tokens outside `kept` [R, V].
     """
@@ -90,9 +95,11 @@ def gumbel_propose(
 def filtered(
     logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int
 ) -> Floats:
-    """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in this order.
+    """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in
+    this order.
 
-    top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k keeps the k best and their equals.
+    top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k keeps the k
+    best and their equals.
     """
     wide = logits.astype(np.float64)
     if mask_token_id < wide.shape[-1]:

@@ -1,14 +1,16 @@
 """Continuous batching: requests join and leave the slots of one cache between forwards.
 
-Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands in its answer; or the several refine
-steps that the backend makes in one call (steps_per_sync), where all rows of the group decide by rules that it can follow.
+Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands
+in its answer; or the several refine steps that the backend makes in one call (steps_per_sync), where all rows
+of the group decide by rules that it can follow.
 
-1. Slots go to requests in the order in which they came.
-2. A tick makes the forward that more rows want, or, once a row has waited a few ticks, that row's; every row that can share it does.
-3. Slots between two rows of a refine step take part as idle rows, which write beyond every canvas and are never read.
-4. A cancelled request leaves before the next tick; its slot is free at once.
+1. Slots go to requests in the order in which they came. 2. A tick makes the forward that more rows want, or,
+once a row has waited a few ticks, that row's; every row that can share it does. 3. Slots between two rows of
+a refine step take part as idle rows, which write beyond every canvas and are never read. 4. A cancelled
+request leaves before the next tick; its slot is free at once.
 
-So a row waits at most a few ticks more than there are slots, and what comes of it is what would have come of it alone.
+So a row waits at most a few ticks more than there are slots, and what comes of it is what would have come of
+it alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are chea
 
 @dataclass(eq=False)
 class Ticket:
-    """A request: queued (no slot), placed, or done. `served` is the tick of its last forward; `waited` the most ticks between two."""
+    """A request: queued (no slot), placed, or done. `served` is the tick of its last forward; `waited` the
+    most ticks between two."""
 
     sequence: Sequence
     number: int
@@ -50,10 +53,12 @@ class Ticket:
 
 
 class Scheduler:
-    """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one thread ticks.
+    """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one
+    thread ticks.
 
-    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be shared. Where masked rows cost
-    time (Backend.resized), the cache is as long as the requests in its slots need, and `max_length` and `spare` are the most.
+    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be
+    shared. Where masked rows cost time (Backend.resized), the cache is as long as the requests in its slots
+    need, and `max_length` and `spare` are the most.
     """
 
     def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = SPARE_ROWS) -> None:
@@ -69,10 +74,12 @@ class Scheduler:
         return not self.queue and not any(self.rows)
 
     def submit(self, sequence: Sequence, on_step: Callable[[Ticket], None] | None = None) -> Ticket:
-        """Queue a request. `on_step` is called after each of its forwards. Raises DllmError for a canvas that no slot holds."""
+        """Queue a request. `on_step` is called after each of its forwards. Raises DllmError for a canvas that
+        no slot holds."""
         if sequence.length > self.max_length:
             raise DllmError(
-                f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the prompt or the answer."
+                f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the "
+                f"prompt or the answer."
             )
         self._submitted += 1
         ticket = Ticket(sequence, self._submitted, on_step=on_step)
@@ -88,7 +95,8 @@ class Scheduler:
         self._release(ticket)
 
     def tick(self) -> list[Ticket]:
-        """Place what waits, make one forward (or several steps in one call), and return the requests that it moved (none if there is nothing to do)."""
+        """Place what waits, make one forward (or several steps in one call), and return the requests that it
+        moved (none if there is nothing to do)."""
         for slot in (slot for slot, held in enumerate(self.rows) if held is None):
             if self.queue:
                 ticket = self.queue.popleft()
@@ -115,7 +123,8 @@ class Scheduler:
         return max(held.sequence.length for held in self.rows if held)
 
     def _fit(self) -> None:
-        """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks when that is worth a copy."""
+        """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks
+        when that is worth a copy."""
         blocks = max(held.sequence.rules.block_length or 0 for held in self.rows if held)
         needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
         self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
@@ -137,7 +146,8 @@ class Scheduler:
         return next(run for run in runs if any(row.slot == first.slot for row in run))
 
     def _next(self, wanted: list[Wanted]) -> Wanted:
-        """Whose turn it is: the row that waited longest, of those that want what most want unless it has waited too long."""
+        """Whose turn it is: the row that waited longest, of those that want what most want unless it has
+        waited too long."""
         first = min(wanted, key=self._waiting_since)
         if self.tick_number - self._waiting_since(first)[0] > _HELD_BACK:
             return first
@@ -151,7 +161,8 @@ class Scheduler:
         return ticket.served, ticket.number
 
     def _with_idle_rows(self, same: list[Wanted], first: Wanted) -> list[Wanted]:
-        """Refine steps that share a call with idle rows in the slots between them; none where that does not pay or cannot be."""
+        """Refine steps that share a call with idle rows in the slots between them; none where that does not
+        pay or cannot be."""
         size = max(row.rows for row in same if self._can_share(row, first))
         apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
         span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0
@@ -173,8 +184,13 @@ class Scheduler:
             np.full(count, self.cache.capacity - size),
             int(group[0].sequence.rules.mask_token_id == 0),
         )
-        full = Window(np.full((count, size), no_mask, np.int64), np.zeros((count, size), np.int64), idle, np.ones(count, np.int64),
-                      np.zeros((count, made.logit_rows.shape[1]), np.int64))  # fmt: skip
+        full = Window(
+            np.full((count, size), no_mask, np.int64),
+            np.zeros((count, size), np.int64),
+            idle,
+            np.ones(count, np.int64),
+            np.zeros((count, made.logit_rows.shape[1]), np.int64),
+        )
         for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
             getattr(full, name)[at] = getattr(made, name)
         return full

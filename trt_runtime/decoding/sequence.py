@@ -34,9 +34,11 @@ class Rules:
     """How a row decodes, unchecked (GenerationConfig knows the ranges).
 
     block_length: None makes one block of all masks, wherever they are (Dream without a cache).
-    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever the policy (Dream).
+    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever
+    the policy (Dream).
     cache: the plan that chooses each forward.
-    hold_back_eos: a proposed end token is committed only when no other candidate is left (policies.select_holding_back).
+    hold_back_eos: a proposed end token is committed only when no other candidate is left
+    (policies.select_holding_back).
     """
 
     gen_length: int
@@ -84,7 +86,8 @@ class Step:
 
 
 class Sequence:
-    """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a forward."""
+    """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a
+    forward."""
 
     def __init__(self, prompt: Ints, rules: Rules, seed: int = 0) -> None:
         self.rules = rules
@@ -134,7 +137,8 @@ class Sequence:
         return int(ends[0]) if len(ends) else self.rules.gen_length
 
     def next_forward(self) -> Forward:
-        """The forward that the row makes next. A prefix pass may also fill masks before the block (gaps of the prompt)."""
+        """The forward that the row makes next. A prefix pass may also fill masks before the block (gaps of
+        the prompt)."""
         assert self.block is not None, "the row is finished"
         return self.rules.cache.next_forward(
             RowView(
@@ -150,8 +154,8 @@ class Sequence:
 
     @property
     def opens_block(self) -> bool:
-        """Whether the next forward is the block's first, or another of its kind: where the row before the block predicts its first
-        position, no later one can fill that, if `hold_back_eos` left it masked."""
+        """Whether the next forward is the block's first, or another of its kind: where the row before the
+        block predicts its first position, no later one can fill that, if `hold_back_eos` left it masked."""
         assert self.block is not None
         is_held = self.rules.hold_back_eos and self._has_first_commit and bool(self.is_masked[self.block[0]])
         return self.state.step == 0 or is_held
@@ -159,7 +163,8 @@ class Sequence:
     def commit(self, forward: Forward, stats: RowStats, instead: Written | None = None) -> None:
         """Let the policy choose among the candidates, write the proposals, and move on.
 
-        `instead`: positions and tokens to write in their place; the trace still says what the policy chose (replay.follow).
+        `instead`: positions and tokens to write in their place; the trace still says what the policy chose
+        (replay.follow).
         """
         assert self.block is not None
         state = replace(
@@ -169,13 +174,15 @@ class Sequence:
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
             raise DllmError(
-                f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this manifest: export it again."
+                f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this "
+                f"manifest: export it again."
             )
         written = (positions.tolist(), tokens.tolist())
         self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
 
     def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
-        """The statistics that count [R], which candidates are committed [R], and whether that is the block's first, whatever the policy."""
+        """The statistics that count [R], which candidates are committed [R], and whether that is the block's
+        first, whatever the policy."""
         every = np.ones(len(stats.token), np.bool_)
         if not self.rules.hold_back_eos:
             return (
@@ -190,7 +197,8 @@ class Sequence:
         return stats, select_holding_back(self.rules.policy, stats, is_end, state), False
 
     def commit_rule(self, forward: Forward) -> CommitRule | None:
-        """The policy's choices in the running block as data, if a device can follow them from this forward on."""
+        """The policy's choices in the running block as data, if a device can follow them from this forward
+        on."""
         assert self.block is not None
         inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
         if (
@@ -256,7 +264,8 @@ class Sequence:
         self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
 
     def _has_ended(self) -> bool:
-        """Whether an end-of-sequence token stands with no mask before it; what follows it is then filled with it."""
+        """Whether an end-of-sequence token stands with no mask before it; what follows it is then filled with
+        it."""
         ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
         if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
             return False

@@ -1,11 +1,14 @@
-"""Lossless self-speculation: several steps of a block checked in one call, with the tokens that one step a call would have made.
+"""Lossless self-speculation: several steps of a block checked in one call, with the tokens that one step a
+call would have made.
 
     draft:   from the last statistics alone, what would the policy commit next, and then, and then?
     verify:  the canvases after each of these steps are the rows of one call
-    accept:  row 0 is certain; if the policy, seeing its statistics, commits what row 1 was drafted with, row 1 is certain too; and so on
+    accept:  row 0 is certain; if the policy, seeing its statistics, commits what row 1 was drafted with,
+             row 1 is certain too; and so on
 
-The draft costs no forward, and a wrong one costs nothing but the row. In the manner of SSD (arXiv 2510.04147) and FreeDave (arXiv 2510.00294); works with every
-policy that draws nothing. Branches stand in neighbouring slots of the cache with the same keys and values outside the block.
+The draft costs no forward, and a wrong one costs nothing but the row. In the manner of SSD (arXiv 2510.04147)
+and FreeDave (arXiv 2510.00294); works with every policy that draws nothing. Branches stand in neighbouring
+slots of the cache with the same keys and values outside the block.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from trt_runtime.errors import DllmError
 
 
 class Speculating(Generator):
-    """A Generator whose every call verifies up to `branches` steps of one row. Raises DllmError where the backend takes fewer rows a call."""
+    """A Generator whose every call verifies up to `branches` steps of one row. Raises DllmError where the
+    backend takes fewer rows a call."""
 
     def __init__(self, backend: Backend, sequences: Iterable[Sequence], branches: int) -> None:
         if backend.max_batch is not None and branches > backend.max_batch:
             raise DllmError(
-                f"speculate is {branches}: the engines take {backend.max_batch} rows a call: ask for less, or build with a larger --max-batch."
+                f"speculate is {branches}: the engines take {backend.max_batch} rows a call: ask for less, "
+                f"or build with a larger --max-batch."
             )
         if backend.steps_per_sync > 1:
             raise DllmError(

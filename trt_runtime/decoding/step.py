@@ -1,6 +1,8 @@
-"""One call for a group of rows: which rows can share it, its inputs, and what each row makes of its statistics.
+"""One call for a group of rows: which rows can share it, its inputs, and what each row makes of its
+statistics.
 
-The loop (generator.py), continuous batching (scheduler.py) and speculation (speculation.py) all step rows by the functions of this file.
+The loop (generator.py), continuous batching (scheduler.py) and speculation (speculation.py) all step rows by
+the functions of this file.
 """
 
 from __future__ import annotations
@@ -52,11 +54,12 @@ def advance(
     window: Window,
     instead: Mapping[int, Written] | None = None,
 ) -> None:
-    """One call for the group, after which each of its rows commits: a forward, or the several refine steps that the backend makes before the host
-    synchronises, where all rows decide by rules that it can follow. The one way in which rows move on.
+    """One call for the group, after which each of its rows commits: a forward, or the several refine steps
+    that the backend makes before the host synchronises, where all rows decide by rules that it can follow.
+    The one way in which rows move on.
 
-    window: has a row for every slot from the group's first to its last; idle ones hold no mask. instead: what to write in place of a
-    slot's own choice (Sequence.commit).
+    window: has a row for every slot from the group's first to its last; idle ones hold no mask. instead: what
+    to write in place of a slot's own choice (Sequence.commit).
     """
     rules = _commit_rules(backend, group) if not instead else None
     if rules is not None:
@@ -81,7 +84,8 @@ def index_of(wanted: Wanted, group: list[Wanted]) -> int:
 
 
 def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | None:
-    """The rules by which the backend may make several steps of a group in one call; None where it takes one at a time, or a row has no rule."""
+    """The rules by which the backend may make several steps of a group in one call; None where it takes one
+    at a time, or a row has no rule."""
     if backend.steps_per_sync == 1:
         return None
     rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
@@ -91,7 +95,8 @@ def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | N
 def _several_steps(
     backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]
 ) -> None:
-    """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would have ended.
+    """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would
+    have ended.
 
     `window` has a row for every slot, the group's or not: rows that are not hold no mask, and commit nothing.
     """
@@ -115,8 +120,8 @@ def _several_steps(
 
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:
-    """Runs of at most `max_batch` neighbouring slots that can share one call: the same role, and windows that can take one number of
-    rows."""
+    """Runs of at most `max_batch` neighbouring slots that can share one call: the same role, and windows that
+    can take one number of rows."""
     for role in sorted({row.forward.role for row in wanted}, key=ROLES.index):
         group: list[Wanted] = []
         for row in (item for item in wanted if item.forward.role == role):
@@ -132,7 +137,8 @@ def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) ->
 
 
 def assemble(group: list[Wanted]) -> Window:
-    """The inputs of a call, int64. Rows shorter than the longest are padded at their end, beyond their kv_len."""
+    """The inputs of a call, int64. Rows shorter than the longest are padded at their end, beyond their
+    kv_len."""
     size = max(row.rows for row in group)
     wanted_rows = max(len(row.forward.candidates) for row in group)
     ids = np.zeros((len(group), size), np.int64)
@@ -149,7 +155,8 @@ def assemble(group: list[Wanted]) -> Window:
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
-    """The statistics of a row's candidates; with a temperature or filters, of proposals drawn from its logits."""
+    """The statistics of a row's candidates; with a temperature or filters, of proposals drawn from its
+    logits."""
     count, rules = len(wanted.forward.candidates), wanted.sequence.rules
     row = stats.row(index, count)
     if not rules.sampler.needs_logits:

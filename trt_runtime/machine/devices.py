@@ -1,11 +1,12 @@
-"""Devices as data: memory, bandwidth and dense rates, for forecasts. Of GPUs what the makers publish; of this machine's CPU what a copy and a
-matrix product reach just now.
+"""Devices as data: memory, bandwidth and dense rates, for forecasts. Of GPUs what the makers publish; of this
+machine's CPU what a copy and a matrix product reach just now.
 
-Rates are dense (no sparsity), of tensor cores with 16-bit inputs and float32 sums, and of float32 without tensor cores.
-Sources: A100, L4, H100 and H200 data sheets (SXM versions); Ada and RTX Blackwell architecture white papers ("FP16 Tensor TFLOPS with
-FP32 Accumulate"); Jetson AGX Orin technical brief (1,024 FP16 FMA a clock and SM;
-16 SMs at 1.3 GHz with 64 GB, 14 at 0.93 GHz with 32 GB); Jetson T5000 (Thor) data sheet,
-whose dense 16-bit rate is an eighth of its 2,070 sparse FP4 TFLOPS.
+Rates are dense (no sparsity), of tensor cores with 16-bit inputs and float32 sums, and of float32 without
+tensor cores.
+Sources: A100, L4, H100 and H200 data sheets (SXM versions); Ada and RTX Blackwell architecture white papers
+("FP16 Tensor TFLOPS with FP32 Accumulate"); Jetson AGX Orin technical brief (1,024 FP16 FMA a clock and SM;
+16 SMs at 1.3 GHz with 64 GB, 14 at 0.93 GHz with 32 GB); Jetson T5000 (Thor) data sheet, whose dense 16-bit
+rate is an eighth of its 2,070 sparse FP4 TFLOPS.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ from trt_runtime.system import processor
 GIB = 1 << 30
 _COPIED = 1 << 26  # bytes: more than the caches of most processors
 _PATIENCE = 0.08  # seconds for each of the two measurements
-# 8-bit products beside fp32's, an estimate: 441 Gop/s beside 112 GFLOP/s with AVX-512 VNNI (benchmarks/results/system-scaling.json); a
-# processor without such instructions gains nothing that can be counted on
+# 8-bit products beside fp32's, an estimate: 441 Gop/s beside 112 GFLOP/s with AVX-512 VNNI
+# (benchmarks/results/system-scaling.json); a processor without such instructions gains nothing that can be
+# counted on
 _INT8_GAIN, _INT8_FLAGS = 3.9, {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s; TFLOPS.
+    """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s;
+    TFLOPS.
 
-    A rate of None is not known: no time is forecast. rate8: of 8-bit products, of a CPU. compute_capability: of a GPU, as 89 for 8.9.
-    shared: whether host and GPU have one memory. reads_whole: whether its TensorRT (before 10.7) holds an engine's file whole in host memory while it opens it.
+    A rate of None is not known: no time is forecast. rate8: of 8-bit products, of a CPU. compute_capability:
+    of a GPU, as 89 for 8.9.
+    shared: whether host and GPU have one memory. reads_whole: whether its TensorRT (before 10.7) holds an
+    engine's file whole in host memory while it opens it.
     """
 
     name: str
@@ -80,8 +85,8 @@ def _jetson(
     return replace(made, shared=True, reads_whole=reads_whole)
 
 
-# Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7)
-# memory of data-centre cards and Jetsons as the driver reports it; GeForce cards as named (the driver reports up to 2 % less)
+# Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7) memory of data-centre
+# cards and Jetsons as the driver reports it; GeForce cards as named (the driver reports up to 2 % less)
 DEVICES = {
     "a100-40g": _gpu("A100 40 GB", 80, 39.4, 1555, 312, 19.5),
     "a100-80g": _gpu("A100 80 GB", 80, 79.2, 2039, 312, 19.5),
@@ -109,7 +114,8 @@ def find(name: str) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine: memory, as Linux gives it, a tenth of which is left to the system; bandwidth and rates, measured in less than half a second.
+    """This machine: memory, as Linux gives it, a tenth of which is left to the system; bandwidth and rates,
+    measured in less than half a second.
 
     ONNX Runtime computes fp16 in fp32 on a CPU and no bf16, so there is no 16-bit rate.
     """
@@ -132,7 +138,8 @@ def this_machine() -> Device:
 
 @lru_cache(maxsize=1)
 def _rates() -> tuple[float, float] | None:
-    """Bytes and operations a second, measured once; None where so little memory is free that no forecast of a time would hold."""
+    """Bytes and operations a second, measured once; None where so little memory is free that no forecast of a
+    time would hold."""
     try:
         return _bandwidth(), _product_rate()
     except MemoryError:

@@ -1,4 +1,5 @@
-"""`dllm-trt doctor`: what this machine can do, what it lacks for more, and how to mend it. Changes nothing."""
+"""`dllm-trt doctor`: what this machine can do, what it lacks for more, and how to mend it. Changes
+nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ OK, ABSENT, WARNING, FAILURE = "ok", "absent", "warning", "failure"
 
 @dataclass(frozen=True)
 class Package:
-    """A row of the support table: versions from `least` on and below `below` are supported; `extra` installs it.
+    """A row of the support table: versions from `least` on and below `below` are supported; `extra` installs
+    it.
 
     `needed`: without it the runtime does not run at all.
     """
@@ -48,23 +50,42 @@ def packages() -> tuple[Package, ...]:
     return (
         Package("numpy", "numpy", "1.26", "3", "runtime", package("numpy"), needed=True),
         Package("tokenizers", "tokenizers", "0.19", "1", "runtime: text", package("tokenizers"), needed=True),
-        Package("jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", package("jinja2>=3.1.6"), needed=True),
+        Package(
+            "jinja2", "jinja2", "3.1.6", "4", "runtime: chat templates", package("jinja2>=3.1.6"), needed=True
+        ),
         Package("onnxruntime", "onnxruntime", "1.20", "2", "backend ort on a CPU", install("ort")),
         Package("onnxruntime-gpu", "onnxruntime", "1.31", "2", "backend ort on a GPU", install("ort-gpu")),
-        Package("tensorrt", "tensorrt", "8.6", "12", "TensorRT engines", by_driver("trt"), others=("tensorrt-cu13", "tensorrt-cu12")),
-        Package("tensorrt-rtx-cu13-bindings", "tensorrt_rtx_bindings", "1.7", "2", "building TensorRT-RTX engines", by_driver("rtx"),
-                others=("tensorrt-rtx-cu12-bindings",)),
+        Package(
+            "tensorrt",
+            "tensorrt",
+            "8.6",
+            "12",
+            "TensorRT engines",
+            by_driver("trt"),
+            others=("tensorrt-cu13", "tensorrt-cu12"),
+        ),
+        Package(
+            "tensorrt-rtx-cu13-bindings",
+            "tensorrt_rtx_bindings",
+            "1.7",
+            "2",
+            "building TensorRT-RTX engines",
+            by_driver("rtx"),
+            others=("tensorrt-rtx-cu12-bindings",),
+        ),
         Package("cuda-bindings", "cuda", "12.6", "14", "TensorRT engines, kernels", by_driver("trt")),
         Package("onnx", "onnx", "1.21", "2", "export", install("export")),
         Package("onnx-ir", "onnx_ir", "0.1.16", "2", "export", install("export")),
         Package("onnxscript", "onnxscript", "0.6", "1", "export", install("export")),
         Package("ml_dtypes", "ml_dtypes", "0.5", "1", "export", install("export")),
-        Package("wcwidth", "wcwidth", "0.2.13", "1", "runtime: --stream, chat", package("wcwidth"), needed=True),
+        Package(
+            "wcwidth", "wcwidth", "0.2.13", "1", "runtime: --stream, chat", package("wcwidth"), needed=True
+        ),
         Package("huggingface_hub", "huggingface_hub", "0.30", "3", "export: downloads", install("export")),
         Package("torch", "torch", "2.6", "3", "verify, the reference", install("reference")),
         Package("transformers", "transformers", "5.8", "6", "verify, the reference", install("reference")),
         Package("polygraphy", "polygraphy", "0.50.3", "1", "debugging engines", install("debug")),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,8 @@ def findings() -> Iterator[Finding]:
 
 
 def run(*, as_json: bool) -> tuple[str, bool, list[str]]:
-    """The findings as text or JSON, whether the runtime can run here, and the mends of what keeps it from that."""
+    """The findings as text or JSON, whether the runtime can run here, and the mends of what keeps it from
+    that."""
     found = list(findings())
     mends = [finding.mend for finding in found if finding.status == FAILURE]
     if as_json:
@@ -108,12 +130,27 @@ def run(*, as_json: bool) -> tuple[str, bool, list[str]]:
 def summary(found: list[Finding]) -> str:
     """A sentence: what this machine can do now."""
     good = {finding.what for finding in found if finding.status == OK}
-    can = [name for name, needs in (
-        ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
-        ("build TensorRT-RTX engines", {"tensorrt-rtx-cu13-bindings", "onnx"}),
-        ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes"}),
-        ("verify", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes", "torch", "transformers", "provider CPUExecutionProvider"}),
-    ) if needs <= good]  # fmt: skip
+    can = [
+        name
+        for name, needs in (
+            ("decode on the CPU (ort)", {"provider CPUExecutionProvider"}),
+            ("build TensorRT-RTX engines", {"tensorrt-rtx-cu13-bindings", "onnx"}),
+            ("export", {"onnx", "onnx-ir", "onnxscript", "ml_dtypes"}),
+            (
+                "verify",
+                {
+                    "onnx",
+                    "onnx-ir",
+                    "onnxscript",
+                    "ml_dtypes",
+                    "torch",
+                    "transformers",
+                    "provider CPUExecutionProvider",
+                },
+            ),
+        )
+        if needs <= good
+    ]
     return f"This machine can: {', '.join(can) or 'nothing yet; mend the failures first'}."
 
 
@@ -158,8 +195,13 @@ def package_finding(package: Package) -> Finding:
 
 def _both_runtimes() -> Iterator[Finding]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        yield Finding("onnxruntime", WARNING, "onnxruntime and onnxruntime-gpu are both installed: one hides the other",
-                      f"{commands.pip()} uninstall onnxruntime onnxruntime-gpu, then {commands.install('ort')} or {commands.install('ort-gpu')}")  # fmt: skip
+        yield Finding(
+            "onnxruntime",
+            WARNING,
+            "onnxruntime and onnxruntime-gpu are both installed: one hides the other",
+            f"{commands.pip()} uninstall onnxruntime onnxruntime-gpu, then {commands.install('ort')} or "
+            f"{commands.install('ort-gpu')}",
+        )
 
 
 def _gpu() -> Iterator[Finding]:
@@ -173,8 +215,12 @@ def _gpu() -> Iterator[Finding]:
         return
     number, version = ctypes.c_int(), ctypes.c_int()
     if code := cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)):
-        yield Finding("GPU", WARNING, f"the driver does not start (CUDA error {code})",
-                      "check nvidia-smi; in a container, start it with --gpus all")  # fmt: skip
+        yield Finding(
+            "GPU",
+            WARNING,
+            f"the driver does not start (CUDA error {code})",
+            "check nvidia-smi; in a container, start it with --gpus all",
+        )
         return
     cuda.cuDriverGetVersion(ctypes.byref(version))
     yield _driver(version.value)
@@ -190,8 +236,12 @@ def _driver(version: int) -> Finding:
     said = f"CUDA {driver}.{version % 1000 // 10}"
     if bindings is None or bindings <= driver:
         return Finding("NVIDIA driver", OK, said)
-    return Finding("NVIDIA driver", WARNING, f"{said}, and cuda-bindings is of CUDA {bindings}: no call will work",
-                   f"{commands.package(f'cuda-bindings<{driver + 1}')}, or update the driver")  # fmt: skip
+    return Finding(
+        "NVIDIA driver",
+        WARNING,
+        f"{said}, and cuda-bindings is of CUDA {bindings}: no call will work",
+        f"{commands.package(f'cuda-bindings<{driver + 1}')}, or update the driver",
+    )
 
 
 def _describe_gpu(cuda: Any, index: int) -> str:
@@ -205,12 +255,16 @@ def _describe_gpu(cuda: Any, index: int) -> str:
         (minor, 76),
     ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-    return f"{name.value.decode(errors='replace')}, {size.value / GIB:.1f} GiB, compute capability {major.value}.{minor.value}"
+    return (
+        f"{name.value.decode(errors='replace')}, {size.value / GIB:.1f} GiB, compute capability "
+        f"{major.value}.{minor.value}"
+    )
 
 
 # a ModelProto, opset 17: y = Identity(x), both float [1]
 _IDENTITY = (
-    b"\x08\x08\x3a\x37\x0a\x10\x0a\x01x\x12\x01y\x22\x08Identity\x12\x01g\x5a\x0f\x0a\x01x\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"
+    b"\x08\x08\x3a\x37\x0a\x10\x0a\x01x\x12\x01y\x22\x08Identity\x12\x01g"
+    b"\x5a\x0f\x0a\x01x\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"
     b"\x62\x0f\x0a\x01y\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01\x42\x02\x10\x11"
 )
 
@@ -242,7 +296,8 @@ def _providers() -> Iterator[Finding]:
         mend = (
             f"install it again: {commands.package('--force-reinstall', 'onnxruntime')}"
             if name.startswith("CPU")
-            else f"its libraries are missing or too old: install CUDA and cuDNN ({commands.package('onnxruntime-gpu[cuda,cudnn]')})"
+            else f"its libraries are missing or too old: install CUDA and cuDNN "
+            f"({commands.package('onnxruntime-gpu[cuda,cudnn]')})"
         )
         yield Finding(f"provider {name}", OK if name in got else WARNING, said, "" if name in got else mend)
 
@@ -292,7 +347,8 @@ def _disk() -> Finding:
     mend = (
         ""
         if free > 40 * GIB
-        else "an 8 B model in bf16 takes 15 GiB, and as much again for its checkpoint (less with --weights link)"
+        else "an 8 B model in bf16 takes 15 GiB, and as much again for its checkpoint (less with --weights "
+        "link)"
     )
     return Finding(
         "disk",

@@ -1,9 +1,12 @@
-"""Forecasts before work: memory by backend and layout, time of a forward at the roofline, disk; and whether it fits.
+"""Forecasts before work: memory by backend and layout, time of a forward at the roofline, disk; and whether
+it fits.
 
-Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, N heads, D head_dim, V vocabulary.
+Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV heads, N heads, D head_dim, V
+vocabulary.
 
-Time: a forward takes its multiplications at the device's dense rate, or reading weights and cache at its bandwidth, whichever is
-longer; measured times are longer still. A GPU's rates are published ones, this machine's CPU is measured (devices.py).
+Time: a forward takes its multiplications at the device's dense rate, or reading weights and cache at its
+bandwidth, whichever is longer; measured times are longer still. A GPU's rates are published ones, this
+machine's CPU is measured (devices.py).
 """
 
 from __future__ import annotations
@@ -37,13 +40,15 @@ class Work:
 
 
 LAYOUTS = tuple(layout for name in backends.names() for layout in backends.BACKENDS.find(name).layouts)
-# ONNX Runtime computes fp16 on a CPU in fp32, from copies that it makes: bytes a parameter measured for 63 and 126 M parameters
+# ONNX Runtime computes fp16 on a CPU in fp32, from copies that it makes: bytes a parameter measured for 63
+# and 126 M parameters
 _CPU_16BIT = 4.7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: weights (with the head's float32 copy), the cache of all rows, the largest activations, logits and statistics."""
+    """Bytes: weights (with the head's float32 copy), the cache of all rows, the largest activations, logits
+    and statistics."""
 
     weights: int
     cache: int
@@ -71,8 +76,8 @@ def cache_bytes(facts: ModelFacts, work: Work) -> int:
 
 
 def runs(facts: ModelFacts, layout: Layout, device: Device, quantised: Quantization | None = None) -> bool:
-    """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16. What is quantised runs on what it
-    was quantised for."""
+    """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16.
+    What is quantised runs on what it was quantised for."""
     if quantised is not None:
         has_arithmetic = device.is_cpu or device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)
         return has_arithmetic and layout.runs_quantized(quantised, on_cpu=device.is_cpu)
@@ -98,8 +103,8 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
 
 
 def opening_bytes(facts: ModelFacts, layout: Layout, device: Device) -> int:
-    """Host memory that opening an engine takes beside its weights on the device, where both are one memory: the engine's file, in pieces (from
-    TensorRT 10.7 on) or whole."""
+    """Host memory that opening an engine takes beside its weights on the device, where both are one memory:
+    the engine's file, in pieces (from TensorRT 10.7 on) or whole."""
     if not device.shared or not layout.reads_whole:
         return 0
     return memory(facts, Work(1, 1, 1), layout).weights // layout.copies if device.reads_whole else PIECE
@@ -112,7 +117,8 @@ def needed_bytes(facts: ModelFacts, work: Work, layout: Layout, device: Device) 
 
 
 def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
-    """Of one row of the batch: linear layers over `rows`, attention of `rows` to `keys`, and the last layer and head on `asked`."""
+    """Of one row of the batch: linear layers over `rows`, attention of `rows` to `keys`, and the last layer
+    and head on `asked`."""
     hidden, wide = facts.hidden_size, facts.num_heads * facts.head_dim
     key_value = 2 * hidden * facts.num_kv_heads * facts.head_dim
     pruned = 2 * hidden * wide + 3 * hidden * facts.intermediate_size  # q, o and the MLP
@@ -126,8 +132,9 @@ def seconds(
 ) -> float | None:
     """The roofline time of a forward over windows of `rows`; None where the device's rates are not known.
 
-    On a CPU fp16 is computed in fp32, and 8-bit products (of 4-bit weights as well) at a rate of their own; attention stays in fp32. On a GPU
-    quantised weights are read as they are stored and, cautiously, multiplied at the 16-bit rate.
+    On a CPU fp16 is computed in fp32, and 8-bit products (of 4-bit weights as well) at a rate of their own;
+    attention stays in fp32. On a GPU quantised weights are read as they are stored and, cautiously,
+    multiplied at the 16-bit rate.
     """
     in_fp32 = facts.dtype == "fp32" or (device.is_cpu and facts.dtype == "fp16")
     rate = device.rate32 if in_fp32 else device.rate16
@@ -146,11 +153,14 @@ def seconds(
 
 
 def _read_bytes(facts: ModelFacts, item: int) -> int:
-    """Weights that a forward reads, `item` bytes each where they are not quantised: of the embedding a few rows alone."""
+    """Weights that a forward reads, `item` bytes each where they are not quantised: of the embedding a few
+    rows alone."""
     head = facts.vocab_size * facts.hidden_size
     if (
         facts.weight_bytes is not None
-    ):  # a tied head is stored beside the embedding, whose numbers have 16 bits (or 32, then this is too much)
+        # a tied head is stored beside the embedding, whose numbers have 16 bits (or 32, then this is too
+        # much)
+    ):
         return facts.weight_bytes - 2 * head
     return (facts.parameters - (0 if facts.tied_head else head)) * item + (
         4 - item
@@ -166,18 +176,20 @@ class Model:
 
 
 def model_of(path: str, dtype: str | None, quantize: str | None = None, device: str | None = None) -> Model:
-    """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices), as an export quantises it. Raises
-    DllmError."""
+    """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices), as
+    an export quantises it. Raises DllmError."""
     if _is_artifact(path):
         manifest = manifests.load(Path(path))
         if quantize is not None:
             source = manifest.source.get("checkpoint", "the checkpoint")
             raise DllmError(
-                f"{path}: --quantize forecasts the export of a checkpoint, this is an artifact: give {source}."
+                f"{path}: --quantize forecasts the export of a checkpoint, this is an artifact: give "
+                f"{source}."
             )
         if dtype is not None and manifest.quantization is not None:
             raise DllmError(
-                f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype out."
+                f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype "
+                f"out."
             )
         return Model(
             manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization
@@ -191,7 +203,8 @@ def model_of(path: str, dtype: str | None, quantize: str | None = None, device: 
     names = forecast.quantization.names_for(of_device)
     if quantize in forecast.quantization.NAMES and quantize not in names:
         raise DllmError(
-            f"--quantize {quantize} does not run on {device}: quantise with {' or '.join(names)}, or leave --device out."
+            f"--quantize {quantize} does not run on {device}: quantise with {' or '.join(names)}, or leave "
+            f"--device out."
         )
     return Model(*forecast.quantised(path, dtype, quantize, of_device if quantize in names else None))
 
@@ -207,7 +220,8 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
     why = (
         ""
         if opening <= PIECE
-        else f" (opening it: this TensorRT holds the engine's file whole beside its weights, {size_text(opening)} more)"
+        else f" (opening it: this TensorRT holds the engine's file whole beside its weights, "
+        f"{size_text(opening)} more)"
     )
     what = f"{layout.name} on {device.name}{why}"
     room = f"{size_text(free)}" + (
@@ -224,8 +238,11 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
     if fitting:
         return f"{short}; {fitting} would."
     least = needed(facts, replace(work, batch=1, length=min(work.length, _SHORTEST)))
-    enough = [d.name for d in sorted(DEVICES.values(), key=lambda d: d.memory)
-              if needed_bytes(facts, work, layout, d) <= d.memory - d.reserved]  # fmt: skip
+    enough = [
+        d.name
+        for d in sorted(DEVICES.values(), key=lambda d: d.memory)
+        if needed_bytes(facts, work, layout, d) <= d.memory - d.reserved
+    ]
     other = (
         f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
     )
@@ -284,31 +301,64 @@ def report(
         return seconds(facts, work, device, rows=rows, quantised=quantised) if layouts[device.name] else None
 
     return {
-        "model": asdict(facts), "work": asdict(work),
+        "model": asdict(facts),
+        "work": asdict(work),
         "quantised": None if quantised is None else {"scheme": quantised.scheme, "target": quantised.target},
-        "memory": {layout.name: {**asdict(parts), "total": parts.total}
-                   for layout in used for parts in [memory(facts, work, layout, on_cpu=only_cpu)]},
-        "disk": {"artifact": weights, "artifact, weights linked": None if facts.weight_bytes else weights - facts.parameters * _item(facts),
-                 "engines, shared": engines, "engines, split": engines and 2 * engines},
+        "memory": {
+            layout.name: {**asdict(parts), "total": parts.total}
+            for layout in used
+            for parts in [memory(facts, work, layout, on_cpu=only_cpu)]
+        },
+        "disk": {
+            "artifact": weights,
+            "artifact, weights linked": None
+            if facts.weight_bytes
+            else weights - facts.parameters * _item(facts),
+            "engines, shared": engines,
+            "engines, split": engines and 2 * engines,
+        },
         "build_memory": engines and 3 * engines,
-        "devices": {device.name: {
-            "memory": device.memory, "prefix_pass_seconds": time_of(device, work.length),
-            "refine_step_seconds": time_of(device, min(work.block_length, work.length)),
-            "fits": {layout.label: needed_bytes(facts, work, layout, device) <= device.memory - device.reserved
-                     for layout in layouts[device.name]},
-            "opening": {layout.label: opening_bytes(facts, layout, device) for layout in layouts[device.name]},
-            "rates": {"measured": device.is_cpu, "bandwidth": device.bandwidth, "fp32": device.rate32, "16 bit": device.rate16,
-                      "8 bit": device.rate8},
-        } for device in devices},
-        "verdicts": [verdict(facts, work, device, layout) for device in devices for layout in layouts[device.name]],
-    }  # fmt: skip
+        "devices": {
+            device.name: {
+                "memory": device.memory,
+                "prefix_pass_seconds": time_of(device, work.length),
+                "refine_step_seconds": time_of(device, min(work.block_length, work.length)),
+                "fits": {
+                    layout.label: needed_bytes(facts, work, layout, device) <= device.memory - device.reserved
+                    for layout in layouts[device.name]
+                },
+                "opening": {
+                    layout.label: opening_bytes(facts, layout, device) for layout in layouts[device.name]
+                },
+                "rates": {
+                    "measured": device.is_cpu,
+                    "bandwidth": device.bandwidth,
+                    "fp32": device.rate32,
+                    "16 bit": device.rate16,
+                    "8 bit": device.rate8,
+                },
+            }
+            for device in devices
+        },
+        "verdicts": [
+            verdict(facts, work, device, layout) for device in devices for layout in layouts[device.name]
+        ],
+    }
 
 
 def run(
-    path: str, *, device: str | None, batch: int, length: int | None, block_length: int, dtype: str | None, as_json: bool,
+    path: str,
+    *,
+    device: str | None,
+    batch: int,
+    length: int | None,
+    block_length: int,
+    dtype: str | None,
+    as_json: bool,
     quantize: str | None = None,
-) -> tuple[str, dict[str, Any]]:  # fmt: skip
-    """The forecast for a model, as text or JSON, and as data; without a device for all of the table that it can run on. Raises DllmError."""
+) -> tuple[str, dict[str, Any]]:
+    """The forecast for a model, as text or JSON, and as data; without a device for all of the table that it
+    can run on. Raises DllmError."""
     if device is not None:
         find(device)
     model = model_of(path, dtype, quantize, device)
@@ -321,7 +371,8 @@ def run(
     made = report(facts, work, names, quantised)
     if quantised is not None and device is not None and not made["memory"]:
         raise DllmError(
-            f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: {_other(quantised)}."
+            f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: "
+            f"{_other(quantised)}."
         )
     return json.dumps(made, indent=1) if as_json else forecast_text.describe(
         facts, made, verdicts=device is not None

@@ -7,7 +7,10 @@ from typing import Any
 from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.machine.devices import size_text
 
-FORECAST = "times are a forecast, the least that the rates allow: of GPUs published rates ('make gpu-report' measures one)"
+FORECAST = (
+    "times are a forecast, the least that the rates allow: of GPUs published rates ('make "
+    "gpu-report' measures one)"
+)
 
 
 def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
@@ -16,28 +19,39 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
     kind = f", {how['scheme']} for {how['target']}" if how else ""
     lines = [
         f"{facts.family}, {_count(facts.parameters)} parameters, {facts.dtype}{kind}; "
-        f"batch {work['batch']}, canvas {work['length']}, block {work['block_length']}", "",
+        f"batch {work['batch']}, canvas {work['length']}, block {work['block_length']}",
+        "",
         f"{'memory':30}{'weights':>12}{'cache':>12}{'activations':>13}{'statistics':>12}{'total':>12}",
-    ]  # fmt: skip
+    ]
     for name, parts in made["memory"].items():
-        lines.append(f"{name:30}{size_text(parts['weights']):>12}{size_text(parts['cache']):>12}{size_text(parts['activations']):>13}"
-                     f"{size_text(parts['statistics']):>12}{size_text(parts['total']):>12}")  # fmt: skip
+        lines.append(
+            f"{name:30}{size_text(parts['weights']):>12}{size_text(parts['cache']):>12}"
+            f"{size_text(parts['activations']):>13}"
+            f"{size_text(parts['statistics']):>12}{size_text(parts['total']):>12}"
+        )
     linked = disk["artifact, weights linked"]
     lines += [
         "",
-        f"disk: artifact {size_text(disk['artifact'])} ({'quantised' if linked is None else f'{size_text(linked)} with --weights link'})",
+        f"disk: artifact {size_text(disk['artifact'])} "
+        f"({'quantised' if linked is None else f'{size_text(linked)} with --weights link'})",
     ]
     if made["build_memory"] is not None:
-        lines[-1] += (f", engines {size_text(disk['engines, shared'])} (shared) or {size_text(disk['engines, split'])} (split); building an engine takes "
-                      f"about three times the weights, {size_text(made['build_memory'])}, of memory")  # fmt: skip
+        lines[-1] += (
+            f", engines {size_text(disk['engines, shared'])} (shared) or "
+            f"{size_text(disk['engines, split'])} (split); building an engine takes "
+            f"about three times the weights, {size_text(made['build_memory'])}, of memory"
+        )
     lines += [
         "",
         f"{'forecast, at the roofline':26}{'memory':>12}{'prefix pass ms':>16}{'refine step ms':>16}  fits",
     ]
     for name, row in made["devices"].items():
         fitting = [label for label, fits in row["fits"].items() if fits]
-        lines.append(f"{name:26}{size_text(row['memory']):>12}{_ms(row['prefix_pass_seconds']):>16}{_ms(row['refine_step_seconds']):>16}"
-                     f"  {', '.join(fitting) or 'nothing'}")  # fmt: skip
+        lines.append(
+            f"{name:26}{size_text(row['memory']):>12}{_ms(row['prefix_pass_seconds']):>16}"
+            f"{_ms(row['refine_step_seconds']):>16}"
+            f"  {', '.join(fitting) or 'nothing'}"
+        )
     lines += ["", *(made["verdicts"] if verdicts else []), f"({FORECAST}{_measured(made)})"]
     return "\n".join(lines)
 
@@ -60,7 +74,8 @@ def _measured(made: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"; of this CPU a copy of {rates['bandwidth']:.0f} GB/s and products of {1000 * rates['fp32']:.0f} GFLOP/s in fp32, measured just "
+        f"; of this CPU a copy of {rates['bandwidth']:.0f} GB/s and products of {1000 * rates['fp32']:.0f} "
+        f"GFLOP/s in fp32, measured just "
         f"now{eight} ('dllm-trt bench' measures an artifact)"
     )
 

@@ -1,7 +1,9 @@
-"""Measure caches and parallel unmasking side by side in one run: every variant in turn, again and again, medians at the end.
+"""Measure caches and parallel unmasking side by side in one run: every variant in turn, again and again,
+medians at the end.
 
-Honest figures: tokens/s counts useful tokens (before the end of the answer; with random prompts, where no answer ends, all
-generated tokens), batch 1, the time from the first forward to the last. Memory is the peak of a process of its own.
+Honest figures: tokens/s counts useful tokens (before the end of the answer; with random prompts, where no
+answer ends, all generated tokens), batch 1, the time from the first forward to the last. Memory is the peak
+of a process of its own.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ from trt_runtime.system.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs too, in each of `reference_dtypes`
-    (empty: the artifact's); `beside`: other artifacts of the same model, quantised ones, say, which run the same variants."""
+    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs
+    too, in each of `reference_dtypes` (empty: the artifact's); `beside`: other artifacts of the same model,
+    quantised ones, say, which run the same variants."""
 
     prompts: Path | None
     prompt_length: int
@@ -87,8 +90,22 @@ def options_of(args: argparse.Namespace) -> Options:
     for dtype in dtypes:
         if dtype not in contract.DTYPES:
             raise unknown("dtype", dtype, contract.DTYPES)
-    return Options(args.prompts, args.prompt_length, args.count, args.repeats, args.gen_length, args.block_length,
-                   args.threshold, args.tokens_per_step, variants, reference, args.threads, args.checkpoint, tuple(args.beside), dtypes)  # fmt: skip
+    return Options(
+        args.prompts,
+        args.prompt_length,
+        args.count,
+        args.repeats,
+        args.gen_length,
+        args.block_length,
+        args.threshold,
+        args.tokens_per_step,
+        variants,
+        reference,
+        args.threads,
+        args.checkpoint,
+        tuple(args.beside),
+        dtypes,
+    )
 
 
 def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str, Any]:
@@ -130,11 +147,21 @@ def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str
     config = next(iter(variants.values()))
     each = progress.each(opened, "measuring memory")
     memory = {label: _peak_memory(opened[label], label, options, config) for label in each}
-    return {"machine": machine(), "settings": asdict(options) | {"prompts": str(options.prompts or "random token ids"),
-                                                                        "beside": [path.name for path in options.beside]},
-            "artifact": {"family": model.manifest.model.family, "parameters": model.manifest.model.parameters,
-                         "dtype": model.manifest.model.dtype},
-            "rows": rows, "peak_memory_mib": memory}  # fmt: skip
+    return {
+        "machine": machine(),
+        "settings": asdict(options)
+        | {
+            "prompts": str(options.prompts or "random token ids"),
+            "beside": [path.name for path in options.beside],
+        },
+        "artifact": {
+            "family": model.manifest.model.family,
+            "parameters": model.manifest.model.parameters,
+            "dtype": model.manifest.model.dtype,
+        },
+        "rows": rows,
+        "peak_memory_mib": memory,
+    }
 
 
 def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, Model]:
@@ -146,7 +173,8 @@ def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, M
             model.manifest.model, dtype="", weight_bytes=None
         ):
             raise DllmError(
-                f"--beside {path}: is of another model than {model.path}: give an artifact of the same checkpoint."
+                f"--beside {path}: is of another model than {model.path}: give an artifact of the same "
+                f"checkpoint."
             )
         label = (
             f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
@@ -188,12 +216,23 @@ def table(report: dict[str, Any]) -> str:
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines]  # fmt: skip
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     memory = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in report["peak_memory_mib"].items())
     machine = report["machine"]
-    return "\n".join([*text, f"peak memory of a process: {memory}",
-                      f"{machine['cpu']}, {machine['threads_available']} cores; " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())])  # fmt: skip
+    return "\n".join(
+        [
+            *text,
+            f"peak memory of a process: {memory}",
+            f"{machine['cpu']}, {machine['threads_available']} cores; "
+            + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
+        ]
+    )
 
 
 def _prompts(model: Model, options: Options) -> list[Prompt]:
@@ -207,8 +246,13 @@ def _prompts(model: Model, options: Options) -> list[Prompt]:
 
 
 def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
-    base = GenerationConfig(gen_length=options.gen_length, block_length=options.block_length, policy="fixed",
-                            threshold=options.threshold, stop_at_eos=options.prompts is not None)  # fmt: skip
+    base = GenerationConfig(
+        gen_length=options.gen_length,
+        block_length=options.block_length,
+        policy="fixed",
+        threshold=options.threshold,
+        stop_at_eos=options.prompts is not None,
+    )
     base = base.resolved(model.manifest)
     vanilla = replace(base, cache="none")
     if options.tokens_per_step is not None:
@@ -247,9 +291,15 @@ def _row(name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
         return statistics.median(values) if values else None
 
     speeds = [sample["tokens"] / sample["seconds"] for sample in samples]
-    return {"variant": name, "tokens_per_second": statistics.median(speeds), "tokens_per_second_all": speeds,
-            "tokens_per_forward": samples[0]["tokens"] / samples[0]["nfe"], "nfe": samples[0]["nfe"] / samples[0]["answers"],
-            "prefix_ms": median("prefix_ms"), "refine_ms": median("refine_ms")}  # fmt: skip
+    return {
+        "variant": name,
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_all": speeds,
+        "tokens_per_forward": samples[0]["tokens"] / samples[0]["nfe"],
+        "nfe": samples[0]["nfe"] / samples[0]["answers"],
+        "prefix_ms": median("prefix_ms"),
+        "refine_ms": median("refine_ms"),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -274,10 +324,19 @@ def _lines(path: str) -> list[str]:
 
 
 def _peak_memory(model: Model, label: str, options: Options, config: GenerationConfig) -> float:
-    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with both roles."""
+    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with
+    both roles."""
     dtype = label.partition(" ")[2] if model.backend.name == REFERENCE else ""
-    job = {"artifact": str(model.path), "backend": model.backend.name, "prompt_length": options.prompt_length, "threads": options.threads,
-           "checkpoint": options.checkpoint, "dtype": dtype, "gen_length": config.gen_length, "block_length": config.block_length}  # fmt: skip
+    job = {
+        "artifact": str(model.path),
+        "backend": model.backend.name,
+        "prompt_length": options.prompt_length,
+        "threads": options.threads,
+        "checkpoint": options.checkpoint,
+        "dtype": dtype,
+        "gen_length": config.gen_length,
+        "block_length": config.block_length,
+    }
     command = [sys.executable, "-m", "trt_runtime.measure.bench", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,13 +1,15 @@
 """Recorded decode cases: the format, its checks, and the rows that a case asks for.
 
-A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps, threshold (null with
-a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask (false for padding at the left of a row), and
-what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list of [kind, start,
-length, positions, tokens]; with several rows the positions are [row, position] pairs). A step may have a sixth entry, the confidence of
-each position, as results have it (generate --json, replay --output): it is not compared.
+A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps,
+threshold (null with a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask
+(false for padding at the left of a row), and
+what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list
+of [kind, start, length, positions, tokens]; with several rows the positions are [row, position] pairs). A
+step may have a sixth entry, the confidence of each position, as results have it (generate --json, replay
+--output): it is not compared.
 
-A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and there `steps` does
-not bound a threshold; without a cache it does (policies.Threshold).
+A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and
+there `steps` does not bound a threshold; without a cache it does (policies.Threshold).
 """
 
 from __future__ import annotations
@@ -36,20 +38,35 @@ FORMAT = 3  # of the files that are written here (2 is that of recordings of blo
 # kinds of steps in files of format 1: 'prefix' was a refine step there
 _KINDS_OF_1 = {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK}
 _MODES = ("none", "prefix", "dual")  # of random cases
-INPUTS = ("id", "family", "mode", "prompt", "gen_length", "block_length", "steps", "threshold", "factor", "alg", "top_p",
-           "top_k", "attention_mask")  # fmt: skip
+INPUTS = (
+    "id",
+    "family",
+    "mode",
+    "prompt",
+    "gen_length",
+    "block_length",
+    "steps",
+    "threshold",
+    "factor",
+    "alg",
+    "top_p",
+    "top_k",
+    "attention_mask",
+)
 
 
 @dataclass(frozen=True)
 class CaseFile:
-    """The cases of a file, the kinds of their steps in today's words, and the format that they were written in."""
+    """The cases of a file, the kinds of their steps in today's words, and the format that they were written
+    in."""
 
     cases: list[Case]
     format: int
 
 
 def read_file(path: Path) -> CaseFile:
-    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which is of format 1. Raises DllmError."""
+    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which is of format 1. Raises
+    DllmError."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -62,7 +79,8 @@ def read_file(path: Path) -> CaseFile:
     written = read.get("format", 1) if isinstance(read, dict) else 1
     if type(written) is not int or not 1 <= written <= FORMAT:
         raise DllmError(
-            f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the cases again."
+            f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the "
+            f"cases again."
         )
     return CaseFile([_with_kinds(case, _KINDS_OF_1) for case in cases] if written == 1 else cases, written)
 
@@ -121,10 +139,18 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
         block = int(rng.choice([4, 8, 16]))
         gen = max(1, min(block * int(rng.integers(2, 5)), model.max_length // 2))
         prompt = rng.choice(words, int(rng.integers(1, max(2, min(48, model.max_length - gen)))))
-        cases.append({
-            "id": f"random-{seed}-{i}", "family": model.family, "mode": _MODES[i % 3], "prompt": [prompt.tolist()],
-            "gen_length": gen, "block_length": block, "steps": max(1, gen // 2), **options[(i // 3) % len(options)],
-        })  # fmt: skip
+        cases.append(
+            {
+                "id": f"random-{seed}-{i}",
+                "family": model.family,
+                "mode": _MODES[i % 3],
+                "prompt": [prompt.tolist()],
+                "gen_length": gen,
+                "block_length": block,
+                "steps": max(1, gen // 2),
+                **options[(i // 3) % len(options)],
+            }
+        )
     return cases
 
 
@@ -149,8 +175,17 @@ def rows_of(manifest: Manifest, case: Case) -> list[Row]:
         raise DllmError(
             f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know."
         )
-    rules = Rules(gen, block, PLANS.find(case["mode"])(), _policy(case, block), facts.mask_token_id, facts.eos_token_ids, facts.logit_shift,
-                  sampler=sampler, first_commit=facts.first_commit)  # fmt: skip
+    rules = Rules(
+        gen,
+        block,
+        PLANS.find(case["mode"])(),
+        _policy(case, block),
+        facts.mask_token_id,
+        facts.eos_token_ids,
+        facts.logit_shift,
+        sampler=sampler,
+        first_commit=facts.first_commit,
+    )
     rows = []
     for prompt, mask in zip(
         case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True
@@ -191,10 +226,18 @@ def _is_step(value: Any, several: bool) -> bool:
 
 def _is_padding(value: Any, prompts: list[list[int]]) -> bool:
     """A mask as long as each prompt, whose false entries stand at the left of true ones."""
-    return isinstance(value, list) and len(value) == len(prompts) and all(
-        isinstance(row, list) and len(row) == len(prompt) and all(type(item) is bool for item in row)
-        and any(row) and row == sorted(row) for row, prompt in zip(value, prompts, strict=True)
-    )  # fmt: skip
+    return (
+        isinstance(value, list)
+        and len(value) == len(prompts)
+        and all(
+            isinstance(row, list)
+            and len(row) == len(prompt)
+            and all(type(item) is bool for item in row)
+            and any(row)
+            and row == sorted(row)
+            for row, prompt in zip(value, prompts, strict=True)
+        )
+    )
 
 
 def _check_case(case: Case) -> None:

@@ -1,4 +1,5 @@
-"""An artifact behind lm-evaluation-harness: accuracy on its tasks, with what the decoding cost beside it. Needs the `eval` extra."""
+"""An artifact behind lm-evaluation-harness: accuracy on its tasks, with what the decoding cost beside it.
+Needs the `eval` extra."""
 
 from __future__ import annotations
 
@@ -56,25 +57,39 @@ class Figures:
     largest_standard_error: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
-        per = {"tokens_per_forward": self.useful_tokens / max(1, self.nfe), "tokens_per_second": self.useful_tokens / max(1e-9, self.seconds),
-               "nfe_an_answer": self.nfe / max(1, self.answers)}  # fmt: skip
+        per = {
+            "tokens_per_forward": self.useful_tokens / max(1, self.nfe),
+            "tokens_per_second": self.useful_tokens / max(1e-9, self.seconds),
+            "nfe_an_answer": self.nfe / max(1, self.answers),
+        }
         return asdict(self) | ({name: round(value, 3) for name, value in per.items()} if self.answers else {})
 
 
 class Harness(TemplateLM):  # type: ignore[misc]
-    """lm-evaluation-harness' view of a model. `config` is how answers are generated; likelihoods are estimated from `samples` forwards each.
+    """lm-evaluation-harness' view of a model. `config` is how answers are generated; likelihoods are
+    estimated from `samples` forwards each.
 
-    max_length: tokens of a prompt with its answer (None: the model's), and of a rolling likelihood's window (None: at most MOST_WINDOW).
-    add_bos: whether texts get a BOS token: 'auto' (as the tokenizer says, and never before what a chat template wrote), 'yes' or 'no'.
+    max_length: tokens of a prompt with its answer (None: the model's), and of a rolling likelihood's window
+    (None: at most MOST_WINDOW).
+    add_bos: whether texts get a BOS token: 'auto' (as the tokenizer says, and never before what a chat
+    template wrote), 'yes' or 'no'.
     escape_until: leave answers whole, whatever stop strings a task has.
     """
 
     progress: Progress = SILENT  # told of every answer and likelihood
 
     def __init__(
-        self, model: Model, config: GenerationConfig, *, batch: int, samples: int, check_greedy: bool, max_length: int | None = None,
-        add_bos: str = "auto", escape_until: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: Model,
+        config: GenerationConfig,
+        *,
+        batch: int,
+        samples: int,
+        check_greedy: bool,
+        max_length: int | None = None,
+        add_bos: str = "auto",
+        escape_until: bool = False,
+    ) -> None:
         super().__init__()
         if model.tokenizer is None:
             raise DllmError(f"{model.path}: has no tokenizer: tasks are texts.")
@@ -115,8 +130,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The rendered conversation, up to where the answer begins; or, where the task begins the answer itself (gen_prefix, then the last
-        message), right behind that beginning."""
+        """The rendered conversation, up to where the answer begins; or, where the task begins the answer
+        itself (gen_prefix, then the last message), right behind that beginning."""
         if not self._words.has_chat_template:
             raise DllmError(f"{self.model.path}: has no chat template: leave --chat out.")
         self._has_rendered = True
@@ -142,7 +157,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut at the first stop string. Options of a task that are not honoured are refused by name.
 
-        What is drawn for a request depends on the seed, on its text and on how often that text was asked before: not on the batch.
+        What is drawn for a request depends on the seed, on its text and on how often that text was asked
+        before: not on the batch.
         """
         answers: list[str] = []
         repeats: Counter[str] = Counter()
@@ -192,7 +208,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
                 or not float(length).is_integer()
             ):
                 raise DllmError(
-                    f"{name} of the task is {length!r}, expected a whole number from 1 (--gen-kwargs overrides it)."
+                    f"{name} of the task is {length!r}, expected a whole number from 1 (--gen-kwargs "
+                    f"overrides it)."
                 )
             given["gen_length"] = min(int(length), max(1, self.max_length // 2))  # the prompt needs room too
         try:
@@ -204,7 +221,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
             ) from error
 
     def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:
-        """What a task says of drawing, where the command line says nothing. do_sample without a temperature is temperature 1."""
+        """What a task says of drawing, where the command line says nothing. do_sample without a temperature
+        is temperature 1."""
         temperature, given = options.get("temperature"), {}
         if isinstance(temperature, (int, float)):
             temperature = effective_temperature(temperature)
@@ -218,11 +236,13 @@ class Harness(TemplateLM):  # type: ignore[misc]
         return given
 
     def _fitting(self, ids: list[int], length: int, advice: str = "give a smaller --gen-length") -> list[int]:
-        """The end of a prompt that leaves no room for `length` more tokens, behind its BOS token; it is counted."""
+        """The end of a prompt that leaves no room for `length` more tokens, behind its BOS token; it is
+        counted."""
         room = self.max_length - length
         if room < 1:
             raise DllmError(
-                f"{length} tokens are to follow a prompt, with which there may be {self.max_length}: {advice}."
+                f"{length} tokens are to follow a prompt, with which there may be {self.max_length}: "
+                f"{advice}."
             )
         if len(ids) <= room:
             return ids
@@ -279,7 +299,8 @@ def _cut(text: str, stops: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of lm-eval. Tasks are found in the directories `include`, and with `defaults` among its own, whose data come from a hub."""
+    """What is asked of lm-eval. Tasks are found in the directories `include`, and with `defaults` among its
+    own, whose data come from a hub."""
 
     include: tuple[Path, ...] = ()
     defaults: bool = True
@@ -293,7 +314,8 @@ class Settings:
 def run(harness: Harness, tasks: list[str], settings: Settings) -> dict[str, Any]:
     """Evaluate: lm-eval's results, how they were decoded, what that took.
 
-    Raises DllmError for a task that is not there, and for whatever lm-eval, its data and the task's own code raise.
+    Raises DllmError for a task that is not there, and for whatever lm-eval, its data and the task's own code
+    raise.
     """
     with in_one_line(run_unsafe_code=settings.run_unsafe_code):
         manager = TaskManager(
@@ -302,23 +324,47 @@ def run(harness: Harness, tasks: list[str], settings: Settings) -> dict[str, Any
         for name in tasks:
             _check_task(manager, name, settings)
         made = evaluator.simple_evaluate(
-            harness, tasks=tasks, num_fewshot=settings.few_shot, limit=settings.limit, apply_chat_template=settings.chat,
-            gen_kwargs=_options_of(settings.gen_kwargs), task_manager=manager, bootstrap_iters=1000, log_samples=False,
+            harness,
+            tasks=tasks,
+            num_fewshot=settings.few_shot,
+            limit=settings.limit,
+            apply_chat_template=settings.chat,
+            gen_kwargs=_options_of(settings.gen_kwargs),
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
             confirm_run_unsafe_code=settings.run_unsafe_code,
-        )  # fmt: skip
-    decoding = {"config": asdict(harness.config.resolved(harness.model.manifest)), "likelihood_samples": harness.samples,
-                "check_greedy": harness.check_greedy, "chat_template": settings.chat, "few_shot": settings.few_shot, "limit": settings.limit,
-                "batch": harness.batch, "gen_kwargs": settings.gen_kwargs, "max_length": harness.max_length, "window": harness.window,
-                "add_bos": harness.add_bos, "escape_until": harness.escape_until}  # fmt: skip
+        )
+    decoding = {
+        "config": asdict(harness.config.resolved(harness.model.manifest)),
+        "likelihood_samples": harness.samples,
+        "check_greedy": harness.check_greedy,
+        "chat_template": settings.chat,
+        "few_shot": settings.few_shot,
+        "limit": settings.limit,
+        "batch": harness.batch,
+        "gen_kwargs": settings.gen_kwargs,
+        "max_length": harness.max_length,
+        "window": harness.window,
+        "add_bos": harness.add_bos,
+        "escape_until": harness.escape_until,
+    }
     keep = ("results", "versions", "n-shot", "higher_is_better", "n-samples")
     found = json.loads(json.dumps({key: made[key] for key in keep if key in made}, default=_plain))
-    return {"artifact": harness.model.path.name, "backend": harness.model.backend.name, **found,
-            "decoding": decoding, "figures": harness.figures.as_dict(), "machine": machine(), "lm_eval": metadata.version("lm_eval")}  # fmt: skip
+    return {
+        "artifact": harness.model.path.name,
+        "backend": harness.model.backend.name,
+        **found,
+        "decoding": decoding,
+        "figures": harness.figures.as_dict(),
+        "machine": machine(),
+        "lm_eval": metadata.version("lm_eval"),
+    }
 
 
 def _check_task(manager: TaskManager, name: str, settings: Settings) -> None:
-    """Raise for a task that is not there, or not allowed. lm-eval leaves out files that it cannot read: the one that names the task then
-    says why."""
+    """Raise for a task that is not there, or not allowed. lm-eval leaves out files that it cannot read: the
+    one that names the task then says why."""
     if name in manager.all_tasks:  # before its data are downloaded; those of groups are found out by lm-eval
         if (manager.task_index[name].cfg or {}).get("unsafe_code") and not settings.run_unsafe_code:
             raise unsafe()
@@ -367,11 +413,15 @@ def table(report: dict[str, Any]) -> str:
                 )
     took = report["figures"]
     if took["answers"]:
-        lines.append(f"{took['answers']} answers: {took['nfe_an_answer']:.1f} forwards each, {took['tokens_per_forward']:.2f} tokens a forward, "
-                     f"{took['tokens_per_second']:.0f} tokens/s; {took['truncated']} prompts cut at the left")  # fmt: skip
+        lines.append(
+            f"{took['answers']} answers: {took['nfe_an_answer']:.1f} forwards each, "
+            f"{took['tokens_per_forward']:.2f} tokens a forward, "
+            f"{took['tokens_per_second']:.0f} tokens/s; {took['truncated']} prompts cut at the left"
+        )
     if took["likelihoods"]:
         lines.append(
-            f"{took['likelihoods']} likelihoods: {took['likelihood_forwards']} forwards, standard error of the estimates up to {took['largest_standard_error']:.3f}"
+            f"{took['likelihoods']} likelihoods: {took['likelihood_forwards']} forwards, standard error of "
+            f"the estimates up to {took['largest_standard_error']:.3f}"
         )
     if took["windows"]:
         lines.append(

@@ -1,4 +1,5 @@
-"""What lm-evaluation-harness, its data sets and the code of tasks raise, as one sentence each that says how to go on."""
+"""What lm-evaluation-harness, its data sets and the code of tasks raise, as one sentence each that says how
+to go on."""
 
 from __future__ import annotations
 
@@ -13,11 +14,20 @@ from trt_runtime.system import commands
 from trt_runtime.system.program import chain_of
 
 _log = logging.getLogger(__name__)
-# exceptions of datasets, huggingface_hub, requests and httpx, by name: what a base class of an error is called
+# exceptions of datasets, huggingface_hub, requests and httpx, by name: what a base class of an error is
+# called
 _NOT_REACHED = {
-    "ConnectionError", "RequestException", "HTTPError", "HfHubHTTPError", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
-    "DatasetNotFoundError", "DataFilesNotFoundError", "gaierror",
-}  # fmt: skip
+    "ConnectionError",
+    "RequestException",
+    "HTTPError",
+    "HfHubHTTPError",
+    "TransportError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "DatasetNotFoundError",
+    "DataFilesNotFoundError",
+    "gaierror",
+}
 _NOT_CACHED = ("Couldn't find cache for", "Hugging Face Hub", "Couldn't reach", "offline mode")
 _MATH = ("antlr4", "math_verify", "sympy", "latex2sympy2", "lm-eval[math]", "lm_eval[math]")
 _LONGEST = 300
@@ -26,7 +36,8 @@ _UNSAFE = "the task runs code that the model writes, which can do anything on th
 
 @contextmanager
 def in_one_line(*, run_unsafe_code: bool) -> Iterator[None]:
-    """Turn whatever is raised inside into a DllmError. The traceback is logged at level DEBUG, and kept as the cause."""
+    """Turn whatever is raised inside into a DllmError. The traceback is logged at level DEBUG, and kept as
+    the cause."""
     try:
         yield
     except (Exception, SystemExit) as error:  # a task's functions can raise anything
@@ -42,7 +53,8 @@ def _told(error: BaseException, run_unsafe_code: bool) -> DllmError:
     if any("marked as unsafe" in text or "HF_ALLOW_CODE_EVAL" in text for text in texts):
         return DllmError(_UNSAFE + "set HF_ALLOW_CODE_EVAL=1 as well.") if run_unsafe_code else unsafe()
     return next((told for held in chain if (told := _known(held))), None) or DllmError(
-        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): mend the task, or leave it out of --tasks."
+        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): mend the task, or "
+        f"leave it out of --tasks."
     )
 
 
@@ -55,7 +67,8 @@ def _where(error: BaseException) -> str:
 def unsafe() -> DllmError:
     """The error for a task that runs code of the model, which the user did not allow."""
     return DllmError(
-        f"{_UNSAFE}give --confirm-run-unsafe-code (it also sets HF_ALLOW_CODE_EVAL=1, which the metric asks for), or leave the task out."
+        f"{_UNSAFE}give --confirm-run-unsafe-code (it also sets HF_ALLOW_CODE_EVAL=1, which the metric asks "
+        f"for), or leave the task out."
     )
 
 
@@ -72,13 +85,15 @@ def _known(error: BaseException) -> DllmError | None:
         )
     if isinstance(error, MemoryError):
         return DllmError(
-            f"the memory does not suffice ({_short(text)}): give a smaller --batch, --max-length or --gen-length."
+            f"the memory does not suffice ({_short(text)}): give a smaller --batch, --max-length or "
+            f"--gen-length."
         )
     if {cls.__name__ for cls in type(error).__mro__} & _NOT_REACHED or any(
         said in text for said in _NOT_CACHED
     ):
         return DllmError(
-            f"the task's data cannot be downloaded ({_short(text)}): check its name, the network and HF_HUB_OFFLINE, or take a task whose "
+            f"the task's data cannot be downloaded ({_short(text)}): check its name, the network and "
+            f"HF_HUB_OFFLINE, or take a task whose "
             "data are here (--include-path)."
         )
     return None

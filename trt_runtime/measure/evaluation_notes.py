@@ -1,4 +1,5 @@
-"""What lm-evaluation-harness and its libraries write on standard error by themselves, kept to what this program's commands promise."""
+"""What lm-evaluation-harness and its libraries write on standard error by themselves, kept to what this
+program's commands promise."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ _OTHERS = "can be passed to `--metadata`"  # an option of lm-eval's own command
 
 
 def prepare(*, quiet: bool) -> None:
-    """No progress bars of theirs (the harness shows its own), no advice on options that `dllm-trt eval` has not; with `quiet` no warnings either.
+    """No progress bars of theirs (the harness shows its own), no advice on options that `dllm-trt eval` has
+    not; with `quiet` no warnings either.
 
     To be called before lm-eval is imported: tqdm reads its setting then. A TQDM_DISABLE of the user's stays.
     """

@@ -23,17 +23,20 @@ class Example:
 
 
 def read(path: Path) -> list[Example]:
-    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. In JSON a prompt may be token ids. Raises DllmError."""
+    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. In JSON a prompt may be
+    token ids. Raises DllmError."""
     return [_example(line, f"{path}: line {number}") for number, line in numbered_lines(path)]
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers in it. Raises DllmError, also where there is none."""
+    """The lines of a text file that are not empty, with their numbers in it. Raises DllmError, also where
+    there is none."""
     try:
         held = path.read_bytes()
         if held.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in held[:4096]:
             raise DllmError(
-                f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON object a line."
+                f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON "
+                f"object a line."
             )
         lines = split_lines(held.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -51,7 +54,8 @@ def lines_of(path: Path) -> list[str]:
 
 
 def split_lines(text: str) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers. Only a line feed ends one: U+2028 and the like are part of a prompt."""
+    """The lines that are not empty, with their numbers. Only a line feed ends one: U+2028 and the like are
+    part of a prompt."""
     lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -85,7 +89,8 @@ def is_right(answer: str, example: Example, match: str) -> bool:
 
 
 def _is_same(answer: str, right: str, match: str) -> bool:
-    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key makes it none."""
+    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key
+    makes it none."""
     if match == "exact":
         return answer.strip() == right.strip()
     try:

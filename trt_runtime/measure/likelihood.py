@@ -1,8 +1,11 @@
-"""How likely a text is to a diffusion model, by the Monte-Carlo estimate of LLaDA (arXiv 2502.09992, appendix B.5), and whether it would write it itself.
+"""How likely a text is to a diffusion model, by the Monte-Carlo estimate of LLaDA (arXiv 2502.09992, appendix
+B.5), and whether it would write it itself.
 
-    for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of the masked tokens, times L / l
+    for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of
+    the masked tokens, times L / l
 
-The mean is a lower bound of the log-likelihood; its standard error says how far more samples may move it. Shape letters: B samples of a call, L target, V vocabulary.
+The mean is a lower bound of the log-likelihood; its standard error says how far more samples may move it.
+Shape letters: B samples of a call, L target, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from trt_runtime.errors import DllmError
 from trt_runtime.model import Model
 
 _LOGIT_BYTES = 256 << 20  # of one call
-_POSITIONS = 4096  # of one call's rows together, if that is more than one row: keys, values and activations are bounded too
+# of one call's rows together, if that is more than one row: keys, values and activations are bounded too
+_POSITIONS = 4096
 Piece = tuple[int, Ints]  # a sample's number, and some of the positions that it masks
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats. forwards: rows that were computed; more than samples where the logits of one would not fit into a call."""
+    """Nats. forwards: rows that were computed; more than samples where the logits of one would not fit into a
+    call."""
 
     mean: float
     standard_error: float
@@ -36,19 +41,23 @@ class Likelihood:
 def estimate(
     model: Model, context: list[int], target: list[int], *, samples: int = 128, seed: int = 0
 ) -> Likelihood:
-    """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is too long or empty."""
+    """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is
+    too long or empty."""
     facts, mask = model.manifest.model, model.manifest.decoding.mask_token_id
     if not context or not target or samples < 1:
         raise DllmError(
-            f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at least one each."
+            f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at "
+            f"least one each."
         )
     if len(context) + len(target) > facts.max_length:
         raise DllmError(
-            f"context and target are {len(context) + len(target)} tokens, the model takes {facts.max_length}: shorten them."
+            f"context and target are {len(context) + len(target)} tokens, the model takes "
+            f"{facts.max_length}: shorten them."
         )
     if not model.backend.gives_logits:
         raise DllmError(
-            f"a likelihood needs logits, and this artifact on {model.backend.name} gives statistics only: export with HEAD=logits."
+            f"a likelihood needs logits, and this artifact on {model.backend.name} gives statistics only: "
+            f"export with HEAD=logits."
         )
     rng, length = np.random.default_rng(seed), len(target)
     samples = 1 if length == 1 else samples  # there is one way to mask one token
@@ -76,7 +85,8 @@ def estimate(
 
 
 def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piece]]:
-    """The samples, whole or in pieces, as calls of at most `most` rows whose logits are at most _LOGIT_BYTES (or one vector)."""
+    """The samples, whole or in pieces, as calls of at most `most` rows whose logits are at most _LOGIT_BYTES
+    (or one vector)."""
     fit = max(1, _LOGIT_BYTES // (4 * vocab_size))
     call: list[Piece] = []
     for i, at in enumerate(masked):
@@ -90,7 +100,8 @@ def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piec
 
 
 def stratified(samples: int, length: int, first: int) -> Ints:
-    """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length [samples]."""
+    """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length
+    [samples]."""
     spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(
         np.int64
     )
@@ -106,7 +117,8 @@ def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
 
 
 def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shift: int) -> Window:
-    """A canvas for each pair of positions: those that are masked, and those of them whose logits are asked for."""
+    """A canvas for each pair of positions: those that are masked, and those of them whose logits are asked
+    for."""
     batch, length = len(rows_of), len(ids)
     rows = np.zeros((batch, max(len(asked) for _, asked in rows_of)), np.int64)
     tokens = np.tile(ids, (batch, 1))
@@ -122,7 +134,8 @@ def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shi
 
 
 def _log_probability(logits: Floats, tokens: Ints) -> float:
-    """Sum of log p of tokens [R] under logits [R, V]. A row at a time: in float64 all of them would take several times their memory."""
+    """Sum of log p of tokens [R] under logits [R, V]. A row at a time: in float64 all of them would take
+    several times their memory."""
     total = 0.0
     for row, token in zip(logits, tokens, strict=True):
         wide = row.astype(np.float64)

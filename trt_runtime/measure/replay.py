@@ -1,4 +1,5 @@
-"""Replay recorded decode cases on a backend, compare, and record new ones. Token ids in and out; no tokenizer.
+"""Replay recorded decode cases on a backend, compare, and record new ones. Token ids in and out; no
+tokenizer.
 
 The format of a case: cases.py.
 """
@@ -23,7 +24,8 @@ _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last
 
 @dataclass(frozen=True)
 class Replayed:
-    """A case that was run: the rows as they ended, and {"id", "output", "nfe", "trace"} as it is written to a file."""
+    """A case that was run: the rows as they ended, and {"id", "output", "nfe", "trace"} as it is written to a
+    file."""
 
     rows: list[Sequence]
     result: Case
@@ -31,7 +33,8 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first difference of a case, in words. AMBIGUOUS: a change of confidence within the dtype's margin explains it."""
+    """The first difference of a case, in words. AMBIGUOUS: a change of confidence within the dtype's margin
+    explains it."""
 
     id: str
     where: str
@@ -54,7 +57,8 @@ def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
         and not backend.gives_logits
     ):
         raise DllmError(
-            f"a case filters logits, which {backend.name} does not give: export the artifact with --head logits."
+            f"a case filters logits, which {backend.name} does not give: export the artifact with --head "
+            f"logits."
         )
     Generator(backend, [row.sequence for rows in groups for row in rows]).run()
     return [replayed(case, rows) for case, rows in zip(cases, groups, strict=True)]
@@ -66,7 +70,8 @@ def replayed(case: Case, rows: list[Row]) -> Replayed:
 
 
 def with_confidence(replayed: Replayed) -> Case:
-    """The result with a sixth entry in each step of its trace: the confidence of each position, null where it is not known."""
+    """The result with a sixth entry in each step of its trace: the confidence of each position, null where it
+    is not known."""
     traces = [[step.confidence for step in row.trace] for row in replayed.rows]
     merged = [
         [*step, [value for trace in traces if number < len(trace) for value in trace[number]]]
@@ -76,12 +81,14 @@ def with_confidence(replayed: Replayed) -> Case:
 
 
 def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:
-    """The first difference between what a case expects and what came out; None where it agrees or expects nothing.
+    """The first difference between what a case expects and what came out; None where it agrees or expects
+    nothing.
 
-    Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is AMBIGUOUS.
-    The v1 code may leave mask tokens behind, which is never done here. Where they stand in the prompt, only the steps that it
-    made are compared, and the forwards that fill the rest of the gaps come after them; where they stand in the output, its
-    trace is followed up to the first forward that wrote nothing.
+    Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is
+    AMBIGUOUS. The v1 code may leave mask tokens behind, which is never done here. Where they stand in the
+    prompt, only the steps that it made are compared, and the forwards that fill the rest of the gaps come
+    after them; where they stand in the output, its trace is followed up to the first forward that wrote
+    nothing.
     """
     name, result, trace = str(case.get("id")), replayed.result, _steps(case)
     mask = case.get("mask_token_id")
@@ -116,7 +123,8 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a case was followed: decisions compared, those of them AMBIGUOUS, and the first mismatch, if any."""
+    """How far a case was followed: decisions compared, those of them AMBIGUOUS, and the first mismatch, if
+    any."""
 
     decisions: int
     ambiguous: int
@@ -124,8 +132,8 @@ class Agreement:
 
 
 def follow(backend: Backend, case: Case, margin: float) -> Agreement:
-    """Compare every decision of a recorded case of one row, each after the history that was recorded: what the case wrote is
-    written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
+    """Compare every decision of a recorded case of one row, each after the history that was recorded: what
+    the case wrote is written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
     (row,) = rows_of(backend.manifest, case)
     generator, name, ambiguous, trace = (
         Generator(backend, [row.sequence]),
@@ -156,9 +164,11 @@ def _steps(case: Case) -> list[list[Any]]:
 
 
 def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:
-    """Whether moving the confidences in question within their margins turns the decision of a step into the expected one.
+    """Whether moving the confidences in question within their margins turns the decision of a step into the
+    expected one.
 
-    An error of the logits moves a probability p by a share of p (1 - p): `margin` is meant at p = 0.5, and shrinks to both ends.
+    An error of the logits moves a probability p by a share of p (1 - p): `margin` is meant at p = 0.5, and
+    shrinks to both ends.
     """
     seen = row.trace[number].seen
     if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
@@ -171,8 +181,12 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     margins = 4 * margin * stats.confidence * (1 - stats.confidence) + (_ROUNDING if margin else 0)
     change = margins * (wanted & ~chosen) - margins * (chosen & ~wanted)
     # an entropy moves by an error of the logits times the spread of the log-probabilities
-    moved = replace(stats, confidence=stats.confidence + change, entropy=stats.entropy - 10 * change,
-                    best=None if stats.best is None else stats.best + change)  # fmt: skip
+    moved = replace(
+        stats,
+        confidence=stats.confidence + change,
+        entropy=stats.entropy - 10 * change,
+        best=None if stats.best is None else stats.best + change,
+    )
     again = row.rules.policy.select(moved, np.ones(len(candidates), np.bool_), state)
     tokens = dict(zip(expected[3], expected[4], strict=True))
     same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]

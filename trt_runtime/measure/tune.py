@@ -1,4 +1,5 @@
-"""The fastest way of decoding that keeps the answers: block length, policy, cache and refresh, tried on a user's own prompts and measured on this machine.
+"""The fastest way of decoding that keeps the answers: block length, policy, cache and refresh, tried on a
+user's own prompts and measured on this machine.
 
     1. baseline: one token a forward, dual cache, the model's block length: how many answers are right
     2. block lengths, with thresholds  ->  the fastest within the bound
@@ -6,8 +7,8 @@
     4. with the best policy: caches, refresh modes, a bounded suffix
     5. the fastest few once more, in turn, prompt by prompt: medians decide
 
-A way of decoding is within the bound if at most `max_drop` points fewer answers are right than with the baseline. What is right: an answer that the data give, or,
-for prompts alone, the answer of the baseline.
+A way of decoding is within the bound if at most `max_drop` points fewer answers are right than with the
+baseline. What is right: an answer that the data give, or, for prompts alone, the answer of the baseline.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _FINALISTS, _ROUNDS = 3, 3
 
 @dataclass
 class Trial:
-    """A way of decoding and what came of it: right answers, seconds and useful tokens of all prompts, one at a time, forwards."""
+    """A way of decoding and what came of it: right answers, seconds and useful tokens of all prompts, one at
+    a time, forwards."""
 
     options: dict[str, Any]
     right: int
@@ -91,9 +93,19 @@ class Tuner:
             ]
         )
         length = best.options["block_length"]
-        self._best([best.options | more for more in (
-            {"cache": "prefix"}, {"refresh_every": 2}, {"refresh_every": 0, "refresh_window": length}, {"refresh_every": 2, "refresh_window": length},
-            {"suffix": 2 * length}, {"suffix": length, "suffix_decay": True})])  # fmt: skip
+        self._best(
+            [
+                best.options | more
+                for more in (
+                    {"cache": "prefix"},
+                    {"refresh_every": 2},
+                    {"refresh_every": 0, "refresh_window": length},
+                    {"refresh_every": 2, "refresh_window": length},
+                    {"suffix": 2 * length},
+                    {"suffix": length, "suffix_decay": True},
+                )
+            ]
+        )
         return self._final()
 
     def is_within(self, trial: Trial) -> bool:
@@ -155,7 +167,10 @@ class Tuner:
         share = trial.right / len(self.examples)
         error = 100 * math.sqrt(share * (1 - share) / len(self.examples))
         words = ", ".join(f"{name} {value}" for name, value in trial.options.items())
-        return f"{100 * share:5.1f} ± {error:.1f} % right  {trial.speed:7.0f} tokens/s  {trial.tokens / trial.nfe:5.2f} a forward  {words}"
+        return (
+            f"{100 * share:5.1f} ± {error:.1f} % right  {trial.speed:7.0f} tokens/s  "
+            f"{trial.tokens / trial.nfe:5.2f} a forward  {words}"
+        )
 
 
 def run(
@@ -176,14 +191,25 @@ def run(
         for item in options_of(POLICIES.find(chosen.options["policy"]))
         if item.name not in chosen.options and item.off is None
     }
-    return {"artifact": model.path.name, "backend": model.backend.name, "examples": len(examples), "max_drop": max_drop, "options": options,
-            "right": chosen.right, "baseline_right": tuner.baseline.right, "speedup": chosen.speed / tuner.baseline.speed,
-            "baseline": asdict(tuner.baseline), "chosen": asdict(chosen), "trials": [asdict(trial) for trial in tuner.trials], "machine": machine()}  # fmt: skip
+    return {
+        "artifact": model.path.name,
+        "backend": model.backend.name,
+        "examples": len(examples),
+        "max_drop": max_drop,
+        "options": options,
+        "right": chosen.right,
+        "baseline_right": tuner.baseline.right,
+        "speedup": chosen.speed / tuner.baseline.speed,
+        "baseline": asdict(tuner.baseline),
+        "chosen": asdict(chosen),
+        "trials": [asdict(trial) for trial in tuner.trials],
+        "machine": machine(),
+    }
 
 
 def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None) -> None:
-    """Note options in the manifest: generations that give none of their own take them. since: of the artifact that was tuned, if it may have been replaced
-    meanwhile. Raises DllmError where it was."""
+    """Note options in the manifest: generations that give none of their own take them. since: of the artifact
+    that was tuned, if it may have been replaced meanwhile. Raises DllmError where it was."""
     manifests.update(
         artifact,
         lambda held: replace(held, decoding=replace(held.decoding, tuned=options)),

@@ -1,1 +1,2 @@
-"""The former name of `trt_runtime.serving`, for one release: model repositories of Triton written by 0.1 import its modules."""
+"""The former name of `trt_runtime.serving`, for one release: model repositories of Triton written by 0.1
+import its modules."""

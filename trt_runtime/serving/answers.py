@@ -1,4 +1,5 @@
-"""One request under way: its rows as jobs, and how their updates become an answer or server-sent events (streams.py)."""
+"""One request under way: its rows as jobs, and how their updates become an answer or server-sent events
+(streams.py)."""
 
 from __future__ import annotations
 
@@ -26,10 +27,13 @@ SEED_HEADER = "x-dllm-seed"
 
 @dataclass(frozen=True)
 class Options:
-    """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in seconds, sizes in bytes.
+    """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in
+    seconds, sizes in bytes.
 
-    api_key: a key that clients must send, or several of them. cors: origins whose pages may ask. examples: prompts that the page offers.
-    header_seconds, prompt_seconds: for the head of a request, and to make its token ids. memory_share: of the free memory, for caches. only_local: answer to this machine's names alone.
+    api_key: a key that clients must send, or several of them. cors: origins whose pages may ask. examples:
+    prompts that the page offers.
+    header_seconds, prompt_seconds: for the head of a request, and to make its token ids. memory_share: of the
+    free memory, for caches. only_local: answer to this machine's names alone.
     """
 
     name: str
@@ -49,7 +53,8 @@ class Options:
 
 
 def check_count(worker: Worker, count: int) -> None:
-    """Raise Failure for more answers than the server ever takes at a time, before anything is made of them."""
+    """Raise Failure for more answers than the server ever takes at a time, before anything is made of
+    them."""
     if count > (most := worker.slots + worker.most_queued):
         raise Failure(
             429,
@@ -119,11 +124,17 @@ class Answer:
             )
 
     def usage(self) -> dict[str, int]:
-        """Tokens, forwards (nfe), and the tokens that forwards committed, which are the forwards of decoding one token at a time."""
+        """Tokens, forwards (nfe), and the tokens that forwards committed, which are the forwards of decoding
+        one token at a time."""
         prompt = sum({row.prompt: row.prompt_tokens for row in self.rows}.values())
         tokens, nfe = sum(tokens for tokens, _ in self.done), sum(nfe for _, nfe in self.done)
-        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens, "nfe": nfe,
-                "committed_tokens": sum(self.committed)}  # fmt: skip
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "nfe": nfe,
+            "committed_tokens": sum(self.committed),
+        }
 
     def show(self, index: int, update: Update) -> tuple[str, bool]:
         """The text of a choice that may be shown, which is counted; and whether a stop string ended it."""
@@ -151,9 +162,17 @@ class Answer:
     def provisional(self, index: int, update: Update) -> dict[str, Any]:
         """The canvas after a forward: cells are (position, text, confidence) of what it committed."""
         pieces = [self.worker.model.piece(update.tokens[i]) if i >= 0 else "" for i in update.changed]
-        return {"index": index, "committed": update.committed, "text": update.provisional, "nfe": update.nfe, "kind": update.kind,
-                "block": list(update.block), "length": len(update.tokens), "tokens": update.tokens,
-                "cells": list(zip(update.changed, pieces, update.confidence, strict=True))}  # fmt: skip
+        return {
+            "index": index,
+            "committed": update.committed,
+            "text": update.provisional,
+            "nfe": update.nfe,
+            "kind": update.kind,
+            "block": list(update.block),
+            "length": len(update.tokens),
+            "tokens": update.tokens,
+            "cells": list(zip(update.changed, pieces, update.confidence, strict=True)),
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -164,5 +183,11 @@ class Answer:
         return {SEED_HEADER: str(self.seed)} if self.seed is not None else {}
 
     def envelope(self, kind: str, **more: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.options.name,
-                "system_fingerprint": self.fingerprint, **more}  # fmt: skip
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.options.name,
+            "system_fingerprint": self.fingerprint,
+            **more,
+        }

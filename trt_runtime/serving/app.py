@@ -1,8 +1,11 @@
-"""The routes of an OpenAI-compatible server: check, submit, and turn updates into answers or server-sent events.
+"""The routes of an OpenAI-compatible server: check, submit, and turn updates into answers or server-sent
+events.
 
-    request -> Sequence -> worker's scheduler -> updates -> text, cut at stop strings -> JSON, or chunks as blocks are finished
+    request -> Sequence -> worker's scheduler -> updates -> text, cut at stop strings -> JSON, or chunks as
+    blocks are finished
 
-Every error is OpenAI's: {"error": {"message", "type", "param", "code"}}; 400 names the field that is not honoured.
+Every error is OpenAI's: {"error": {"message", "type", "param", "code"}}; 400 names the field that is not
+honoured.
 """
 
 from __future__ import annotations
@@ -40,23 +43,53 @@ from trt_runtime.serving.streams import Streamed, whole
 from trt_runtime.serving.worker import Broken, Worker
 
 STOP_SECONDS = 2.0  # that a forward under way may take at the end
-_REFUSALS = {400: "a field that is missing, wrong or not honoured", 401: "no key, or a wrong one", 403: "another host's name", 404: "no such model or path",
-             408: "the body did not come", 413: "the body is too large", 429: "the queue is full", 500: "a forward failed", 503: "the server is stopping, or stuck",
-             504: "no answer in time"}  # fmt: skip
-_ERROR: dict[str, Any] = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message", "type"], "properties": {
-    "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}  # fmt: skip
+_REFUSALS = {
+    400: "a field that is missing, wrong or not honoured",
+    401: "no key, or a wrong one",
+    403: "another host's name",
+    404: "no such model or path",
+    408: "the body did not come",
+    413: "the body is too large",
+    429: "the queue is full",
+    500: "a forward failed",
+    503: "the server is stopping, or stuck",
+    504: "no answer in time",
+}
+_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": said, "content": {"application/json": {"schema": _ERROR}}}
     for status, said in _REFUSALS.items()
 }
-_STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "an answer, or with stream: true server-sent events",
-                                                   "content": {"application/json": {}, "text/event-stream": {}}}}  # fmt: skip
+_STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "an answer, or with stream: true server-sent events",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 _TOO_DEEP = "the body is nested too deeply: send a flatter one."
 _FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - NAMES
 _KINDS = ("str", "int", "float", "bool", "Mask", "body")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 
 
 class _Json(Request):
@@ -114,8 +147,15 @@ def create_app(model: Model, options: Options) -> FastAPI:
     app.router.route_class = _Route
     app.state.worker = worker
     _document(app, options.name)
-    app.add_middleware(Limits, most_body=options.most_body, api_key=options.api_key, only_local=options.only_local, timeout=options.timeout,
-                       most_open=most_open(options), count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+    app.add_middleware(
+        Limits,
+        most_body=options.most_body,
+        api_key=options.api_key,
+        only_local=options.only_local,
+        timeout=options.timeout,
+        most_open=most_open(options),
+        count=lambda status: metrics.errors.labels(str(status)).inc(),
+    )
     allow(app, options.cors)
     preparing = Preparing(seconds=options.prompt_seconds)
     _errors(app, metrics)
@@ -132,7 +172,8 @@ def most_open(options: Options) -> int:
 
 
 def _document(app: FastAPI, name: str) -> None:
-    """The OpenAPI document says what is answered: this model, refusals in OpenAI's form, and not FastAPI's 422."""
+    """The OpenAPI document says what is answered: this model, refusals in OpenAI's form, and not FastAPI's
+    422."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -204,7 +245,8 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
 def _said(error: RequestValidationError) -> tuple[str, str | None]:
     """What is wrong with a body, and the field."""
     found = error.errors()
-    # ours says more than 'should be a valid string', and what lies deepest more than what it stands in might have been instead
+    # ours says more than 'should be a valid string', and what lies deepest more than what it stands in might
+    # have been instead
     first = max(found, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
     if first["type"] == "json_invalid":
         return "the body is not JSON.", None

@@ -1,4 +1,5 @@
-"""Connections as uvicorn has them, bounded in number, and in the time and the bytes that a request's head may take."""
+"""Connections as uvicorn has them, bounded in number, and in the time and the bytes that a request's head may
+take."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ _REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Se
 
 
 def protocol(most: int, header_seconds: float) -> type[asyncio.Protocol]:
-    """A connection's class: at most `most` at a time, of which the idle ones make room, the oldest first; each request's head within `header_seconds`."""
+    """A connection's class: at most `most` at a time, of which the idle ones make room, the oldest first;
+    each request's head within `header_seconds`."""
     return type("Connection", (_Connection,), {"most": most, "header_seconds": header_seconds})
 
 
 def room_for(most: int) -> int:
-    """How many connections to have at a time, of the `most` that are wanted: as many as there are file descriptors for, whose limit is raised."""
+    """How many connections to have at a time, of the `most` that are wanted: as many as there are file
+    descriptors for, whose limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + 2 * _RESERVED
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -99,7 +102,8 @@ class _Connection(HttpToolsProtocol):
         )
 
     def _refuse(self, status: int, message: str) -> None:
-        """End the connection with an answer of OpenAI's form, or without one where another answer is under way."""
+        """End the connection with an answer of OpenAI's form, or without one where another answer is under
+        way."""
         if not self._is_idle:
             self.transport.abort()
             return

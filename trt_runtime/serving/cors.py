@@ -21,18 +21,24 @@ def check(origins: tuple[str, ...]) -> None:
             not _ORIGIN.fullmatch(origin) or _PORT_OF_ITS_OWN.fullmatch(origin)
         ):
             raise DllmError(
-                f"--cors is '{origin[:80]}', expected an origin as browsers send it, like http://localhost:3000 (small letters, no path, no port 80 "
+                f"--cors is '{origin[:80]}', expected an origin as browsers send it, like "
+                f"http://localhost:3000 (small letters, no path, no port 80 "
                 "of http or 443 of https; give --cors once for each), or '*' for all."
             )
 
 
 def _options(origins: tuple[str, ...]) -> dict[str, Any]:
-    return {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"],
-            "expose_headers": ["x-dllm-seed", "retry-after"]}  # fmt: skip
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-dllm-seed", "retry-after"],
+    }
 
 
 def allow(app: Any, origins: tuple[str, ...]) -> None:
-    """Let pages of these origins ask a FastAPI application. Around all else, so that a preflight, which has no key, is answered."""
+    """Let pages of these origins ask a FastAPI application. Around all else, so that a preflight, which has
+    no key, is answered."""
     if origins:
         app.add_middleware(CORSMiddleware, **_options(origins))
 

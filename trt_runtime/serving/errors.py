@@ -1,4 +1,5 @@
-"""What a client is told when something is wrong: OpenAI's form, in the words of HTTP, with little of what the client sent."""
+"""What a client is told when something is wrong: OpenAI's form, in the words of HTTP, with little of what the
+client sent."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Failure(Exception):
 
 
 def clipped(text: str, most: int = _MOST) -> str:
-    """A text of at most `most` characters or so: of a longer one its beginning and its end. Halves of characters are spelled."""
+    """A text of at most `most` characters or so: of a longer one its beginning and its end. Halves of
+    characters are spelled."""
     text = (
         text
         if len(text) <= most
@@ -66,6 +68,6 @@ def headers_of(status: int) -> Mapping[str, str]:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception is a failure of what was called. Code in Rust raises its panics as BaseException; what ends a task or the process
-    is no fault."""
+    """Whether an exception is a failure of what was called. Code in Rust raises its panics as BaseException;
+    what ends a task or the process is no fault."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

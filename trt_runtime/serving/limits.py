@@ -1,4 +1,5 @@
-"""What is decided before a route sees a request, as plain ASGI middleware: who may ask, how many at a time, and how large and how slow they may be."""
+"""What is decided before a route sees a request, as plain ASGI middleware: who may ask, how many at a time,
+and how large and how slow they may be."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from typing import Any
 from trt_runtime.serving.connections import ABORT
 from trt_runtime.serving.errors import encoded, headers_of
 
-_DRAINED = 16  # times the limit that is read and thrown away, so that a client which only reads when it has sent gets its answer
+# times the limit that is read and thrown away, so that a client which only reads when it has sent gets its
+# answer
+_DRAINED = 16
 _BODY_SECONDS = 30.0
 _LATE_SECONDS = 5.0  # beyond an answer's time, in which its end may be sent
 _PUBLIC = {"/", "/health", "/ready"}
@@ -20,11 +23,13 @@ _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 
 
 class Limits:
-    """A body of more than `most_body` bytes is answered with 413, one that does not come with 408, more than `most_open` requests at a time with 503.
-    A request that is not over `timeout` seconds (and a little) after its body came is cut off: its client does not read.
+    """A body of more than `most_body` bytes is answered with 413, one that does not come with 408, more than
+    `most_open` requests at a time with 503. A request that is not over `timeout` seconds (and a little) after
+    its body came is cut off: its client does not read.
 
-    With `only_local`, requests to another name than this machine's are refused: a page in a browser may have such a name point here. With `keys`, all
-    but _PUBLIC ask for one of them. `count` is told the status of every refusal.
+    With `only_local`, requests to another name than this machine's are refused: a page in a browser may have
+    such a name point here. With `keys`, all but _PUBLIC ask for one of them. `count` is told the status of
+    every refusal.
     """
 
     def __init__(
@@ -131,7 +136,8 @@ class Limits:
 
 
 def is_local_name(host: str) -> bool:
-    """Whether a Host header names this machine: localhost or an address of the loopback, with a port or without."""
+    """Whether a Host header names this machine: localhost or an address of the loopback, with a port or
+    without."""
     found = _HOST.fullmatch(host.strip())
     name = found[1].lower().removesuffix(".") if found else ""
     try:
@@ -141,7 +147,8 @@ def is_local_name(host: str) -> bool:
 
 
 def _plain(scope: Any) -> Any:
-    """The request as the routes take it: a body is JSON, whatever its type says, and HEAD is GET, whose body the connection leaves out."""
+    """The request as the routes take it: a body is JSON, whatever its type says, and HEAD is GET, whose body
+    the connection leaves out."""
     if scope["method"] == "HEAD":
         return scope | {"method": "GET"}
     if scope["method"] != "POST":

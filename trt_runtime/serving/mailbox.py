@@ -13,8 +13,9 @@ _MOST, _MOST_TOKENS = 64, 1 << 16  # updates of a choice that wait; tokens in th
 
 
 class Mailbox:
-    """Events of an answer's choices, in their order. Where a choice has many unread updates, the newest one takes in those that follow: nothing that
-    was committed is lost, only the moments in between. For one event loop."""
+    """Events of an answer's choices, in their order. Where a choice has many unread updates, the newest one
+    takes in those that follow: nothing that was committed is lost, only the moments in between. For one event
+    loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, list[Event]]] = deque()

@@ -1,4 +1,5 @@
-"""Messages of a conversation as clients write them: texts, texts in parts, and the fields that come back with an answer's own message."""
+"""Messages of a conversation as clients write them: texts, texts in parts, and the fields that come back with
+an answer's own message."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class Part(Strict):
 
 
 class Message(Strict):
-    """A turn: role system (or developer), user or assistant. Fields of OpenAI's message objects that hold nothing (null, [], {}) are taken, as clients
-    put an answer's own message back into the conversation."""
+    """A turn: role system (or developer), user or assistant. Fields of OpenAI's message objects that hold
+    nothing (null, [], {}) are taken, as clients put an answer's own message back into the conversation."""
 
     model_config = ConfigDict(
         json_schema_extra={"additionalProperties": {"description": "what holds nothing: null, [] or {}"}}

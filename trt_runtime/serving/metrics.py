@@ -26,8 +26,12 @@ class Metrics:
             "dllm_forwards", "forwards (NFE) of answers, by kind", ["kind"], registry=registry
         )
         self.committed = Counter("dllm_committed_tokens", "tokens unmasked", registry=registry)
-        self.tokens_per_forward = Histogram("dllm_tokens_per_forward", "useful tokens over forwards (TPF) of an answer", registry=registry,
-                                            buckets=(0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8, 16))  # fmt: skip
+        self.tokens_per_forward = Histogram(
+            "dllm_tokens_per_forward",
+            "useful tokens over forwards (TPF) of an answer",
+            registry=registry,
+            buckets=(0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8, 16),
+        )
         self.first_block = Histogram(
             "dllm_time_to_first_block_seconds", "from arrival", registry=registry, buckets=_SECONDS
         )

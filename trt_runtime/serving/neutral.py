@@ -1,7 +1,8 @@
-"""Fields of OpenAI's requests that this server does not honour: each is taken at the value that changes nothing, null included, and refused by its
-name at any other.
+"""Fields of OpenAI's requests that this server does not honour: each is taken at the value that changes
+nothing, null included, and refused by its name at any other.
 
-Labels and hints, which change no answer anywhere (`user`, `metadata`, `prompt_cache_key`, ...), are taken at any value of their type.
+Labels and hints, which change no answer anywhere (`user`, `metadata`, `prompt_cache_key`, ...), are taken at
+any value of their type.
 """
 
 from __future__ import annotations

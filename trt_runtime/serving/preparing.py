@@ -1,5 +1,5 @@
-"""What is worked out before an answer is queued, in threads of its own, each bounded in time: a chat template is a program that came with a
-checkpoint, and a long text takes long to tokenise."""
+"""What is worked out before an answer is queued, in threads of its own, each bounded in time: a chat template
+is a program that came with a checkpoint, and a long text takes long to tokenise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class _Expired(Exception):
 
 
 class Preparing:
-    """At most `most` threads at a time, each for at most `seconds`. A thread that took longer is stopped where it runs Python; one that cannot be
-    stopped keeps its place, and once all places are taken so, `is_stuck`."""
+    """At most `most` threads at a time, each for at most `seconds`. A thread that took longer is stopped
+    where it runs Python; one that cannot be stopped keeps its place, and once all places are taken so,
+    `is_stuck`."""
 
     def __init__(self, most: int = MOST_THREADS, seconds: float = SECONDS) -> None:
         self.most, self.seconds = most, seconds

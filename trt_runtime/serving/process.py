@@ -1,4 +1,5 @@
-"""The server as a process: uvicorn over the application. A signal ends it when what is under way has been answered, or its time is up."""
+"""The server as a process: uvicorn over the application. A signal ends it when what is under way has been
+answered, or its time is up."""
 
 from __future__ import annotations
 
@@ -43,12 +44,14 @@ _MOST_EXAMPLES, _LONGEST_EXAMPLE, _SHOWN = (
 
 
 def run(model: Model, options: Options, host: str, port: int) -> int:
-    """Serve until a signal; returns the exit status. Raises DllmError where the address or the memory cannot be had."""
+    """Serve until a signal; returns the exit status. Raises DllmError where the address or the memory cannot
+    be had."""
     try:
         app = create_app(model, replace(options, only_local=is_local(host)))
     except MemoryError as error:
         raise DllmError(
-            f"{options.slots} slots do not fit into memory: serve with fewer --slots or a smaller --max-length."
+            f"{options.slots} slots do not fit into memory: serve with fewer --slots or a smaller "
+            f"--max-length."
         ) from error
     longest, most = app.state.worker.max_length, model.manifest.model.max_length
     why = (
@@ -64,8 +67,8 @@ def run(model: Model, options: Options, host: str, port: int) -> int:
 
 
 def examples(artifact: Path, given: Path | None) -> tuple[str, ...]:
-    """Prompts for the page: of a file, a prompt a line, or of prompts.txt beside the artifact's checkpoint where this machine has it. Raises
-    DllmError for a file that was given and cannot be used."""
+    """Prompts for the page: of a file, a prompt a line, or of prompts.txt beside the artifact's checkpoint
+    where this machine has it. Raises DllmError for a file that was given and cannot be used."""
     file = given
     if file is None:
         source = manifests.load(artifact).source.get("checkpoint")
@@ -105,13 +108,20 @@ def end(said: str) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, which ends without a traceback: at the first signal once all is answered, at the latest `timeout` s later; at a second SIGINT at
-    once. Where threads hold the process, it is ended a little later."""
+    """Uvicorn's, which ends without a traceback: at the first signal once all is answered, at the latest
+    `timeout` s later; at a second SIGINT at once. Where threads hold the process, it is ended a little
+    later."""
 
     def __init__(self, app: Any, options: Options) -> None:
         connection = protocol(room_for(4 * most_open(options)), options.header_seconds)
-        config = uvicorn.Config(app, log_level="warning", http=connection, ws="none", timeout_graceful_shutdown=int(options.timeout) + 1,
-                                timeout_keep_alive=_KEEP_ALIVE)  # fmt: skip
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            http=connection,
+            ws="none",
+            timeout_graceful_shutdown=int(options.timeout) + 1,
+            timeout_keep_alive=_KEEP_ALIVE,
+        )
         super().__init__(config)
         self.timeout, self.is_interrupted = options.timeout, False
         logging.getLogger("uvicorn.error").addFilter(_tells)
@@ -145,7 +155,8 @@ class Server(uvicorn.Server):
 
 
 class _Calm:
-    """The event loop's complaints, the same one at most once a second: without descriptors, every attempt to take a connection is one."""
+    """The event loop's complaints, the same one at most once a second: without descriptors, every attempt to
+    take a connection is one."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
@@ -164,7 +175,8 @@ def _tells(record: logging.LogRecord) -> bool:
 
 
 def run_app(app: Any, listening: socket.socket, said: str, options: Options, most: int) -> int:
-    """Serve until a signal, which ends it when what is under way is answered, at the latest after the options' timeout. Returns the exit status.
+    """Serve until a signal, which ends it when what is under way is answered, at the latest after the
+    options' timeout. Returns the exit status.
 
     said: what is served, told with the address. most: answers that may be under way.
     """
@@ -176,7 +188,8 @@ def run_app(app: Any, listening: socket.socket, said: str, options: Options, mos
         signal.signal(number, server.handle_exit)
     if not is_local(host) and not options.api_key:
         print(
-            f"warning: {where} is open to other machines, and no key is asked for: give --api-key, or DLLM_API_KEY.",
+            f"warning: {where} is open to other machines, and no key is asked for: give --api-key, or "
+            f"DLLM_API_KEY.",
             file=sys.stderr,
         )
     print(f"http://{where}:{port}/v1 serves {said}", file=sys.stderr, flush=True)

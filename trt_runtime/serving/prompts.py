@@ -1,4 +1,5 @@
-"""From a request to rows: texts become token ids, the answer gets the room that is left, gaps become mask tokens. Runs outside the event loop."""
+"""From a request to rows: texts become token ids, the answer gets the room that is left, gaps become mask
+tokens. Runs outside the event loop."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from trt_runtime.serving.requests import LARGEST_SEED, ChatRequest, Common, Comp
 class Row:
     """A choice: its sequence, and what is shown of it.
 
-    prompt: index of its prompt. prompt_tokens: tokens that the client gave. shown: the part of the canvas that is the answer, where gaps of the prompt
-    are filled; None: what is generated behind the prompt, as blocks are finished. gaps: tokens to fill.
+    prompt: index of its prompt. prompt_tokens: tokens that the client gave. shown: the part of the canvas
+    that is the answer, where gaps of the prompt are filled; None: what is generated behind the prompt, as
+    blocks are finished. gaps: tokens to fill.
     """
 
     sequence: Sequence
@@ -38,7 +40,8 @@ class Asked:
 
 
 def asked(model: Model, body: Common, longest: int) -> Asked:
-    """The rows that a request asks for. longest: tokens of a canvas that the server takes. Raises DllmError and Failure."""
+    """The rows that a request asks for. longest: tokens of a canvas that the server takes. Raises DllmError
+    and Failure."""
     body.stops()
     config = body.config(model.manifest)
     if body.seed is None and config.draws:
@@ -71,7 +74,8 @@ def _row(
     gap: int | None,
     tail: list[int] | None,
 ) -> Row:
-    """A choice. gap: tokens to generate behind `ids`; None: the gaps are in them. tail: what stands behind the gap."""
+    """A choice. gap: tokens to generate behind `ids`; None: the gaps are in them. tail: what stands behind
+    the gap."""
     mask = model.manifest.decoding.mask_token_id
     if gap is not None and tail is None:
         sequence = model.sequence(ids, replace(config, gen_length=gap), raw=True)
@@ -86,7 +90,8 @@ def _row(
 def _prompts(
     model: Model, body: Common, config: GenerationConfig, longest: int
 ) -> list[tuple[list[int], int | None, list[int] | None]]:
-    """Of each prompt: its token ids, the tokens to generate, and the ids behind these where a suffix is given."""
+    """Of each prompt: its token ids, the tokens to generate, and the ids behind these where a suffix is
+    given."""
     if isinstance(body, ChatRequest):
         return [
             _with_room(
@@ -127,14 +132,16 @@ def _with_room(
 def too_long(what: str, longest: int) -> Failure:
     return Failure(
         400,
-        f"the prompt has {what}, and this server takes {longest} of prompt and answer together: shorten the prompt to {longest - 1}.",
+        f"the prompt has {what}, and this server takes {longest} of prompt and answer together: shorten the "
+        f"prompt to {longest - 1}.",
         "prompt",
         "context_length_exceeded",
     )
 
 
 def _encoded(model: Model, prompt: Any, longest: int) -> list[int]:
-    """Token ids of a prompt: a text, messages, or ids as they were given. What cannot fit is refused before all of it is tokenised."""
+    """Token ids of a prompt: a text, messages, or ids as they were given. What cannot fit is refused before
+    all of it is tokenised."""
     if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
         if len(prompt) >= longest:
             raise too_long(f"{len(prompt)} tokens", longest)
@@ -146,7 +153,8 @@ def _encoded(model: Model, prompt: Any, longest: int) -> list[int]:
 
 
 def _inside(model: Model, text: str, longest: int, *, add_bos: bool = False) -> list[int]:
-    """Token ids of a text in a prompt, which may be empty; add_bos: of its beginning, for a tokenizer that puts BOS there."""
+    """Token ids of a text in a prompt, which may be empty; add_bos: of its beginning, for a tokenizer that
+    puts BOS there."""
     _check_size(model, text, longest)
     return _without_masks(model, _tokenizer(model).encode(text, add_bos=add_bos))
 
@@ -177,7 +185,10 @@ def _template(model: Model, body: CompletionRequest, longest: int) -> list[int]:
     parts = body.template or []
     is_provisional = body.stream_options is not None and body.stream_options.provisional
     if body.length() is not None or body.suffix or is_provisional:
-        said = "a template says itself what is filled, and has no provisional text: leave out max_tokens, suffix and provisional."
+        said = (
+            "a template says itself what is filled, and has no provisional text: leave out max_tokens, "
+            "suffix and provisional."
+        )
         raise Failure(400, said, "template")
     if not any(isinstance(part, Mask) for part in parts):
         raise Failure(400, 'template has no gap: give at least one {"mask": N}.', "template")

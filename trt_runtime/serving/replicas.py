@@ -1,10 +1,12 @@
-"""Several servers behind one address: a front that passes requests on to replicas, which Ray Serve starts, watches and replaces.
+"""Several servers behind one address: a front that passes requests on to replicas, which Ray Serve starts,
+watches and replaces.
 
-    client -> Front (this process: limits, API key, retries) -> Ray Serve's choice of a replica -> the application of app.py
+    client -> Front (this process: limits, API key, retries) -> Ray Serve's choice of a replica -> the
+    application of app.py
 
-1. A replica that dies takes nothing with it that had not begun to stream: the front asks another one.
-2. SIGHUP replaces the replicas one after another, each when it has answered what it has: a new artifact in the old place is taken up.
-3. Limits hold a replica: each has its slots and its queue.
+1. A replica that dies takes nothing with it that had not begun to stream: the front asks another one. 2.
+SIGHUP replaces the replicas one after another, each when it has answered what it has: a new artifact in the
+old place is taken up. 3. Limits hold a replica: each has its slots and its queue.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Asked:
 
 
 class Replica:
-    """The application in a process of Ray's. Called with a request, it yields (status, headers), then pieces of the body."""
+    """The application in a process of Ray's. Called with a request, it yields (status, headers), then pieces
+    of the body."""
 
     def __init__(self, setup: Setup, options: Any) -> None:
         from trt_runtime.model import load
@@ -106,13 +109,26 @@ class Replica:
 
 def _scope(asked: Asked) -> dict[str, Any]:
     # of this version of ASGI, an application is told of a client that leaves by `receive`
-    return {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": asked.method, "scheme": "http",
-            "path": asked.path, "raw_path": asked.path.encode(), "root_path": "", "query_string": asked.query, "headers": asked.headers,
-            "client": None, "server": None, "state": {}}  # fmt: skip
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": asked.method,
+        "scheme": "http",
+        "path": asked.path,
+        "raw_path": asked.path.encode(),
+        "root_path": "",
+        "query_string": asked.query,
+        "headers": asked.headers,
+        "client": None,
+        "server": None,
+        "state": {},
+    }
 
 
 class Front:
-    """An ASGI application that passes requests on. `deploy` starts the replicas, or replaces them, and returns what is to be called."""
+    """An ASGI application that passes requests on. `deploy` starts the replicas, or replaces them, and
+    returns what is to be called."""
 
     def __init__(self, deploy: Callable[[], Any], name: str, timeout: float) -> None:
         self.deploy, self.name, self.timeout = deploy, name, timeout
@@ -266,17 +282,22 @@ async def _send_error(send: Any, status: int, message: str, code: str | None = N
 
 
 def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
-    """Serve with `count` replicas until a signal, on a Ray that is started here, or on the one at RAY_ADDRESS. Returns the exit status. Raises
-    DllmError."""
+    """Serve with `count` replicas until a signal, on a Ray that is started here, or on the one at
+    RAY_ADDRESS. Returns the exit status. Raises DllmError."""
     manifest.load(Path(setup.artifact))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = os.environ.get("RAY_ADDRESS", "local")
     try:
-        ray.init(address=where, include_dashboard=False if where == "local" else None, logging_level=logging.WARNING,
-                 object_store_memory=_OBJECT_STORE if where == "local" else None)  # fmt: skip
+        ray.init(
+            address=where,
+            include_dashboard=False if where == "local" else None,
+            logging_level=logging.WARNING,
+            object_store_memory=_OBJECT_STORE if where == "local" else None,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DllmError(
-            f"Ray cannot be had at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or leave it out."
+            f"Ray cannot be had at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or leave it "
+            f"out."
         ) from error
     with tempfile.TemporaryDirectory(prefix="dllm-metrics-") as folder, contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
@@ -290,7 +311,8 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
 
 
 def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
-    """What a replica takes of Ray's resources. Raises DllmError where so many do not fit: Ray would wait for ever."""
+    """What a replica takes of Ray's resources. Raises DllmError where so many do not fit: Ray would wait for
+    ever."""
     on_gpu = not BACKENDS.find(setup.backend).is_on_cpu(setup.options)
     kind, each = ("GPU", 1.0) if on_gpu else ("CPU", float(setup.options.get("threads", 1) * lanes))
     have = ray.cluster_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
@@ -315,9 +337,14 @@ def _serve(
     environment = {METRICS_PATH: os.environ[METRICS_PATH]}
     deployment: Any = serve.deployment(
         Replica,
-        num_replicas=count, max_ongoing_requests=most, max_queued_requests=most, health_check_period_s=1, logging_config=_QUIET,
-        graceful_shutdown_timeout_s=options.timeout, ray_actor_options={**needs, "runtime_env": {"env_vars": environment}},
-    )  # fmt: skip
+        num_replicas=count,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        health_check_period_s=1,
+        logging_config=_QUIET,
+        graceful_shutdown_timeout_s=options.timeout,
+        ray_actor_options={**needs, "runtime_env": {"env_vars": environment}},
+    )
     behind = replace(
         options,
         api_key=None,
@@ -334,9 +361,17 @@ def _serve(
         front = Front(deploy, name, options.timeout)
     except (RayError, RayServeException, RuntimeError) as error:
         raise DllmError(
-            f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see why."
+            f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see "
+            f"why."
         ) from error
-    limits = Limits(front, most_body=options.most_body, api_key=options.api_key, only_local=is_local(host), timeout=options.timeout,
-                    most_open=most_open(replace(options, slots=count * most, most_queued=0)), count=lambda status: metrics.errors.labels(str(status)).inc())  # fmt: skip
+    limits = Limits(
+        front,
+        most_body=options.most_body,
+        api_key=options.api_key,
+        only_local=is_local(host),
+        timeout=options.timeout,
+        most_open=most_open(replace(options, slots=count * most, most_queued=0)),
+        count=lambda status: metrics.errors.labels(str(status)).inc(),
+    )
     said = f"{options.name} ({setup.backend}, {count} replicas of {options.slots} slots)"
     return run_app(allowed(limits, options.cors), listening, said, options, count * most)

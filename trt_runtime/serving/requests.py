@@ -1,4 +1,5 @@
-"""What a request may say. A field that is not honoured is refused by its name, never ignored (neutral.py has those of OpenAI's API)."""
+"""What a request may say. A field that is not honoured is refused by its name, never ignored (neutral.py has
+those of OpenAI's API)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ OPTIONS = {name: _OTHERWISE.get(name, name) for name in option_names() if name n
 
 
 def _plain_prompt(given: Any) -> Any:
-    """A prompt, or a list of them, all of one kind; token ids may be written as 5.0. One error, however long the list is."""
+    """A prompt, or a list of them, all of one kind; token ids may be written as 5.0. One error, however long
+    the list is."""
     if given is None or isinstance(given, str):
         return given
     if isinstance(given, list) and len(given) > MOST_PROMPTS and isinstance(given[0], (str, list)):
@@ -59,7 +61,8 @@ class Mask(Strict):
 
 
 class StreamOptions(Strict):
-    """include_usage: a last chunk with the counts. provisional: what is unmasked in the running block, as chunks without choices."""
+    """include_usage: a last chunk with the counts. provisional: what is unmasked in the running block, as
+    chunks without choices."""
 
     include_usage: bool | None = None
     provisional: bool | None = None
@@ -135,7 +138,8 @@ class Common(Neutral):
         return self.max_tokens
 
     def config(self, manifest: Manifest) -> GenerationConfig:
-        """The options of a generation, but for its length and the gaps; not yet checked against the model. Raises DllmError."""
+        """The options of a generation, but for its length and the gaps; not yet checked against the model.
+        Raises DllmError."""
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
         given = {
@@ -152,7 +156,8 @@ class Common(Neutral):
         config = configured(given, manifest)
         if self.choices > 1 and not config.draws:
             raise DllmError(
-                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above 0, or n 1."
+                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above "
+                f"0, or n 1."
             )
         return config
 
@@ -174,7 +179,8 @@ Ids = Annotated[list[list[int]], Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
 class _CompletionRequest(Common, NeutralCompletion):
-    """A prompt as text or token ids, or several of them; or a template of fixed text and gaps, which are filled.
+    """A prompt as text or token ids, or several of them; or a template of fixed text and gaps, which are
+    filled.
 
     suffix: a text behind the gap of max_tokens tokens that is filled; the answer is what stands in the gap.
     """

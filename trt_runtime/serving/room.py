@@ -23,8 +23,9 @@ _STEP, _LEAST = 64, 64
 def longest_canvas(
     facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE
 ) -> int:
-    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a share of the `free` bytes (default: those
-    of this machine; 0: not known); never more than the model's. Raises DllmError where not even a short one fits, or more is asked for."""
+    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a
+    share of the `free` bytes (default: those of this machine; 0: not known); never more than the model's.
+    Raises DllmError where not even a short one fits, or more is asked for."""
     if asked is not None:
         if asked > facts.max_length:
             raise DllmError(
@@ -38,14 +39,16 @@ def longest_canvas(
     length = (int(share * free / each) - SPARE_ROWS) // _STEP * _STEP
     if length < min(_LEAST, facts.max_length):
         raise DllmError(
-            f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and {free / 2**20:,.0f} MiB are free: give fewer --slots, "
+            f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and "
+            f"{free / 2**20:,.0f} MiB are free: give fewer --slots, "
             "or a --max-length that is short enough."
         )
     return min(length, facts.max_length)
 
 
 def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
-    """The same for an opened model, in the memory of its device; engines hold what they were built for. Raises DllmError."""
+    """The same for an opened model, in the memory of its device; engines hold what they were built for.
+    Raises DllmError."""
     backend = model.backend
     longest = longest_canvas(
         model.manifest.model, slots, asked, free_memory() if backend.is_on_cpu else _of_gpu(), share
@@ -55,7 +58,8 @@ def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, of its control group, and of its address space. 0 where none is known."""
+    """Bytes that this process may still take: of the machine, of its control group, and of its address space.
+    0 where none is known."""
     known = [devices.meminfo("MemAvailable"), _of_group(), _of_process()]
     return min((size for size in known if size), default=0)
 

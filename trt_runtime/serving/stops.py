@@ -1,4 +1,5 @@
-"""Where an answer's text ends: at the first stop string, also at one that is a special token or has one in it, which shown text leaves out."""
+"""Where an answer's text ends: at the first stop string, also at one that is a special token or has one in
+it, which shown text leaves out."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from trt_runtime.artifact.tokenizer import Tokenizer
 
 
 class Cutter:
-    """Stop strings over a tokenizer. Strings with special tokens are looked for in text that spells them, the others in text as it is shown."""
+    """Stop strings over a tokenizer. Strings with special tokens are looked for in text that spells them, the
+    others in text as it is shown."""
 
     def __init__(self, stops: Sequence[str], tokenizer: Tokenizer | None) -> None:
         special = tokenizer.special_texts if tokenizer is not None and stops else frozenset()
@@ -18,7 +20,8 @@ class Cutter:
         self.shown = [stop for stop in stops if stop not in self.spelled]
 
     def cut(self, text: str, ids: Sequence[int], *, is_last: bool) -> tuple[str, bool]:
-        """What of an answer may be shown, and whether a stop string was met. `ids`: its tokens, `text`: their text, special tokens left out.
+        """What of an answer may be shown, and whether a stop string was met. `ids`: its tokens, `text`: their
+        text, special tokens left out.
 
         Before the end, what may still become a stop string or a character is held back.
         """

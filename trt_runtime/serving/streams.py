@@ -46,7 +46,8 @@ async def _updates(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
 
 
 async def events(answer: Answer) -> AsyncIterator[str]:
-    """Server-sent events: text as blocks are finished, choice by choice as it comes. An error is an event: the status is sent."""
+    """Server-sent events: text as blocks are finished, choice by choice as it comes. An error is an event:
+    the status is sent."""
     options = answer.body.stream_options
     kind = "chat.completion.chunk" if answer.kind == CHAT else TEXT
 
@@ -100,7 +101,8 @@ def _failed(answer: Answer, error: BaseException) -> dict[str, Any]:
 
 
 class Streamed(StreamingResponse):
-    """Events of an answer, which is given up however the response ends: also where the client leaves before the first."""
+    """Events of an answer, which is given up however the response ends: also where the client leaves before
+    the first."""
 
     def __init__(self, answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **answer.headers}

@@ -1,7 +1,8 @@
-"""The threads that own the model: requests go in, updates come out. Everything else in the server runs on the event loop.
+"""The threads that own the model: requests go in, updates come out. Everything else in the server runs on the
+event loop.
 
-Each lane is a thread with a scheduler of its own; on a CPU several lanes of one thread each do more than one lane whose matrix products are cut
-into pieces. A request stays in its lane.
+Each lane is a thread with a scheduler of its own; on a CPU several lanes of one thread each do more than one
+lane whose matrix products are cut into pieces. A request stays in its lane.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ class Lane:
 
 @dataclass(eq=False)
 class Job:
-    """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or with an exception;
-    `wants_updates`: each update, else the last alone. `is_held`: it counts as open until it is released, however slowly a client reads it."""
+    """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or
+    with an exception;
+    `wants_updates`: each update, else the last alone. `is_held`: it counts as open until it is released,
+    however slowly a client reads it."""
 
     sequence: Sequence
     deliver: Callable[[Event], None]
@@ -72,15 +75,16 @@ class Job:
 
 
 class Worker:
-    """A model behind schedulers in threads. `submit` and `cancel` may be called from the event loop. Raises DllmError where the backend
-    takes one call at a time and several lanes are asked for."""
+    """A model behind schedulers in threads. `submit` and `cancel` may be called from the event loop. Raises
+    DllmError where the backend takes one call at a time and several lanes are asked for."""
 
     def __init__(
         self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int, lanes: int = 1
     ) -> None:
         if lanes > 1 and not model.backend.is_concurrent:
             raise DllmError(
-                f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it out."
+                f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it "
+                f"out."
             )
         if lanes > slots:
             raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one a slot.")
@@ -134,13 +138,15 @@ class Worker:
             self._held.difference_update(jobs)
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds, Stopping at the end."""
+        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds,
+        Stopping at the end."""
         if not self.is_alive:
             raise Stopping("the server is stopping: try again.")
         for job in jobs:
             if job.sequence.length > self.max_length:
                 raise DllmError(
-                    f"prompt and answer are {job.sequence.length} tokens, this server takes {self.max_length}: shorten the prompt, "
+                    f"prompt and answer are {job.sequence.length} tokens, this server takes "
+                    f"{self.max_length}: shorten the prompt, "
                     "or lower max_tokens."
                 )
         with self._lock:
@@ -156,7 +162,8 @@ class Worker:
             job.lane.commands.put(lambda job=job: self._place(job))  # type: ignore[misc]
 
     def cancel(self, job: Job, why: str = "left") -> None:
-        """Give an answer up; its slot is free at the next tick. Nothing if it is done. why: left, stop (a stop string) or timeout."""
+        """Give an answer up; its slot is free at the next tick. Nothing if it is done. why: left, stop (a
+        stop string) or timeout."""
         if job.lane is not None:
             job.lane.commands.put(lambda: self._cancel(job, why))
 

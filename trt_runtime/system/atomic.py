@@ -1,7 +1,8 @@
-"""Files and directories that several processes may write, and that a signal or a crash may interrupt. Linux; standard library only.
+"""Files and directories that several processes may write, and that a signal or a crash may interrupt. Linux;
+standard library only.
 
-A file is replaced as a whole or not at all; whoever reads it, changes it and writes it back holds a lock meanwhile. A directory is made beside its place,
-and takes it in one step.
+A file is replaced as a whole or not at all; whoever reads it, changes it and writes it back holds a lock
+meanwhile. A directory is made beside its place, and takes it in one step.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _ENDINGS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 
 
 def end_on_signals() -> None:
-    """Let the signals that end a process raise SystemExit, so that what was begun is cleaned up. Ignored ones (nohup) stay ignored; outside the main
-    thread nothing is done."""
+    """Let the signals that end a process raise SystemExit, so that what was begun is cleaned up. Ignored ones
+    (nohup) stay ignored; outside the main thread nothing is done."""
     if threading.current_thread() is not threading.main_thread():
         return
     for name in _ENDINGS:
@@ -44,7 +45,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file, or replace it, as a whole or not at all: also after a loss of power, and beside others who write it."""
+    """Write a file, or replace it, as a whole or not at all: also after a loss of power, and beside others
+    who write it."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -62,7 +64,8 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory; others who want it wait. Where the file system has no locks, none is held."""
+    """Hold the lock of a directory; others who want it wait. Where the file system has no locks, none is
+    held."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
@@ -74,10 +77,12 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it
+    does not.
 
-    Whatever ends the process at whatever moment, `out` is the old directory or the new one, whole. What earlier, killed processes left is removed.
-    Raises DllmError if `out` appeared meanwhile and `overwrite` is false.
+    Whatever ends the process at whatever moment, `out` is the old directory or the new one, whole. What
+    earlier, killed processes left is removed. Raises DllmError if `out` appeared meanwhile and `overwrite` is
+    false.
     """
     out = resolved(out)
     prefix = f".{out.name}.partial-"
@@ -119,14 +124,16 @@ def _take_place(made: Path, out: Path, overwrite: bool) -> None:
                 raise
     if not overwrite and any(out.iterdir()):
         raise DllmError(
-            f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or add --overwrite."
+            f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or "
+            f"add --overwrite."
         )
     _rename(made, out, _EXCHANGE)  # the old one now lies where it is removed
     _sync(out.parent)
 
 
 def _rename(source: Path, target: Path, flag: int) -> None:
-    """renameat2(2); where the file system has none, the same in steps that are undone if one of them fails."""
+    """renameat2(2); where the file system has none, the same in steps that are undone if one of them
+    fails."""
     number = _renameat2(source, target, flag)
     if number == 0:
         return

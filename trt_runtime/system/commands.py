@@ -1,6 +1,7 @@
 """Commands to type, as they work for this installation: how to install what is missing, and what to run next.
 
-A checkout is installed in place (`-e '.[serve]'`), a wheel by its name (`'dllm-trt[serve]'`); the program named is one that is there.
+A checkout is installed in place (`-e '.[serve]'`), a wheel by its name (`'dllm-trt[serve]'`); the program
+named is one that is there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def install(*extras: str) -> str:
 
 
 def by_driver(kind: str) -> str:
-    """The same for TensorRT ('trt', 'rtx'), which comes in a form for each CUDA: by the major version that the driver runs."""
+    """The same for TensorRT ('trt', 'rtx'), which comes in a form for each CUDA: by the major version that
+    the driver runs."""
     driver = driver_cuda()
     return install(f"{kind}-cu{12 if driver == 12 else 13}") + (
         "" if driver else f" (a driver of CUDA 12: {kind}-cu12)"

@@ -1,4 +1,5 @@
-"""What the CPU is, as Linux tells it: its name, and the instruction sets that decide how fast products of numbers are."""
+"""What the CPU is, as Linux tells it: its name, and the instruction sets that decide how fast products of
+numbers are."""
 
 from __future__ import annotations
 
@@ -7,9 +8,25 @@ from pathlib import Path
 
 # as /proc/cpuinfo spells them: x86, then Arm
 SETS = (
-    "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
-    "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
-)  # fmt: skip
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+)
 
 
 def name() -> str:

@@ -1,5 +1,5 @@
-"""How every command begins and ends: standard streams that exist, and errors that are one line. Imports nothing heavy, so that an interrupt
-during the imports of a command is one line too."""
+"""How every command begins and ends: standard streams that exist, and errors that are one line. Imports
+nothing heavy, so that an interrupt during the imports of a command is one line too."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def run(
     aftermath: str = "",
     advice: str = "check the path, the disk and the rights",
 ) -> int:
-    """Run a command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130 interrupted.
+    """Run a command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130
+    interrupted.
 
-    work: is given argv, and returns the status. aftermath: what an interrupt leaves, in words. advice: for an error of the operating system.
+    work: is given argv, and returns the status. aftermath: what an interrupt leaves, in words. advice: for an
+    error of the operating system.
     """
     try:
         _open_standard_streams()
@@ -73,7 +75,10 @@ def _said(error: BaseException, advice: str) -> str | None:
         where = text.removeprefix("Symlink loop from ").strip("'")
         said = f"{where}: a link that leads back to itself: give another path."
     elif type(error).__name__ == "PanicException":
-        said = f"a library in Rust gave up ({text[:200]}): a text or a tokenizer.json that it cannot work with; try another one."
+        said = (
+            f"a library in Rust gave up ({text[:200]}): a text or a tokenizer.json that it cannot work "
+            f"with; try another one."
+        )
     return said
 
 
@@ -95,7 +100,8 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def importing(*, at_once: bool = False) -> Iterator[None]:
-    """Around heavy imports: a Ctrl-C inside them comes after them, for libraries in C++ abort where an exception interrupts their import.
+    """Around heavy imports: a Ctrl-C inside them comes after them, for libraries in C++ abort where an
+    exception interrupts their import.
 
     at_once: end the process instead; only where there is nothing to clean up yet.
     """
@@ -120,7 +126,8 @@ def importing(*, at_once: bool = False) -> Iterator[None]:
 
 
 def gets_ctrl_c() -> bool:
-    """Whether a Ctrl-C raises KeyboardInterrupt here, so that it may be handled otherwise: in the main thread, where nobody else handles it."""
+    """Whether a Ctrl-C raises KeyboardInterrupt here, so that it may be handled otherwise: in the main
+    thread, where nobody else handles it."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -166,7 +173,8 @@ class _Closed(io.TextIOBase):
 
 
 def _open_standard_streams() -> None:
-    """Put something in the place of standard streams that are closed, so that no file gets their numbers and what libraries write there."""
+    """Put something in the place of standard streams that are closed, so that no file gets their numbers and
+    what libraries write there."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)

@@ -1,4 +1,5 @@
-"""What takes long says how far it is: one line on standard error that is rewritten in place, where that is a terminal, and nothing elsewhere."""
+"""What takes long says how far it is: one line on standard error that is rewritten in place, where that is a
+terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Progress:
 
     @contextmanager
     def task(self, what: str, total: int | None = None, *, unit: str = "") -> Iterator[Task]:
-        """A task that is under way inside the block. total: of what `advance` counts, in `unit`: 'B' for bytes, '' for things."""
+        """A task that is under way inside the block. total: of what `advance` counts, in `unit`: 'B' for
+        bytes, '' for things."""
         task = self.begin(what, total, unit=unit)
         try:
             yield task

@@ -1,11 +1,12 @@
-"""Text that changes in place on a terminal: at most a screen of it is redrawn, finished lines scroll out once.
+"""Text that changes in place on a terminal: at most a screen of it is redrawn, finished lines scroll out
+once.
 
     frame = text so far, of which the first `settled` characters never change again
     rows  = the text laid out by the terminal's width; the rows on the screen are the live region
-    draw  = write what differs between the region's old rows and its new ones; settled rows above them scroll out
+    draw  = write what differs between the region's old rows and its new ones; settled rows scroll out above
 
-Between frames the cursor stands at the region's first cell: there it stays with its line when the terminal is resized, whether or not the
-terminal wraps its lines anew, and clearing from there on leaves nothing behind.
+Between frames the cursor stands at the region's first cell: there it stays with its line when the terminal is
+resized, whether or not the terminal wraps its lines anew, and clearing from there on leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Span = tuple[str, str]  # text, style
 
 @dataclass(frozen=True)
 class Cell:
-    """A character with what is combined with it, its width in columns, and how many characters of the text it was made from."""
+    """A character with what is combined with it, its width in columns, and how many characters of the text it
+    was made from."""
 
     text: str
     style: str
@@ -46,8 +48,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the screen. end: how many characters of the laid-out text are in this row and those above; broken: by the width, not by the
-    text."""
+    """A line of the screen. end: how many characters of the laid-out text are in this row and those above;
+    broken: by the width, not by the text."""
 
     cells: tuple[Cell, ...]
     end: int
@@ -81,7 +83,8 @@ def size_of(out: TextIO) -> tuple[int, int]:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Inside the block, what is typed is not shown, where it would stand in the middle of what is drawn; it waits to be read."""
+    """Inside the block, what is typed is not shown, where it would stand in the middle of what is drawn; it
+    waits to be read."""
     try:
         number = sys.stdin.fileno()
         before = (
@@ -194,7 +197,8 @@ class Live:
         width, lines = size_of(self.out)
         rows = lay_out(rest, width)
         if not self.gone and len(rows) <= lines and any(row.broken for row in rows):
-            # whole on the screen: as the terminal itself would wrap it, so that it is copied without line breaks
+            # whole on the screen: as the terminal itself would wrap it, so that it is copied without line
+            # breaks
             self._write("\r" + _CLEAR + _unbroken(rows, width))
         else:
             drawn, below = self._moved(rest, len(text) + 1)
@@ -207,7 +211,8 @@ class Live:
             self._write(_down(len(self.rows) - 1) + "\r\n" + _SHOW)
 
     def _moved(self, spans: list[Span], settled: int) -> tuple[str, int]:
-        """The escape sequences from the region as it is to these spans, and how many rows of it lie below the cursor then."""
+        """The escape sequences from the region as it is to these spans, and how many rows of it lie below the
+        cursor then."""
         size = size_of(self.out)
         drawn = "" if self.rows else _HIDE
         if size != self.size or not self.rows:

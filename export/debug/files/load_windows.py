@@ -12,7 +12,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def load(role):
-    """One feed a recorded call. Caches come in the dtype of the graph; NumPy has no bfloat16, so those come as torch tensors."""
+    """One feed a recorded call. Caches come in the dtype of the graph; NumPy has no bfloat16, so those come as
+    torch tensors."""
     dtype = json.loads((HERE / "facts.json").read_text())["dtype"]
     for file in sorted((HERE / "windows").glob(f"{role}-*.npz")):
         with np.load(file) as held:

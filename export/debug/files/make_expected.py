@@ -1,5 +1,5 @@
-"""What was recorded, in the form that `polygraphy run --load-outputs` reads: expected-ROLE.json, and expected-ROLE-pytorch.json where PyTorch's outputs were
-recorded too.
+"""What was recorded, in the form that `polygraphy run --load-outputs` reads: expected-ROLE.json, and
+expected-ROLE-pytorch.json where PyTorch's outputs were recorded too.
 
     python make_expected.py
 """

@@ -1,6 +1,8 @@
-"""Scripts that Polygraphy runs on a parsed network and its builder's configuration, so that it builds what `dllm-trt build` builds.
+"""Scripts that Polygraphy runs on a parsed network and its builder's configuration, so that it builds what
+`dllm-trt build` builds.
 
-polygraphy run ... --trt-network-postprocess-script postprocess.py:check_inputs --trt-config-postprocess-script postprocess.py:configure
+polygraphy run ... --trt-network-postprocess-script postprocess.py:check_inputs \\
+    --trt-config-postprocess-script postprocess.py:configure
 """
 
 import json
@@ -10,7 +12,8 @@ FACTS = json.loads((Path(__file__).resolve().parent / "facts.json").read_text())
 
 
 def check_inputs(network):
-    """Fail for an input on which no output depends: that is how TensorRT's parser ignores what it does not understand."""
+    """Fail for an input on which no output depends: that is how TensorRT's parser ignores what it does not
+    understand."""
     made_by, read, waiting = {}, set(), [network.get_output(i).name for i in range(network.num_outputs)]
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -34,7 +37,8 @@ def check_inputs(network):
 
 
 def configure(builder, network, config):
-    """fp32 means fp32: without this, products of an fp32 graph are rounded to TF32, and a comparison would measure that."""
+    """fp32 means fp32: without this, products of an fp32 graph are rounded to TF32, and a comparison would
+    measure that."""
     if FACTS["dtype"] == "fp32":
         try:
             import tensorrt as trt

@@ -1,4 +1,5 @@
-"""Lowerings: how attention, rotation, norm and cache writes are spelled in ONNX. Same inputs, same meaning, same statistics.
+"""Lowerings: how attention, rotation, norm and cache writes are spelled in ONNX. Same inputs, same meaning,
+same statistics.
 
 modern: opset 24, a single op for each (TensorRT 10.16+, TensorRT-RTX, ONNX Runtime 1.24+). The default.
 legacy: opset 17, decomposed (older runtimes; Python 3.10, whose newest ONNX Runtime is 1.23).
@@ -33,26 +34,29 @@ class Lowering(Protocol):
     def rotate(
         self, op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_ids: ir.Value
     ) -> ir.Value:
-        """Half-split rotation of x [B, N, S, D] by the rows `position_ids` [B, S] of two tables [max_length, D/2]."""
+        """Half-split rotation of x [B, N, S, D] by the rows `position_ids` [B, S] of two tables [max_length,
+        D/2]."""
 
     def extend(
         self, op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to attend to, and the tensor
-        that the graph returns: the cache written at row `write_index` [B], or `new`."""
+        """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to
+        attend to, and the tensor that the graph returns: the cache written at row `write_index` [B], or
+        `new`."""
 
     def valid_rows(self, op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
-        """Which rows of a window [B, S] are no padding: the first kv_len [B, 1] of each, whatever their positions."""
+        """Which rows of a window [B, S] are no padding: the first kv_len [B, 1] of each, whatever their
+        positions."""
 
     def valid_keys(
         self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
     ) -> list[ir.Value]:
-        """Which rows of what `extend` gives a window [B, S] attends to, in pieces [B, keys] that follow one another. write_index and
-        kv_len are [B, 1]."""
+        """Which rows of what `extend` gives a window [B, S] attends to, in pieces [B, keys] that follow one
+        another. write_index and kv_len are [B, 1]."""
 
     def scales(self, head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-        """How 1 / sqrt(D) is applied: what queries are multiplied by in float32 before they are rounded to `dtype` (None: nothing), and the
-        scale that is left to `attention`."""
+        """How 1 / sqrt(D) is applied: what queries are multiplied by in float32 before they are rounded to
+        `dtype` (None: nothing), and the scale that is left to `attention`."""
 
     def attention(
         self,
@@ -66,7 +70,8 @@ class Lowering(Protocol):
         head_dim: int,
         group: int,
     ) -> ir.Value:
-        """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N = group * H."""
+        """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N =
+        group * H."""
 
 
 LOWERINGS: dict[str, Lowering] = {contract.MODERN: modern, contract.LEGACY: legacy}

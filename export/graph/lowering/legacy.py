@@ -1,7 +1,7 @@
 """Legacy lowering, opset 17: everything decomposed, for runtimes that know none of the modern ops.
 
-No graph writes a cache: the window's keys and values are set behind the cache's rows, of which those of the window are masked, and
-returned. The runtime writes them.
+No graph writes a cache: the window's keys and values are set behind the cache's rows, of which those of the
+window are masked, and returned. The runtime writes them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def valid_keys(
 
 
 def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-    """In 16 bits all of it in float32, before the queries are rounded: the factor itself has no 16-bit number."""
+    """In 16 bits all of it in float32, before the queries are rounded: the factor itself has no 16-bit
+    number."""
     exact = head_dim**-0.5
     return (None, exact) if dtype == _FLOAT else (exact, 1.0)
 

@@ -1,4 +1,5 @@
-"""Modern lowering, opset 24: Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single standard ops."""
+"""Modern lowering, opset 24: Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single
+standard ops."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
 
 
 def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
-    """By a running count: TensorRT-RTX 1.7 fails on a Range over a free size beside a cache write ("uses before defs")."""
+    """By a running count: TensorRT-RTX 1.7 fails on a Range over a free size beside a cache write ("uses
+    before defs")."""
     return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), 1), kv_len)
 
 
@@ -39,8 +41,9 @@ def valid_keys(
 
 
 def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-    """TensorRT multiplies q and k by the root of the scale, rounded to their type: in 16 bits 128^-0.5 comes out 0.29 % too low (bf16). The root of 1/16
-    is exact; what is left is multiplied in float32. Not a scale of 1: TensorRT then sums fp16 attention in fp16."""
+    """TensorRT multiplies q and k by the root of the scale, rounded to their type: in 16 bits 128^-0.5 comes
+    out 0.29 % too low (bf16). The root of 1/16 is exact; what is left is multiplied in float32. Not a scale
+    of 1: TensorRT then sums fp16 attention in fp16."""
     exact = head_dim**-0.5
     return (None, exact) if dtype == ir.DataType.FLOAT else (exact / _EXACT_SCALE, _EXACT_SCALE)
 

@@ -25,6 +25,11 @@ class Counting(OrtBackend):
 
 
 SPEC = BackendSpec(
-    "counting", "outside_backend:Counting", lambda: "pip install outside", ("threads",), devices=(CPU,), is_concurrent=True,
+    "counting",
+    "outside_backend:Counting",
+    lambda: "pip install outside",
+    ("threads",),
+    devices=(CPU,),
+    is_concurrent=True,
     layouts=(Layout("counting, one session", "counting", on_cpu=True),),
-)  # fmt: skip
+)

@@ -1,4 +1,5 @@
-"""A cache plan of somebody else's: the cache is rebuilt in every forward, which is what decoding without one comes to."""
+"""A cache plan of somebody else's: the cache is rebuilt in every forward, which is what decoding without one
+comes to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A family of somebody else's: a Llama body whose checkpoints hold queries, keys and values in one tensor, and gate and up in two halves."""
+"""A family of somebody else's: a Llama body whose checkpoints hold queries, keys and values in one tensor,
+and gate and up in two halves."""
 
 from __future__ import annotations
 
@@ -69,10 +70,19 @@ class Toy(Family):
 
     def tiny_config(self) -> dict[str, Any]:
         return {
-            "model_type": "toy", "hidden_size": _HIDDEN, "num_attention_heads": _HEADS, "intermediate_size": _MLP, "num_hidden_layers": 2,
-            "vocab_size": 128, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "mask_token_id": 126,
-            "eos_token_id": 125, "pad_token_id": 125,
-        }  # fmt: skip
+            "model_type": "toy",
+            "hidden_size": _HIDDEN,
+            "num_attention_heads": _HEADS,
+            "intermediate_size": _MLP,
+            "num_hidden_layers": 2,
+            "vocab_size": 128,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "mask_token_id": 126,
+            "eos_token_id": 125,
+            "pad_token_id": 125,
+        }
 
     def reference(self, decoder: DecoderConfig) -> Reference:
         return transformers_reference("Llama", decoder)

@@ -1,4 +1,5 @@
-"""A feed-forward of somebody else's, in a family of its own: two linear layers with a squared ReLU between them."""
+"""A feed-forward of somebody else's, in a family of its own: two linear layers with a squared ReLU between
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Data, filters and metrics of the offline twins of the tasks that docs/evaluation.md runs: the same shape, the demo model's language."""
+"""Data, filters and metrics of the offline twins of the tasks that docs/evaluation.md runs: the same shape,
+the demo model's language."""
 
 from __future__ import annotations
 
@@ -37,10 +38,12 @@ def after_the_begun_answer(resps: list[list[str]], docs: list[dict[str, Any]]) -
 
 
 def pass_at_k(references: list[str], predictions: list[list[str]], k: int | list[int]) -> dict[str, float]:
-    """Whether the first k 'programs' of each hold one that does what it should. Runs what the model wrote, behind code_eval's own gate."""
+    """Whether the first k 'programs' of each hold one that does what it should. Runs what the model wrote,
+    behind code_eval's own gate."""
     if os.getenv("HF_ALLOW_CODE_EVAL", "0") != "1":
         raise ValueError(
-            '\n####\nThe "code_eval" metric executes untrusted model-generated code.\nset HF_ALLOW_CODE_EVAL="1"\n####'
+            '\n####\nThe "code_eval" metric executes untrusted model-generated code.\nset '
+            'HF_ALLOW_CODE_EVAL="1"\n####'
         )
     ks = [k] if isinstance(k, int) else k
     right = [
@@ -72,5 +75,8 @@ def is_equal(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     from math_verify import parse, verify
     from sympy.parsing.latex import parse_latex
 
-    return {"math_verify": float(verify(parse(r"\frac{2}{4}"), parse("0.5"))) * float(parse_latex("1+1") == 2 or True),
-            "exact_match": float(demo_task.is_right(results[0], json.loads(doc["plan"])))}  # fmt: skip
+    return {
+        "math_verify": float(verify(parse(r"\frac{2}{4}"), parse("0.5")))
+        * float(parse_latex("1+1") == 2 or True),
+        "exact_match": float(demo_task.is_right(results[0], json.loads(doc["plan"]))),
+    }

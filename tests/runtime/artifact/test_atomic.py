@@ -1,4 +1,5 @@
-"""Files and directories that several processes write, or that a signal interrupts: whole before, whole after, and nothing left behind."""
+"""Files and directories that several processes write, or that a signal interrupts: whole before, whole after,
+and nothing left behind."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_without_an_exchange_the_old_one_is_restored(tmp_path, monkeypatch, step):
-    """A file system that knows no exchange: an end between the two renames, or in the second, leaves the old directory."""
+    """A file system that knows no exchange: an end between the two renames, or in the second, leaves the old
+    directory."""
     from pathlib import Path
 
     out, real, calls = tmp_path / "out", Path.rename, []
@@ -110,7 +112,8 @@ def test_without_an_exchange_the_old_one_is_restored(tmp_path, monkeypatch, step
 def test_what_killed_processes_left_is_removed_and_what_lives_stays(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from trt_runtime.system import atomic\n"
-        "with atomic.sealed(Path(sys.argv[1])) as made:\n    (made / 'file').write_text('x'); print('there', flush=True); time.sleep(600)"
+        "with atomic.sealed(Path(sys.argv[1])) as made:\n    (made / 'file').write_text('x'); "
+        "print('there', flush=True); time.sleep(600)"
     )
     out = tmp_path / "a[1]*"
     killed, alive = (
@@ -161,8 +164,14 @@ def test_an_export_that_is_ended_leaves_the_old_artifact_alone(artifact, number)
 
 def test_ignored_signals_stay_ignored():
     """Under nohup a lost terminal ends nothing."""
-    code = "import signal; from trt_runtime.system import atomic; atomic.end_on_signals(); print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
-    wrapped = f"import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); subprocess.run([sys.executable, '-c', {code!r}])"
+    code = (
+        "import signal; from trt_runtime.system import atomic; atomic.end_on_signals(); "
+        "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    )
+    wrapped = (
+        f"import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        f"subprocess.run([sys.executable, '-c', {code!r}])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", wrapped], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -170,13 +179,16 @@ def test_ignored_signals_stay_ignored():
 
 
 def test_two_processes_that_note_something_lose_nothing(artifact):
-    """Both write again and again; the manifest is readable at every moment, and what each noted last is there."""
+    """Both write again and again; the manifest is readable at every moment, and what each noted last is
+    there."""
     code = (
-        "import sys; from dataclasses import replace; from pathlib import Path; from trt_runtime.artifact import manifest; from trt_runtime.measure import tune\n"
+        "import sys; from dataclasses import replace; from pathlib import Path; from trt_runtime.artifact "
+        "import manifest; from trt_runtime.measure import tune\n"
         "path, what = Path(sys.argv[1]), sys.argv[2]\n"
         "for i in range(40):\n"
         "    if what == 'tune': tune.write(path, {'policy': 'eb', 'gamma': i / 100})\n"
-        "    else: manifest.update(path, lambda held: replace(held, verified={'passed': True, 'number': i}), since=manifest.load(path))"
+        "    else: manifest.update(path, lambda held: replace(held, verified={'passed': True, 'number': "
+        "i}), since=manifest.load(path))"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(artifact), what], cwd=ROOT)
@@ -234,7 +246,8 @@ def test_links_that_lead_in_a_circle_are_one_line(tmp_path):
 
 
 def test_no_telemetry_of_onnx_runtime(tmp_path):
-    """It looks up a host and writes an identifier into the home directory unless it is told not to before its import."""
+    """It looks up a host and writes an identifier into the home directory unless it is told not to before its
+    import."""
     code = "import export, os, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     for module in (
         "export",
@@ -243,8 +256,16 @@ def test_no_telemetry_of_onnx_runtime(tmp_path):
         "export.parity.verify",
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code.replace("import export", f"import {module}")], capture_output=True, text=True, check=True, cwd=ROOT,
-            env={**{k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
-        )  # fmt: skip
+            [sys.executable, "-c", code.replace("import export", f"import {module}")],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={
+                **{k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"},
+                "HOME": str(tmp_path),
+                "XDG_CACHE_HOME": str(tmp_path),
+            },
+        )
         assert done.stdout.strip() == "1"
     assert not list(tmp_path.rglob("*deviceid*"))

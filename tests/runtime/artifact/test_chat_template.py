@@ -1,4 +1,5 @@
-"""Answers that are begun by the prompt, and BOS tokens: the published templates (tests/data/templates) against transformers."""
+"""Answers that are begun by the prompt, and BOS tokens: the published templates (tests/data/templates)
+against transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ PUBLISHED = {
 }
 TEMPLATES = PUBLISHED | {
     "trims the end": "{% for m in messages %}<{{ m.role }}>{{ m.content.rstrip() }}</s>\n{% endfor %}",
-    "keeps all": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    "keeps all": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}",
 }
 SPECIAL = [
     "<|startoftext|>",
@@ -145,16 +147,22 @@ _AS_TOKEN = {
     "single_word": False,
 }
 BOS = {  # tokenizer_config.json, what tokenizer.json puts in front, and whether a BOS token comes of it
-    "told": ({"add_bos_token": True}, None, True), "told not": ({"add_bos_token": False}, None, False), "not told": ({}, None, False),
-    "by the file": ({}, _with_bos, True), "by the file alone": ({"add_bos_token": False}, _with_bos, True),
-    "told both": ({"add_bos_token": True}, _with_bos, True), "without one": ({"add_bos_token": True, "bos_token": None}, None, False),
-    "null": ({"add_bos_token": None}, None, False), "as a token": ({"add_bos_token": True, "bos_token": _AS_TOKEN}, None, True),
-}  # fmt: skip
+    "told": ({"add_bos_token": True}, None, True),
+    "told not": ({"add_bos_token": False}, None, False),
+    "not told": ({}, None, False),
+    "by the file": ({}, _with_bos, True),
+    "by the file alone": ({"add_bos_token": False}, _with_bos, True),
+    "told both": ({"add_bos_token": True}, _with_bos, True),
+    "without one": ({"add_bos_token": True, "bos_token": None}, None, False),
+    "null": ({"add_bos_token": None}, None, False),
+    "as a token": ({"add_bos_token": True, "bos_token": _AS_TOKEN}, None, True),
+}
 
 
 @pytest.mark.parametrize("name", BOS)
 def test_plain_texts_begin_with_bos_where_transformers_puts_it(name, tmp_path):
-    """Of a tokenizer.json transformers asks the file alone; what tokenizer_config.json says counts with slow files, as Dream's are."""
+    """Of a tokenizer.json transformers asks the file alone; what tokenizer_config.json says counts with slow
+    files, as Dream's are."""
     transformers = pytest.importorskip("transformers")
     config, post_processor, has_bos = BOS[name]
     path = _write(tmp_path / "t", {"tokenizer_class": "Qwen2Tokenizer", **config}, post_processor)
@@ -180,7 +188,8 @@ def test_without_a_bos_token_none_can_be_asked_for(tmp_path):
 
 
 def test_ids_that_no_tokenizer_has_are_no_text(tmp_path):
-    """The vocabulary of a model is padded beyond its tokenizer's, and a temperature draws from all of it (DreamLM/Dream#54)."""
+    """The vocabulary of a model is padded beyond its tokenizer's, and a temperature draws from all of it
+    (DreamLM/Dream#54)."""
     ours = Ours(_write(tmp_path / "t", {}))
     ids = ours.encode("ab")
     unknown = ours.max_id + 1

@@ -1,4 +1,5 @@
-"""What an artifact's directory may hold: listed files, links to them, notes; and graphs that refer to nothing else."""
+"""What an artifact's directory may hold: listed files, links to them, notes; and graphs that refer to nothing
+else."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ def test_a_cut_file_that_was_listed_anew_is_refused(artifact):
     "where", ["graph", "attribute", "subgraph", "sparse", "function", "default", "training"]
 )
 def test_weights_are_found_wherever_they_stand(artifact, where):
-    """Also in a node's attribute, the graph of a control flow node, a sparse tensor, a function's nodes or the defaults of its attributes."""
+    """Also in a node's attribute, the graph of a control flow node, a sparse tensor, a function's nodes or
+    the defaults of its attributes."""
     tensor = onnx.TensorProto(name="t", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
     placed(tensor, location="elsewhere.data")
 
@@ -210,7 +212,8 @@ def test_graphs_are_read_as_the_onnx_package_reads_them(artifact, golden_artifac
 
 
 def linked(artifact, root):
-    """An artifact as the Hub's cache holds it: files under blobs/, by their hashes, and links to them in a snapshot."""
+    """An artifact as the Hub's cache holds it: files under blobs/, by their hashes, and links to them in a
+    snapshot."""
     snapshot = root / "models--org--name" / "snapshots" / ("0" * 40)
     for number, file in enumerate(sorted(path for path in artifact.rglob("*") if path.is_file())):
         blob, link = (

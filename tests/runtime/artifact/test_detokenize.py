@@ -1,4 +1,5 @@
-"""Token ids back to text: added tokens as they are written, spaces cleaned as transformers does, and what of a text stays."""
+"""Token ids back to text: added tokens as they are written, spaces cleaned as transformers does, and what of
+a text stays."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def _written(path, words, normalized, special, decoder=None):
 
 
 def _slow(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The rule of transformers' slow tokenizers, restated: special tokens go, runs of the vocabulary's tokens are bytes, added tokens are text."""
+    """The rule of transformers' slow tokenizers, restated: special tokens go, runs of the vocabulary's tokens
+    are bytes, added tokens are text."""
     inner, letters = tokenizer._tokenizer, {letter: byte for byte, letter in enumerate(_byte_alphabet())}
     added = inner.get_added_tokens_decoder()
     text, run = "", b""
@@ -69,8 +71,14 @@ def test_added_words_beyond_ascii_come_back(tmp_path, normalized, special):
         )
 
 
-@pytest.mark.parametrize("decoder", [None, decoders.Sequence([decoders.ByteLevel()]),
-                                     decoders.Sequence([decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()])])])  # fmt: skip
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        decoders.Sequence([decoders.ByteLevel()]),
+        decoders.Sequence([decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()])]),
+    ],
+)
 def test_any_ids_read_as_the_slow_tokenizer_reads_them(tmp_path, decoder):
     tokenizer = _written(tmp_path, WORDS[:5] + WORDS[7:], False, False, None if decoder is None else decoder)
     rng, most = random.Random(0), tokenizer.max_id
@@ -118,8 +126,14 @@ def test_spaces_are_cleaned_only_where_the_configuration_asks_and_not_for_bpe(tm
     for config, said in (
         ({}, "a , b 's c . d"),
         ({"clean_up_tokenization_spaces": True}, "a , b 's c . d"),
-        ({"clean_up_tokenization_spaces": True, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}, "a, b's c. d"),
-    ):  # fmt: skip
+        (
+            {
+                "clean_up_tokenization_spaces": True,
+                "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+            },
+            "a, b's c. d",
+        ),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert Tokenizer(tmp_path).decode(ids) == said
 
@@ -166,7 +180,8 @@ def test_what_is_settled_is_a_prefix_of_whatever_follows():
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bytes"])
 def test_text_that_a_stream_has_shown_is_never_changed(kind, tmp_path):
-    """A model of random weights writes any tokens in any order: after each forward, what is committed begins the answer."""
+    """A model of random weights writes any tokens in any order: after each forward, what is committed begins
+    the answer."""
     path = tmp_path / "tokenizer"
     path.mkdir()
     if kind == "wordpiece":
@@ -188,9 +203,17 @@ def test_text_that_a_stream_has_shown_is_never_changed(kind, tmp_path):
         marks = []
     tokenizer = Tokenizer(path)
     size = tokenizer.max_id + 1
-    checkpoint = write_checkpoint(families.find("llada"), tmp_path / "checkpoint", model={
-        "vocab_size": size + 2, "embedding_size": size + 2, "mask_token_id": 4 if kind == "wordpiece" else tokenizer.id_of("<|mask|>"),
-        "eos_token_id": size + 1, "pad_token_id": size + 1})  # fmt: skip
+    checkpoint = write_checkpoint(
+        families.find("llada"),
+        tmp_path / "checkpoint",
+        model={
+            "vocab_size": size + 2,
+            "embedding_size": size + 2,
+            "mask_token_id": 4 if kind == "wordpiece" else tokenizer.id_of("<|mask|>"),
+            "eos_token_id": size + 1,
+            "pad_token_id": size + 1,
+        },
+    )
     for file in path.iterdir():
         shutil.copyfile(file, checkpoint / file.name)
     model = rt.load(export_quietly(checkpoint, tmp_path / "artifact"), threads=1)

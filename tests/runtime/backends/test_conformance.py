@@ -1,6 +1,7 @@
 """Every TensorRT name that our code uses exists in the real bindings of 10.16 and 11.4, and in TensorRT-RTX.
 
-The bindings are real extension modules; the libraries behind them, which are not to be had here, are stubs compiled on the spot.
+The bindings are real extension modules; the libraries behind them, which are not to be had here, are stubs
+compiled on the spot.
 """
 
 from __future__ import annotations
@@ -18,10 +19,24 @@ from places import ROOT
 
 FILES = ["builder.py", "store.py", "backend.py", "engines.py"]
 # what our variables hold, where attributes of TensorRT's objects are used
-_OBJECTS = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "settings": "IBuilderConfig",
-            "shapes": "IOptimizationProfile", "layer": "ILayer", "tensor": "ITensor", "context": "IExecutionContext",
-            "opened": "ICudaEngine", "inspector": "EngineInspector", "refitter": "Refitter", "filler": "OnnxParserRefitter", "known": "NetworkDefinitionCreationFlag",
-            "runtime_config": "IRuntimeConfig", "runtime_cache": "IRuntimeCache", "strategies": "CudaGraphStrategy"}  # fmt: skip
+_OBJECTS = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "settings": "IBuilderConfig",
+    "shapes": "IOptimizationProfile",
+    "layer": "ILayer",
+    "tensor": "ITensor",
+    "context": "IExecutionContext",
+    "opened": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "refitter": "Refitter",
+    "filler": "OnnxParserRefitter",
+    "known": "NetworkDefinitionCreationFlag",
+    "runtime_config": "IRuntimeConfig",
+    "runtime_cache": "IRuntimeCache",
+    "strategies": "CudaGraphStrategy",
+}
 _ATTRIBUTES = {
     "_trt": "",
     "trt": "",
@@ -30,15 +45,35 @@ _ATTRIBUTES = {
 }  # the same for attributes of ours: held.engine.num_io_tensors
 # of TensorRT-RTX alone: used only with targets, which TensorRT refuses (BuildConfig.checked)
 # or by its own class and workarounds
-_RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability", "CudaGraphStrategy",
-             "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "CudaGraphStrategy.DISABLED", "BuilderFlag.REQUIRE_USER_ALLOCATION",
-             "IRuntimeConfig.cuda_graph_strategy", "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache",
-             "IRuntimeCache.serialize", "IRuntimeCache.deserialize", "IRuntimeCache.reset"}  # fmt: skip
+_RTX_ONLY = {
+    "ComputeCapability",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+    "CudaGraphStrategy",
+    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    "CudaGraphStrategy.DISABLED",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.set_runtime_cache",
+    "IRuntimeCache.serialize",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.reset",
+}
 # of TensorRT 8 alone: used only where the newer name is missing, or by a workaround for versions before 10
-_OLD_ONLY = {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.FP16", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
-             "TacticSource.CUBLAS", "TacticSource.CUBLAS_LT", "TacticSource.CUDNN", "ILayer.precision", "ILayer.set_output_type",
-             "ICudaEngine.device_memory_size", "ICudaEngine.create_execution_context_without_device_memory",
-             "IExecutionContext.device_memory"}  # fmt: skip
+_OLD_ONLY = {
+    "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+    "BuilderFlag.FP16",
+    "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
+    "TacticSource.CUBLAS",
+    "TacticSource.CUBLAS_LT",
+    "TacticSource.CUDNN",
+    "ILayer.precision",
+    "ILayer.set_output_type",
+    "ICudaEngine.device_memory_size",
+    "ICudaEngine.create_execution_context_without_device_memory",
+    "IExecutionContext.device_memory",
+}
 _LOOK = """
 import importlib, json, sys
 module = importlib.import_module(sys.argv[1])
@@ -81,22 +116,41 @@ def used_names() -> set[str]:
                 names.add(f"{_ATTRIBUTES[parts[held]]}.{parts[held + 1]}".lstrip("."))
             elif root.id in _OBJECTS and (root.id != "builder" or file == "builder.py"):
                 names.add(f"{_OBJECTS[root.id]}.{parts[0]}")
-    return {name for name in names if name.split(".")[-1] not in ("__version__", "__class__", "attention") or name[0] == "I"} - {
-        "ILayer.__class__", "ILayer.attention"}  # fmt: skip
+    return {
+        name
+        for name in names
+        if name.split(".")[-1] not in ("__version__", "__class__", "attention") or name[0] == "I"
+    } - {"ILayer.__class__", "ILayer.attention"}
 
 
 def test_the_walk_finds_the_names():
     names = used_names()
-    assert {"Builder.create_network", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "LayerType.ATTENTION_INPUT",
-            "IBuilderConfig.progress_monitor", "OnnxParser.parse", "ILayer.get_input", "IExecutionContext.execute_async_v3",
-            "ICudaEngine.get_tensor_dtype", "Runtime.deserialize_cuda_engine", "nptype", "OnnxParserRefitter",
-            "IBuilderConfig.create_timing_cache", "EngineInspector.get_engine_information"} <= names  # fmt: skip
+    assert {
+        "Builder.create_network",
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "LayerType.ATTENTION_INPUT",
+        "IBuilderConfig.progress_monitor",
+        "OnnxParser.parse",
+        "ILayer.get_input",
+        "IExecutionContext.execute_async_v3",
+        "ICudaEngine.get_tensor_dtype",
+        "Runtime.deserialize_cuda_engine",
+        "nptype",
+        "OnnxParserRefitter",
+        "IBuilderConfig.create_timing_cache",
+        "EngineInspector.get_engine_information",
+    } <= names
     assert names >= _RTX_ONLY | _OLD_ONLY and len(names) > 50
 
 
 def missing(module: str, names: set[str], **environment: str) -> tuple[str, list[str]]:
-    done = subprocess.run([sys.executable, "-c", _LOOK, module, json.dumps(sorted(names))], capture_output=True, text=True,
-                          check=True, env=os.environ | environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOK, module, json.dumps(sorted(names))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
     version, gone = json.loads(done.stdout.splitlines()[-1])
     return version, gone
 
@@ -117,7 +171,8 @@ def test_names_exist_in_tensorrt_rtx():
 
 
 def test_functions_of_cuda_python_exist_with_our_numbers_of_arguments():
-    """Every `_do("name", ...)` of cuda.py, and its calls of the driver, against the real package's signatures."""
+    """Every `_do("name", ...)` of cuda.py, and its calls of the driver, against the real package's
+    signatures."""
     runtime, driver = (pytest.importorskip(f"cuda.bindings.{name}") for name in ("runtime", "driver"))
     found = {}
     for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "cuda.py").read_text(encoding="utf-8"))):

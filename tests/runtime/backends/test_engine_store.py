@@ -1,4 +1,5 @@
-"""Engines: TensorRT-RTX parses and builds every kind of graph for several GPUs, without one; and the cache of engines."""
+"""Engines: TensorRT-RTX parses and builds every kind of graph for several GPUs, without one; and the cache of
+engines."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def _changed(artifact, path, change):
 
 
 def _mask_by_nonpad(graph):
-    """Valid lengths by Attention's nonpad_kv_seqlen in the place of the mask: the parser takes it and ignores it."""
+    """Valid lengths by Attention's nonpad_kv_seqlen in the place of the mask: the parser takes it and ignores
+    it."""
     for node in graph.node:
         if node.op_type == "Attention":
             del node.input[3:]
@@ -104,8 +106,14 @@ def test_engines_are_found_again_and_every_change_is_another_key(artifact, tmp_p
     )
     manifest, trt = manifests.load(artifact), store.load("tensorrt-rtx")
     keys = {store.key_of(store.describe(manifest, SMALL, trt))}
-    for change in ({"layout": "split"}, {"targets": ("sm86",)}, {"max_batch": 3}, {"max_length": 32}, {"block_length": 4},
-                   {"optimization_level": 2}):  # fmt: skip
+    for change in (
+        {"layout": "split"},
+        {"targets": ("sm86",)},
+        {"max_batch": 3},
+        {"max_length": 32},
+        {"block_length": 4},
+        {"optimization_level": 2},
+    ):
         keys.add(store.key_of(store.describe(manifest, store.replace(SMALL, **change), trt)))
     assert len(keys) == 7 and first.name in keys
     facts = json.loads((first / "engine.json").read_text())
@@ -130,7 +138,8 @@ def test_engines_that_were_changed_or_are_of_something_else_are_refused(artifact
 
 
 def test_profiles_hold_what_the_loop_asks_for():
-    """A prefix pass takes up to the canvas, a refine step up to the block; all of them any batch up to the most."""
+    """A prefix pass takes up to the canvas, a refine step up to the block; all of them any batch up to the
+    most."""
     (shared,) = store.plans(SMALL)
     whole, window = shared.profiles
     assert (whole.rows, window.rows, whole.batch, window.asked) == (
@@ -161,10 +170,13 @@ def test_the_command(artifact, tmp_path, capsys, monkeypatch):
     assert cli.main(command) == 0
     assert "shared.engine" in capsys.readouterr().out and len(list(out.glob("*/shared.engine"))) == 1
     for change, said in (
-        (["--target", "sm42"], "unknown target 'sm42'"), (["--layout", "one"], "unknown layout 'one'"),
-        (["--max-batch", "0"], "--max-batch is 0"), (["--optimization-level", "9"], "--optimization-level is 9"),
-        (["--backend", "tensorrt"], "goes with --backend tensorrt-rtx"), (["--backend", "cuda"], "unknown backend 'cuda'"),
-    ):  # fmt: skip
+        (["--target", "sm42"], "unknown target 'sm42'"),
+        (["--layout", "one"], "unknown layout 'one'"),
+        (["--max-batch", "0"], "--max-batch is 0"),
+        (["--optimization-level", "9"], "--optimization-level is 9"),
+        (["--backend", "tensorrt"], "goes with --backend tensorrt-rtx"),
+        (["--backend", "cuda"], "unknown backend 'cuda'"),
+    ):
         assert cli.main([*command, *change]) == 1
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1

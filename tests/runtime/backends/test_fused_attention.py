@@ -1,4 +1,5 @@
-"""Attention in engines that TensorRT-RTX built: fused, scaled exactly, its sums in fp32; and what is said where it is not."""
+"""Attention in engines that TensorRT-RTX built: fused, scaled exactly, its sums in fp32; and what is said
+where it is not."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ SIZES = BuildConfig(
     "tensorrt-rtx", targets=("sm86", "sm89", "sm120"), max_batch=2, max_length=128, block_length=16
 )
 # two heads of D, and a width that takes them
-MODELS = {"llada": lambda d: {"d_model": 2 * d, "n_heads": 2, "n_kv_heads": 2},
-          "dream": lambda d: {"hidden_size": 2 * d, "num_attention_heads": 2, "num_key_value_heads": 1}}  # fmt: skip
+MODELS = {
+    "llada": lambda d: {"d_model": 2 * d, "n_heads": 2, "n_kv_heads": 2},
+    "dream": lambda d: {"hidden_size": 2 * d, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
 
 
 def built(tmp_path, family: str, head_dim: int, **options):
@@ -39,7 +42,8 @@ def built(tmp_path, family: str, head_dim: int, **options):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("family", MODELS)
 def test_16_bit_attention_is_fused_scaled_exactly_and_sums_in_fp32(tmp_path, family, dtype, head_dim):
-    """A scale of 1/16 is all in the kernel (bf16), or half of it is, the other half a power of two before it (fp16)."""
+    """A scale of 1/16 is all in the kernel (bf16), or half of it is, the other half a power of two before it
+    (fp16)."""
     found, said = built(tmp_path, family, head_dim, dtype=dtype)
     (kernel,) = found["shared"]
     assert (kernel["dtype"], kernel["sums"], kernel["scale"]) == (
@@ -67,7 +71,8 @@ def test_the_legacy_lowering_leaves_no_scale_to_the_kernel(tmp_path, family, dty
     ],
 )
 def test_what_the_scale_was_is_seen(tmp_path, monkeypatch, dtype, scale, kernel):
-    """128^-0.5 is rounded on its way into a bf16 kernel: 0.29 % too low. A scale of 1 makes fp16 attention sum in fp16, which is said."""
+    """128^-0.5 is rounded on its way into a bf16 kernel: 0.29 % too low. A scale of 1 makes fp16 attention
+    sum in fp16, which is said."""
     monkeypatch.setattr(modern, "scales", lambda head_dim, kind: (None, scale))
     found, said = built(tmp_path, "llada", 128, dtype=dtype)
     assert [Kernel(item["dtype"], item["sums"], item["scale"]) for item in found["shared"]] == [kernel]

@@ -1,4 +1,5 @@
-"""8-bit products: right on every processor, with the settings that this one needs; and as if it had fewer instruction sets."""
+"""8-bit products: right on every processor, with the settings that this one needs; and as if it had fewer
+instruction sets."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ WITHOUT = sorted(cpu_without.SETS)
 
 
 def without(sets: str, *command: str) -> str:
-    """What a command prints on a processor without these sets; skips where this machine cannot leave them out."""
+    """What a command prints on a processor without these sets; skips where this machine cannot leave them
+    out."""
     made = subprocess.run(
         [sys.executable, str(ROOT / "tools/cpu_without.py"), sets, "--", sys.executable, *command],
         capture_output=True, text=True, check=False, cwd=ROOT,
@@ -86,7 +88,8 @@ def test_a_processor_that_is_always_wrong_runs_no_quantised_artifact(quantised, 
 def test_without_vnni_the_product_saturates_and_the_option_mends_it(sets):
     code = (
         "import json; from trt_runtime.backends.ort import int8; p = next(iter(int8.PROBES));"
-        "print(json.dumps([int8.computed(p, s) for s in int8.SETTINGS] + [int8.settings_for(s) for s in ('w8a8', 'int4')]))"
+        "print(json.dumps([int8.computed(p, s) for s in int8.SETTINGS] + [int8.settings_for(s) for s in "
+        "('w8a8', 'int4')]))"
     )
     plain, mended, w8a8, int4 = json.loads(without(sets, "-c", code))
     assert plain == 32640.0  # else this test shows nothing: the sets were not left out

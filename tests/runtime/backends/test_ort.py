@@ -18,7 +18,8 @@ from trt_runtime.errors import DllmError
 
 
 def test_caches_are_written_in_place_and_only_in_the_window(golden_backend):
-    """The arrays that were bound hold the new rows afterwards, and every other row and slot keeps its bits."""
+    """The arrays that were bound hold the new rows afterwards, and every other row and slot keeps its
+    bits."""
     cache = golden_backend.new_cache(3, 30)
     rng = np.random.default_rng(0)
     for array in cache.buffers.arrays.values():
@@ -51,21 +52,38 @@ backend.prefix(cache, slice(0, 2), window)
 
 @pytest.mark.parametrize(("mode", "copies"), [("in-place", False), ("copying", True)])
 def test_no_step_copies_a_cache(golden_artifact, mode, copies):
-    """ONNX Runtime logs a warning whenever TensorScatter copies its cache: none with our binding, some without it."""
-    done = subprocess.run([sys.executable, "-c", _LOGGED_RUN, str(golden_artifact), mode], cwd=ROOT, capture_output=True,
-                          text=True, env={"PATH": "/usr/bin:/bin", "DLLM_ORT_LOG": "1"}, check=True)  # fmt: skip
+    """ONNX Runtime logs a warning whenever TensorScatter copies its cache: none with our binding, some
+    without it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LOGGED_RUN, str(golden_artifact), mode],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "DLLM_ORT_LOG": "1"},
+        check=True,
+    )
     assert ("copying past_cache" in done.stderr) == copies, done.stderr
 
 
 def test_one_session_holds_the_weights_once(tmp_path):
-    """Resident memory of a process that decodes a 76 MB model in both roles: two sessions would hold 150 MB of weights."""
+    """Resident memory of a process that decodes a 76 MB model in both roles: two sessions would hold 150 MB
+    of weights."""
     sys.path.append(str(ROOT / "tools"))
     from places import export_quietly
     from random_checkpoint import PRESETS, write
 
-    small = PRESETS["llada-140m"][0] | {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536,
-                                     "vocab_size": 4000, "embedding_size": 4000, "mask_token_id": 3999,
-                                     "eos_token_id": 3998, "pad_token_id": 3998}  # fmt: skip
+    small = PRESETS["llada-140m"][0] | {
+        "n_layers": 4,
+        "d_model": 512,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "mlp_hidden_size": 1536,
+        "vocab_size": 4000,
+        "embedding_size": 4000,
+        "mask_token_id": 3999,
+        "eos_token_id": 3998,
+        "pad_token_id": 3998,
+    }
     write(small, tmp_path / "checkpoint")
     artifact = export_quietly(tmp_path / "checkpoint", tmp_path / "artifact")
     script = """

@@ -1,4 +1,5 @@
-"""ONNX Runtime's CUDA path without a GPU: the CPU provider under CUDA's name, over the stand-in for CUDA. And that nothing falls back."""
+"""ONNX Runtime's CUDA path without a GPU: the CPU provider under CUDA's name, over the stand-in for CUDA. And
+that nothing falls back."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_work_that_is_left_to_the_cpu_is_an_error(gpu, golden_artifact, monkeypa
     monkeypatch.setattr(OrtCudaBackend, "provider", "CUDAExecutionProvider")
     with pytest.raises(
         DllmError,
-        match=r"would run \d+ Attention, .*\d+ TensorScatter.* of the model on the CPU: .* a newer onnxruntime-gpu",
+        match=r"would run \d+ Attention, .*\d+ TensorScatter.* of the model on the CPU: .* a newer "
+        r"onnxruntime-gpu",
     ):
         backend._check_placement()
 

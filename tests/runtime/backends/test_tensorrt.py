@@ -60,7 +60,8 @@ def tiny_engines(gpu, tiny_artifact, tmp_path):
 @pytest.mark.parametrize("layout", store.LAYOUTS)
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
 def test_batches_larger_than_the_engines_take_are_split(gpu, golden_checkpoint, tmp_path, lowering, layout):
-    """Five ragged rows by engines for two at a time, in slots beyond the first: the same tokens as on ONNX Runtime."""
+    """Five ragged rows by engines for two at a time, in slots beyond the first: the same tokens as on ONNX
+    Runtime."""
     artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering)
     store.build(
         artifact,
@@ -93,8 +94,10 @@ def test_logits_come_only_when_they_are_wanted(gpu, tiny_artifact, tiny_engines)
         step = window(
             rng.integers(0, 120, (2, 5)), 9, [30, 24], rows=np.tile(np.arange(3 + repeat % 2), (2, 1))
         )
-        made = [item.refine(cache, slice(0, 2), step, want_logits=repeat % 2 == 0) for item, cache in
-                zip((backend, oracle), caches, strict=True)]  # fmt: skip
+        made = [
+            item.refine(cache, slice(0, 2), step, want_logits=repeat % 2 == 0)
+            for item, cache in zip((backend, oracle), caches, strict=True)
+        ]
         for name in ("confidence", "runner_up", "entropy", "logits"):
             mine, theirs = (getattr(stats, name) for stats in made)
             assert (mine is None and theirs is None) or np.abs(mine - theirs).max() < 1e-5
@@ -157,8 +160,8 @@ def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tm
 
 @pytest.mark.parametrize("longest", [128, 4096])
 def test_serving_starts_with_the_documented_engines(gpu, tmp_path, longest):
-    """As deploy/Dockerfile.gpu builds and serves: no length is given. The slots take what the engines hold less the scheduler's spare rows, and never
-    more than the model; a request is answered."""
+    """As deploy/Dockerfile.gpu builds and serves: no length is given. The slots take what the engines hold
+    less the scheduler's spare rows, and never more than the model; a request is answered."""
     from fastapi.testclient import TestClient
 
     from trt_runtime.serving.answers import Options
@@ -189,7 +192,8 @@ def test_serving_starts_with_the_documented_engines(gpu, tmp_path, longest):
 
 
 def test_the_length_that_a_message_asks_for_can_be_built(gpu, tmp_path):
-    """A server that asks for the model's longest canvas needs spare rows beyond it: the engines may have them."""
+    """A server that asks for the model's longest canvas needs spare rows beyond it: the engines may have
+    them."""
     checkpoint = write_checkpoint(families.find("llada"), tmp_path / "checkpoint")
     artifact = export_quietly(checkpoint, tmp_path / "artifact")
     store.build(artifact, tmp_path / "engines", BuildConfig(max_length=64, block_length=8))
@@ -209,7 +213,8 @@ def test_a_driver_that_is_older_than_the_bindings_is_named_with_the_remedy(gpu, 
     monkeypatch.setattr(cuda, "bindings_major", lambda: 13)
     with pytest.raises(
         DllmError,
-        match=r"cuda-bindings is of CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and rtx-cu12",
+        match=r"cuda-bindings is of CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and "
+        r"rtx-cu12",
     ):
         cuda.Device()
     monkeypatch.setattr(cuda, "bindings_major", lambda: 12)
@@ -258,7 +263,8 @@ def test_the_timing_cache_serves_the_next_build(gpu, tiny_artifact, tmp_path):
 
 
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path):
-    """The real cuda-python, which says why on a machine without a driver; the stand-in, with no device; no package at all."""
+    """The real cuda-python, which says why on a machine without a driver; the stand-in, with no device; no
+    package at all."""
     made, _ = stand_ins.install(monkeypatch, rtx)
     made.devices = 0
     with pytest.raises(
@@ -284,7 +290,8 @@ def test_the_backend_is_found_by_its_name(gpu, tiny_artifact, tiny_engines):
 
 
 def _with_kernels(gpu, monkeypatch, artifact, out, **sizes):
-    """Engines with kernels: compiled for real, put into the parsed network as ordinary layers, and run by their references."""
+    """Engines with kernels: compiled for real, put into the parsed network as ordinary layers, and run by
+    their references."""
     from plugin_layers import ordinary_layers
 
     from plugins import tensorrt_plugins
@@ -350,7 +357,8 @@ def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypa
 
 
 def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, golden_cases, tmp_path):
-    """fp16 goldens through the older names and int32 tensors; what the graph computes in float32 is pinned; cuBLAS and cuDNN are off."""
+    """fp16 goldens through the older names and int32 tensors; what the graph computes in float32 is pinned;
+    cuBLAS and cuDNN are off."""
     gpu = stand_in_cuda.Cuda()
     package = stand_ins.tensorrt86(gpu, rtx)
     monkeypatch.setattr(cuda, "_bindings", lambda: (gpu, gpu))
@@ -425,7 +433,8 @@ def test_the_memory_of_a_cache_and_its_recorded_steps_are_used_again(gpu, tiny_a
 
 
 def test_a_recorded_step_has_a_context_that_nothing_else_changes(gpu, tiny_artifact, tiny_engines):
-    """Two windows of different sizes in turn: each is recorded and replayed from a context of its own (the stand-in checks it)."""
+    """Two windows of different sizes in turn: each is recorded and replayed from a context of its own (the
+    stand-in checks it)."""
     backend, oracle = (
         TensorRTBackend(tiny_artifact, engines=tiny_engines),
         OrtBackend(tiny_artifact, threads=1),
@@ -457,7 +466,8 @@ def test_a_step_that_cannot_be_recorded_is_run_as_it_stands(
 
 
 def test_nothing_is_bound_while_a_step_is_recorded(gpu, tiny_artifact, tiny_engines, monkeypatch):
-    """Shapes and addresses are set before: setting them inside a capture may be refused, and changes nothing that is replayed."""
+    """Shapes and addresses are set before: setting them inside a capture may be refused, and changes nothing
+    that is replayed."""
     for name in ("set_input_shape", "set_tensor_address"):
         real = getattr(stand_ins.Context, name)
 

@@ -1,4 +1,5 @@
-"""The Python API around an answer: closing, what objects look like in a console and a notebook, and traces with confidences."""
+"""The Python API around an answer: closing, what objects look like in a console and a notebook, and traces
+with confidences."""
 
 from __future__ import annotations
 
@@ -25,10 +26,19 @@ def test_a_closed_model_refuses_every_use(demo_artifact):
         never_begun = model.stream([PROMPT])
     model.close()  # a second time
     uses = [
-        lambda: model.generate([PROMPT]), lambda: model.generate([[5, 6]]), lambda: model.stream([PROMPT]), lambda: next(running),
-        lambda: next(never_begun), lambda: model.encode(PROMPT), lambda: model.encode([5]), lambda: model.backend,
-        lambda: model.sequence(PROMPT, config), lambda: model.text(sequence.output), lambda: model.piece(5), model.__enter__,
-    ]  # fmt: skip
+        lambda: model.generate([PROMPT]),
+        lambda: model.generate([[5, 6]]),
+        lambda: model.stream([PROMPT]),
+        lambda: next(running),
+        lambda: next(never_begun),
+        lambda: model.encode(PROMPT),
+        lambda: model.encode([5]),
+        lambda: model.backend,
+        lambda: model.sequence(PROMPT, config),
+        lambda: model.text(sequence.output),
+        lambda: model.piece(5),
+        model.__enter__,
+    ]
     for use in uses:
         with pytest.raises(rt.DllmError, match="the model was closed: open it again"):
             use()
@@ -126,7 +136,10 @@ def test_a_notebook_runs_nothing_that_a_model_writes(model):
 
 
 def test_a_notebook_shows_filled_gaps_and_what_is_not_known(model):
-    template = '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}]'
+    template = (
+        '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": '
+        '"<|mdm_mask|>"}]'
+    )
     filled = model.generate([template], rt.GenerationConfig(gen_length=0, infill=True), raw=True)[0]
     page = _Page(filled._repr_html_())
     assert (
@@ -152,7 +165,8 @@ def test_traces_in_json_have_confidences(demo_artifact, capsys):
 
 
 def test_results_of_replay_have_confidences_and_are_still_compared(demo_artifact, model, tmp_path, capsys):
-    """As expectations, steps with and without confidences say the same; recorded cases are written as ever."""
+    """As expectations, steps with and without confidences say the same; recorded cases are written as
+    ever."""
     recorded, results, again = tmp_path / "cases.json", tmp_path / "results.json", tmp_path / "again.json"
     options = ["--count", "3", "--threads", "1"]
     assert cli.main(["replay", str(demo_artifact), "--record", str(recorded), *options]) == 0

@@ -47,8 +47,16 @@ def test_generate_reads_standard_input_and_ids(demo_artifact, capsys, monkeypatc
     assert demo_task.is_right(capsys.readouterr().out.strip(), PLAN)
 
 
-@pytest.mark.parametrize("options", [["--cache", "none"], ["--policy", "factor"], ["--policy", "fixed", "--steps", "48"],
-                                     ["--temperature", "0.1", "--seed", "3"], ["--threads", "1", "--block-length", "16"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--cache", "none"],
+        ["--policy", "factor"],
+        ["--policy", "fixed", "--steps", "48"],
+        ["--temperature", "0.1", "--seed", "3"],
+        ["--threads", "1", "--block-length", "16"],
+    ],
+)
 def test_generate_takes_its_options(demo_artifact, capsys, options):
     assert run("generate", demo_artifact, PROMPT, *options) == 0
     assert capsys.readouterr().out.startswith("[{")
@@ -66,7 +74,8 @@ def test_stream_to_a_pipe_prints_finished_text_once(demo_artifact, capsys):
 
 
 def test_chat_answers_line_by_line(demo_artifact, capsys, monkeypatch):
-    """An empty line is nothing, /new and /reset begin a new conversation, and the prompt is shown to nobody who does not type."""
+    """An empty line is nothing, /new and /reset begin a new conversation, and the prompt is shown to nobody
+    who does not type."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n/new\n\n/nwe\nclean hall with mop\n"))
     assert run("chat", demo_artifact, "--single-turn") == 0
     printed = capsys.readouterr()
@@ -152,7 +161,13 @@ def test_bench_measures_variants(demo_artifact, tmp_path, capsys):
     table = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert [row["variant"] for row in report["rows"]] == [
-        "ort none", "ort prefix", "ort dual", "ort none+parallel", "ort prefix+parallel", "ort dual+parallel"]  # fmt: skip
+        "ort none",
+        "ort prefix",
+        "ort dual",
+        "ort none+parallel",
+        "ort prefix+parallel",
+        "ort dual+parallel",
+    ]
     assert all(row["variant"] in table for row in report["rows"])
     rows = {row["variant"]: row for row in report["rows"]}
     assert rows["ort none"]["tokens_per_forward"] <= 1 < rows["ort dual+parallel"]["tokens_per_forward"]
@@ -238,7 +253,10 @@ def test_no_option_is_ignored(demo_artifact, capsys, arguments, said):
 
 
 def test_infill_prints_the_whole_text(demo_artifact, capsys):
-    template = '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}]'
+    template = (
+        '<|user|>clean hall with mop<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": '
+        '"<|mdm_mask|>"}]'
+    )
     assert run("generate", demo_artifact, template, "--raw", "--infill", "--gen-length", "0") == 0
     assert '"in": "hall", "with": "mop"}]' in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""Advice fits the installation: a checkout or a wheel, and a pip that is there; no message has a command of its own."""
+"""Advice fits the installation: a checkout or a wheel, and a pip that is there; no message has a command of
+its own."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ def test_the_program_that_is_named_exists(python, monkeypatch):
 def test_a_checkout_is_known_by_its_files(tmp_path, monkeypatch):
     assert commands.checkout() == ROOT
     shutil.copytree(ROOT / "trt_runtime", tmp_path / "site-packages" / "trt_runtime")
-    script = "from trt_runtime.system import commands as advice; from trt_runtime import backends; print(advice.checkout(), advice.install('serve'))"
+    script = (
+        "from trt_runtime.system import commands as advice; from trt_runtime import backends; "
+        "print(advice.checkout(), advice.install('serve'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path / "site-packages",
@@ -103,10 +107,14 @@ def test_messages_of_missing_packages_carry_it(monkeypatch, demo_artifact, capsy
 
     monkeypatch.setattr(backends.importlib, "import_module", absent)
     for command, expected in (
-        (["serve"], commands.install("serve")), (["eval", "--tasks", "x"], commands.install("eval")), (["verify"], commands.install("export", "ort", "reference")),
-        (["generate", "x"], commands.install("ort")), (["generate", "x", "--backend", "tensorrt-rtx"], commands.by_driver("rtx")),
-        (["generate", "x", "--backend", "torch"], commands.install("export", "reference")), (["plan"], commands.install("export")),
-    ):  # fmt: skip
+        (["serve"], commands.install("serve")),
+        (["eval", "--tasks", "x"], commands.install("eval")),
+        (["verify"], commands.install("export", "ort", "reference")),
+        (["generate", "x"], commands.install("ort")),
+        (["generate", "x", "--backend", "tensorrt-rtx"], commands.by_driver("rtx")),
+        (["generate", "x", "--backend", "torch"], commands.install("export", "reference")),
+        (["plan"], commands.install("export")),
+    ):
         where = demo_artifact.parent if command[0] == "plan" else demo_artifact
         assert cli.main([command[0], str(where), *command[1:]]) == 1
         assert capsys.readouterr().err.endswith(f"{expected}.\n"), command
@@ -140,7 +148,8 @@ def test_no_message_has_an_installation_of_its_own():
 
 
 def test_a_package_that_does_not_load_is_named(monkeypatch, demo_artifact, capsys, tmp_path):
-    """Halves of a package of different versions raise other errors than ImportError; an error of this project's own modules keeps its traceback."""
+    """Halves of a package of different versions raise other errors than ImportError; an error of this
+    project's own modules keeps its traceback."""
     folder = tmp_path / "site-packages" / "halves"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise SystemError('the other half is of another version')")
@@ -150,7 +159,8 @@ def test_a_package_that_does_not_load_is_named(monkeypatch, demo_artifact, capsy
     monkeypatch.syspath_prepend(folder.parent)
     with pytest.raises(
         DllmError,
-        match=r"^serve needs the package halves, which does not load \(SystemError: the other half .*--force-reinstall halves\.$",
+        match=r"^serve needs the package halves, which does not load \(SystemError: the other half "
+        r".*--force-reinstall halves\.$",
     ):
         import_optional("user", "serve", "install it")
     with pytest.raises(SystemError, match="a fault"):

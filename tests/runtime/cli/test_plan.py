@@ -1,4 +1,5 @@
-"""Forecasts: against what a process really takes, and against counting by hand; what fits and what to change."""
+"""Forecasts: against what a process really takes, and against counting by hand; what fits and what to
+change."""
 
 from __future__ import annotations
 
@@ -24,8 +25,18 @@ from trt_runtime.machine.forecast import LAYOUTS, Work
 sys.path.append(str(ROOT / "tools"))
 from random_checkpoint import PRESETS, write
 
-SMALL = {"n_layers": 4, "d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "mlp_hidden_size": 4096, "vocab_size": 2000,
-         "embedding_size": 2000, "mask_token_id": 1999, "eos_token_id": 1998, "pad_token_id": 1998}  # fmt: skip
+SMALL = {
+    "n_layers": 4,
+    "d_model": 1024,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "mlp_hidden_size": 4096,
+    "vocab_size": 2000,
+    "embedding_size": 2000,
+    "mask_token_id": 1999,
+    "eos_token_id": 1998,
+    "pad_token_id": 1998,
+}
 _MEASURE = """
 import sys
 from pathlib import Path
@@ -58,7 +69,8 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_weights_and_cache_are_what_a_process_takes(small, tmp_path, dtype):
-    """ONNX Runtime on the CPU: forecast within 10 % of what was measured. (Rows of the embedding that no token has asked for stay on
+    """ONNX Runtime on the CPU: forecast within 10 % of what was measured. (Rows of the embedding that no
+    token has asked for stay on
     the disk: the vocabulary is small here.)"""
     if dtype == "fp16":
         small = export_quietly(small.parent / "checkpoint", tmp_path / "fp16", dtype="fp16")
@@ -80,7 +92,8 @@ def test_the_artifact_takes_the_disk_that_was_forecast(small, tmp_path):
 
 
 def test_multiplications_are_those_of_the_graph(small):
-    """Every Gemm of the refine graph as ONNX Runtime ran it, counted by its real shapes; attention by hand."""
+    """Every Gemm of the refine graph as ONNX Runtime ran it, counted by its real shapes; attention by
+    hand."""
     facts, rows, asked = manifests.load(small).model, 12, 5
     import onnxruntime
 
@@ -94,11 +107,19 @@ def test_multiplications_are_those_of_the_graph(small):
         exposed(small, "refine", sorted(set(inputs))), options, providers=["CPUExecutionProvider"]
     )
     row = np.arange(rows)[None]
-    feeds = {"input_ids": row, "position_ids": row, "write_index": np.zeros(1, np.int64), "kv_len": np.array([rows]),
-             "logit_rows": row[:, :asked]}  # fmt: skip
+    feeds = {
+        "input_ids": row,
+        "position_ids": row,
+        "write_index": np.zeros(1, np.int64),
+        "kv_len": np.array([rows]),
+        "logit_rows": row[:, :asked],
+    }
     dims = manifests.load(small).dims
-    feeds |= {spec.name: np.zeros((1, dims.num_kv_heads, rows, dims.head_dim), np.float32) for spec in
-              plan.contract.inputs("refine", dims) if spec.name.startswith("cache")}  # fmt: skip
+    feeds |= {
+        spec.name: np.zeros((1, dims.num_kv_heads, rows, dims.head_dim), np.float32)
+        for spec in plan.contract.inputs("refine", dims)
+        if spec.name.startswith("cache")
+    }
     got = dict(zip(sorted(set(inputs)), session.run(sorted(set(inputs)), feeds), strict=True))
     for node in model.graph.node:
         if node.op_type == "Gemm":
@@ -112,7 +133,8 @@ FACTS = manifests.ModelFacts("llada", 32, 32, 32, 128, 4096, 12288, 126464, 4096
 
 
 def test_a_refine_step_reads_the_weights_and_a_prefix_pass_multiplies():
-    """LLaDA-8B on an H200: a refine step is bound by 16 GB (the head in float32) and 0.7 GB of cache at 4.8 TB/s, a prefix pass of 1,280 by 2 x 7 G x 1,280 at 989 TFLOPS."""
+    """LLaDA-8B on an H200: a refine step is bound by 16 GB (the head in float32) and 0.7 GB of cache at 4.8
+    TB/s, a prefix pass of 1,280 by 2 x 7 G x 1,280 at 989 TFLOPS."""
     work, device = Work(1, 1280, 32), devices.find("h200")
     step, full = (plan.seconds(FACTS, work, device, rows=rows) for rows in (32, 1280))
     assert step == pytest.approx(
@@ -160,9 +182,11 @@ def test_the_command(small, tmp_path, capsys):
     assert made["work"] == {"batch": 3, "length": 100, "block_length": 32} and list(made["devices"]) == ["L4"]
     assert len(made["verdicts"]) == len(LAYOUTS)
     for arguments, error in (
-        (["--device", "h20"], "unknown device 'h20': did you mean 'h200'"), (["--batch", "0"], "--batch is 0"),
-        (["--length", "9999"], "--length is 9999, the model's canvas has up to 4096"), (["--dtype", "fp8"], "dtype is fp8"),
-    ):  # fmt: skip
+        (["--device", "h20"], "unknown device 'h20': did you mean 'h200'"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--length", "9999"], "--length is 9999, the model's canvas has up to 4096"),
+        (["--dtype", "fp8"], "dtype is fp8"),
+    ):
         assert cli.main(["plan", str(small), *arguments]) == 1
         assert error in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "none")]) == 1
@@ -176,7 +200,8 @@ def test_devices_are_found_by_name():
 
 
 def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
-    """A TensorRT before 10.7 holds the engine's file whole beside its weights: of LLaDA-8B that is more than an Orin of 32 GB has."""
+    """A TensorRT before 10.7 holds the engine's file whole beside its weights: of LLaDA-8B that is more than
+    an Orin of 32 GB has."""
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["llada-8b"][0]))
     facts = plan.model_of(str(tmp_path), "bf16").facts
     work, shared = (

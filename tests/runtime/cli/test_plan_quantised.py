@@ -1,4 +1,5 @@
-"""Forecasts of quantised exports and of this machine's CPU: bytes as an export stores them, times from rates that are given."""
+"""Forecasts of quantised exports and of this machine's CPU: bytes as an export stores them, times from rates
+that are given."""
 
 from __future__ import annotations
 
@@ -143,9 +144,16 @@ def test_this_machine_is_measured_once(monkeypatch):
     monkeypatch.setattr(devices, "_bandwidth", fails)
     devices._rates.cache_clear()
     try:
-        assert devices.this_machine().rate32 is None and plan.seconds(
-            manifests.ModelFacts("llada", 1, 1, 1, 2, 2, 2, 9, 9, "fp32", 99), Work(1, 4, 2), devices.this_machine(), rows=4
-        ) is None  # fmt: skip
+        assert (
+            devices.this_machine().rate32 is None
+            and plan.seconds(
+                manifests.ModelFacts("llada", 1, 1, 1, 2, 2, 2, 9, 9, "fp32", 99),
+                Work(1, 4, 2),
+                devices.this_machine(),
+                rows=4,
+            )
+            is None
+        )
     finally:
         devices._rates.cache_clear()
 

@@ -1,4 +1,5 @@
-"""How every command begins and ends: closed streams, interrupts, errors of libraries, options that are misspelt or out of all range, JSON."""
+"""How every command begins and ends: closed streams, interrupts, errors of libraries, options that are
+misspelt or out of all range, JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ def test_standard_streams_that_are_closed_or_full(demo_artifact, words, status, 
 
 
 def test_files_do_not_get_the_numbers_of_closed_streams(demo_artifact):
-    script = "import os\nfrom trt_runtime.system import program\nprogram.run(lambda argv: print(os.open('/dev/null', 0)) or 0, [])"
+    script = (
+        "import os\nfrom trt_runtime.system import program\nprogram.run(lambda argv: "
+        "print(os.open('/dev/null', 0)) or 0, [])"
+    )
     done = _shell(f'{sys.executable} -c "{script}" <&- 2>&-')
     assert int(done.stdout) > 2
 
@@ -107,10 +111,18 @@ def test_an_interrupt_is_one_line_from_the_first_moment_on(command):
 
 
 def test_an_interrupt_of_a_running_command_is_one_line(demo_artifact):
-    script = ("import sys\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime import model\ndef slow(*_, **__):\n    print('running', flush=True)\n    import time\n"
-              "    time.sleep(60)\nmodel.Model.generate = slow\nsys.exit(cli.main())\n")  # fmt: skip
-    running = subprocess.Popen([sys.executable, "-c", script, "generate", str(demo_artifact), PROMPT], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    script = (
+        "import sys\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime import model\ndef slow(*_, "
+        "**__):\n    print('running', flush=True)\n    import time\n"
+        "    time.sleep(60)\nmodel.Model.generate = slow\nsys.exit(cli.main())\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", script, "generate", str(demo_artifact), PROMPT],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert running.stdout.readline() == "running\n"
     running.send_signal(signal.SIGINT)
     out, error = running.communicate(timeout=60)
@@ -179,7 +191,12 @@ def test_memory_that_is_not_there_is_one_line(demo_artifact, capsys, monkeypatch
 def test_paths_that_no_library_takes_are_said(tmp_path, demo_artifact, capsys):
     loop, strange = tmp_path / "loop", tmp_path / "o\udcff"
     loop.symlink_to(loop)
-    for out, said in ((loop, "a link that leads back to itself"), (loop / "x", "a link that leads"), (strange, "not UTF-8"), (strange / "x", "not UTF-8")):  # fmt: skip
+    for out, said in (
+        (loop, "a link that leads back to itself"),
+        (loop / "x", "a link that leads"),
+        (strange, "not UTF-8"),
+        (strange / "x", "not UTF-8"),
+    ):
         assert exporter.main(["--model", "llada", "--out", str(out), "--verify", "no", "-q"]) == 1
         error = capsys.readouterr().err
         assert (
@@ -287,8 +304,10 @@ def test_help_is_grouped_and_spelled_right():
 
 
 def test_quiet_leaves_the_answer_alone(demo_artifact, capsys):
-    for words in (["generate", str(demo_artifact), "take zeppelins from kitchen to garage", "-q"],
-                  ["generate", str(demo_artifact), "take zeppelins from kitchen to garage", "--stream", "--quiet"]):  # fmt: skip
+    for words in (
+        ["generate", str(demo_artifact), "take zeppelins from kitchen to garage", "-q"],
+        ["generate", str(demo_artifact), "take zeppelins from kitchen to garage", "--stream", "--quiet"],
+    ):
         assert cli.main(words) == 0
         printed = capsys.readouterr()
         assert printed.out.startswith("[{") and printed.err == ""
@@ -423,7 +442,10 @@ def test_an_interrupted_verification_says_what_was_written(tmp_path, capsys, mon
 
 
 def test_the_import_of_the_command_line_is_light():
-    script = "import sys; from trt_runtime.cli import main as cli; print(sorted({'numpy', 'typing', 'argparse', 'jinja2'} & set(sys.modules)))"
+    script = (
+        "import sys; from trt_runtime.cli import main as cli; print(sorted({'numpy', 'typing', "
+        "'argparse', 'jinja2'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-S", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,5 @@
-"""What a terminal shows, seen through a terminal emulator: the answer once, whatever scrolled, was resized, or was interrupted."""
+"""What a terminal shows, seen through a terminal emulator: the answer once, whatever scrolled, was resized,
+or was interrupted."""
 
 from __future__ import annotations
 
@@ -83,8 +84,10 @@ def _play(monkeypatch, seed, resizing):
             new, left = set(left[:2]), left[2:]
             done = [was or i in new for i, was in enumerate(done)]
             gap = done.index(False) if False in done else len(done)
-            spans = [(token, screen.BRIGHT if i in new else screen.PLAIN) if done[i] else ("░", screen.DIM)
-                     for i, token in enumerate(tokens)]  # fmt: skip
+            spans = [
+                (token, screen.BRIGHT if i in new else screen.PLAIN) if done[i] else ("░", screen.DIM)
+                for i, token in enumerate(tokens)
+            ]
             live.show(spans, sum(map(len, tokens[:gap])))
             if resizing and rng.random() < 0.15:
                 out.resize(
@@ -198,16 +201,29 @@ def talk(demo_artifact, tmp_path):
     """A conversation on a terminal."""
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime.model import Model\nstream = Model.stream\n"
-        "def slow(self, *given, **options):\n    for i, update in enumerate(stream(self, *given, **options)):\n        yield update\n"
+        "import sys, time\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime.model import "
+        "Model\nstream = Model.stream\n"
+        "def slow(self, *given, **options):\n    for i, update in enumerate(stream(self, *given, "
+        "**options)):\n        yield update\n"
         "        print(end='', flush=True)\n        time.sleep(0.3 if 'slow' in str(given[0]) else 0)\n"
         "Model.stream = slow\nsys.exit(cli.main())\n"
     )
     sessions = []
 
     def begin():
-        sessions.append(Session(sys.executable, script, "chat", demo_artifact, "--single-turn", columns=100, lines=24,
-                                XDG_STATE_HOME=str(tmp_path / "state"), PYTHONPATH=str(ROOT)))  # fmt: skip
+        sessions.append(
+            Session(
+                sys.executable,
+                script,
+                "chat",
+                demo_artifact,
+                "--single-turn",
+                columns=100,
+                lines=24,
+                XDG_STATE_HOME=str(tmp_path / "state"),
+                PYTHONPATH=str(ROOT),
+            )
+        )
         sessions[-1].until(lambda terminal: ">" in terminal.rows())
         return sessions[-1]
 
@@ -345,8 +361,11 @@ def test_progress_is_silent_before_its_time_without_a_terminal_and_when_asked():
 def test_what_takes_long_says_so_on_a_terminal(demo_artifact, tmp_path, words, said):
     copied = shutil.copytree(demo_artifact, tmp_path / "artifact")
     script = tmp_path / "at_once.py"
-    script.write_text("import sys\nfrom trt_runtime.system import progress\nprogress.DELAY, progress._REDRAW = 0.0, 0.0\n"
-                      "progress.Progress.__init__.__kwdefaults__['delay'] = 0.0\nfrom trt_runtime.cli import main as cli\nsys.exit(cli.main())\n")  # fmt: skip
+    script.write_text(
+        "import sys\nfrom trt_runtime.system import progress\nprogress.DELAY, progress._REDRAW = 0.0, 0.0\n"
+        "progress.Progress.__init__.__kwdefaults__['delay'] = 0.0\nfrom trt_runtime.cli import main as "
+        "cli\nsys.exit(cli.main())\n"
+    )
     words = [
         str(copied) if word == "ARTIFACT" else str(tmp_path / "new.json") if word == "NEW" else word
         for word in words
@@ -361,12 +380,38 @@ def test_what_takes_long_says_so_on_a_terminal(demo_artifact, tmp_path, words, s
 
 def test_a_quantised_export_says_what_it_does(tmp_path):
     script, data = tmp_path / "at_once.py", tmp_path / "data.txt"
-    script.write_text("import sys\nfrom trt_runtime.system import progress\nprogress._REDRAW = 0.0\n"
-                      "progress.Progress.__init__.__kwdefaults__['delay'] = 0.0\nfrom export import cli\nsys.exit(cli.main())\n")  # fmt: skip
+    script.write_text(
+        "import sys\nfrom trt_runtime.system import progress\nprogress._REDRAW = 0.0\n"
+        "progress.Progress.__init__.__kwdefaults__['delay'] = 0.0\nfrom export import "
+        "cli\nsys.exit(cli.main())\n"
+    )
     data.write_text("clean hall with mop\nfind red keys in attic\n")
-    session = Session(sys.executable, script, "--model", "llada", "--out", tmp_path / "a", "--quantize", "w8a8", "--data", data, "--gate", "yes",
-                      "--verify", "no", columns=120, lines=24, PYTHONPATH=str(ROOT))  # fmt: skip
+    session = Session(
+        sys.executable,
+        script,
+        "--model",
+        "llada",
+        "--out",
+        tmp_path / "a",
+        "--quantize",
+        "w8a8",
+        "--data",
+        data,
+        "--gate",
+        "yes",
+        "--verify",
+        "no",
+        columns=120,
+        lines=24,
+        PYTHONPATH=str(ROOT),
+    )
     session.end()
-    for said in ("beside which the quantised one is judged", "gate: decoding prompts with the model as it was: 1 of 2", "weights: ",
-                 "gate: commits, forced: 1 of 2", "gate: decoding prompts again: 1 of 2", "gate: canvases: "):  # fmt: skip
+    for said in (
+        "beside which the quantised one is judged",
+        "gate: decoding prompts with the model as it was: 1 of 2",
+        "weights: ",
+        "gate: commits, forced: 1 of 2",
+        "gate: decoding prompts again: 1 of 2",
+        "gate: canvases: ",
+    ):
         assert said in session.terminal.received and said not in session.terminal.text(), said

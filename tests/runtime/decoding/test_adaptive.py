@@ -1,4 +1,5 @@
-"""Adaptive policies against naive restatements of their rules, on thousands of random cases with ties and values at a bound exactly."""
+"""Adaptive policies against naive restatements of their rules, on thousands of random cases with ties and
+values at a bound exactly."""
 
 from __future__ import annotations
 
@@ -117,11 +118,19 @@ RULES = {
     "eb": (EntropyBounded, _eb, [0.0, 0.1, 0.5, 2.0]),
     "margin": (Margin, lambda s, m, t, v: _best(s.margin, m) | _above(s.margin, m, v), [0.3, 0.5, 0.9]),
     "dynamic": (lambda v: Dynamic(0.9, v), lambda s, m, t, v: _dynamic(s, m, t, 0.9, v), [0.0, 0.3, 1.0]),
-    "localleap": (lambda v: LocalLeap(0.9, v), lambda s, m, t, v: _localleap(s, m, t, 0.9, v), [0.3, 0.6, 0.9]),
-    "hierarchy": (lambda v: Hierarchy(0.9, v), lambda s, m, t, v: _hierarchy(s, m, t, 0.9, v), [0.3, 0.6, 1.0]),
+    "localleap": (
+        lambda v: LocalLeap(0.9, v),
+        lambda s, m, t, v: _localleap(s, m, t, 0.9, v),
+        [0.3, 0.6, 0.9],
+    ),
+    "hierarchy": (
+        lambda v: Hierarchy(0.9, v),
+        lambda s, m, t, v: _hierarchy(s, m, t, 0.9, v),
+        [0.3, 0.6, 1.0],
+    ),
     "prophet": (lambda v: Prophet(), lambda s, m, t, v: _prophet(s, m, t), [0.0]),
     "slowfast": (lambda v: SlowFast(0.6, v), lambda s, m, t, v: _slowfast(s, m, t, 0.6, v), [0.3, 0.6]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -144,7 +153,8 @@ def test_the_registry_holds_what_is_tested():
 
 
 def test_a_drawn_token_does_not_make_the_model_sure():
-    """With a temperature the proposal may be another token than the best: margin and Prophet look at the best."""
+    """With a temperature the proposal may be another token than the best: margin and Prophet look at the
+    best."""
     stats = RowStats(
         np.arange(2), np.array([1e-6, 1e-6]), np.array([1e-5, 1e-5]), np.zeros(2), best=np.array([0.99, 0.5])
     )

@@ -29,7 +29,8 @@ def test_all_goldens_exactly_when_the_host_looks_every(golden_artifact, golden_c
 
 
 def test_rows_of_a_batch_end_on_their_own(demo_artifact):
-    """With ends of sequence, in one batch: what the host decides at each step and what follows from several are the same."""
+    """With ends of sequence, in one batch: what the host decides at each step and what follows from several
+    are the same."""
     prompts = [
         "clean hall with mop",
         "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop",
@@ -54,7 +55,8 @@ def _random_case(rng, columns=24):
 
 
 def test_the_commit_is_the_policies_on_arrays():
-    """Thousands of random blocks, ties among them: the positions that the policy itself selects, and the state after it."""
+    """Thousands of random blocks, ties among them: the positions that the policy itself selects, and the
+    state after it."""
     rng = np.random.default_rng(0)
     for _ in range(4000):
         limit, ids, token, confidence = _random_case(rng)
@@ -124,7 +126,8 @@ def test_a_stream_tells_of_every_position_once(demo_artifact):
 
 
 def test_no_more_steps_are_made_than_can_be_needed(golden_artifact):
-    """A fixed schedule knows its number; a threshold at most the masks that are left. What is made for nothing is not counted."""
+    """A fixed schedule knows its number; a threshold at most the masks that are left. What is made for
+    nothing is not counted."""
     for config, most in (
         (GenerationConfig(gen_length=16, block_length=8, policy="fixed", steps=6), 2),
         (GenerationConfig(gen_length=16, block_length=8, threshold=0.999), 7),

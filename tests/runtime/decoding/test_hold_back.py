@@ -1,4 +1,5 @@
-"""hold_back_eos: end tokens are committed last, whatever the policy; against a naive restatement, and with a model that is surest of them."""
+"""hold_back_eos: end tokens are committed last, whatever the policy; against a naive restatement, and with a
+model that is surest of them."""
 
 from __future__ import annotations
 
@@ -20,15 +21,19 @@ from trt_runtime.model import Model, rules_of
 
 WORDS, LENGTH = 5, 16
 OPTIONS = {name: {"policy": name} for name in POLICIES.names()} | {
-    "entropy drawn": {"policy": "entropy", "alg_temp": 0.5}, "maskgit_plus drawn": {"policy": "maskgit_plus", "alg_temp": 2.0},
-    "fixed, 4 steps": {"policy": "fixed", "steps": 4}, "bounded threshold": {"policy": "threshold", "steps": 4},
-    "loose factor": {"policy": "factor", "factor": 6.0}, "loose threshold": {"policy": "threshold", "threshold": 0.05},
+    "entropy drawn": {"policy": "entropy", "alg_temp": 0.5},
+    "maskgit_plus drawn": {"policy": "maskgit_plus", "alg_temp": 2.0},
+    "fixed, 4 steps": {"policy": "fixed", "steps": 4},
+    "bounded threshold": {"policy": "threshold", "steps": 4},
+    "loose factor": {"policy": "factor", "factor": 6.0},
+    "loose threshold": {"policy": "threshold", "threshold": 0.05},
     "loose eb": {"policy": "eb", "gamma": 50.0},
-}  # fmt: skip
+}
 
 
 class Hasty(Backend):
-    """Surest of the end token, the surer the further right. It has WORDS words to say, but as soon as an end token stands, none."""
+    """Surest of the end token, the surer the further right. It has WORDS words to say, but as soon as an end
+    token stands, none."""
 
     name = "hasty"
 
@@ -56,7 +61,8 @@ class Hasty(Backend):
             answer = canvas[2 : 2 + LENGTH]
             has_ended, has_begun = self.end in answer, self.word in answer
             for r, row in enumerate(rows):
-                # the row before a window tells nothing of its first position: what is asked there anyway gets nonsense
+                # the row before a window tells nothing of its first position: what is asked there anyway gets
+                # nonsense
                 at = int(window.position_ids[b, row]) + shift - 2
                 first_too = at > 0 or shift == 0 or has_begun
                 is_word = not has_ended and at < WORDS and first_too
@@ -129,7 +135,8 @@ def test_a_device_is_given_no_rule_for_it(golden_backend):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_confidence_zero(seed):
-    """The policies of which the paper speaks choose as if the confidence of end tokens were 0, restated with lists."""
+    """The policies of which the paper speaks choose as if the confidence of end tokens were 0, restated with
+    lists."""
     rng = np.random.default_rng(seed)
     for _ in range(600):
         size = int(rng.integers(1, 20))

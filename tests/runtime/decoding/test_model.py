@@ -1,4 +1,5 @@
-"""The Python API on the demo model: generate, stream, temperature, stop, infill, chat, and what it refuses."""
+"""The Python API on the demo model: generate, stream, temperature, stop, infill, chat, and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -87,7 +88,10 @@ def test_temperature_follows_its_seed_and_not_its_batch_mates(model):
 
 
 def test_infill_fills_the_gaps_of_a_template(model):
-    prompt = '<|user|>clean hall with mop, and give Mia red cups<|assistant|>[{"do": "clean", "in": "<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
+    prompt = (
+        '<|user|>clean hall with mop, and give Mia red cups<|assistant|>[{"do": "clean", "in": '
+        '"<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
+    )
     with pytest.raises(rt.DllmError, match="holds the mask token"):
         model.generate([prompt], raw=True)
     config = rt.GenerationConfig(infill=True, gen_length=0)
@@ -147,10 +151,17 @@ def test_what_is_refused(model, prompts, config, said):
 @pytest.mark.parametrize("cache", PLANS.names())
 @pytest.mark.parametrize("policy", POLICIES.names())
 def test_every_policy_in_every_cache_mode_fills_the_canvas(golden_backend, golden_artifact, policy, cache):
-    """Rows of unequal length as one batch equal their runs alone; no forward is wasted, and no more made than tokens."""
+    """Rows of unequal length as one batch equal their runs alone; no forward is wasted, and no more made than
+    tokens."""
     model = rt.Model(golden_artifact, golden_backend)
-    config = rt.GenerationConfig(gen_length=20, block_length=None if cache == "none" else 8, cache=cache, policy=policy,
-                                 steps=10 if POLICIES.find(policy).is_schedule else None, stop_at_eos=False)  # fmt: skip
+    config = rt.GenerationConfig(
+        gen_length=20,
+        block_length=None if cache == "none" else 8,
+        cache=cache,
+        policy=policy,
+        steps=10 if POLICIES.find(policy).is_schedule else None,
+        stop_at_eos=False,
+    )
     prompts = [[5, 6, 7], list(range(20, 40))]
     together = model.generate(prompts, config)
     for i, (prompt, result) in enumerate(zip(prompts, together, strict=True)):
@@ -242,7 +253,10 @@ def test_the_first_forward_of_a_block_is_a_prefix_pass(model):
 
 
 def test_a_stream_with_gaps_commits_the_answer_once(model):
-    template = "<|user|>clean <|mdm_mask|> with mop, and tidy porch with broom, and clean attic with mop<|assistant|>"
+    template = (
+        "<|user|>clean <|mdm_mask|> with mop, and tidy porch with broom, and clean attic with "
+        "mop<|assistant|>"
+    )
     config = rt.GenerationConfig(infill=True, threshold=1.0)
     updates = list(model.stream([template], config, raw=True))
     result = model.generate([template], config, raw=True)[0]

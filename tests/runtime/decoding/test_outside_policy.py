@@ -1,4 +1,5 @@
-"""A policy from outside, in one file: the command line, the server's schema, tune and the manifest's tuned options know it by its declaration."""
+"""A policy from outside, in one file: the command line, the server's schema, tune and the manifest's tuned
+options know it by its declaration."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def test_a_module_that_is_not_there_is_one_line(demo_artifact):
 
 def test_a_server_has_it_and_imports_nothing_for_a_client(demo_artifact):
     script = (
-        "from trt_runtime.model import load; from trt_runtime.serving.requests import ChatRequest, OPTIONS; import sys\n"
+        "from trt_runtime.model import load; from trt_runtime.serving.requests import ChatRequest, OPTIONS; "
+        "import sys\n"
         f"manifest = load({str(demo_artifact)!r}, threads=1).manifest\n"
         "chat = {'messages': [{'role': 'user', 'content': 'x'}]}\n"
         "print(ChatRequest(**chat, policy='capped', cap=2).config(manifest).cap, 'cap' in OPTIONS)\n"

@@ -80,13 +80,15 @@ def test_selection_equals_the_recorded_units(golden_units):
         else:
             policy, state = Threshold(unit["threshold"]), BlockState(int(masked.sum()), 0)
         chosen = policy.select(stats, masked, state)
-        # where the quota exceeds the masks that code marks unmasked positions too, which then keep their token
+        # where the quota exceeds the masks that code marks unmasked positions too, which then keep their
+        # token
         assert chosen.tolist() == (np.array(unit["transfer_index"]) & masked).tolist()
         assert np.where(chosen, token, unit["x"]).tolist() == unit["x_after"]
 
 
 def test_factor_follows_the_rule_of_the_paper_not_the_code():
-    """(n + 1)(1 - c_n) < 1: for c = 0.9, 0.8, 0.7 that holds for n = 1 (0.2), 2 (0.6), not 3 (1.2). The v1 code takes 3."""
+    """(n + 1)(1 - c_n) < 1: for c = 0.9, 0.8, 0.7 that holds for n = 1 (0.2), 2 (0.6), not 3 (1.2). The v1
+    code takes 3."""
     confidence = np.array([0.7, 0.9, 0.8])
     got = Factor(1.0).select(_stats(confidence), np.ones(3, bool), BlockState(3, 0))
     assert got.tolist() == [False, True, True]
@@ -107,7 +109,8 @@ def test_schedule_without_steps_is_refused():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_dreams_schedules_equal_their_naive_restatement(seed):
-    """Whole blocks, forward by forward: the n-th forward commits the n-th count of the schedule that is not 0, the best first."""
+    """Whole blocks, forward by forward: the n-th forward commits the n-th count of the schedule that is not
+    0, the best first."""
     rng = np.random.default_rng(seed)
     for _ in range(300):
         size, steps, forced = int(rng.integers(1, 40)), int(rng.integers(1, 50)), int(rng.integers(0, 2))
@@ -117,8 +120,11 @@ def test_dreams_schedules_equal_their_naive_restatement(seed):
             confidence = rng.choice([0.1, 0.5, 0.9], size) if rng.random() < 0.5 else rng.random(size)
             stats = RowStats(np.arange(size), confidence, rng.random(size) * confidence, rng.random(size))
             state = BlockState(size, number + forced, forced)
-            for policy, score in ((MaskgitPlus(steps), confidence), (Entropy(steps), -stats.entropy),
-                                  (TopkMargin(steps), confidence - stats.runner_up)):  # fmt: skip
+            for policy, score in (
+                (MaskgitPlus(steps), confidence),
+                (Entropy(steps), -stats.entropy),
+                (TopkMargin(steps), confidence - stats.runner_up),
+            ):
                 got = policy.select(stats, masked, state)
                 assert set(np.flatnonzero(got)) == oracle.fixed(score, masked, counts[number]), (
                     policy,
@@ -162,7 +168,8 @@ def test_a_bounded_threshold_carries_over_what_it_rejects(seed):
 
 
 def test_origin_commits_each_position_at_a_step_of_its_own():
-    """The first step's share is 1 - t1/t0, later ones that of the masks left; every forward commits something."""
+    """The first step's share is 1 - t1/t0, later ones that of the masks left; every forward commits
+    something."""
     size, steps = 40_000, 5
     state = BlockState(size, 0, 0, uniform=np.random.default_rng(0).random(size))
     masked, shares = np.ones(size, bool), []
@@ -186,7 +193,8 @@ def test_origin_commits_each_position_at_a_step_of_its_own():
 
 
 def test_alg_temp_draws_positions_from_the_softmax_of_the_score():
-    """One position of three: frequencies are those of softmax(confidence / alg_temp); two of three: never the same twice."""
+    """One position of three: frequencies are those of softmax(confidence / alg_temp); two of three: never the
+    same twice."""
     confidence, rng = np.array([0.9, 0.5, 0.1]), np.random.default_rng(0)
     weights = np.exp(confidence / 0.5)
     drawn = np.zeros(3)
@@ -206,8 +214,14 @@ def test_alg_temp_draws_positions_from_the_softmax_of_the_score():
 
 def test_a_forced_first_position_leaves_the_other_steps_to_the_rest():
     """Four steps for eight positions, of which the prefix pass commits the first alone: 1, 3, 2, 2."""
-    counts = [int(Fixed(4).select(_stats(np.random.default_rng(0).random(7)), np.ones(7, bool), BlockState(7, s, 1)).sum())
-              for s in (1, 2, 3)]  # fmt: skip
+    counts = [
+        int(
+            Fixed(4)
+            .select(_stats(np.random.default_rng(0).random(7)), np.ones(7, bool), BlockState(7, s, 1))
+            .sum()
+        )
+        for s in (1, 2, 3)
+    ]
     assert counts == [3, 2, 2]
 
 

@@ -1,4 +1,5 @@
-"""When the cache is rebuilt, and what of the masks behind the block is seen: by what must come out the same, and by the windows that are asked for."""
+"""When the cache is rebuilt, and what of the masks behind the block is seen: by what must come out the same,
+and by the windows that are asked for."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ PROMPTS = [[5, 9, 300], list(range(40, 59))]
 
 @pytest.mark.parametrize("cache", ["dual", "prefix"])
 def test_a_window_over_everything_is_a_rebuilt_cache(golden_backend, cache):
-    """A refine step over the whole canvas makes what a prefix pass makes: the same tokens in the same steps."""
+    """A refine step over the whole canvas makes what a prefix pass makes: the same tokens in the same
+    steps."""
     for prompt in PROMPTS:
         full = _run(golden_backend, prompt, cache=cache)
         near = _run(golden_backend, prompt, cache=cache, refresh_every=0, refresh_window=100)
@@ -69,7 +71,8 @@ def test_a_suffix_that_holds_everything_changes_nothing(golden_backend, cache):
 
 @pytest.mark.parametrize("cache", ["dual", "prefix", "none"])
 def test_without_any_suffix_a_block_is_a_generation_of_its_own(golden_backend, cache):
-    """Blocks that see nothing behind them come out as generations of one block each, over a prompt that grows."""
+    """Blocks that see nothing behind them come out as generations of one block each, over a prompt that
+    grows."""
     for prompt in PROMPTS:
         row = _run(golden_backend, prompt, cache=cache, suffix=0, block_length=8)
         grown, nfe = list(prompt), 0
@@ -97,10 +100,17 @@ def _seen(canvas, mask, end, config):
 
 
 OPTIONS = [
-    {"suffix": 3}, {"suffix": 5, "suffix_decay": True}, {"suffix": 1}, {"refresh_every": 2, "refresh_window": 2}, {"refresh_every": 0},
-    {"suffix": 4, "refresh_every": 0, "refresh_window": 1}, {"suffix": 4, "cache": "prefix"}, {"suffix": 2, "cache": "none"},
-    {"refresh_every": 3, "cache": "prefix"}, {"suffix": 3, "cache": "prefix", "refresh_every": 0, "refresh_window": 3},
-]  # fmt: skip
+    {"suffix": 3},
+    {"suffix": 5, "suffix_decay": True},
+    {"suffix": 1},
+    {"refresh_every": 2, "refresh_window": 2},
+    {"refresh_every": 0},
+    {"suffix": 4, "refresh_every": 0, "refresh_window": 1},
+    {"suffix": 4, "cache": "prefix"},
+    {"suffix": 2, "cache": "none"},
+    {"refresh_every": 3, "cache": "prefix"},
+    {"suffix": 3, "cache": "prefix", "refresh_every": 0, "refresh_window": 3},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -173,11 +183,19 @@ def test_suffixes():
     assert decayed[0] == 0 and decayed[-1] == 99 and (np.diff(np.diff(decayed)) >= 0).all()
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"refresh_every": -1}, "refresh_every is -1"), ({"suffix": -2}, "suffix is -2"), ({"suffix_decay": True}, "goes with suffix"),
-    ({"cache": "none", "refresh_every": 2}, "go with a cache"), ({"refresh_window": 4}, "refresh_window goes with refresh_every"),
-    ({"gamma": -1.0}, "gamma is -1"), ({"alpha": 1.5}, "alpha is 1.5"), ({"low_threshold": 0.0}, "low_threshold is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"refresh_every": -1}, "refresh_every is -1"),
+        ({"suffix": -2}, "suffix is -2"),
+        ({"suffix_decay": True}, "goes with suffix"),
+        ({"cache": "none", "refresh_every": 2}, "go with a cache"),
+        ({"refresh_window": 4}, "refresh_window goes with refresh_every"),
+        ({"gamma": -1.0}, "gamma is -1"),
+        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"low_threshold": 0.0}, "low_threshold is 0"),
+    ],
+)
 def test_options_out_of_range(golden_backend, options, said):
     with pytest.raises(DllmError, match=said):
         replace(GenerationConfig(), **options).resolved(golden_backend.manifest)

@@ -1,4 +1,5 @@
-"""Drawing proposals: Dream's filters against recorded units and a naive restatement, and frequencies against probabilities."""
+"""Drawing proposals: Dream's filters against recorded units and a naive restatement, and frequencies against
+probabilities."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def test_drawn_tokens_follow_their_probabilities_and_the_mask_is_never_drawn():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gumbel_noise_among_what_the_filters_keep(seed):
-    """A naive restatement: softmax(logits / T) says what top_p, then top_k keep; the best of logits + T * noise among those is taken, and its
-    confidence is that of the whole vocabulary without temperature."""
+    """A naive restatement: softmax(logits / T) says what top_p, then top_k keep; the best of logits + T *
+    noise among those is taken, and its confidence is that of the whole vocabulary without temperature."""
     rng = np.random.default_rng(seed)
     dropped = 0
     for _ in range(1000):

@@ -1,4 +1,5 @@
-"""Continuous batching: what comes of a request is what comes of it alone, however requests arrive, share forwards and leave."""
+"""Continuous batching: what comes of a request is what comes of it alone, however requests arrive, share
+forwards and leave."""
 
 from __future__ import annotations
 
@@ -20,8 +21,13 @@ from trt_runtime.model import load, rules_of
 
 def _sequence(manifest, rng, **fixed):
     """A random request over a random prompt."""
-    options = {"gen_length": int(rng.choice([4, 8, 16, 24])), "block_length": int(rng.choice([4, 8])), "cache": str(rng.choice(["dual", "dual", "prefix", "none"])),
-               "threshold": float(rng.choice([0.02, 0.1, 0.9])), "stop_at_eos": bool(rng.random() < 0.5)}  # fmt: skip
+    options = {
+        "gen_length": int(rng.choice([4, 8, 16, 24])),
+        "block_length": int(rng.choice([4, 8])),
+        "cache": str(rng.choice(["dual", "dual", "prefix", "none"])),
+        "threshold": float(rng.choice([0.02, 0.1, 0.9])),
+        "stop_at_eos": bool(rng.random() < 0.5),
+    }
     config = GenerationConfig(**options | fixed).resolved(manifest)
     prompt = rng.integers(0, 900, int(rng.integers(1, 20)))
     return lambda: Sequence(prompt, rules_of(config, manifest))
@@ -34,7 +40,8 @@ def _alone(backend, sequence):
 
 @pytest.mark.parametrize("slots", [1, 5])
 def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
-    """Random arrivals, caches, lengths, blocks and ends. Rows of every kind share forwards, some with idle rows between them."""
+    """Random arrivals, caches, lengths, blocks and ends. Rows of every kind share forwards, some with idle
+    rows between them."""
     rng, count = np.random.default_rng(slots), 1000 if slots > 1 else 60
     makers = [_sequence(golden_backend.manifest, rng) for _ in range(count)]
     expected = [_alone(golden_backend, make()) for make in makers]
@@ -57,7 +64,8 @@ def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
 
 @pytest.mark.parametrize("count", [3, 40])
 def test_several_steps_a_call_come_out_as_one_at_a_time(golden_artifact, count):
-    """Requests whose rules a backend can follow and others, in company: the same answers and traces in fewer calls; each tick tells of all its steps."""
+    """Requests whose rules a backend can follow and others, in company: the same answers and traces in fewer
+    calls; each tick tells of all its steps."""
     backend = load(golden_artifact, "ort", threads=1).backend
     rng = np.random.default_rng(count)
     more = [

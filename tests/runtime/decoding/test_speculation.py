@@ -55,7 +55,8 @@ def test_goldens_come_out_as_with_a_call_a_step(golden_backend, golden_cases, br
     ids=str,
 )
 def test_answers_of_the_demo_model_stay(model, options):
-    """One token a step (and a policy) with and without; the calls that were made are the forwards that are counted."""
+    """One token a step (and a policy) with and without; the calls that were made are the forwards that are
+    counted."""
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:6]
     base = {"policy": "fixed"} | options
     plain = model.generate(prompts, GenerationConfig(**base))

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness over an artifact: likelihoods against enumeration, answers against `generate`, and the command with the tasks of benchmarks/tasks."""
+"""lm-evaluation-harness over an artifact: likelihoods against enumeration, answers against `generate`, and
+the command with the tasks of benchmarks/tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ ORDER = "clean hall with mop"
 
 
 def _enumerated(model, context, target):
-    """The expectation over all ways to mask: l uniform in 1..L, then a subset of l; log p of each masked token by itself."""
+    """The expectation over all ways to mask: l uniform in 1..L, then a subset of l; log p of each masked
+    token by itself."""
     ids, n = [*context, *target], len(target)
     mask, shift = model.manifest.decoding.mask_token_id, model.manifest.decoding.logit_shift
     cache, total = model.backend.new_cache(1, len(ids)), 0.0
@@ -148,8 +150,26 @@ def test_likelihoods_prefer_what_is_right(harness):
 
 
 def test_the_command_with_offline_tasks(demo_artifact, tmp_path):
-    command = [sys.executable, "-m", "trt_runtime.cli", "eval", str(demo_artifact), "--tasks", "demo_plan,demo_needle,demo_choice", "--include-path", str(TASKS),
-               "--chat", "--limit", "8", "--mc-samples", "8", "--policy", "factor", "--output", str(tmp_path / "out.json")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "trt_runtime.cli",
+        "eval",
+        str(demo_artifact),
+        "--tasks",
+        "demo_plan,demo_needle,demo_choice",
+        "--include-path",
+        str(TASKS),
+        "--chat",
+        "--limit",
+        "8",
+        "--mc-samples",
+        "8",
+        "--policy",
+        "factor",
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -182,8 +202,13 @@ def test_the_command_with_offline_tasks(demo_artifact, tmp_path):
 
 
 def test_wrong_use_is_one_line(demo_artifact, capsys):
-    for wrong, said in ((["--tasks", ","], "--tasks is ','"), (["--tasks", "x", "--include-path", "nowhere"], "no such directory"), (["--tasks", "x", "--limit", "0"], "--limit is 0"),
-                        (["--tasks", "demo_plant", "--include-path", str(TASKS)], "did you mean 'demo_plan'"), (["--tasks", "x", "--threshold", "3"], "threshold is 3")):  # fmt: skip
+    for wrong, said in (
+        (["--tasks", ","], "--tasks is ','"),
+        (["--tasks", "x", "--include-path", "nowhere"], "no such directory"),
+        (["--tasks", "x", "--limit", "0"], "--limit is 0"),
+        (["--tasks", "demo_plant", "--include-path", str(TASKS)], "did you mean 'demo_plan'"),
+        (["--tasks", "x", "--threshold", "3"], "threshold is 3"),
+    ):
         assert cli.main(["eval", str(demo_artifact), *wrong]) == 1
         assert said in capsys.readouterr().err
 
@@ -192,9 +217,27 @@ def test_wrong_use_is_one_line(demo_artifact, capsys):
 def test_standard_error_holds_nothing_of_lm_eval(demo_artifact, quiet):
     """Neither its bars nor advice on options that this command has not, where standard error is a pipe."""
     done = subprocess.run(
-        [sys.executable, "-m", "trt_runtime.cli", "eval", str(demo_artifact), "--tasks", "demo_plan,demo_choice", "--include-path", str(TASKS),
-         "--chat", "--limit", "1", "--mc-samples", "1", *quiet], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "trt_runtime.cli",
+            "eval",
+            str(demo_artifact),
+            "--tasks",
+            "demo_plan,demo_choice",
+            "--include-path",
+            str(TASKS),
+            "--chat",
+            "--limit",
+            "1",
+            "--mc-samples",
+            "1",
+            *quiet,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "exact_match" in done.stdout, done.stderr
     assert "it/s" not in done.stderr and "--metadata" not in done.stderr, done.stderr
 

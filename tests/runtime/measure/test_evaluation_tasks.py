@@ -1,4 +1,5 @@
-"""`dllm-trt eval` on tasks of the shapes that docs/evaluation.md runs (tests/data/tasks), and what goes wrong with tasks, in one line each."""
+"""`dllm-trt eval` on tasks of the shapes that docs/evaluation.md runs (tests/data/tasks), and what goes wrong
+with tasks, in one line each."""
 
 from __future__ import annotations
 
@@ -22,8 +23,15 @@ from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.measure import evaluation, evaluation_errors
 
 TASKS = ROOT / "tests" / "data" / "tasks"
-TWINS = {"gsm8k": "twin_gsm8k", "minerva_math": "twin_minerva_math", "humaneval_instruct": "twin_humaneval_instruct",
-         "mbpp_instruct": "twin_mbpp_instruct", "wikitext": "twin_wikitext", "arc_easy": "twin_choice", "humaneval_64": "twin_humaneval_64"}  # fmt: skip
+TWINS = {
+    "gsm8k": "twin_gsm8k",
+    "minerva_math": "twin_minerva_math",
+    "humaneval_instruct": "twin_humaneval_instruct",
+    "mbpp_instruct": "twin_mbpp_instruct",
+    "wikitext": "twin_wikitext",
+    "arc_easy": "twin_choice",
+    "humaneval_64": "twin_humaneval_64",
+}
 RECIPES = [
     words[1:]
     for name, words in commands()
@@ -124,10 +132,14 @@ def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_p
 
     monkeypatch.setattr(evaluation.Harness, "generate_until", kept)
     for name[0], words in {
-        "1": ["--batch", "1"], "4": ["--batch", "4"], "again": ["--batch", "4"], "two": ["--batch", "12"],
+        "1": ["--batch", "1"],
+        "4": ["--batch", "4"],
+        "again": ["--batch", "4"],
+        "two": ["--batch", "12"],
         "command line": ["--batch", "5", "--gen-kwargs", "do_sample=False", "--temperature", "1.5"],
-        "other seed": ["--batch", "4", "--temperature", "1.5", "--seed", "9"], "seed alone": ["--batch", "3", "--seed", "9"],
-    }.items():  # fmt: skip
+        "other seed": ["--batch", "4", "--temperature", "1.5", "--seed", "9"],
+        "seed alone": ["--batch", "3", "--seed", "9"],
+    }.items():
         assert _eval(demo_artifact, "--tasks", "twin_humaneval_64", "--chat", *words) == 0
     assert len(drawn["1"]) == 12 and len(set(drawn["1"][:6])) >= 4 and len(set(drawn["1"][6:])) >= 4
     assert (
@@ -161,8 +173,25 @@ def test_repeats_are_draws_of_their_own(model, monkeypatch, demo_artifact, tmp_p
 
 
 def test_the_demo_task_takes_examples(demo_artifact):
-    assert cli.main(["eval", str(demo_artifact), "--tasks", "demo_plan", "--include-path", str(ROOT / "benchmarks" / "tasks"), "--num-fewshot", "2",
-                     "--limit", "1", "--gen-length", "32"]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "eval",
+                str(demo_artifact),
+                "--tasks",
+                "demo_plan",
+                "--include-path",
+                str(ROOT / "benchmarks" / "tasks"),
+                "--num-fewshot",
+                "2",
+                "--limit",
+                "1",
+                "--gen-length",
+                "32",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("length", ["x", "1.5", "inf", "1e400", "True"])
@@ -181,21 +210,69 @@ def test_take_first_takes_one_of_the_draws(demo_artifact, tmp_path):
 
 UNSAFE = "runs code that the model writes"
 WRONG = {
-    "unsafe": (None, ["twin_humaneval_instruct"], (UNSAFE, "--confirm-run-unsafe-code", "HF_ALLOW_CODE_EVAL=1")),
-    "no data": ("dataset_path: nobody/nothing\n", ["broken"], ("data cannot be downloaded", "--include-path")),
-    "no yaml": ("task: broken\ndoc_to_text: [\n", ["broken"], ("broken.yaml: lm-eval cannot read it", ", line ")),
+    "unsafe": (
+        None,
+        ["twin_humaneval_instruct"],
+        (UNSAFE, "--confirm-run-unsafe-code", "HF_ALLOW_CODE_EVAL=1"),
+    ),
+    "no data": (
+        "dataset_path: nobody/nothing\n",
+        ["broken"],
+        ("data cannot be downloaded", "--include-path"),
+    ),
+    "no yaml": (
+        "task: broken\ndoc_to_text: [\n",
+        ["broken"],
+        ("broken.yaml: lm-eval cannot read it", ", line "),
+    ),
     "no function": ("custom_dataset: !function nowhere.data\n", ["broken"], ("missing", "nowhere")),
-    "no package": ("custom_dataset: !function code.needs_package\n", ["broken"], ("package that is missing", "no_such_package")),
+    "no package": (
+        "custom_dataset: !function code.needs_package\n",
+        ["broken"],
+        ("package that is missing", "no_such_package"),
+    ),
     "no math": ("custom_dataset: !function code.needs_math\n", ["broken"], ("[eval]", "antlr4")),
-    "raises": ("custom_dataset: !function code.raises\n", ["broken"], ("lm-eval failed (ValueError: first line; code.py, line 7)",)),
-    "exits": ("custom_dataset: !function code.leaves\n", ["broken"], ("lm-eval failed (SystemExit: 3; code.py, line 9)",)),
-    "too big": ("custom_dataset: !function code.too_big\n", ["broken"], ("memory does not suffice", "--batch")),
-    "metric": ("custom_dataset: !function code.rows\nmetric_list: [{metric: no_such_metric}]\n", ["broken"], ("lm-eval failed (KeyError: None; task.py, line ",)),
-    "bad option": ("custom_dataset: !function code.rows\ngeneration_kwargs: {num_beams: 3}\n", ["broken"], ("num_beams", "--gen-kwargs")),
-    "bad value": ("custom_dataset: !function code.rows\ngeneration_kwargs: {do_sample: true, temperature: 500}\n", ["broken"], ("temperature is 500", "--gen-kwargs")),
-    "result": ("custom_dataset: !function code.rows\nprocess_results: !function code.bad_results\n", ["broken"], ("ZeroDivisionError",)),
-    "asked wrongly": ("custom_dataset: !function code.rows\n", ["broken", "--gen-kwargs", "temperature"], ("--gen-kwargs has 'temperature'",)),
-}  # fmt: skip
+    "raises": (
+        "custom_dataset: !function code.raises\n",
+        ["broken"],
+        ("lm-eval failed (ValueError: first line; code.py, line 7)",),
+    ),
+    "exits": (
+        "custom_dataset: !function code.leaves\n",
+        ["broken"],
+        ("lm-eval failed (SystemExit: 3; code.py, line 9)",),
+    ),
+    "too big": (
+        "custom_dataset: !function code.too_big\n",
+        ["broken"],
+        ("memory does not suffice", "--batch"),
+    ),
+    "metric": (
+        "custom_dataset: !function code.rows\nmetric_list: [{metric: no_such_metric}]\n",
+        ["broken"],
+        ("lm-eval failed (KeyError: None; task.py, line ",),
+    ),
+    "bad option": (
+        "custom_dataset: !function code.rows\ngeneration_kwargs: {num_beams: 3}\n",
+        ["broken"],
+        ("num_beams", "--gen-kwargs"),
+    ),
+    "bad value": (
+        "custom_dataset: !function code.rows\ngeneration_kwargs: {do_sample: true, temperature: 500}\n",
+        ["broken"],
+        ("temperature is 500", "--gen-kwargs"),
+    ),
+    "result": (
+        "custom_dataset: !function code.rows\nprocess_results: !function code.bad_results\n",
+        ["broken"],
+        ("ZeroDivisionError",),
+    ),
+    "asked wrongly": (
+        "custom_dataset: !function code.rows\n",
+        ["broken", "--gen-kwargs", "temperature"],
+        ("--gen-kwargs has 'temperature'",),
+    ),
+}
 CODE = """
 def needs_package(**o):
     import no_such_package
@@ -213,7 +290,10 @@ def rows(**o):
     from datasets import Dataset
     return {"test": Dataset.from_list([{"q": "clean hall with mop", "a": "x"}])}
 """
-SHAPE = 'task: broken\noutput_type: generate_until\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\n'
+SHAPE = (
+    'task: broken\noutput_type: generate_until\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: '
+    '"{{a}}"\n'
+)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -261,8 +341,12 @@ def test_a_network_that_is_not_there(kind):
     import requests
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    made = {"ConnectionError": ConnectionError("Couldn't reach x"), "requests": requests.exceptions.ReadTimeout("slow"),
-            "httpx": httpx.ConnectError("no route"), "hub": LocalEntryNotFoundError("not cached")}[kind]  # fmt: skip
+    made = {
+        "ConnectionError": ConnectionError("Couldn't reach x"),
+        "requests": requests.exceptions.ReadTimeout("slow"),
+        "httpx": httpx.ConnectError("no route"),
+        "hub": LocalEntryNotFoundError("not cached"),
+    }[kind]
     with (
         pytest.raises(DllmError, match="the task's data cannot be downloaded"),
         evaluation_errors.in_one_line(run_unsafe_code=False),

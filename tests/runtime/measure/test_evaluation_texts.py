@@ -1,4 +1,5 @@
-"""Likelihoods of long texts in bounded memory, BOS tokens before texts, and what a model without blocks fills."""
+"""Likelihoods of long texts in bounded memory, BOS tokens before texts, and what a model without blocks
+fills."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def _asked(*pairs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shape [B, R, V] of the logits, and the rows of the canvas [B, S], of every call that asks for logits."""
+    """The shape [B, R, V] of the logits, and the rows of the canvas [B, S], of every call that asks for
+    logits."""
     from trt_runtime.decoding.backend import Backend
 
     seen, real = [], Backend.forward
@@ -82,9 +84,18 @@ def long(tmp_path_factory):
     words = json.loads((DEMO / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in words["added_tokens"]}
     config = json.loads((DEMO / "tokenizer_config.json").read_text())
-    checkpoint = write_checkpoint(families.find("dream"), folder / "checkpoint", model={
-        "vocab_size": size, "max_position_embeddings": 131072, "mask_token_id": ids[config["mask_token"]], "eos_token_id": ids[config["eos_token"]],
-        "pad_token_id": ids[config["eos_token"]], "bos_token_id": ids[config["eos_token"]]})  # fmt: skip
+    checkpoint = write_checkpoint(
+        families.find("dream"),
+        folder / "checkpoint",
+        model={
+            "vocab_size": size,
+            "max_position_embeddings": 131072,
+            "mask_token_id": ids[config["mask_token"]],
+            "eos_token_id": ids[config["eos_token"]],
+            "pad_token_id": ids[config["eos_token"]],
+            "bos_token_id": ids[config["eos_token"]],
+        },
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (DEMO / name).is_file():
             shutil.copy(DEMO / name, checkpoint / name)

@@ -36,9 +36,11 @@ def test_all_goldens_exactly_on_the_reference(golden_artifact, golden_checkpoint
 
 
 def test_goldens_in_fp16(golden_fp16, golden_family, golden_cases):
-    """Cases that claim to hold in fp16: exact, or AMBIGUOUS within the margin of that dtype, and few of those.
+    """Cases that claim to hold in fp16: exact, or AMBIGUOUS within the margin of that dtype, and few of
+    those.
 
-    The recording code rounds in other places than ONNX Runtime does, so a decision within the rounding may differ.
+    The recording code rounds in other places than ONNX Runtime does, so a decision within the rounding may
+    differ.
     """
     cases = [case for case in golden_cases if replay.must_match(case, "fp16")]
     found = _first_mismatches(OrtBackend(golden_fp16, threads=1), cases, tolerances.CONFIDENCE["fp16"])
@@ -81,8 +83,8 @@ def test_a_case_of_several_rows_merges_them(golden_backend, golden_cases):
 
 
 def test_where_the_v1_code_leaves_masks_we_do_not(golden_backend, golden_cases):
-    """One step a block: that code commits the first position and leaves the rest (tagged 'quirk'). Here the deviation wins:
-    the block is finished by a second forward, and its trace is followed as far as it goes."""
+    """One step a block: that code commits the first position and leaves the rest (tagged 'quirk'). Here the
+    deviation wins: the block is finished by a second forward, and its trace is followed as far as it goes."""
     left = [case for case in golden_cases if any(1000 in row for row in case["output"])]
     assert len(left) == {"llada": 0, "dream": 2}[golden_backend.manifest.model.family]
     for case in left:
@@ -298,20 +300,40 @@ _CASE = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": "abc"}, "prompt is abc"), ({"prompt": [1, 2]}, "prompt is [1, 2]"), ({"prompt": []}, "prompt is []"),
-        ({"prompt": [[1.5]]}, "prompt is [[1.5]]"), ({"prompt": None}, "prompt is None"), ({"prompt": [[]]}, "the prompt is empty"),
-        ({"gen_length": "8"}, "gen_length is 8"), ({"gen_length": -5}, "gen_length is -5"), ({"gen_length": 600}, "more than the model's"),
-        ({"block_length": 0}, "block_length is 0"), ({"block_length": 1.5}, "block_length is 1.5"),
-        ({"threshold": "x"}, "threshold is x"), ({"factor": [1]}, "factor is [1]"), ({"threshold": None}, "has no 'steps'"),
-        ({"mode": "both"}, "unknown mode 'both'"), ({"mode": 3}, "mode is 3"), ({"mask_token_id": 7}, "mask_token_id is 7"),
-        ({"trace": 5}, "trace is 5"), ({"trace": [["full", 0, 1]]}, "trace is"), ({"trace": [["full", 0, 1, [3], []]]}, "trace is"),
-        ({"attention_mask": [[True, False, True]]}, "attention_mask is"), ({"attention_mask": [[True]]}, "attention_mask is"),
-        ({"attention_mask": [[False] * 3]}, "attention_mask is"), ({"alg": "best"}, "unknown alg 'best'"), ({"alg": 3}, "alg is 3"), ({"alg": [3]}, "alg is [3]"),
-        ({"top_p": 2}, "top_p is 2"), ({"top_k": 0}, "top_k is 0"), ({"alg": "entropy"}, "has no 'steps'"),
+        ({"prompt": "abc"}, "prompt is abc"),
+        ({"prompt": [1, 2]}, "prompt is [1, 2]"),
+        ({"prompt": []}, "prompt is []"),
+        ({"prompt": [[1.5]]}, "prompt is [[1.5]]"),
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": [[]]}, "the prompt is empty"),
+        ({"gen_length": "8"}, "gen_length is 8"),
+        ({"gen_length": -5}, "gen_length is -5"),
+        ({"gen_length": 600}, "more than the model's"),
+        ({"block_length": 0}, "block_length is 0"),
+        ({"block_length": 1.5}, "block_length is 1.5"),
+        ({"threshold": "x"}, "threshold is x"),
+        ({"factor": [1]}, "factor is [1]"),
+        ({"threshold": None}, "has no 'steps'"),
+        ({"mode": "both"}, "unknown mode 'both'"),
+        ({"mode": 3}, "mode is 3"),
+        ({"mask_token_id": 7}, "mask_token_id is 7"),
+        ({"trace": 5}, "trace is 5"),
+        ({"trace": [["full", 0, 1]]}, "trace is"),
+        ({"trace": [["full", 0, 1, [3], []]]}, "trace is"),
+        ({"attention_mask": [[True, False, True]]}, "attention_mask is"),
+        ({"attention_mask": [[True]]}, "attention_mask is"),
+        ({"attention_mask": [[False] * 3]}, "attention_mask is"),
+        ({"alg": "best"}, "unknown alg 'best'"),
+        ({"alg": 3}, "alg is 3"),
+        ({"alg": [3]}, "alg is [3]"),
+        ({"top_p": 2}, "top_p is 2"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"alg": "entropy"}, "has no 'steps'"),
         ({"alg": "confidence_threshold", "threshold": None, "steps": 4}, "threshold is None"),
-        ({"output": [5]}, "output is [5]"), ({"output": None}, "output is None"),
+        ({"output": [5]}, "output is [5]"),
+        ({"output": None}, "output is None"),
     ],
-)  # fmt: skip
+)
 def test_malformed_cases_are_refused(golden_backend, change, said):
     with pytest.raises(DllmError) as error:
         replay.replay(golden_backend, _CASE | change)
@@ -333,7 +355,8 @@ def test_wrong_positions_and_mask_tokens_are_never_ambiguous(golden_backend):
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_gaps_never_cost_an_empty_forward_and_recordings_replay(golden_backend, cache):
-    """Gaps in a prompt take part of a schedule's quota; the block then outlasts it, and every forward writes something."""
+    """Gaps in a prompt take part of a schedule's quota; the block then outlasts it, and every forward writes
+    something."""
     case = _CASE | {
         "mode": cache,
         "prompt": [[1, 1000, 1000, 4, 1000]],

@@ -1,4 +1,5 @@
-"""Tuning: what is right, what is within the bound, what is chosen, and that what was noted holds where nothing else is given."""
+"""Tuning: what is right, what is within the bound, what is chosen, and that what was noted holds where
+nothing else is given."""
 
 from __future__ import annotations
 
@@ -130,10 +131,17 @@ def test_without_answers_the_baseline_is_right(model, tmp_path, small):
     assert report["baseline_right"] == report["examples"] == 2
 
 
-@pytest.mark.parametrize(("answer", "right", "match", "expected"), [
-    ("a ", "a", "exact", True), ('{"a":1}', '{"a": 1}', "exact", False), ('[{"b": 2, "a":1}]', '[{"a": 1, "b": 2}]', "json", True), ('{"a": 1', '{"a": 1}', "json", False),
-    ('{"a": 2, "a": 1}', '{"a": 1}', "json", False), ("[1]", "[2]", "json", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "right", "match", "expected"),
+    [
+        ("a ", "a", "exact", True),
+        ('{"a":1}', '{"a": 1}', "exact", False),
+        ('[{"b": 2, "a":1}]', '[{"a": 1, "b": 2}]', "json", True),
+        ('{"a": 1', '{"a": 1}', "json", False),
+        ('{"a": 2, "a": 1}', '{"a": 1}', "json", False),
+        ("[1]", "[2]", "json", False),
+    ],
+)
 def test_answers_are_compared_as_texts_or_as_json(answer, right, match, expected):
     assert examples.is_right(answer, examples.Example("", (right,)), match) == expected
 
@@ -170,7 +178,13 @@ def test_wrong_use_is_one_line(demo_artifact, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": 5}\n')
     (tmp_path / "broken.jsonl").write_text('{"prompt"\n')
     (tmp_path / "empty.txt").write_text("\n")
-    for name, more, said in (("nowhere", [], "cannot be read"), ("bad.jsonl", [], "line 1: expected"), ("broken.jsonl", [], "is no JSON"), ("empty.txt", [], "holds no prompt"),
-                             ("bad.jsonl", ["--max-drop", "-1"], "--max-drop is -1"), ("bad.jsonl", ["--match", "jsn"], "did you mean 'json'")):  # fmt: skip
+    for name, more, said in (
+        ("nowhere", [], "cannot be read"),
+        ("bad.jsonl", [], "line 1: expected"),
+        ("broken.jsonl", [], "is no JSON"),
+        ("empty.txt", [], "holds no prompt"),
+        ("bad.jsonl", ["--max-drop", "-1"], "--max-drop is -1"),
+        ("bad.jsonl", ["--match", "jsn"], "did you mean 'json'"),
+    ):
         assert cli.main(["tune", str(demo_artifact), "--data", str(tmp_path / name), *more]) == 1
         assert said in capsys.readouterr().err

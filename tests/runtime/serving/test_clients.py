@@ -1,5 +1,6 @@
-"""The server as its clients use it: OpenAI's own package, litellm, LangChain, LlamaIndex and lm-evaluation-harness, each by the calls that it makes by
-default. Nothing is asked of anyone but the server."""
+"""The server as its clients use it: OpenAI's own package, litellm, LangChain, LlamaIndex and
+lm-evaluation-harness, each by the calls that it makes by default. Nothing is asked of anyone but the
+server."""
 
 from __future__ import annotations
 
@@ -11,8 +12,14 @@ import pytest
 from places import DEMO
 from serving import OTHERS, PROMPT, serving
 
-os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "LANGSMITH_TRACING": "false", "LANGCHAIN_TRACING_V2": "false",
-               "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}  # fmt: skip
+os.environ |= {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
+    "LANGSMITH_TRACING": "false",
+    "LANGCHAIN_TRACING_V2": "false",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 from trt_runtime.decoding.config import GenerationConfig  # noqa: E402
@@ -34,8 +41,12 @@ def test_openai_an_answer_goes_back_as_history(client, model, text):
         answer.choices[0].message.model_dump(),
         {"role": "user", "content": "clean hall with mop"},
     ]
-    told = [{"role": "system", "content": "Plan."}, {"role": "user", "content": PROMPT},
-            {"role": "assistant", "content": answer.choices[0].message.content}, {"role": "user", "content": "clean hall with mop"}]  # fmt: skip
+    told = [
+        {"role": "system", "content": "Plan."},
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": answer.choices[0].message.content},
+        {"role": "user", "content": "clean hall with mop"},
+    ]
     second = client.chat.completions.create(model="demo", messages=history)
     expected, limited = GenerationConfig(), 192 - len(model.encode(told))
     expected = GenerationConfig(gen_length=min(96, limited))
@@ -150,7 +161,8 @@ def test_langchain(demo, text):
 
 
 def test_llama_index(demo, text):
-    """Its package for OpenAI's API wants openai below 3: `.ci/run` runs this test in an environment that holds it."""
+    """Its package for OpenAI's API wants openai below 3: `.ci/run` runs this test in an environment that
+    holds it."""
     like = pytest.importorskip("llama_index.llms.openai_like")
     from llama_index.core.llms import ChatMessage
 
@@ -179,8 +191,16 @@ def test_lm_eval_over_completions(model, tokenized):
     prompts = [model.tokenizer.render_chat([{"role": "user", "content": prompt}]) for prompt in OTHERS]
     stops = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", '"}, {"']
     with serving(model, slots=4) as (url, _):
-        asked = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="demo", tokenizer=str(DEMO), tokenizer_backend="huggingface",
-                                    tokenized_requests=tokenized, batch_size=4, max_retries=1, num_concurrent=1)  # fmt: skip
+        asked = LocalCompletionsAPI(
+            base_url=f"{url}/v1/completions",
+            model="demo",
+            tokenizer=str(DEMO),
+            tokenizer_backend="huggingface",
+            tokenized_requests=tokenized,
+            batch_size=4,
+            max_retries=1,
+            num_concurrent=1,
+        )
         requests = [
             SimpleNamespace(args=(prompt, {"until": stops, "max_gen_toks": 96, "do_sample": False}))
             for prompt in prompts

@@ -198,7 +198,8 @@ def test_few_descriptors_are_shared_out(monkeypatch):
 
 
 def test_of_a_body_that_is_too_large_no_more_than_its_limit_is_held():
-    """However it comes; and the rest is read, up to a multiple of the limit, so that a client which sends first gets its answer."""
+    """However it comes; and the rest is read, up to a multiple of the limit, so that a client which sends
+    first gets its answer."""
 
     async def run(part, count):
         taken = []

@@ -19,17 +19,37 @@ pytest.importorskip("openai")
 from serving import PROMPT, process_of, serving, until
 
 BAD = [
-    ({"tools": [{}]}, 400, "tools", "does not honour"), ({"logit_bias": {"5": 3}}, 400, "logit_bias", "does not honour"),
-    ({"presence_penalty": 0.5}, 400, "presence_penalty", ""), ({"max_tokens": 0}, 400, "max_tokens", ""), ({"max_tokens": "9"}, 400, "max_tokens", ""),
-    ({"model": "gpt"}, 404, "model", "this server has 'demo'"), ({"messages": []}, 400, "messages", ""), ({"messages": "x"}, 400, "messages", ""),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", ""), ({"threshold": 2.0}, 400, None, "threshold is 2.0"),
-    ({"threshold": 0.5, "policy": "fixed"}, 400, None, "goes with policy"), ({"policy": "best"}, 400, None, "unknown policy 'best'"),
-    ({"messages": [{"role": "user", "content": "clean hall with mop " * 60}]}, 400, "prompt", "shorten the prompt to 191"), ({"n": 2}, 400, None, "all choices would be the same"),
-    ({"stop": ["a"] * 65}, 400, None, "stop has 65"), ({"stop": ""}, 400, None, "none of them empty"), ({"temperature": float("1e9")}, 400, None, "temperature"),
-    ({"stream_options": {}}, 400, None, "goes with stream"), ({"seed": -1}, 400, "seed", ""), ({"top_p": 1.5}, 400, None, "top_p"),
-    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"), ({"stop": 5}, 400, "stop", ""), ({"treshold": 0.5}, 400, "treshold", "did you mean 'threshold'?"),
-    ({"colour": 5}, 400, "colour", "does not honour"), ({"steps": 1}, 400, None, "steps is 1"),
-]  # fmt: skip
+    ({"tools": [{}]}, 400, "tools", "does not honour"),
+    ({"logit_bias": {"5": 3}}, 400, "logit_bias", "does not honour"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty", ""),
+    ({"max_tokens": 0}, 400, "max_tokens", ""),
+    ({"max_tokens": "9"}, 400, "max_tokens", ""),
+    ({"model": "gpt"}, 404, "model", "this server has 'demo'"),
+    ({"messages": []}, 400, "messages", ""),
+    ({"messages": "x"}, 400, "messages", ""),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", ""),
+    ({"threshold": 2.0}, 400, None, "threshold is 2.0"),
+    ({"threshold": 0.5, "policy": "fixed"}, 400, None, "goes with policy"),
+    ({"policy": "best"}, 400, None, "unknown policy 'best'"),
+    (
+        {"messages": [{"role": "user", "content": "clean hall with mop " * 60}]},
+        400,
+        "prompt",
+        "shorten the prompt to 191",
+    ),
+    ({"n": 2}, 400, None, "all choices would be the same"),
+    ({"stop": ["a"] * 65}, 400, None, "stop has 65"),
+    ({"stop": ""}, 400, None, "none of them empty"),
+    ({"temperature": float("1e9")}, 400, None, "temperature"),
+    ({"stream_options": {}}, 400, None, "goes with stream"),
+    ({"seed": -1}, 400, "seed", ""),
+    ({"top_p": 1.5}, 400, None, "top_p"),
+    ({"max_tokens": 8, "max_completion_tokens": 8}, 400, None, "are one option"),
+    ({"stop": 5}, 400, "stop", ""),
+    ({"treshold": 0.5}, 400, "treshold", "did you mean 'threshold'?"),
+    ({"colour": 5}, 400, "colour", "does not honour"),
+    ({"steps": 1}, 400, None, "steps is 1"),
+]
 
 
 @pytest.mark.parametrize(("change", "status", "param", "said"), BAD, ids=lambda item: str(item)[:40])
@@ -46,9 +66,18 @@ def test_what_is_not_honoured_is_refused_by_name(demo, change, status, param, sa
 
 def test_other_bad_requests(demo):
     url = f"{demo[0]}/v1/completions"
-    for content, status in ((b"{", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"", 400), (b"{" + b" " * (1 << 20) + b"}", 413), (b'{"model": "demo"}', 400),
-                            (b'{"model": "demo", "prompt": [999999]}', 400), (b'{"model": "demo", "prompt": ""}', 400),
-                            (b'{"model": "demo", "template": ["x"]}', 400), (b'{"model": "demo", "prompt": "x", "template": ["x", {"mask": 2}]}', 400)):  # fmt: skip
+    for content, status in (
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff\xfe", 400),
+        (b"", 400),
+        (b"{" + b" " * (1 << 20) + b"}", 413),
+        (b'{"model": "demo"}', 400),
+        (b'{"model": "demo", "prompt": [999999]}', 400),
+        (b'{"model": "demo", "prompt": ""}', 400),
+        (b'{"model": "demo", "template": ["x"]}', 400),
+        (b'{"model": "demo", "prompt": "x", "template": ["x", {"mask": 2}]}', 400),
+    ):
         answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status and answer.json()["error"]["message"], content[:50]
 
@@ -84,7 +113,8 @@ def test_an_answer_that_takes_too_long_is_given_up(model):
 
 
 def test_a_forward_that_fails_ends_its_answers_and_no_others(model, monkeypatch, caplog):
-    """One refine step raises: the answer in the slot is lost, those that wait are not; nothing of the inside is told, the log has it."""
+    """One refine step raises: the answer in the slot is lost, those that wait are not; nothing of the inside
+    is told, the log has it."""
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
     with serving(model, slots=1) as (url, worker):
         real, failed, got = model.backend.refine, [], []

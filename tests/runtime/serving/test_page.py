@@ -88,7 +88,8 @@ def test_masks_turn_into_text_block_by_block(page, model):
 
 
 def test_the_examples_that_the_page_offers_are_answered_right(browser, model, demo_artifact):
-    """Those of the artifact's own checkpoint; a click asks one. Each answer is a right spelling of the plan that the order means."""
+    """Those of the artifact's own checkpoint; a click asks one. Each answer is a right spelling of the plan
+    that the order means."""
     import demo_prompts
     import demo_task
 

@@ -1,4 +1,5 @@
-"""What clients and probes send beside good requests: nulls of any name, bodies of any type, nested or broken JSON, HEAD, heads without end."""
+"""What clients and probes send beside good requests: nulls of any name, bodies of any type, nested or broken
+JSON, HEAD, heads without end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Replicas behind a front: real ones under Ray Serve that are killed and replaced under load, and a front over stand-ins that fail."""
+"""Replicas behind a front: real ones under Ray Serve that are killed and replaced under load, and a front
+over stand-ins that fail."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from trt_runtime.serving.replicas import Front, Replica  # noqa: E402
 
 
 class Handle:
-    """Stands for Ray's: each request gets the next of `plans`, a list of what is yielded; an exception in it is raised."""
+    """Stands for Ray's: each request gets the next of `plans`, a list of what is yielded; an exception in it
+    is raised."""
 
     def __init__(self, *plans):
         self.plans, self.asked, self.cancelled = list(plans), [], 0
@@ -187,7 +189,8 @@ class Load:
 
 
 def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
-    """Nothing that had not begun is lost when a replica is killed, nothing at all by a rolling restart; then SIGTERM ends it with 0."""
+    """Nothing that had not begun is lost when a replica is killed, nothing at all by a rolling restart; then
+    SIGTERM ends it with 0."""
     expected = {prompt: model.generate([prompt], GenerationConfig())[0].text for prompt in OTHERS}
     process, url = process_of(demo_artifact, "--ray", "2", "--slots", "4")
     lines = []

@@ -1,4 +1,5 @@
-"""What a request may say: every field of OpenAI's API is honoured, taken where it changes nothing, or refused by its name."""
+"""What a request may say: every field of OpenAI's API is honoured, taken where it changes nothing, or refused
+by its name."""
 
 from __future__ import annotations
 
@@ -24,22 +25,49 @@ CHAT = {"model": "demo", "messages": [{"role": "user", "content": "clean hall wi
 TEXT = {"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8}
 # values that change nothing, and values that would, of what is not honoured
 BOTH = {
-    "frequency_penalty": ([0, 0.0, None], [0.5, -1]), "presence_penalty": ([0, None], [1]), "logit_bias": ([{}, {"5": 0}, None], [{"5": 10}]),
-    "user": (["u1", None], [7]), "logprobs": ([None, 0, 0.0], [5, 1]), "stop": ([None, []], [[""]]), "seed": ([None, 3, 3.0], [3.5, -1]),
-    "n": ([None, 1, 1.0], [0, 1.5]), "stream": ([None, False], [1]), "stream_options": ([None], [{}]), "temperature": ([None, 0, 0.0], ["0"]),
-    "top_p": ([None, 1, 0.5], [2]), "top_k": ([None, -1, 0, 5, 5.0], [-2, 1.5]), "max_tokens": ([None, 64, 64.0, 10**9], [64.5, 0, -1, "9"]),
-}  # fmt: skip
+    "frequency_penalty": ([0, 0.0, None], [0.5, -1]),
+    "presence_penalty": ([0, None], [1]),
+    "logit_bias": ([{}, {"5": 0}, None], [{"5": 10}]),
+    "user": (["u1", None], [7]),
+    "logprobs": ([None, 0, 0.0], [5, 1]),
+    "stop": ([None, []], [[""]]),
+    "seed": ([None, 3, 3.0], [3.5, -1]),
+    "n": ([None, 1, 1.0], [0, 1.5]),
+    "stream": ([None, False], [1]),
+    "stream_options": ([None], [{}]),
+    "temperature": ([None, 0, 0.0], ["0"]),
+    "top_p": ([None, 1, 0.5], [2]),
+    "top_k": ([None, -1, 0, 5, 5.0], [-2, 1.5]),
+    "max_tokens": ([None, 64, 64.0, 10**9], [64.5, 0, -1, "9"]),
+}
 OF_CHAT = {
-    "audio": ([None], [{"voice": "x", "format": "wav"}]), "function_call": ([None, "none", "auto"], [{"name": "f"}]), "functions": ([None, []], [[{"name": "f"}]]),
-    "logprobs": ([None, False], [True]), "max_completion_tokens": ([None, 64, 64.0], [0, 1.5]), "metadata": ([None, {}, {"a": "b"}], ["x"]),
-    "modalities": ([None, ["text"]], [["text", "audio"]]), "moderation": ([None], [{"model": "m"}]), "parallel_tool_calls": ([None, True, False], [1]),
-    "prediction": ([None], [{"type": "content", "content": "x"}]), "prompt_cache_key": ([None, "k"], [1]), "prompt_cache_options": ([None, {}], [[]]),
-    "prompt_cache_retention": ([None, "in_memory"], ["for ever"]), "reasoning_effort": ([None, "none"], ["high"]),
-    "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}]), "safety_identifier": ([None, "s"], [1]),
-    "service_tier": ([None, "auto", "default"], ["flex"]), "store": ([None, False], [True]), "tool_choice": ([None, "none", "auto"], ["required", {"type": "function"}]),
-    "tools": ([None, []], [[{"type": "function", "function": {"name": "f"}}]]), "top_logprobs": ([None, 0], [3]), "verbosity": ([None, "medium"], ["low"]),
+    "audio": ([None], [{"voice": "x", "format": "wav"}]),
+    "function_call": ([None, "none", "auto"], [{"name": "f"}]),
+    "functions": ([None, []], [[{"name": "f"}]]),
+    "logprobs": ([None, False], [True]),
+    "max_completion_tokens": ([None, 64, 64.0], [0, 1.5]),
+    "metadata": ([None, {}, {"a": "b"}], ["x"]),
+    "modalities": ([None, ["text"]], [["text", "audio"]]),
+    "moderation": ([None], [{"model": "m"}]),
+    "parallel_tool_calls": ([None, True, False], [1]),
+    "prediction": ([None], [{"type": "content", "content": "x"}]),
+    "prompt_cache_key": ([None, "k"], [1]),
+    "prompt_cache_options": ([None, {}], [[]]),
+    "prompt_cache_retention": ([None, "in_memory"], ["for ever"]),
+    "reasoning_effort": ([None, "none"], ["high"]),
+    "response_format": (
+        [None, {"type": "text"}],
+        [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}],
+    ),
+    "safety_identifier": ([None, "s"], [1]),
+    "service_tier": ([None, "auto", "default"], ["flex"]),
+    "store": ([None, False], [True]),
+    "tool_choice": ([None, "none", "auto"], ["required", {"type": "function"}]),
+    "tools": ([None, []], [[{"type": "function", "function": {"name": "f"}}]]),
+    "top_logprobs": ([None, 0], [3]),
+    "verbosity": ([None, "medium"], ["low"]),
     "web_search_options": ([None], [{}]),
-}  # fmt: skip
+}
 OF_TEXT = {"best_of": ([None, 1, 1.0], [2]), "echo": ([None, False], [True]), "suffix": ([None, ""], [7])}
 
 
@@ -112,12 +140,19 @@ def test_messages_as_clients_write_them(demo):
     for messages, said in (
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "image_url"),
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "input_audio"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "has no 'text'"), ([{"role": "user", "content": [7]}], "content"),
-        ([{"role": "user", "content": None}], "no content"), ([{"role": "user"}], "no content"), ([{"role": "user", "content": []}], "no content"),
-        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "calls no tools"), ([{"role": "function", "name": "f", "content": "x"}], "calls no tools"),
-        ([user, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, user], "tool_calls"), ([{"role": "bot", "content": "x"}], "role"),
-        ([user | {"mood": "good"}], "mood"), ([user | {"name": 7}], "name"), ([7], "messages.0"),
-    ):  # fmt: skip
+        ([{"role": "user", "content": [{"type": "text"}]}], "has no 'text'"),
+        ([{"role": "user", "content": [7]}], "content"),
+        ([{"role": "user", "content": None}], "no content"),
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": []}], "no content"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "calls no tools"),
+        ([{"role": "function", "name": "f", "content": "x"}], "calls no tools"),
+        ([user, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, user], "tool_calls"),
+        ([{"role": "bot", "content": "x"}], "role"),
+        ([user | {"mood": "good"}], "mood"),
+        ([user | {"name": 7}], "name"),
+        ([7], "messages.0"),
+    ):
         answer = asked(*messages)
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], (
             messages,
@@ -244,7 +279,8 @@ def test_what_is_drawn_without_a_seed_differs_and_says_its_seed(demo, model):
 
 
 def test_the_options_of_a_generation_are_fields():
-    """Whatever GenerationConfig has, so that none is forgotten; but for those that a request says in another way."""
+    """Whatever GenerationConfig has, so that none is forgotten; but for those that a request says in another
+    way."""
     for name in option_names():
         named = OPTIONS.get(name)
         closed = {"infill", "stop_at_eos", "gen_length", "alg_temp", "speculate"}
@@ -253,7 +289,8 @@ def test_the_options_of_a_generation_are_fields():
 
 
 def test_a_stop_string_may_be_a_special_token(model, demo, monkeypatch):
-    """The text does not show it. The model is made to write it in the place of what stands between two steps."""
+    """The text does not show it. The model is made to write it in the place of what stands between two
+    steps."""
     tokenizer = model.tokenizer
     glue, special = tokenizer.encode('"}, {"')[0], tokenizer.encode("<|user|>")[0]
 
@@ -305,8 +342,8 @@ def test_a_stop_string_may_be_a_special_token(model, demo, monkeypatch):
 
 
 def test_cutting_is_what_a_naive_search_says(model):
-    """Random tokens, special ones among them: the text before the first stop string of the spelled text, special tokens left out; and as tokens
-    come one by one, nothing is shown that is not shown in the end."""
+    """Random tokens, special ones among them: the text before the first stop string of the spelled text,
+    special tokens left out; and as tokens come one by one, nothing is shown that is not shown in the end."""
     tokenizer, rng = model.tokenizer, np.random.default_rng(0)
     words = tokenizer.encode('clean hall with mop take red cups "}, {" <|user|> <|assistant|>')
     met = 0

@@ -164,7 +164,8 @@ def test_a_client_that_leaves_frees_its_slot(demo):
 
 
 def test_canvases_up_to_the_model_s_last_position(model):
-    """A last short block, padded to another row's block, reaches beyond the model's positions: with the default length."""
+    """A last short block, padded to another row's block, reaches beyond the model's positions: with the
+    default length."""
     long = {"model": "demo", "prompt": [9, 17, 33, 44] * 63, "max_tokens": 4}
     with serving(model, max_length=None, slots=4) as (url, _):
         for _ in range(4):

@@ -85,8 +85,16 @@ def test_keys_origins_and_the_open_door(demo_artifact, monkeypatch, capsys):
     )
     assert held["options"].api_key == ("x,y", "z") and held["options"].cors == ("*", "http://h:1")
     assert len(held["options"].examples) == 3
-    for wrong in (["--api-key", "a", "--api-key", ""], ["--cors", "localhost"], ["--cors", "http://h/path"], ["--cors", ""],
-                  ["--name", ""], ["--name", " "], ["--name", "a\nb"], ["--name", "a\udcff"]):  # fmt: skip
+    for wrong in (
+        ["--api-key", "a", "--api-key", ""],
+        ["--cors", "localhost"],
+        ["--cors", "http://h/path"],
+        ["--cors", ""],
+        ["--name", ""],
+        ["--name", " "],
+        ["--name", "a\nb"],
+        ["--name", "a\udcff"],
+    ):
         assert cli.main(["serve", str(demo_artifact), *wrong]) == 1
         assert len(capsys.readouterr().err.splitlines()) == 1
     monkeypatch.setenv("DLLM_API_KEY", "a,,b")
@@ -97,11 +105,38 @@ def test_origins_as_browsers_send_them_are_taken_and_no_others():
     from trt_runtime.errors import DllmError
     from trt_runtime.serving import cors
 
-    for good in ("http://localhost:3000", "https://www.site.test", "http://127.0.0.1:8080", "http://[::1]:3000", "tauri://localhost", "null", "*",
-                 "https://app-1.example.com:8443", "chrome-extension://abcs", "http://host:8080", "https://host:80"):  # fmt: skip
+    for good in (
+        "http://localhost:3000",
+        "https://www.site.test",
+        "http://127.0.0.1:8080",
+        "http://[::1]:3000",
+        "tauri://localhost",
+        "null",
+        "*",
+        "https://app-1.example.com:8443",
+        "chrome-extension://abcs",
+        "http://host:8080",
+        "https://host:80",
+    ):
         cors.check((good,))
-    for bad in ("localhost:3000", "http://localhost:3000/", "http://h/path", "http://a b", "http://a\tb", "https://*.site.test", "HTTP://h", "http://Host",
-                "http://a,http://b", "http://user@h", "http://h?x", "http://h#x", "http://", "", "http://h:80", "https://h:443"):  # fmt: skip
+    for bad in (
+        "localhost:3000",
+        "http://localhost:3000/",
+        "http://h/path",
+        "http://a b",
+        "http://a\tb",
+        "https://*.site.test",
+        "HTTP://h",
+        "http://Host",
+        "http://a,http://b",
+        "http://user@h",
+        "http://h?x",
+        "http://h#x",
+        "http://",
+        "",
+        "http://h:80",
+        "https://h:443",
+    ):
         with pytest.raises(DllmError, match="--cors is"):
             cors.check((good, bad))
 
@@ -159,8 +194,14 @@ def test_several_keys(model):
             ), key
 
 
-@pytest.mark.parametrize(("option", "value", "said"), [("--queue", "-1", "--queue is -1, expected from 0."), ("--port", "99999", "--port is 99999, expected 0 to 65535."),
-                                                       ("--timeout", "0", "--timeout is 0, expected above 0 and at most 86400 seconds.")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--queue", "-1", "--queue is -1, expected from 0."),
+        ("--port", "99999", "--port is 99999, expected 0 to 65535."),
+        ("--timeout", "0", "--timeout is 0, expected above 0 and at most 86400 seconds."),
+    ],
+)
 def test_the_option_that_is_wrong_is_named_alone(demo_artifact, capsys, option, value, said):
     assert cli.main(["serve", str(demo_artifact), option, value]) == 1
     assert capsys.readouterr().err == f"error: {said}\n"

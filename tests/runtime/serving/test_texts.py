@@ -23,9 +23,13 @@ def test_a_text_that_cannot_fit_is_refused_before_all_of_it_is_tokenised(demo, m
     seen, real = [], model.tokenizer._encoding
     monkeypatch.setattr(model.tokenizer, "_encoding", lambda text: seen.append(len(text)) or real(text))
     long = "clean hall with mop " * 40_000
-    for path, body in (("chat/completions", {"messages": [{"role": "user", "content": long}]}), ("completions", {"prompt": long}),
-                       ("completions", {"prompt": ["clean", long]}), ("completions", {"template": [long, {"mask": 3}]}),
-                       ("completions", {"prompt": "clean", "suffix": long})):  # fmt: skip
+    for path, body in (
+        ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("completions", {"prompt": long}),
+        ("completions", {"prompt": ["clean", long]}),
+        ("completions", {"template": [long, {"mask": 3}]}),
+        ("completions", {"prompt": "clean", "suffix": long}),
+    ):
         answer = post(demo[0], {"model": "demo", "max_tokens": None} | body, path)
         assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"], body
     assert seen and max(seen) < 10_000
@@ -60,12 +64,23 @@ def test_tokenising_leaves_the_interpreter_to_others(model):
 
 def test_errors_say_little_of_what_wassent(demo):
     long = "x" * 5000
-    for path, change in (("chat/completions", {"model": long}), ("chat/completions", {long: 1}), ("chat/completions", {"policy": long}), ("chat/completions", {"cache": long}),
-                         ("chat/completions", {"messages": [{"role": long, "content": "x"}]}), ("chat/completions", {"messages": [{"role": "user", "content": "x", long: 1}]}),
-                         ("chat/completions", {"stop": [long]}), ("chat/completions", {"messages": [{"role": "user", "content": [{"type": long}]}]}),
-                         ("chat/completions", {"messages": [{"role": "user", "content": "\ud800" + long}]}), ("chat/completions", {"logit_bias": {long: 3}}),
-                         ("chat/completions", {"tool_choice": long}), ("completions", {"prompt": {long: long}}), ("chat/completions", {"seed": long}),
-                         ("chat/completions", {"metadata": {long: 7}}), ("chat/completions", {"stream_options": {long: 7}})):  # fmt: skip
+    for path, change in (
+        ("chat/completions", {"model": long}),
+        ("chat/completions", {long: 1}),
+        ("chat/completions", {"policy": long}),
+        ("chat/completions", {"cache": long}),
+        ("chat/completions", {"messages": [{"role": long, "content": "x"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x", long: 1}]}),
+        ("chat/completions", {"stop": [long]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": long}]}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800" + long}]}),
+        ("chat/completions", {"logit_bias": {long: 3}}),
+        ("chat/completions", {"tool_choice": long}),
+        ("completions", {"prompt": {long: long}}),
+        ("chat/completions", {"seed": long}),
+        ("chat/completions", {"metadata": {long: 7}}),
+        ("chat/completions", {"stream_options": {long: 7}}),
+    ):
         body = {"model": "demo"} | ({"messages": CHAT["messages"]} if "chat" in path else {}) | change
         answer = httpx.post(
             f"{demo[0]}/v1/{path}", content=json.dumps(body), headers={"content-type": "application/json"}
@@ -82,10 +97,18 @@ def test_errors_say_little_of_what_wassent(demo):
 
 def test_clients_are_told_nothing_of_the_command_line(demo, model, monkeypatch):
     mask = model.manifest.decoding.mask_token_id
-    for path, body in (("completions", {"prompt": [5, mask]}), ("completions", {"prompt": [5] * 500}), ("completions", {"prompt": "x " * 500}),
-                       ("completions", {"prompt": [5], "suffix_decay": True}), ("completions", {"prompt": [5], "steps": 1}), ("completions", {"prompt": " "}),
-                       ("completions", {"prompt": [99999]}), ("completions", {"prompt": [5], "block_length": 3, "steps": 2, "policy": "fixed"}),
-                       ("completions", {"prompt": [5], "top_p": 3}), ("completions", {"prompt": [5], "refresh_window": 3})):  # fmt: skip
+    for path, body in (
+        ("completions", {"prompt": [5, mask]}),
+        ("completions", {"prompt": [5] * 500}),
+        ("completions", {"prompt": "x " * 500}),
+        ("completions", {"prompt": [5], "suffix_decay": True}),
+        ("completions", {"prompt": [5], "steps": 1}),
+        ("completions", {"prompt": " "}),
+        ("completions", {"prompt": [99999]}),
+        ("completions", {"prompt": [5], "block_length": 3, "steps": 2, "policy": "fixed"}),
+        ("completions", {"prompt": [5], "top_p": 3}),
+        ("completions", {"prompt": [5], "refresh_window": 3}),
+    ):
         said = post(demo[0], {"model": "demo"} | body, path).json()["error"]["message"]
         assert (
             "--" not in said

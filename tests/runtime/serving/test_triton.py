@@ -80,8 +80,13 @@ def served(repository):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    model.initialize({"model_repository": str(repository), "model_version": "1",
-                      "model_config": json.dumps({"parameters": {"dllm": {"string_value": settings}}})})  # fmt: skip
+    model.initialize(
+        {
+            "model_repository": str(repository),
+            "model_version": "1",
+            "model_config": json.dumps({"parameters": {"dllm": {"string_value": settings}}}),
+        }
+    )
     yield model
     model.finalize()
 
@@ -133,8 +138,13 @@ def test_the_configuration_says_what_triton_needs(repository):
 
 
 def test_bad_use_is_one_line(demo_artifact, repository, tmp_path, capsys):
-    for command in ([str(demo_artifact), str(repository.parent), "--name", "demo"], [str(tmp_path), str(tmp_path)],
-                    [str(demo_artifact), str(tmp_path), "--name", "a b"], [str(demo_artifact), str(tmp_path), "--name", ""], [str(demo_artifact), str(tmp_path), "--slots", "0"]):  # fmt: skip
+    for command in (
+        [str(demo_artifact), str(repository.parent), "--name", "demo"],
+        [str(tmp_path), str(tmp_path)],
+        [str(demo_artifact), str(tmp_path), "--name", "a b"],
+        [str(demo_artifact), str(tmp_path), "--name", ""],
+        [str(demo_artifact), str(tmp_path), "--slots", "0"],
+    ):
         assert cli.main(["triton-repo", *command]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and "is there already" in lines[0] and not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""ONNX Runtime on a CPU: caches are NumPy arrays, and several threads may call the session at a time, each with caches of its own."""
+"""ONNX Runtime on a CPU: caches are NumPy arrays, and several threads may call the session at a time, each
+with caches of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class OrtBackend(OrtSession):
         dtype = self.manifest.model.dtype
         if dtype not in _DTYPES:
             raise DllmError(
-                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with DTYPE=fp32 or fp16."
+                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with "
+                f"DTYPE=fp32 or fp16."
             )
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

@@ -1,4 +1,5 @@
-"""ONNX Runtime on its CUDA provider: caches stay on the GPU, and so do tokens and statistics between the steps of a block."""
+"""ONNX Runtime on its CUDA provider: caches stay on the GPU, and so do tokens and statistics between the
+steps of a block."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class OrtCudaBackend(OrtSession):
         manifests.check_runs_on_gpu(self.manifest, str(artifact))
         if not self.manifest.dims.writes_caches:
             raise DllmError(
-                f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with --lowering modern."
+                f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with "
+                f"--lowering modern."
             )
         getattr(ort, "preload_dlls", lambda: None)()  # CUDA's libraries, where they are Python packages
 
@@ -169,6 +171,7 @@ class OrtCudaBackend(OrtSession):
         if heavy:
             said = ", ".join(f"{count} {name}" for name, count in sorted(heavy.items()))
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} would run {said} of the model on the CPU: its CUDA provider has no kernels for them: "
+                f"ONNX Runtime {ort.__version__} would run {said} of the model on the CPU: its CUDA "
+                f"provider has no kernels for them: "
                 "install a newer onnxruntime-gpu."
             )

@@ -1,11 +1,12 @@
 """Whether this processor multiplies 8-bit numbers right, and what ONNX Runtime must be told so that it does.
 
-ONNX Runtime's u8 x s8 product adds neighbouring products in 16 bits on x86 processors without VNNI (AVX2 alone, or AVX-512 of before 2019).
-The sum of two products of large numbers does not fit and is cut off: outputs are wrong by up to a third, without an error. With the session option
-`session.x64quantprecision` = 1 the weights are shifted to unsigned, and the product is exact, at some cost in speed; with VNNI the option
-would cost more than half of the speed and mend nothing. So nothing is taken from the processor's name: each operator that an
-artifact uses is run once on numbers whose exact product is known and does not fit 16 bits, first as it is, then with the option. If both are wrong the
-artifact is not run.
+ONNX Runtime's u8 x s8 product adds neighbouring products in 16 bits on x86 processors without VNNI (AVX2
+alone, or AVX-512 of before 2019). The sum of two products of large numbers does not fit and is cut off:
+outputs are wrong by up to a third, without an error. With the session option `session.x64quantprecision` = 1
+the weights are shifted to unsigned, and the product is exact, at some cost in speed; with VNNI the option
+would cost more than half of the speed and mend nothing. So nothing is taken from the processor's name: each
+operator that an artifact uses is run once on numbers whose exact product is known and does not fit 16 bits,
+first as it is, then with the option. If both are wrong the artifact is not run.
 
 Shape letters: M rows of activations, K inputs, N outputs.
 """
@@ -34,7 +35,8 @@ Array = np.ndarray[Any, Any]
 
 
 def session_entries(manifest: Manifest) -> dict[str, str]:
-    """Session options with which an artifact computes on this processor what its graph says. Raises DllmError where there are none."""
+    """Session options with which an artifact computes on this processor what its graph says. Raises DllmError
+    where there are none."""
     held = manifest.quantization
     if held is None:
         return {}
@@ -46,15 +48,17 @@ def session_entries(manifest: Manifest) -> dict[str, str]:
 
 
 def settings_for(scheme: str) -> dict[str, str]:
-    """Session options with which a CPU scheme (`quantization.scheme` of the manifest) computes right here. A scheme that this version does
-    not know is held to all probes. Raises DllmError where nothing helps."""
+    """Session options with which a CPU scheme (`quantization.scheme` of the manifest) computes right here. A
+    scheme that this version does not know is held to all probes. Raises DllmError where nothing helps."""
     made: dict[str, str] = {}
     for name in _PROBES_OF.get(scheme, tuple(PROBES)):
         found = exact_with(name)
         if found is None:
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor ({name}: exact {exact(name):.0f}, got "
-                f"{computed(name, SETTINGS[0]):.0f}): this artifact would answer wrongly: use another version of onnxruntime, or an artifact that "
+                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor "
+                f"({name}: exact {exact(name):.0f}, got "
+                f"{computed(name, SETTINGS[0]):.0f}): this artifact would answer wrongly: use another "
+                f"version of onnxruntime, or an artifact that "
                 "is not quantised for the CPU."
             )
         made |= found
@@ -109,7 +113,8 @@ def _integer() -> tuple[bytes, Array, Array]:
 
 
 def _blocks(bits: int) -> tuple[bytes, Array, Array]:
-    """int4 and its head: MatMulNBits of accuracy level 4, which rounds activations to 8 bits (here they are whole already)."""
+    """int4 and its head: MatMulNBits of accuracy level 4, which rounds activations to 8 bits (here they are
+    whole already)."""
     x = np.full((2, _K), 127, np.float32) * np.array([[1], [-1]], np.float32)
     signs = np.arange(_N) % 2 == 0
     whole = np.where(signs, (1 << bits) - 1, 0).astype(np.uint8)  # unsigned around the middle
@@ -137,7 +142,8 @@ def _model(
     element: int,
     attributes: Mapping[str, int],
 ) -> bytes:
-    """An ONNX model of one node of com.microsoft, x [M, K] -> y [M, N], as protobuf: the runtime needs no onnx package."""
+    """An ONNX model of one node of com.microsoft, x [M, K] -> y [M, N], as protobuf: the runtime needs no
+    onnx package."""
     domain = "com.microsoft"
     node = _join(1, inputs) + _field(2, "y") + _field(4, operator) + _field(7, domain)
     node += b"".join(

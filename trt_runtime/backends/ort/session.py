@@ -1,7 +1,9 @@
-"""ONNX Runtime on any of its devices: one session on the refine graph runs both roles, so the weights are held once.
+"""ONNX Runtime on any of its devices: one session on the refine graph runs both roles, so the weights are
+held once.
 
-A prefix pass is the refine graph over the whole canvas at index 0. Caches are updated in place: each is bound as input and
-as output of the same memory, and no step copies one. (Graphs of the legacy lowering return the window's rows; they are written here.)
+A prefix pass is the refine graph over the whole canvas at index 0. Caches are updated in place: each is bound
+as input and as output of the same memory, and no step copies one. (Graphs of the legacy lowering return the
+window's rows; they are written here.)
 """
 
 from __future__ import annotations
@@ -23,18 +25,21 @@ from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.errors import BackendError, DllmError
 from trt_runtime.system import commands
 
-# a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges messages that
-# stand one after the other, so a graph file with this behind it has one more output, and no onnx package is needed
+# a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges
+# messages that stand one after the other, so a graph file with this behind it has one more output, and no
+# onnx package is needed
 _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _MODERN_FROM = (1, 24)  # opset 24
 _DATA = (".data", ".safetensors")  # files that graphs take weights from
-# by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element type in ONNX
+# by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element
+# type in ONNX
 ELEMENTS = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
 
 
 @dataclass
 class Buffers(ABC):
-    """Caches [batch, H, C, D] of a device; and the IOBinding of each range of slots and set of outputs that was used."""
+    """Caches [batch, H, C, D] of a device; and the IOBinding of each range of slots and set of outputs that
+    was used."""
 
     bindings: dict[tuple[int, int, tuple[str, ...]], Any] = field(default_factory=dict, init=False)
 
@@ -46,9 +51,12 @@ class Buffers(ABC):
 class OrtSession(Backend):
     """An artifact on ONNX Runtime, whatever the device.
 
-    threads: of a matrix product on the CPU; None takes the physical cores. steps_per_sync: refine steps, each with its commit, before
-    the host synchronises. role: the graph to open (the prefix graph is for tests that compare it with the refine graph). model_bytes: a variant
-    of it over the same weights. optimise: whether ONNX Runtime may change the graph; without it every node runs as it stands.
+    threads: of a matrix product on the CPU; None takes the physical cores. steps_per_sync: refine steps, each
+    with its commit, before
+    the host synchronises. role: the graph to open (the prefix graph is for tests that compare it with the
+    refine graph). model_bytes: a variant
+    of it over the same weights. optimise: whether ONNX Runtime may change the graph; without it every node
+    runs as it stands.
     """
 
     name = "ort"
@@ -104,7 +112,8 @@ class OrtSession(Backend):
         return Stats(**made)
 
     def run(self, cache: Cache, slots: slice, window: Window, names: list[str]) -> dict[str, Any]:
-        """One run of the graph, unchecked: the outputs called `names`. The caches of `slots` are updated in place."""
+        """One run of the graph, unchecked: the outputs called `names`. The caches of `slots` are updated in
+        place."""
         binding = self._binding(cache, slots, tuple(names))
         for name in self._small_inputs:
             array = np.ascontiguousarray(getattr(window, name))
@@ -164,18 +173,20 @@ class OrtSession(Backend):
                 else "check it with 'dllm-trt info --check', and export it again or copy it again"
             )
             raise DllmError(
-                f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {self.role} graph ({str(error).splitlines()[0]}): {advice}."
+                f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {self.role} graph "
+                f"({str(error).splitlines()[0]}): {advice}."
             ) from error
         if self.provider not in session.get_providers():  # it falls back to the CPU without a word
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} instead of CUDA: its "
+                f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} "
+                f"instead of CUDA: its "
                 "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
             )
         return session
 
     def _linked_data(self, artifact: Path, options: Any) -> list[Any]:
-        """Hand over, memory-mapped, the weights whose files are links, as in the Hub's cache: ONNX Runtime opens no file outside the directory.
-        They have to live until the session is open."""
+        """Hand over, memory-mapped, the weights whose files are links, as in the Hub's cache: ONNX Runtime
+        opens no file outside the directory. They have to live until the session is open."""
         names = [
             name
             for name in self.manifest.files
@@ -190,7 +201,8 @@ class OrtSession(Backend):
         """Raise DllmError where this ONNX Runtime has no provider for the device."""
         if self.provider not in ort.get_available_providers():
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} has no CUDA provider: {commands.pip()} uninstall onnxruntime, then "
+                f"ONNX Runtime {ort.__version__} has no CUDA provider: {commands.pip()} uninstall "
+                f"onnxruntime, then "
                 f"{commands.install('ort-gpu')}."
             )
 
@@ -203,15 +215,19 @@ class OrtSession(Backend):
             "tensor(float16)": "float16",
             "tensor(bfloat16)": "bfloat16",
         }
-        sides = ((self._session.get_inputs(), contract.inputs(self.role, dims)),
-                 (self._session.get_outputs(), contract.outputs(self.role, dims, head)))  # fmt: skip
+        sides = (
+            (self._session.get_inputs(), contract.inputs(self.role, dims)),
+            (self._session.get_outputs(), contract.outputs(self.role, dims, head)),
+        )
         for held, described in sides:
             found = {value.name: (names.get(value.type), tuple(value.shape or ())) for value in held}
             for spec in described:
                 if found.get(spec.name) != (spec.dtype, spec.axes):
                     raise DllmError(
-                        f"{artifact}: the {self.role} graph has {spec.name} as {found.get(spec.name)}, the manifest says "
-                        f"{(spec.dtype, spec.axes)}: the artifact's files are not of one export: export it again."
+                        f"{artifact}: the {self.role} graph has {spec.name} as {found.get(spec.name)}, the "
+                        f"manifest says "
+                        f"{(spec.dtype, spec.axes)}: the artifact's files are not of one export: export it "
+                        f"again."
                     )
 
     def _binding(self, cache: Cache, slots: slice, names: tuple[str, ...]) -> Any:

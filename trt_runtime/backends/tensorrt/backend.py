@@ -1,8 +1,9 @@
 """TensorRT and TensorRT-RTX: engines run on a GPU through cuda-python, without torch.
 
-Caches lie on the device, one address for input and output. A call copies a few small arrays in, queues one execution, and copies the
-statistics out. Each profile has an execution context, and all contexts share one scratch memory, for they run one after the other. A
-refine step of a shape that comes again is recorded as a CUDA graph and launched as a whole.
+Caches lie on the device, one address for input and output. A call copies a few small arrays in, queues one
+execution, and copies the statistics out. Each profile has an execution context, and all contexts share one
+scratch memory, for they run one after the other. A refine step of a shape that comes again is recorded as a
+CUDA graph and launched as a whole.
 
 Shape letters as in contract.py.
 """
@@ -40,7 +41,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Call:
-    """A call whose inputs stand ready in pinned memory: where its small tensors lie, and how much of each arena they take."""
+    """A call whose inputs stand ready in pinned memory: where its small tensors lie, and how much of each
+    arena they take."""
 
     held: Opened
     index: int
@@ -59,8 +61,8 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that comes again: a context that nothing else uses, its shapes and addresses set; and what was recorded of it (None where the package records by
-    itself, or nothing can be recorded)."""
+    """A step that comes again: a context that nothing else uses, its shapes and addresses set; and what was
+    recorded of it (None where the package records by itself, or nothing can be recorded)."""
 
     context: Any
     graph: cuda.Graph | None
@@ -77,9 +79,9 @@ class _Buffers:
 class TensorRTBackend(Backend):
     """An artifact on TensorRT engines that `dllm-trt build` made.
 
-    engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps. steps_per_sync: refine
-    steps that the GPU makes by itself before the host looks (above 1, with engines built with --plugins). batch, length: rows at a time
-    and tokens that the engines must at least take.
+    engines: the directory below which they lie. device: the GPU's number. cuda_graphs: record refine steps.
+    steps_per_sync: refine steps that the GPU makes by itself before the host looks (above 1, with engines
+    built with --plugins). batch, length: rows at a time and tokens that the engines must at least take.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -129,7 +131,8 @@ class TensorRTBackend(Backend):
         """A cache of the engines' own capacity. Raises DllmError where that does not suffice."""
         if capacity > self.capacity:
             raise DllmError(
-                f"a canvas of {capacity} tokens: the engines hold {self.capacity}: build them with --max-length {capacity}."
+                f"a canvas of {capacity} tokens: the engines hold {self.capacity}: build them with "
+                f"--max-length {capacity}."
             )
         names = contract.cache_names("cache", self.manifest.dims)
         size = batch * self._row_bytes * self.capacity * self.manifest.model.num_kv_heads
@@ -201,7 +204,8 @@ class TensorRTBackend(Backend):
         call, kernel = self._call("refine", window), self._commit
         if kernel is None or call.given["input_ids"].dtype != np.int64:
             raise DllmError(
-                f"{self.directory}: has no commit kernel for steps_per_sync: build with --plugins, and TensorRT 10 or newer."
+                f"{self.directory}: has no commit kernel for steps_per_sync: build with --plugins, and "
+                f"TensorRT 10 or newer."
             )
         held = kernel.begin(rules, call.shape[2])
         self._device.upload(self._inputs.device.address, self._inputs.host[: call.used])
@@ -234,8 +238,13 @@ class TensorRTBackend(Backend):
             rows,
             most if role == "refine" and most <= rows else min(1 << (asked - 1).bit_length(), most),
         )
-        call = _Call(held, index, shape, *self._inputs.place(self._small(held.inputs, held, shape)),
-                     *self._outputs.place(self._small(held.outputs, held, shape)))  # fmt: skip
+        call = _Call(
+            held,
+            index,
+            shape,
+            *self._inputs.place(self._small(held.inputs, held, shape)),
+            *self._outputs.place(self._small(held.outputs, held, shape)),
+        )
         call.given["logit_rows"][...] = 0
         call.given["logit_rows"][:, :asked] = window.logit_rows
         for name in call.given.keys() - {"logit_rows"}:
@@ -259,8 +268,9 @@ class TensorRTBackend(Backend):
         slots: slice,
         key: tuple[Any, ...] | None,
     ) -> None:
-        """Queue work: as it stands, or, where a key says that it may come again, from the second time on as a CUDA graph. Rows that the host
-        counts (legacy lowering) go elsewhere each time and are not recorded."""
+        """Queue work: as it stands, or, where a key says that it may come again, from the second time on as a
+        CUDA graph. Rows that the host counts (legacy lowering) go elsewhere each time and are not
+        recorded."""
         steps_of: OrderedDict[tuple[Any, ...], _Step | None] = cache.buffers.steps
         if (
             key is None
@@ -288,7 +298,8 @@ class TensorRTBackend(Backend):
             del steps_of[oldest]
 
     def _run_and_record(self, work: Callable[[Any], None], call: _Call, cache: Cache, slots: slice) -> _Step:
-        """Run a step in a context of its own, whose shapes and addresses are set once, before anything is recorded."""
+        """Run a step in a context of its own, whose shapes and addresses are set once, before anything is
+        recorded."""
         context = self._engines.new_context(call.held, call.index, recorded=True)
         self._bind(call, context, cache, slots)
         work(context)
@@ -299,12 +310,18 @@ class TensorRTBackend(Backend):
             return _Step(context, self._device.record(lambda: work(context)))
         except BackendError as error:  # some layers cannot be captured; the run before it was good
             self.unrecorded.add(call.key)
-            _LOG.warning("%s: a step of %d rows by %d positions cannot be recorded as a CUDA graph, and is queued layer by layer: %s",
-                         self.directory, *call.shape[:2], error)  # fmt: skip
+            _LOG.warning(
+                "%s: a step of %d rows by %d positions cannot be recorded as a CUDA graph, and is queued "
+                "layer by layer: %s",
+                self.directory,
+                *call.shape[:2],
+                error,
+            )
             return _Step(context, None)
 
     def _choose(self, role: str, shape: Shape) -> tuple[Opened, int]:
-        """The engine and the narrowest profile that take a call of B rows, S rows of the window and R rows asked for."""
+        """The engine and the narrowest profile that take a call of B rows, S rows of the window and R rows
+        asked for."""
         fitting = []
         for held in self._engines.all:
             for index, profile in enumerate(held.profiles):
@@ -316,14 +333,16 @@ class TensorRTBackend(Backend):
         if not fitting:
             asked = "{} rows by {} positions, {} of them asked for".format(*shape)
             raise DllmError(
-                f"a {role} call of {asked}: no profile of the engines in {self.directory.name} takes it: build them with a larger "
+                f"a {role} call of {asked}: no profile of the engines in {self.directory.name} takes it: "
+                f"build them with a larger "
                 "--max-batch, --max-length, --block-length or --max-rows."
             )
         _, index, held = min(fitting, key=lambda item: item[0])
         return held, index
 
     def _bind(self, call: _Call, context: Any, cache: Cache, slots: slice) -> None:
-        """Shapes of the inputs and the address of every tensor: the caches' are those of the first slot, the same in and out."""
+        """Shapes of the inputs and the address of every tensor: the caches' are those of the first slot, the
+        same in and out."""
         held, shape, small = call.held, call.shape, call.into | call.out
         sizes = dict(zip("BSR", shape, strict=True)) | {"C": self.capacity}
         dims = self.manifest.dims
@@ -336,8 +355,13 @@ class TensorRTBackend(Backend):
                 )
         first = slots.start * self._row_bytes * self.capacity * dims.num_kv_heads
         caches = {name: memory.address + first for name, memory in cache.buffers.caches.items()}
-        returned = dict(zip(contract.returned_names(dims), caches.values() if dims.writes_caches else
-                            (memory.address for memory in self._fresh), strict=True))  # fmt: skip
+        returned = dict(
+            zip(
+                contract.returned_names(dims),
+                caches.values() if dims.writes_caches else (memory.address for memory in self._fresh),
+                strict=True,
+            )
+        )
         for name, address in (small | caches | returned).items():
             if name in held.tensors and not context.set_tensor_address(name, address):
                 raise BackendError(
@@ -345,7 +369,8 @@ class TensorRTBackend(Backend):
                 )
 
     def _write_rows(self, cache: Cache, slots: slice, window: Window) -> None:
-        """The window's keys and values into the caches, at each row's write_index: what the legacy lowering leaves to its caller."""
+        """The window's keys and values into the caches, at each row's write_index: what the legacy lowering
+        leaves to its caller."""
         heads, rows = self.manifest.model.num_kv_heads, window.input_ids.shape[1]
         piece, pitch = rows * self._row_bytes, self.capacity * self._row_bytes
         for memory, fresh in zip(cache.buffers.caches.values(), self._fresh, strict=True):
@@ -361,9 +386,14 @@ class TensorRTBackend(Backend):
     ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Element type and shape of what is no cache. TensorRT 8 has int32 where the graph says int64."""
         sizes = dict(zip("BSR", shape, strict=True))
-        return {spec.name: (np.dtype(self._trt.nptype(held.engine.get_tensor_dtype(spec.name))),
-                            tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes))
-                for spec in specs if not _is_cache(spec)}  # fmt: skip
+        return {
+            spec.name: (
+                np.dtype(self._trt.nptype(held.engine.get_tensor_dtype(spec.name))),
+                tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes),
+            )
+            for spec in specs
+            if not _is_cache(spec)
+        }
 
     def _arena(self, outputs: bool) -> cuda.Arena:
         """Room for the small inputs or outputs in the largest shapes of the profiles."""

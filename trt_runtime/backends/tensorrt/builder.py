@@ -1,4 +1,5 @@
-"""One ONNX graph -> the bytes of one TensorRT engine: parse, check that nothing was ignored, say what a version needs, build.
+"""One ONNX graph -> the bytes of one TensorRT engine: parse, check that nothing was ignored, say what a
+version needs, build.
 
 What versions need is a table (WORKAROUNDS), not branches: each entry says where it applies and why.
 """
@@ -57,7 +58,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Workaround:
-    """What some versions of a package need: `apply(trt, network, settings, dtype)` where since <= version < before."""
+    """What some versions of a package need: `apply(trt, network, settings, dtype)` where since <= version <
+    before."""
 
     why: str
     apply: Callable[[Any, Any, Any, str], None]
@@ -83,7 +85,8 @@ def workarounds(package: str, trt: Any) -> list[Workaround]:
 def serialised(
     job: Job, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None
 ) -> tuple[Any, bytes | None]:
-    """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none). Raises DllmError."""
+    """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none).
+    Raises DllmError."""
     logger = Logger(trt)
     builder = trt.Builder(logger.made)
     network = builder.create_network(network_flags(trt))
@@ -93,7 +96,8 @@ def serialised(
             str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors))
         )
         raise DllmError(
-            f"{job.graph}: {package} {trt.__version__} does not read it ({said}): export with --lowering legacy."
+            f"{job.graph}: {package} {trt.__version__} does not read it ({said}): export with --lowering "
+            f"legacy."
         )
     specs = contract.inputs(job.role, manifest.dims)
     check_inputs(network, [spec.name for spec in specs], job.graph)
@@ -122,7 +126,8 @@ def serialised(
 
 
 def network_flags(trt: Any) -> int:
-    """Strongly typed where there is such a thing (TensorRT 10 on); before, explicit batch and types by the workarounds."""
+    """Strongly typed where there is such a thing (TensorRT 10 on); before, explicit batch and types by the
+    workarounds."""
     known = trt.NetworkDefinitionCreationFlag
     flag = known.STRONGLY_TYPED if hasattr(known, "STRONGLY_TYPED") else known.EXPLICIT_BATCH
     return 1 << int(flag)
@@ -147,7 +152,8 @@ def _configure(job: Job, specs: Sequence[TensorSpec], builder: Any, settings: An
 
 
 def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
-    """Raise DllmError for an input on which no output depends: that is how a parser ignores what it does not understand."""
+    """Raise DllmError for an input on which no output depends: that is how a parser ignores what it does not
+    understand."""
     held = [network.get_input(i).name for i in range(network.num_inputs)]
     if held != expected:
         raise DllmError(f"{graph}: has the inputs {held}, the contract says {expected}: export it again.")
@@ -165,12 +171,14 @@ def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
             ]
     if ignored := [name for name in held if name not in read]:
         raise DllmError(
-            f"{graph}: no output depends on the input {', '.join(ignored)}: the engine would compute something else."
+            f"{graph}: no output depends on the input {', '.join(ignored)}: the engine would compute "
+            f"something else."
         )
 
 
 def with_capacity(graph: Path, capacity: int) -> bytes:
-    """The graph with the cache's capacity C written in: a cache update wants it static before it is parsed."""
+    """The graph with the cache's capacity C written in: a cache update wants it static before it is
+    parsed."""
     try:
         import onnx
     except ImportError as error:
@@ -226,7 +234,10 @@ def _no_cublas(trt: Any, network: Any, settings: Any, dtype: str) -> None:
 
 
 _FUSED = "attention that finds no fused kernel may be taken apart: otherwise the build fails"
-_EXACT = "fp32 is fp32: by default products of fp32 are rounded to TF32 (16-bit models lose nothing by that: their numbers fit)"
+_EXACT = (
+    "fp32 is fp32: by default products of fp32 are rounded to TF32 (16-bit models lose nothing by "
+    "that: their numbers fit)"
+)
 WORKAROUNDS = (
     Workaround(_FUSED, _decompose_attention, since=(10, 16)),
     Workaround(_FUSED, _decompose_attention, package="tensorrt-rtx", since=(1, 7)),
@@ -270,7 +281,8 @@ class Logger:
 
 
 def _monitor(trt: Any, name: str) -> Any:
-    """The builder's outermost phase as a line on a terminal; None before TensorRT 10, which cannot say how far it is."""
+    """The builder's outermost phase as a line on a terminal; None before TensorRT 10, which cannot say how
+    far it is."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 

@@ -1,7 +1,9 @@
-"""Engines opened: read from the disk piece by piece, checked against the contract, filled with weights where they have none, and their contexts.
+"""Engines opened: read from the disk piece by piece, checked against the contract, filled with weights where
+they have none, and their contexts.
 
-All contexts share one working memory, for they run one after the other. TensorRT-RTX compiles kernels for the shapes that it meets, keeps them in a runtime cache, and
-records CUDA graphs by itself: a graph recorded from outside would be stale once better kernels are there.
+All contexts share one working memory, for they run one after the other. TensorRT-RTX compiles kernels for the
+shapes that it meets, keeps them in a runtime cache, and records CUDA graphs by itself: a graph recorded from
+outside would be stale once better kernels are there.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class Opened:
-    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that was needed. `tensors` are
+    """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that
+    was needed. `tensors` are
     the names that it knows: a prefix engine of the legacy lowering has no caches."""
 
     name: str
@@ -44,7 +47,8 @@ class Opened:
 
 
 class Engines:
-    """The engines of a directory, opened on a device. `built_for`: what engine.json says of them. Raises DllmError."""
+    """The engines of a directory, opened on a device. `built_for`: what engine.json says of them. Raises
+    DllmError."""
 
     records_itself = False  # whether the package records CUDA graphs by itself
 
@@ -85,7 +89,8 @@ class Engines:
             _set_scratch(context, self._scratch)
         if context is None or not context.set_optimization_profile_async(index, self.device.stream):
             raise BackendError(
-                f"TensorRT gave no context for '{held.profiles[index].name}': {self.logger.last or 'no message'}"
+                f"TensorRT gave no context for '{held.profiles[index].name}': "
+                f"{self.logger.last or 'no message'}"
             )
         self.device.synchronize()
         return context
@@ -110,7 +115,8 @@ class Engines:
             opened = self._runtime.deserialize_cuda_engine(source)
         if opened is None:
             raise DllmError(
-                f"{file}: TensorRT {self.trt.__version__} does not open it ({self.logger.last or 'no message'}): build it again."
+                f"{file}: TensorRT {self.trt.__version__} does not open it "
+                f"({self.logger.last or 'no message'}): build it again."
             )
         role = "prefix" if name == "prefix" else "refine"
         if built_for.get("strip"):
@@ -125,7 +131,8 @@ class Engines:
         names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
         if names != expected or opened.num_optimization_profiles != len(listed):
             raise DllmError(
-                f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it again."
+                f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it "
+                f"again."
             )
         return Opened(name, role, listed, inputs, outputs, names, opened)
 
@@ -137,12 +144,14 @@ class Engines:
         data = builder.with_capacity(graph, self.capacity)
         if not filler.refit_from_bytes(data, str(graph)) or not refitter.refit_cuda_engine():
             raise DllmError(
-                f"{graph}: its weights do not go into the engine ({self.logger.last or 'no message'}): build it without --strip."
+                f"{graph}: its weights do not go into the engine ({self.logger.last or 'no message'}): "
+                f"build it without --strip."
             )
 
 
 class RTXEngines(Engines):
-    """The same of TensorRT-RTX: it records CUDA graphs itself, and its compiled kernels are kept beside the engines for the next start."""
+    """The same of TensorRT-RTX: it records CUDA graphs itself, and its compiled kernels are kept beside the
+    engines for the next start."""
 
     records_itself = True
 
@@ -152,7 +161,8 @@ class RTXEngines(Engines):
         super().__init__(*given)
 
     def close(self) -> None:
-        """Save what was compiled, too; where that cannot be written, it is compiled again at the next start."""
+        """Save what was compiled, too; where that cannot be written, it is compiled again at the next
+        start."""
         for name, runtime_cache in self._caches.items():
             with suppress(OSError):
                 atomic.replace(self._cache_file(name), bytes(runtime_cache.serialize()))
@@ -197,8 +207,8 @@ class RTXEngines(Engines):
 
 @contextmanager
 def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
-    """A reader that gives TensorRT the file piece by piece, so that the engine is never whole in host memory beside its weights on the device. Before
-    TensorRT 10.7, which knows none, the file's bytes."""
+    """A reader that gives TensorRT the file piece by piece, so that the engine is never whole in host memory
+    beside its weights on the device. Before TensorRT 10.7, which knows none, the file's bytes."""
     if not hasattr(trt, "IStreamReaderV2"):
         yield file.read_bytes()
         return

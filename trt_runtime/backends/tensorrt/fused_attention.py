@@ -1,7 +1,8 @@
-"""What attention became in an engine: read from the engine's own bytes, which hold the source and the launch arguments of kernels that are compiled
-when it runs (TensorRT-RTX), or the names of compiled ones (TensorRT).
+"""What attention became in an engine: read from the engine's own bytes, which hold the source and the launch
+arguments of kernels that are compiled when it runs (TensorRT-RTX), or the names of compiled ones (TensorRT).
 
-A 16-bit attention that finds no fused kernel is taken apart: right, but slow, and without a word from the builder. One that sums in fp16 is less exact.
+A 16-bit attention that finds no fused kernel is taken apart: right, but slow, and without a word from the
+builder. One that sums in fp16 is less exact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # what TensorRT call
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kind of fused attention kernel. dtype: of q, k and v; sums: of the scores and their product with v; scale: what scores are multiplied by in the
+    """A kind of fused attention kernel. dtype: of q, k and v; sums: of the scores and their product with v;
+    scale: what scores are multiplied by in the
     kernel. None: the engine does not say."""
 
     dtype: str | None
@@ -28,7 +30,8 @@ class Kernel:
 
 
 def found(engine: Any) -> dict[Kernel, int]:
-    """Fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each stands there. Empty: there is none."""
+    """Fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each stands
+    there. Empty: there is none."""
     data = memoryview(engine)
     kernels: Counter[Kernel] = Counter()
     for call in _CALL.finditer(data):
@@ -55,7 +58,10 @@ def complaint(kernels: dict[Kernel, int], dtype: str, name: str) -> str:
     if dtype == "fp32":
         return ""  # no package has a fused kernel for it
     if not kernels:
-        return f"{name}: no fused attention kernel was found in the engine: attention is taken apart, right but slow"
+        return (
+            f"{name}: no fused attention kernel was found in the engine: attention is taken apart, right "
+            f"but slow"
+        )
     if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):
         return (
             f"{name}: attention sums in 16 bits: expect confidences to differ; verify with 'dllm-trt replay'"

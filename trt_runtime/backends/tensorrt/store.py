@@ -1,10 +1,13 @@
-"""Engines: which ones a layout needs, where they are kept, and whether one fits. What builds one graph is builder.py.
+"""Engines: which ones a layout needs, where they are kept, and whether one fits. What builds one graph is
+builder.py.
 
-Engines are a cache beside the artifact, never part of it: `OUT/<key>/NAME.engine` with an engine.json that says in words what the
-key stands for, so that a mismatch can be explained. An engine file can run code: check its hash before it is deserialised.
+Engines are a cache beside the artifact, never part of it: `OUT/<key>/NAME.engine` with an engine.json that
+says in words what the key stands for, so that a mismatch can be explained. An engine file can run code: check
+its hash before it is deserialised.
 
-Layouts: `shared` is one engine of the refine graph with a profile for prefix passes and one for refine steps, so that the weights are
-held once; `split` is an engine for each graph. The capacity of the cache is fixed in an engine (TensorRT's cache update wants it).
+Layouts: `shared` is one engine of the refine graph with a profile for prefix passes and one for refine steps,
+so that the weights are held once; `split` is an engine for each graph. The capacity of the cache is fixed in
+an engine (TensorRT's cache update wants it).
 """
 
 from __future__ import annotations
@@ -45,12 +48,14 @@ PIECE = (
 CAPACITY_STEP = (
     64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
 )
-# the modules that a backend's package may be called, and the kind of extra that installs it (advice.by_driver)
+# the modules that a backend's package may be called, and the kind of extra that installs it
+# (advice.by_driver)
 _MODULES = {
     "tensorrt": (("tensorrt",), "trt"),
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx"),
 }
-# the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and TensorScatter
+# the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and
+# TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
 SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
@@ -59,12 +64,15 @@ _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. Sizes: rows at a time, tokens of the longest canvas (the cache's capacity, rounded up), tokens of a block.
+    """What to build. Sizes: rows at a time, tokens of the longest canvas (the cache's capacity, rounded up),
+    tokens of a block.
 
-    max_rows: positions whose statistics one forward may ask for; None is block_length (a Dream without blocks asks for the canvas).
-    targets: for TensorRT-RTX alone. optimization_level: 0 to 5; None is the builder's own. strip: leave the weights out, and put
-    them in from the artifact when the engine is opened. plugins: kernels of plugins/ in the place of layers. inspect: also write
-    what the builder made of each layer.
+    max_rows: positions whose statistics one forward may ask for; None is block_length (a Dream without blocks
+    asks for the canvas).
+    targets: for TensorRT-RTX alone. optimization_level: 0 to 5; None is the builder's own. strip: leave the
+    weights out, and put
+    them in from the artifact when the engine is opened. plugins: kernels of plugins/ in the place of layers.
+    inspect: also write what the builder made of each layer.
     """
 
     backend: str = "tensorrt"
@@ -96,7 +104,8 @@ class BuildConfig:
                 raise unknown("target", target, TARGETS)
         if self.targets and self.backend != "tensorrt-rtx":
             raise DllmError(
-                f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for its own GPU."
+                f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for "
+                f"its own GPU."
             )
         check_counts(self, "max_batch", "max_length", "block_length", "max_rows")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -144,12 +153,14 @@ def load(backend: str) -> Any:
             missing = error
     index = " (tensorrt is on NVIDIA's index)" if backend == "tensorrt" else ""
     raise DllmError(
-        f"the backend '{backend}' needs a package that is missing ({missing}): {commands.by_driver(kind)}{index}."
+        f"the backend '{backend}' needs a package that is missing ({missing}): "
+        f"{commands.by_driver(kind)}{index}."
     )
 
 
 def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | None) -> dict[str, Any]:
-    """What engines depend on beside their configuration: files, versions, and the GPU (None: built for named targets)."""
+    """What engines depend on beside their configuration: files, versions, and the GPU (None: built for named
+    targets)."""
     files = {
         name: facts.sha256
         for name, facts in sorted(manifest.files.items())
@@ -172,11 +183,16 @@ def describe(
 ) -> dict[str, Any]:
     """All that an engine depends on, in words: what its key is made of. `kernels`: facts of the plugins."""
     return circumstances(manifest, config.backend, trt, gpu) | {
-        "layout": config.layout, "targets": sorted(config.targets), "optimization_level": config.optimization_level,
-        "capacity": config.capacity, "strip": config.strip, "inspect": config.inspect, "plugins": kernels or {},
+        "layout": config.layout,
+        "targets": sorted(config.targets),
+        "optimization_level": config.optimization_level,
+        "capacity": config.capacity,
+        "strip": config.strip,
+        "inspect": config.inspect,
+        "plugins": kernels or {},
         "workarounds": [item.why for item in builder.workarounds(config.backend, trt)],
         "profiles": {plan.name: [asdict(profile) for profile in plan.profiles] for plan in plans(config)},
-    }  # fmt: skip
+    }
 
 
 def key_of(description: dict[str, Any]) -> str:
@@ -187,8 +203,8 @@ def key_of(description: dict[str, Any]) -> str:
 def build(
     artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], object] = lambda text: None
 ) -> Path:
-    """The engines of an artifact, built, or found if they are there already. Returns their directory; `note` is told what a user should know of
-    engines that were built. Raises DllmError."""
+    """The engines of an artifact, built, or found if they are there already. Returns their directory; `note`
+    is told what a user should know of engines that were built. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     manifests.check_runs_on_gpu(manifest, str(artifact))
     config, trt = config.checked(manifest), load(config.backend)
@@ -208,8 +224,18 @@ def build(
     with atomic.sealed(directory) as made:
         seconds, attention = {}, {}
         for plan in plans(config):
-            job = Job(plan.name, artifact / manifest.graphs[plan.role].file, plan.role, plan.profiles, config.capacity, config.targets,
-                      config.optimization_level, config.strip, config.inspect, edit)  # fmt: skip
+            job = Job(
+                plan.name,
+                artifact / manifest.graphs[plan.role].file,
+                plan.role,
+                plan.profiles,
+                config.capacity,
+                config.targets,
+                config.optimization_level,
+                config.strip,
+                config.inspect,
+                edit,
+            )
             begin = time.perf_counter()
             kernels_of = _build_one(job, made / (plan.name + SUFFIX), manifest, config, trt, timing)
             seconds[plan.name], attention[plan.name] = (
@@ -224,8 +250,14 @@ def build(
             file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file)))
             for file in sorted(made.iterdir())
         }
-        facts = {"format": "dllm-trt engines", "format_version": 1, "built_for": description, "files": files, "seconds": seconds,
-                 "attention": attention}  # fmt: skip
+        facts = {
+            "format": "dllm-trt engines",
+            "format_version": 1,
+            "built_for": description,
+            "files": files,
+            "seconds": seconds,
+            "attention": attention,
+        }
         (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return directory
 
@@ -233,7 +265,8 @@ def build(
 def _build_one(
     job: Job, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
 ) -> dict[fused_attention.Kernel, int]:
-    """Build an engine into a file; returns what became of its attention. `timing`: the timing cache, which is read and replaced."""
+    """Build an engine into a file; returns what became of its attention. `timing`: the timing cache, which is
+    read and replaced."""
     learnt = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
     engine, learnt = builder.serialised(job, manifest, config.backend, trt, learnt)
     file.write_bytes(engine)
@@ -245,12 +278,14 @@ def _build_one(
 
 
 def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
-    """What the engines were built for. Raises DllmError, naming the field, if that is something else, or a file was changed."""
+    """What the engines were built for. Raises DllmError, naming the field, if that is something else, or a
+    file was changed."""
     built_for, files = _read(directory)
     for name, expected in description.items():
         if built_for.get(name) != json.loads(json.dumps(expected)):
             raise DllmError(
-                f"{directory}: its engines were built for {name} {built_for.get(name)}, wanted is {expected}: build them again."
+                f"{directory}: its engines were built for {name} {built_for.get(name)}, wanted is "
+                f"{expected}: build them again."
             )
     for name, facts in files.items():
         file = directory / name
@@ -273,7 +308,8 @@ class Needs:
 
 
 def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path:
-    """The engines below `root` that fit `circumstances` and `needs`. Raises DllmError, saying what is there instead.
+    """The engines below `root` that fit `circumstances` and `needs`. Raises DllmError, saying what is there
+    instead.
 
     Of several, those with kernels come first, then those for more rows at a time, then the shorter canvas.
     """
@@ -301,7 +337,8 @@ def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path
     if not fitting:
         said = "; ".join(others[:3]) or "there are none"
         raise DllmError(
-            f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt build'."
+            f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt "
+            f"build'."
         )
     return max(fitting)[-1]
 
@@ -320,16 +357,19 @@ def _check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
     if version < _LEAST[config.backend]:
         oldest = ".".join(map(str, _LEAST[config.backend]))
         raise DllmError(
-            f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: update it."
+            f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: "
+            f"update it."
         )
     for name, since in _SINCE.items():
         if getattr(config, name) and config.backend == "tensorrt" and version < since:
             raise DllmError(
-                f"--{name} needs TensorRT {'.'.join(map(str, since))}, installed is {trt.__version__}: leave it out, or update."
+                f"--{name} needs TensorRT {'.'.join(map(str, since))}, installed is {trt.__version__}: "
+                f"leave it out, or update."
             )
     if manifest.lowering == MODERN and version < least:
         raise DllmError(
-            f"the artifact is of the modern lowering, which {config.backend} reads from {'.'.join(map(str, least))} on; installed is "
+            f"the artifact is of the modern lowering, which {config.backend} reads from "
+            f"{'.'.join(map(str, least))} on; installed is "
             f"{trt.__version__}: update it, or export with --lowering legacy."
         )
 
@@ -339,7 +379,8 @@ def _check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
     least = SCHEME_FROM.get(scheme, 0)
     if older := [capability for capability in capabilities if capability < least]:
         raise DllmError(
-            f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is SM{older[0]}: export it with "
+            f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is "
+            f"SM{older[0]}: export it with "
             "--quantize int8-sq or int4 --target tensorrt."
         )
 
@@ -357,15 +398,24 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
 def _plugins(
     manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
 ) -> tuple[Callable[[Any, Any], None] | None, dict[str, Any], dict[str, str]]:
-    """What puts kernels into a parsed network, facts of all kernels with their hashes, and the files of those the runtime launches.
+    """What puts kernels into a parsed network, facts of all kernels with their hashes, and the files of those
+    the runtime launches.
 
     TensorRT-RTX takes no plugins: its engines come with the commit kernel alone.
     """
     mend = commands.install("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
     commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
-    facts = {"commit": {"file": "commit.ptx", "entry": commit.name, "threads": commit.threads, "shared": commit.shared,
-                        "columns": config.block_length, "sha256": _hash(commit.ptx)}}  # fmt: skip
+    facts = {
+        "commit": {
+            "file": "commit.ptx",
+            "entry": commit.name,
+            "threads": commit.threads,
+            "shared": commit.shared,
+            "columns": config.block_length,
+            "sha256": _hash(commit.ptx),
+        }
+    }
     if config.backend != "tensorrt":
         return None, facts, {"commit.ptx": commit.ptx}
     tool = import_optional("plugins.tensorrt_plugins", "--plugins", mend)

@@ -1,7 +1,9 @@
-"""Policies beyond Fast-dLLM's own: how many positions a forward commits follows the model's certainty. Pure NumPy.
+"""Policies beyond Fast-dLLM's own: how many positions a forward commits follows the model's certainty. Pure
+NumPy.
 
-Each is one rule over the statistics of the graph, which its docstring states with its paper. Where a paper works on logits, on several blocks at a time or with
-stages, the docstring says what was made of it. Every one commits at least the most confident position.
+Each is one rule over the statistics of the graph, which its docstring states with its paper. Where a paper
+works on logits, on several blocks at a time or with stages, the docstring says what was made of it. Every one
+commits at least the most confident position.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ Trials = tuple[Mapping[str, Value], ...]
 
 @dataclass(frozen=True)
 class EntropyBounded(Policy):
-    """EB-sampler (arXiv 2505.24857): positions in order of entropy, as many as keep the sum of their entropies less the largest within gamma.
+    """EB-sampler (arXiv 2505.24857): positions in order of entropy, as many as keep the sum of their
+    entropies less the largest within gamma.
 
-    That difference bounds how much the positions can depend on one another, and so what committing them together can cost.
+    That difference bounds how much the positions can depend on one another, and so what committing them
+    together can cost.
     """
 
     name: ClassVar[str] = "eb"
@@ -54,7 +58,8 @@ class EntropyBounded(Policy):
 
 @dataclass(frozen=True)
 class Margin(Policy):
-    """All positions whose best token is ahead of the second by the threshold, and the one where it is ahead the most (arXiv 2502.06768)."""
+    """All positions whose best token is ahead of the second by the threshold, and the one where it is ahead
+    the most (arXiv 2502.06768)."""
 
     name: ClassVar[str] = "margin"
     threshold: float = option(
@@ -68,7 +73,8 @@ class Margin(Policy):
 
 @dataclass(frozen=True)
 class Dynamic(Policy):
-    """Streaming-dLLM (arXiv 2601.17917): a threshold that falls as the block fills: threshold x (1 - alpha x (1 - masks left / masks at first))."""
+    """Streaming-dLLM (arXiv 2601.17917): a threshold that falls as the block fills: threshold x (1 - alpha x
+    (1 - masks left / masks at first))."""
 
     name: ClassVar[str] = "dynamic"
     threshold: float = option(
@@ -91,7 +97,8 @@ class Dynamic(Policy):
 
 @dataclass(frozen=True)
 class LocalLeap(Policy):
-    """LocalLeap (arXiv 2510.07081): anchors are positions with confidence >= threshold; within 4 positions of one, low_threshold is enough."""
+    """LocalLeap (arXiv 2510.07081): anchors are positions with confidence >= threshold; within 4 positions of
+    one, low_threshold is enough."""
 
     name: ClassVar[str] = "localleap"
     threshold: float = option(
@@ -111,9 +118,11 @@ class LocalLeap(Policy):
 
 @dataclass(frozen=True)
 class Hierarchy(Policy):
-    """dInfer's hierarchical decoding (arXiv 2510.08666): what is committed splits the masked span, and every part goes on by itself.
+    """dInfer's hierarchical decoding (arXiv 2510.08666): what is committed splits the masked span, and every
+    part goes on by itself.
 
-    All positions with confidence >= threshold; and of each run of neighbouring masks the most confident one, if that has >= low_threshold.
+    All positions with confidence >= threshold; and of each run of neighbouring masks the most confident one,
+    if that has >= low_threshold.
     """
 
     name: ClassVar[str] = "hierarchy"
@@ -136,10 +145,12 @@ class Hierarchy(Policy):
 
 @dataclass(frozen=True)
 class Prophet(Policy):
-    """Prophet (arXiv 2508.19982): one position a forward, until the model is sure of all: then everything at once.
+    """Prophet (arXiv 2508.19982): one position a forward, until the model is sure of all: then everything at
+    once.
 
-    It is sure when the mean gap between the two best logits is at least 7.5 in the first third of the block, 5 in the second, 2.5 in the last. (The gap
-    of two logits is the logarithm of the ratio of their probabilities. The paper measures progress over the generation and the gap over the answer.)
+    It is sure when the mean gap between the two best logits is at least 7.5 in the first third of the block,
+    5 in the second, 2.5 in the last. (The gap of two logits is the logarithm of the ratio of their
+    probabilities. The paper measures progress over the generation and the gap over the answer.)
     """
 
     name: ClassVar[str] = "prophet"
@@ -160,10 +171,12 @@ class Prophet(Policy):
 
 @dataclass(frozen=True)
 class SlowFast(Policy):
-    """SlowFast sampling (arXiv 2506.10848): slow, one position a forward, until it is known how far the model sees; then fast up to there.
+    """SlowFast sampling (arXiv 2506.10848): slow, one position a forward, until it is known how far the model
+    sees; then fast up to there.
 
-    It sees as far as the last position with confidence >= low_threshold. That is known when it has stayed within a variance of 1 over two forwards of the
-    block, or after six; then all positions up to there with confidence >= threshold are committed. (In the paper the span is the block's own.)
+    It sees as far as the last position with confidence >= low_threshold. That is known when it has stayed
+    within a variance of 1 over two forwards of the block, or after six; then all positions up to there with
+    confidence >= threshold are committed. (In the paper the span is the block's own.)
     """
 
     name: ClassVar[str] = "slowfast"

@@ -1,7 +1,7 @@
 """What a policy is: which masked positions to commit, from the statistics of a forward. Pure NumPy.
 
-Shape legend: R candidates of one row of the batch. A policy sees one row at a time: rows of a batch may follow different
-policies, and no row can depend on its batch-mates.
+Shape legend: R candidates of one row of the batch. A policy sees one row at a time: rows of a batch may
+follow different policies, and no row can depend on its batch-mates.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ _MOST_ENTROPY = 1e30  # finite, as scores are divided and added
 
 @dataclass(frozen=True)
 class RowStats:
-    """Statistics [R] of one row: the proposed token, its probability, the next best probability, the entropy in nats.
+    """Statistics [R] of one row: the proposed token, its probability, the next best probability, the entropy
+    in nats.
 
-    `best` is the probability of the best token where the proposal was drawn and may be another; None: it is `confidence`.
+    `best` is the probability of the best token where the proposal was drawn and may be another; None: it is
+    `confidence`.
     """
 
     token: Ints
@@ -45,10 +47,11 @@ class RowStats:
 class BlockState:
     """Where a row stands in its block.
 
-    num_masked: masks that the policy has to commit in the block. step: forwards already made in it, of which `forced` (0 or
-    1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same in every forward. rng: for what
-    is drawn anew in each forward. These two are there for policies that draw; None will do for the others. positions: of the candidates
-    [R] on the canvas. before: candidates and their confidence in each earlier forward of the block.
+    num_masked: masks that the policy has to commit in the block. step: forwards already made in it, of which
+    `forced` (0 or 1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same
+    in every forward. rng: for what is drawn anew in each forward. These two are there for policies that draw;
+    None will do for the others. positions: of the candidates [R] on the canvas. before: candidates and their
+    confidence in each earlier forward of the block.
     """
 
     num_masked: int
@@ -64,8 +67,8 @@ class BlockState:
 class CommitRule:
     """A policy's choice in a block as data, which a device can follow without the host (steps.py).
 
-    kind: fixed, threshold or factor. limit: positions of the block. masks, steps, number: of a fixed schedule, the masks it began
-    with, its steps, and how many of them are done.
+    kind: fixed, threshold or factor. limit: positions of the block. masks, steps, number: of a fixed
+    schedule, the masks it began with, its steps, and how many of them are done.
     """
 
     kind: str
@@ -77,10 +80,13 @@ class CommitRule:
 
 
 class Policy(ABC):
-    """Commits at least one masked position in each call, unless none is masked. A frozen dataclass whose options are fields (options.py).
+    """Commits at least one masked position in each call, unless none is masked. A frozen dataclass whose
+    options are fields (options.py).
 
-    name: on the command line and in requests. is_joint: it judges all candidates together, so it may commit one for the sake of the others.
-    is_schedule: how many positions a forward commits follows a schedule of `steps`. trials: sets of option values that 'dllm-trt tune' tries.
+    name: on the command line and in requests. is_joint: it judges all candidates together, so it may commit
+    one for the sake of the others.
+    is_schedule: how many positions a forward commits follows a schedule of `steps`. trials: sets of option
+    values that 'dllm-trt tune' tries.
     A field `steps_per_block: int | None` receives the steps of one block, where the user gave `steps`.
     """
 
@@ -115,15 +121,22 @@ class Policy(ABC):
 
 
 def without_confidence(stats: RowStats, which: Bools) -> RowStats:
-    """The statistics [R] with those of `which` [R] as unsure as can be: confidence 0, and last by entropy and margin too."""
+    """The statistics [R] with those of `which` [R] as unsure as can be: confidence 0, and last by entropy and
+    margin too."""
     best = stats.confidence if stats.best is None else stats.best
-    return RowStats(stats.token, np.where(which, 0.0, stats.confidence), np.where(which, 1.0, stats.runner_up),
-                    np.where(which, _MOST_ENTROPY, stats.entropy), best=np.where(which, 0.0, best))  # fmt: skip
+    return RowStats(
+        stats.token,
+        np.where(which, 0.0, stats.confidence),
+        np.where(which, 1.0, stats.runner_up),
+        np.where(which, _MOST_ENTROPY, stats.entropy),
+        best=np.where(which, 0.0, best),
+    )
 
 
 def select_holding_back(policy: Policy, stats: RowStats, is_end: Bools, state: BlockState) -> Bools:
-    """What `policy` commits of all candidates [R], but those of `is_end` [R] only once no other is left (LLaDA's evaluations set the
-    confidence of end tokens to 0). `stats` are those of `without_confidence`; policies that look at none are held to it here."""
+    """What `policy` commits of all candidates [R], but those of `is_end` [R] only once no other is left
+    (LLaDA's evaluations set the confidence of end tokens to 0). `stats` are those of `without_confidence`;
+    policies that look at none are held to it here."""
     if policy.is_joint and not is_end.all():
         return policy.select(stats, ~is_end, state)
     chosen = policy.select(stats, np.ones_like(is_end), state)

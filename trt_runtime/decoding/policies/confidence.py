@@ -17,10 +17,12 @@ from trt_runtime.decoding.policies.options import Value, option
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """The most confident position, and every other with confidence >= threshold (Fast-dLLM, arXiv 2505.22618, section 3.3).
+    """The most confident position, and every other with confidence >= threshold (Fast-dLLM, arXiv 2505.22618,
+    section 3.3).
 
-    With `steps_per_block` only the most confident of a budget are asked: an equal share for each step, and what earlier steps
-    left over (Fast-dLLM's Dream without a cache). After the last step the budget is all that is left.
+    With `steps_per_block` only the most confident of a budget are asked: an equal share for each step, and
+    what earlier steps left over (Fast-dLLM's Dream without a cache). After the last step the budget is all
+    that is left.
     """
 
     name: ClassVar[str] = "threshold"
@@ -51,7 +53,8 @@ class Threshold(Policy):
 
 @dataclass(frozen=True)
 class Factor(Policy):
-    """The n most confident positions for the largest n with (n + 1)(1 - c_n) < factor, at least one (Fast-dLLM, theorem 1).
+    """The n most confident positions for the largest n with (n + 1)(1 - c_n) < factor, at least one
+    (Fast-dLLM, theorem 1).
 
     The published code accepts one candidate more than this rule of the paper; the rule is followed here.
     """

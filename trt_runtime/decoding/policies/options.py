@@ -1,6 +1,8 @@
-"""Options of policies: each is declared once, in the policy that takes it, with its type, range, default and help.
+"""Options of policies: each is declared once, in the policy that takes it, with its type, range, default and
+help.
 
-The command line, the server's schema, the generated reference and the checks of GenerationConfig all follow from the declaration:
+The command line, the server's schema, the generated reference and the checks of GenerationConfig all follow
+from the declaration:
 
     @dataclass(frozen=True)
     class Patient(Policy):
@@ -20,17 +22,37 @@ from trt_runtime.errors import DllmError, shown
 Value = int | float | bool | str
 _KEY = "option"
 # what GenerationConfig has for itself, and no policy can have as an option
-LOOP_OPTIONS = frozenset({
-    "gen_length", "block_length", "cache", "policy", "steps", "temperature", "top_p", "top_k", "seed", "stop_at_eos", "infill", "speculate",
-    "refresh_every", "refresh_window", "suffix", "suffix_decay", "hold_back_eos", "policy_options",
-})  # fmt: skip
+LOOP_OPTIONS = frozenset(
+    {
+        "gen_length",
+        "block_length",
+        "cache",
+        "policy",
+        "steps",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop_at_eos",
+        "infill",
+        "speculate",
+        "refresh_every",
+        "refresh_window",
+        "suffix",
+        "suffix_decay",
+        "hold_back_eos",
+        "policy_options",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a policy: its type (that of its default), range, default, and help. `low_is_open`: `low` itself is outside the range.
+    """An option of a policy: its type (that of its default), range, default, and help. `low_is_open`: `low`
+    itself is outside the range.
 
-    off: the value with which it does nothing, and may be given whatever the policy is; None if there is no such value.
+    off: the value with which it does nothing, and may be given whatever the policy is; None if there is no
+    such value.
     """
 
     name: str
@@ -47,7 +69,8 @@ class Option:
         return type(self.default)
 
     def check(self, value: object) -> None:
-        """Raise DllmError for a value of another type or outside the range. A whole number will do for a fraction."""
+        """Raise DllmError for a value of another type or outside the range. A whole number will do for a
+        fraction."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
             raise DllmError(f"{self.name} is {shown(value)}, expected {self.kind.__name__}.")

@@ -1,4 +1,5 @@
-"""The policies by name. A policy from outside: an entry point of the group `dllm_trt.policies`, or `--policy my_module:MyPolicy`."""
+"""The policies by name. A policy from outside: an entry point of the group `dllm_trt.policies`, or `--policy
+my_module:MyPolicy`."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ def _check(policy: type[Policy]) -> None:
         item.check(item.default)
         if item.name in LOOP_OPTIONS:
             raise DllmError(
-                f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which every generation has: rename it."
+                f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which every "
+                f"generation has: rename it."
             )
         held = _OPTIONS.setdefault(item.name, item)
         if (held.kind, held.default, held.off) != (item.kind, item.default, item.off):
             raise DllmError(
-                f"the policy {policy.__module__}:{policy.__name__} declares {item.name} with the default {item.default!r}; other policies "
+                f"the policy {policy.__module__}:{policy.__name__} declares {item.name} with the default "
+                f"{item.default!r}; other policies "
                 f"have it with {held.default!r}: give the option another name, or the same default."
             )
 

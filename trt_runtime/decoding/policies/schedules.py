@@ -28,7 +28,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 
 @dataclass(frozen=True)
 class Fixed(Policy):
-    """The quota's number of most confident positions: a schedule, whatever the confidence (LLaDA, arXiv 2502.09992).
+    """The quota's number of most confident positions: a schedule, whatever the confidence (LLaDA, arXiv
+    2502.09992).
 
     Without `steps_per_block`, here and in the other schedules, there is a step for each mask.
     """
@@ -53,10 +54,11 @@ class Fixed(Policy):
 
 @dataclass(frozen=True)
 class Decaying(Policy):
-    """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the share of it that has passed.
+    """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the share of it
+    that has passed.
 
-    The positions are the best by `score`, or with alg_temp > 0 drawn from softmax(score / alg_temp). Steps that would commit
-    nothing are left out: their forward would change nothing.
+    The positions are the best by `score`, or with alg_temp > 0 drawn from softmax(score / alg_temp). Steps
+    that would commit nothing are left out: their forward would change nothing.
     """
 
     is_schedule: ClassVar[bool] = True
@@ -123,9 +125,11 @@ class TopkMargin(Decaying):
 
 @dataclass(frozen=True)
 class Origin(Policy):
-    """Each masked position is committed at a step drawn for it alone (Dream's `origin`, the reverse process of arXiv 2406.03736).
+    """Each masked position is committed at a step drawn for it alone (Dream's `origin`, the reverse process
+    of arXiv 2406.03736).
 
-    It is step i with probability 1 - t[i+1]/t[i] if it was none before; steps that draw no position are left out.
+    It is step i with probability 1 - t[i+1]/t[i] if it was none before; steps that draw no position are left
+    out.
     """
 
     name: ClassVar[str] = "origin"
@@ -148,19 +152,23 @@ class Origin(Policy):
 
 
 def quota(masked: int, steps: int) -> list[int]:
-    """`masked` positions spread over `steps` forwards: masked // steps in each, the first masked % steps one more."""
+    """`masked` positions spread over `steps` forwards: masked // steps in each, the first masked % steps one
+    more."""
     if steps < 1 or masked < 0:
         raise DllmError(
-            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks."
+            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative "
+            f"masks."
         )
     return [masked // steps + (i < masked % steps) for i in range(steps)]
 
 
 def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
-    """Positions that Dream's schedule commits in steps `first` to steps - 1: int(left * (1 - t[i+1]/t[i])), at last all."""
+    """Positions that Dream's schedule commits in steps `first` to steps - 1: int(left * (1 - t[i+1]/t[i])),
+    at last all."""
     if steps < 1 or masked < 0:
         raise DllmError(
-            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative masks."
+            f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative "
+            f"masks."
         )
     time, counts = _times(steps), []
     for i in range(first, steps):

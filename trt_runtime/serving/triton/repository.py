@@ -41,7 +41,8 @@ def write(
     slots: int,
     max_length: int | None,
 ) -> Path:
-    """OUT/NAME with version 1 of the model. Every file of the artifact is checked by its hash first. Raises DllmError."""
+    """OUT/NAME with version 1 of the model. Every file of the artifact is checked by its hash first. Raises
+    DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     if manifest.tokenizer is None:
         raise DllmError(
