@@ -63,11 +63,12 @@ engines: $(VENV)/.runtime ## artifact -> TensorRT engines, on the GPU that runs 
 test: $(VENV)/.dev ## the tests, on a CPU, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 
-lint: $(VENV)/.dev ## ruff, mypy, import rules
+lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lint_sizes.py
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
 	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/reports/system.py

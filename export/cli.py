@@ -359,7 +359,12 @@ def _demo_checkpoint(args: argparse.Namespace) -> str:
         families.find(name)  # names what exists if the model is unknown
         raise DllmError(f"no demo checkpoint for '{name}': give one with CHECKPOINT=dir (--checkpoint).")
     path, title = DEMO_CHECKPOINTS[name]
-    shown = path if Path(path).exists() else str(Path(__file__).resolve().parents[1] / path)
+    root = commands.checkout()
+    if root is None and not Path(path).exists():
+        raise DllmError(
+            f"no checkpoint: give one with --checkpoint ({title} is a part of the repository, {path}, not of the wheel)."
+        )
+    shown = path if root is None or Path(path).exists() else str(root / path)
     say(args, f"no checkpoint given: exporting {title} {shown}")
     return shown
 

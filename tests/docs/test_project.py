@@ -14,21 +14,25 @@ from places import ROOT
 
 from trt_runtime.cli import main as cli
 
-PACKAGE = [
-    path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "trt_runtime").rglob("*")
+# folder of the checkout -> package of the wheel
+PACKAGES = {"trt_runtime": "trt_runtime", "export": "dllm_trt_export", "plugins": "dllm_trt_plugins"}
+HELD = [
+    f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+    for folder, package in PACKAGES.items()
+    for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".html", ".typed")
 ]
 
 
-def test_the_wheel_holds_the_runtime_alone(tmp_path):
+def test_the_wheel_holds_the_runtime_the_exporter_and_the_kernels(tmp_path):
+    """Under names of their own: site-packages has no `export` and no `plugins`."""
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
                    check=True, capture_output=True, cwd=tmp_path)  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = next(archive.read(n).decode() for n in names if n.endswith("METADATA"))
-    assert sorted(name for name in names if ".dist-info/" not in name) == sorted(PACKAGE)
+    assert sorted(name for name in names if ".dist-info/" not in name) == sorted(HELD)
     required = re.findall(r"Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata)
     assert sorted(required) == ["jinja2", "numpy", "tokenizers", "wcwidth"]
 
