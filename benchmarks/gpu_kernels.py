@@ -153,7 +153,7 @@ def _commit(settings: Any) -> dict[str, Any]:
             )
             for i in range(8)
         ]
-        held = steps.plan_of(rules, 32)
+        held = steps.commit_arrays(rules, 32)
         arrays = (ids, token, confidence, held.plan, held.value, held.state, held.committed)
         tensors = [torch.from_numpy(array.copy()).to(settings.device) for array in arrays]
         commit.launch(*tensors, mask)
@@ -179,7 +179,7 @@ def _ahead_of_time(settings: Any) -> dict[str, Any]:
     from plugins import row_statistics
     from trt_runtime.backends import cuda
 
-    device, vocab, rows = cuda.Device(), settings.vocabularies[0], 32
+    device, vocab, rows = cuda.CudaDevice(), settings.vocabularies[0], 32
     made = row_statistics.compiled(vocab, vocab - 2, device.facts.compute_capability)
     kernel, logits = device.kernel(made.ptx.encode(), made.name), _logits(settings, vocab, rows)
     kinds = {"token": np.int64, "confidence": np.float32, "runner_up": np.float32, "entropy": np.float32}

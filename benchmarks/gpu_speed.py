@@ -122,7 +122,7 @@ def shares(manifest: Manifest, settings: Any, row: dict[str, Any]) -> dict[str, 
     limits = measured_ceilings(settings)
     if limits is None:
         return {}
-    device = devices.Device("measured", 1 << 40, 0, limits[0], limits[1], limits[1])
+    device = devices.DeviceSpec("measured", 1 << 40, 0, limits[0], limits[1], limits[1])
     work = planning.Work(row["batch"], row["canvas"], settings.block_length)
     made = {}
     for name, size in (("prefix", row["canvas"]), ("refine", settings.block_length)):
@@ -358,7 +358,7 @@ def _package(settings: Any) -> str | None:
     )
     if package == "tensorrt-rtx" and not settings.is_twin:
         major, minor = torch.cuda.get_device_capability()
-        package = package if f"sm{major}{minor}" in store.TARGETS else None
+        package = package if f"sm{major}{minor}" in store.SM_TARGETS else None
     return None if settings.is_twin and package != "tensorrt-rtx" else package
 
 

@@ -21,7 +21,7 @@ from trt_runtime.cli import parser as cli_parser
 from trt_runtime.cli.parser import note, progress_of, report, say
 from trt_runtime.errors import DllmError
 from trt_runtime.machine.devices import GIB, meminfo
-from trt_runtime.machine.forecast import LAYOUTS, Work, memory
+from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work, memory
 from trt_runtime.measure.examples import MATCHES
 from trt_runtime.system import atomic, commands, program
 from trt_runtime.system.progress import SILENT, Progress
@@ -271,7 +271,7 @@ def _verification_bytes(facts: ModelFacts) -> int:
     work = Work(batch=2, length=64, block_length=32)
     return sum(
         memory(replace(facts, dtype=kind), work, layout, on_cpu=True).total
-        for kind, layout in ((dtype, LAYOUTS[0]), ("fp32", LAYOUTS[-1]))
+        for kind, layout in ((dtype, MEMORY_LAYOUTS[0]), ("fp32", MEMORY_LAYOUTS[-1]))
     )
 
 

@@ -340,7 +340,11 @@ def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) 
 
 
 def _manifest(
-    source: Source, config: ExportConfig, directory: Path, written: stream.Written, scheme: Scheme | None
+    source: Source,
+    config: ExportConfig,
+    directory: Path,
+    written: stream.StreamedWeights,
+    scheme: Scheme | None,
 ) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
     dims = roles.dims_of(decoder, config.dtype, config.lowering)

@@ -27,7 +27,7 @@ import triton.language as tl
 from trt_runtime.decoding import device_commit as steps
 from trt_runtime.decoding.device_commit import FACTOR, FIXED, NOT_FINITE, PROPOSED_MASK
 
-from .compile import Kernel, ahead_of_time
+from .compile import CompiledKernel, ahead_of_time
 
 reference = steps.commit
 CHUNK = 16  # columns that a position is compared with at a time
@@ -142,7 +142,7 @@ SIGNATURE = {
 }
 
 
-def compiled(mask_token_id: int, columns: int, compute_capability: int) -> Kernel:
+def compiled(mask_token_id: int, columns: int, compute_capability: int) -> CompiledKernel:
     """For blocks of up to `columns` positions. Its arguments are the seven pointers and the two int32
     sizes."""
     held = constants(mask_token_id, columns)

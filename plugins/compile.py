@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 _MOST_SHARED = 48 * 1024  # bytes of shared memory that a launch gets without asking
 
 
-class Kernel(NamedTuple):
+class CompiledKernel(NamedTuple):
     """What a launch needs: the entry's name, PTX, threads of a block, and bytes of shared memory. Arguments:
     those of the kernel that are no constants, in order."""
 
@@ -31,7 +31,7 @@ def ahead_of_time(
     name: str,
     compute_capability: int,
     warps: int = 4,
-) -> Kernel:
+) -> CompiledKernel:
     """A kernel for one kind of GPU (90 is 9.0), its entry called `name`. Raises ValueError if it needs more
     than a plain launch.
 
@@ -64,7 +64,7 @@ def ahead_of_time(
             f"{facts.shared}"
         )
     ptx = re.sub(rf"\b{facts.name}(?=\b|_param_)", name, without_scratch(made.asm["ptx"]))
-    return Kernel(name, ptx, facts.num_warps * 32, facts.shared)
+    return CompiledKernel(name, ptx, facts.num_warps * 32, facts.shared)
 
 
 def without_scratch(ptx: str) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
-from .compile import Kernel, ahead_of_time
+from .compile import CompiledKernel, ahead_of_time
 
 Array = npt.NDArray[Any]
 BLOCK = 4096
@@ -130,7 +130,7 @@ SIGNATURE = {
 }
 
 
-def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> Kernel:
+def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> CompiledKernel:
     """For rows of `vocab` contiguous logits: its arguments are the five pointers alone, in the order that
     TensorRT passes them."""
     constants = {

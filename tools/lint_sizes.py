@@ -1,6 +1,6 @@
 """What ruff does not check: functions of at most 60 lines, files of at most 350, and words of the glossary.
 
-    python tools/lint_sizes.py [FOLDER ...]
+python tools/lint_sizes.py [FOLDER ...]
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="functions of at most 60 lines, files of at most 350")
     parser.add_argument("folders", nargs="*", default=FOLDERS, help="default: every folder with Python files")
     found = [line for folder in parser.parse_args().folders for line in check(ROOT / folder)]
-    print("\n".join(found) or f"functions have at most {MOST_OF_FUNCTION} lines, files at most {MOST_OF_FILE}")
+    print(
+        "\n".join(found) or f"functions have at most {MOST_OF_FUNCTION} lines, files at most {MOST_OF_FILE}"
+    )
     return 1 if found else 0
 
 

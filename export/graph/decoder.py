@@ -43,7 +43,7 @@ __all__ = [
     "ROPE_SIN",
     "Decoder",
     "DecoderConfig",
-    "Window",
+    "GraphInputs",
     "is_layer",
     "is_linear",
     "layer_name",
@@ -91,7 +91,7 @@ def weight_shapes(config: DecoderConfig) -> Shapes:
 
 
 @dataclass(frozen=True)
-class Window:
+class GraphInputs:
     """The graph's inputs. `write_index` is None in the prefix graph. Shapes: contract.py."""
 
     input_ids: ir.Value
@@ -131,7 +131,7 @@ class Decoder:
             for name, value in (("valid", 0.0), ("masked", MASKED))
         ]
 
-    def build(self, window: Window, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
+    def build(self, window: GraphInputs, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
         """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a
         layer."""
         op, returned = self.op, []
@@ -183,7 +183,7 @@ class Decoder:
         h = on.norm(x, layer_name(i, "mlp_norm"))
         return self.op.Add(x, self.config.feed_forward.build(on, h, i)), (new_key, new_value)
 
-    def _rows(self, window: Window, cache: ir.Value | None, positions: ir.Value) -> Rows:
+    def _rows(self, window: GraphInputs, cache: ir.Value | None, positions: ir.Value) -> Rows:
         """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to
         kv_len."""
         op = self.op
@@ -202,7 +202,9 @@ class Decoder:
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return Rows(positions, op.Shape(positions), mask)
 
-    def _wanted(self, window: Window, cache: ir.Value | None) -> tuple[Rows, Callable[[ir.Value], ir.Value]]:
+    def _wanted(
+        self, window: GraphInputs, cache: ir.Value | None
+    ) -> tuple[Rows, Callable[[ir.Value], ir.Value]]:
         """The rows asked for, and what picks them."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)

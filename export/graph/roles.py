@@ -11,7 +11,7 @@ from onnxscript import GraphBuilder, OpBuilder
 from trt_runtime.artifact import contract
 
 from . import lowering as lowerings
-from .decoder import Decoder, DecoderConfig, Window
+from .decoder import Decoder, DecoderConfig, GraphInputs
 from .linears import MICROSOFT, Linears
 
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -61,7 +61,7 @@ def build(
 
     names = contract.cache_names("cache", dims)
     caches = [(given.get(key), given.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)]
-    window = Window(
+    window = GraphInputs(
         given["input_ids"],
         given["position_ids"],
         given.get("write_index"),

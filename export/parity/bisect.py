@@ -43,7 +43,7 @@ class Ranges:
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerDifference:
     """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values
     that are no number."""
 
@@ -105,7 +105,7 @@ def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
 
 def compare(
     artifact: Path, reference: TorchBackend, calls: tuple[Window, Window, Array], exposed: Exposed
-) -> dict[str, list[Row]]:
+) -> dict[str, list[LayerDifference]]:
     """Rows by kind of call (a prefix pass on either graph, a refine step): the residual stream after each
     layer, then the logits.
 
@@ -167,7 +167,7 @@ def difference(mine: Array, theirs: Array) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
+def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> LayerDifference:
     bad = int((~np.isfinite(mine)).sum())
     a, b = (
         np.where(keep, np.nan_to_num(x.astype(np.float64), posinf=0.0, neginf=0.0), 0.0)
@@ -176,7 +176,7 @@ def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
     worst = difference(a, b)
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     cosine = float((a * b).sum() / max(norms[0] * norms[1], 1e-30))
-    return Row(
+    return LayerDifference(
         name,
         worst,
         cosine,
@@ -186,7 +186,7 @@ def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Row:
     )
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: list[LayerDifference]) -> Iterator[str]:
     """Lines of a table; the first layer that differs is marked."""
     width = max(len(row.name) for row in rows)
     yield f"{'':{width}}  rel diff    cosine  norm ratio  NaN/Inf"

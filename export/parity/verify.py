@@ -126,7 +126,7 @@ def opened(artifact: Path, checkpoint: str | None) -> Iterator[tuple[Path, Torch
         )
 
 
-def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.Row]]:
+def bisect(artifact: Path, checkpoint: str | None = None) -> dict[str, list[layers.LayerDifference]]:
     """Layer by layer, for a prefix pass and a refine step: where a failure begins. Raises DllmError."""
     if manifests.load(artifact).quantization is not None:
         raise DllmError(

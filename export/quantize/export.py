@@ -21,7 +21,7 @@ from trt_runtime.backends import open_backend
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.machine.devices import GIB, meminfo
-from trt_runtime.machine.forecast import LAYOUTS, Work, memory
+from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work, memory
 from trt_runtime.measure import examples
 from trt_runtime.measure.examples import Example
 from trt_runtime.model import Model
@@ -149,7 +149,7 @@ def _prepare(
         return Prepared()
     facts = pipeline.facts_of_source(source, "fp32")
     needed, free = (
-        memory(facts, Work(1, min(1024, facts.max_length), 32), LAYOUTS[0], on_cpu=True).total,
+        memory(facts, Work(1, min(1024, facts.max_length), 32), MEMORY_LAYOUTS[0], on_cpu=True).total,
         meminfo("MemAvailable"),
     )
     if free and needed > free:

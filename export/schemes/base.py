@@ -57,7 +57,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A stored tensor: its type (export/weights/plan.py, STORED) and shape."""
 
     dtype: str
@@ -79,7 +79,7 @@ class Scheme(Linears, ABC):
         self.dtype, self.calibration = dtype, calibration or Calibration()
 
     @abstractmethod
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
         """What is stored in the place of a layer's weight [N, K]: suffix -> part."""
 
     @abstractmethod

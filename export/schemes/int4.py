@@ -16,7 +16,7 @@ from trt_runtime.artifact.manifest import ORT_CPU
 from ..graph.decoder import is_layer
 from ..graph.linears import MICROSOFT, Initializer
 from . import blocks
-from .base import Array, Part, Scheme
+from .base import Array, Scheme, StoredPart
 
 BLOCK = 128
 _INT8_ARITHMETIC = 4  # accuracy_level: activations are rounded to 8 bits
@@ -29,12 +29,12 @@ class Int4(Scheme):
     dtypes = ("fp32",)
     operators = frozenset({"MatMulNBits"})
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
         rows, columns = shape
         bits, number = _bits(name), blocks.count(columns, BLOCK)
         return {
-            f"int{bits}": Part("uint8", (rows, number, BLOCK * bits // 8)),
-            "scale": Part("fp32", (rows, number)),
+            f"int{bits}": StoredPart("uint8", (rows, number, BLOCK * bits // 8)),
+            "scale": StoredPart("fp32", (rows, number)),
         }
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:

@@ -27,7 +27,7 @@ from ..graph.context import split_layer
 from ..graph.decoder import layer_name
 from ..graph.linears import Initializer
 from . import blocks, portable
-from .base import Array, Part, Scheme
+from .base import Array, Scheme, StoredPart
 
 _SCALES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _TINY = 6.2e-5  # the smallest normal number of fp16: below it a scale would lose its digits
@@ -56,14 +56,17 @@ class Int4Blocks(_QDQ):
     title = "4-bit weights in blocks of 64"
     block = 64
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
         rows, columns = shape
         if columns % self.block:
             raise DllmError(
                 f"{name}: {columns} inputs are no multiple of {self.block}, which --quantize int4 for "
                 f"TensorRT needs: use fp8."
             )
-        return {"int4": Part("int4", shape), "scale": Part(self.dtype, (rows, columns // self.block))}
+        return {
+            "int4": StoredPart("int4", shape),
+            "scale": StoredPart(self.dtype, (rows, columns // self.block)),
+        }
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         whole, scales = blocks.rounded(rows, shape, self.block, 4, self.scale)
@@ -93,9 +96,13 @@ class _Static(_QDQ):
         largest = self.calibration.inputs[name]
         return largest if columns is None else largest / columns
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
-        scale = Part(self.dtype, (shape[0],) if self.per_output else ())
-        return {self.stored: Part(self.stored, shape), "scale": scale, "input_scale": Part(self.dtype, ())}
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
+        scale = StoredPart(self.dtype, (shape[0],) if self.per_output else ())
+        return {
+            self.stored: StoredPart(self.stored, shape),
+            "scale": scale,
+            "input_scale": StoredPart(self.dtype, ()),
+        }
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         whole = np.concatenate(list(rows))

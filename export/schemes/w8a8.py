@@ -19,7 +19,7 @@ from onnxscript import OpBuilder
 from trt_runtime.artifact.manifest import ORT_CPU
 
 from ..graph.linears import MICROSOFT, Initializer
-from .base import Array, Part, Scheme
+from .base import Array, Scheme, StoredPart
 
 _ZERO = 128
 _TINY = 1e-20  # a scale of a token that is all zeros
@@ -42,9 +42,9 @@ class W8A8(Scheme):
         }
         self._constants = {name: op.initializer(ir.tensor(value), name) for name, value in constants.items()}
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
         rows, columns = shape
-        return {"int8": Part("int8", (columns, rows)), "scale": Part("fp32", (rows,))}
+        return {"int8": StoredPart("int8", (columns, rows)), "scale": StoredPart("fp32", (rows,))}
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         """[K, N], which is how MatMulIntegerToFloat takes it."""

@@ -23,7 +23,17 @@ from ..graph.decoder import DecoderConfig, weight_shapes
 from ..schemes import portable
 from ..schemes.base import Scheme
 from . import accounts
-from .sources import DTYPE_OF, NUMPY_DTYPES, STORED, Array, FromCheckpoint, Made, Source, Table, stored_of
+from .sources import (
+    DTYPE_OF,
+    NUMPY_DTYPES,
+    STORED,
+    Array,
+    FromCheckpoint,
+    Made,
+    Table,
+    TensorSource,
+    stored_of,
+)
 
 FILE_NAME = "weights.data"
 MODES = ("copy", "link")
@@ -64,7 +74,7 @@ class Weight:
     file: str
     offset: int
     size: int
-    source: Source
+    source: TensorSource
     source_name: str
     linked_to: Path | None = None
 
@@ -91,7 +101,9 @@ class _Layout:
         self.weights: list[Weight] = []
         self._end = 0
 
-    def append(self, name: str, dtype: str, shape: tuple[int, ...], source: Source, source_name: str) -> None:
+    def append(
+        self, name: str, dtype: str, shape: tuple[int, ...], source: TensorSource, source_name: str
+    ) -> None:
         count = math.prod(shape)
         size = count * STORED[dtype][0].itemsize if dtype != "int4" else -(-count // 2)
         self.weights.append(Weight(name, dtype, shape, FILE_NAME, self._end, size, source, source_name))
@@ -184,7 +196,7 @@ def _quantized(
     scheme: Scheme,
     config: DecoderConfig,
     dtype: str,
-) -> Iterator[tuple[str, str, tuple[int, ...], Source]]:
+) -> Iterator[tuple[str, str, tuple[int, ...], TensorSource]]:
     """Name, type, shape and source of what is stored for a weight. A tied head is stored beside the
     embedding."""
     is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)

@@ -68,7 +68,7 @@ def _rows(stored: StoredTensor, rows: tuple[int, int] | None) -> StoredTensor:
     )
 
 
-class Source(ABC):
+class TensorSource(ABC):
     """Where a stored tensor comes from."""
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Maximum:
 
 
 @dataclass(frozen=True)
-class FromCheckpoint(Source):
+class FromCheckpoint(TensorSource):
     """One or several pieces of a checkpoint, one after the other; `name`: of the first tensor, for
     messages."""
 
@@ -180,7 +180,7 @@ class FromCheckpoint(Source):
 
 
 @dataclass(frozen=True, eq=False)
-class Table(Source):
+class Table(TensorSource):
     """A rotation table [max_length, D / 2]."""
 
     array: Array
@@ -197,7 +197,7 @@ class Table(Source):
 
 
 @dataclass(frozen=True)
-class Made(Source):
+class Made(TensorSource):
     """What is made when its turn comes."""
 
     make: Callable[[], Array] = field(repr=False)

@@ -29,7 +29,7 @@ _PIECE = 1 << 22  # bytes read at a time
 
 
 @dataclass
-class Written:
+class StreamedWeights:
     """What a stream left behind: facts of the files, and the largest magnitude of every checkpoint tensor, by
     its weight."""
 
@@ -42,10 +42,10 @@ class Written:
             self.maxima[weight.name] = max(self.maxima.get(weight.name, 0.0), largest.largest)
 
 
-def stream(weights: list[Weight], directory: Path, progress: Callable[[int], object]) -> Written:
+def stream(weights: list[Weight], directory: Path, progress: Callable[[int], object]) -> StreamedWeights:
     """Put the weights' files into `directory`; `progress` is told the bytes done. Raises DllmError for what
     fp16 cannot hold."""
-    written = Written()
+    written = StreamedWeights()
     shards = {weight.file: weight.linked_to for weight in weights if weight.linked_to is not None}
     for name, shard in shards.items():
         link(shard.resolve(), directory / name)
@@ -122,7 +122,7 @@ class _Hasher:
 
 
 def _hash_shard(
-    path: Path, weights: list[Weight], written: Written, progress: Callable[[int], object]
+    path: Path, weights: list[Weight], written: StreamedWeights, progress: Callable[[int], object]
 ) -> FileFacts:
     """Hash a whole safetensors file, and note the largest magnitudes of the tensors in it."""
     ordered = sorted(weights, key=lambda weight: weight.offset)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import httpx
 from places import ROOT
 
-from trt_runtime.serving.answers import Options
+from trt_runtime.serving.answers import ServeOptions
 from trt_runtime.serving.app import create_app
 from trt_runtime.serving.process import Server
 
@@ -32,7 +32,7 @@ OTHERS = [
 @contextmanager
 def serving(model, **options):
     """A server in a thread, on a free port."""
-    options = Options(**{"name": "demo", "max_length": 192} | options)
+    options = ServeOptions(**{"name": "demo", "max_length": 192} | options)
     app = create_app(model, options)
     listening = socket.create_server(("127.0.0.1", 0))
     server = Server(app, options)

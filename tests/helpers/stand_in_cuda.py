@@ -188,7 +188,7 @@ def commit_kernel(mask_token_id):
                 (committed, (batch, columns), np.int32),
             )
         ]
-        steps.commit(at[0], at[1], at[2], steps.Plan(*at[3:]), mask_token_id)
+        steps.commit(at[0], at[1], at[2], steps.CommitArrays(*at[3:]), mask_token_id)
 
     return run
 

@@ -110,6 +110,8 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
 
     config = BuildConfig("tensorrt-rtx", targets=("sm89",), max_batch=2, max_length=64, block_length=8)
     (plan,) = store.plans(config)
-    job = builder.Job(plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit)
+    job = builder.BuildJob(
+        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
+    )
     made, _ = builder.serialised(job, manifest, "tensorrt-rtx", rtx)
     assert made is not None and len(seen) == 1

@@ -11,7 +11,7 @@ import numpy as np
 
 from trt_runtime.backends import cuda
 from trt_runtime.decoding import device_commit as steps
-from trt_runtime.decoding.device_commit import Plan
+from trt_runtime.decoding.device_commit import CommitArrays
 from trt_runtime.decoding.policies.base import CommitRule
 from trt_runtime.errors import DllmError
 
@@ -22,7 +22,7 @@ _KINDS = {"plan": np.int32, "value": np.float64, "state": np.int32, "committed":
 class Running:
     """A call's arrays in pinned memory, and where they lie on the device."""
 
-    arrays: Plan
+    arrays: CommitArrays
     addresses: dict[str, int]
     used: int
 
@@ -31,7 +31,7 @@ class CommitKernel:
     """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as
     engine.json has them."""
 
-    def __init__(self, device: cuda.Device, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
+    def __init__(self, device: cuda.CudaDevice, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
         self.device, self.max_batch, self.columns, self._facts = (
             device,
             max_batch,
@@ -50,17 +50,17 @@ class CommitKernel:
                 f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines "
                 f"with --block-length {most}."
             )
-        made = steps.plan_of(rules, columns)
+        made = steps.commit_arrays(rules, columns)
         arrays, addresses, used = self._arena.place(self._tensors(len(rules), columns))
         for name, array in arrays.items():
             array[...] = getattr(made, name)
         self.device.upload(self._arena.device.address, self._arena.host[:used])
-        return Running(Plan(**arrays), addresses, used)
+        return Running(CommitArrays(**arrays), addresses, used)
 
     def queue(self, held: Running, ids: int, rows: int, token: int, confidence: int) -> None:
         """Queue a commit over windows [B, rows] at `ids` by statistics at `token` and `confidence`."""
         batch, columns = held.arrays.committed.shape
-        addresses = [ids, token, confidence, *(held.addresses[item.name] for item in fields(Plan))]
+        addresses = [ids, token, confidence, *(held.addresses[item.name] for item in fields(CommitArrays))]
         self._kernel.queue(batch, self._facts["threads"], self._facts["shared"], addresses, (rows, columns))
 
     def end(self, held: Running) -> None:

@@ -44,7 +44,7 @@ def _bindings() -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Device memory, zeroed when it was made, freed when the object goes."""
 
     address: int
@@ -78,7 +78,7 @@ class Arena:
     """Small tensors: one piece of pinned memory and one of the device, with the same places in both."""
 
     host: npt.NDArray[np.uint8]
-    device: Memory
+    device: DeviceMemory
 
     def place(self, tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int], int]:
         """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes
@@ -114,7 +114,7 @@ class _Owner:
     """Something whose end frees a resource."""
 
 
-class Device:
+class CudaDevice:
     """The GPU `index`, and the one stream on which all work is queued."""
 
     def __init__(self, index: int = 0) -> None:
@@ -166,7 +166,7 @@ class Device:
             raise BackendError(f"CUDA's {name} failed: {getattr(code, 'name', code)}")
         return results[0] if len(results) == 1 else tuple(results)
 
-    def allocate(self, size: int) -> Memory:
+    def allocate(self, size: int) -> DeviceMemory:
         """Zeroed memory of `size` bytes."""
         self.enter()
         try:
@@ -179,7 +179,7 @@ class Device:
         owner = _Owner()
         weakref.finalize(owner, self._runtime.cudaFree, address)
         self._do("cudaMemsetAsync", address, 0, max(size, 1), self.stream)
-        return Memory(address, size, owner)
+        return DeviceMemory(address, size, owner)
 
     def pinned(self, size: int) -> npt.NDArray[np.uint8]:
         """`size` bytes of host memory that the GPU can reach, freed with the array."""
@@ -242,7 +242,7 @@ class Device:
         """Queue recorded work."""
         self._do("cudaGraphLaunch", graph.handle, self.stream)
 
-    def kernel(self, ptx: bytes, entry: str) -> Kernel:
+    def kernel(self, ptx: bytes, entry: str) -> CudaKernel:
         """A kernel of a PTX text, compiled by the driver for this GPU. Raises DllmError."""
         self.enter()
         try:
@@ -260,14 +260,14 @@ class Device:
         function = self._checked(
             "cuModuleGetFunction", self._driver.cuModuleGetFunction(module, entry.encode())
         )
-        return Kernel(self, function)
+        return CudaKernel(self, function)
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CudaKernel:
     """A loaded kernel."""
 
-    device: Device
+    device: CudaDevice
     function: Any
 
     def queue(

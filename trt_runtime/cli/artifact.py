@@ -71,7 +71,7 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
         "--target",
         default="",
         metavar="SM,...",
-        help=f"of tensorrt-rtx: {','.join(store.TARGETS)} (default: this GPU)",
+        help=f"of tensorrt-rtx: {','.join(store.SM_TARGETS)} (default: this GPU)",
     )
     build.add_argument(
         "--layout",

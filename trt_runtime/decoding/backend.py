@@ -199,7 +199,7 @@ class Backend(ABC):
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
         """On the host, step by step: what a device does by itself."""
-        ids, held = window.input_ids.copy(), steps.plan_of(rules, window.logit_rows.shape[1])
+        ids, held = window.input_ids.copy(), steps.commit_arrays(rules, window.logit_rows.shape[1])
         mask = self.manifest.decoding.mask_token_id
         for _ in range(steps.needed(rules, ids, mask, self.steps_per_sync)):
             stats = self._forward("refine", cache, slots, replace(window, input_ids=ids), want_logits=False)

@@ -35,7 +35,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CommitArrays:
     """The arrays of a call, as the kernel takes them (plugins/commit.py)."""
 
     plan: Int32s
@@ -44,13 +44,13 @@ class Plan:
     committed: Int32s
 
 
-def plan_of(rules: Sequence[CommitRule], columns: int) -> Plan:
+def commit_arrays(rules: Sequence[CommitRule], columns: int) -> CommitArrays:
     """The arrays for a rule a row, before the first step."""
     plan = [[_NAMES[rule.kind], rule.limit, rule.masks, rule.steps] for rule in rules]
     state = [[rule.number, 1] for rule in rules]
     value = np.array([rule.value for rule in rules], np.float64)
     committed = np.full((len(rules), columns), -1, np.int32)
-    return Plan(np.array(plan, np.int32), value, np.array(state, np.int32), committed)
+    return CommitArrays(np.array(plan, np.int32), value, np.array(state, np.int32), committed)
 
 
 def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
@@ -72,7 +72,7 @@ def _done(rule: CommitRule) -> int:
     return sum(quota(rule.masks, rule.steps)[: rule.number])
 
 
-def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
+def finished(held: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Committed:
     """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
     if (held.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
@@ -88,7 +88,7 @@ def finished(held: Plan, rules: Sequence[CommitRule], ids: Ints) -> Committed:
     return Committed(ids, np.where(held.committed < 0, -1, held.committed - first).astype(np.int32))
 
 
-def commit(ids: Ints, token: Ints, confidence: Floats, held: Plan, mask_token_id: int) -> None:
+def commit(ids: Ints, token: Ints, confidence: Floats, held: CommitArrays, mask_token_id: int) -> None:
     """One commit for every row, in place: ids and held are changed. The rules of policies.py, on arrays."""
     for b in range(len(ids)):
         kind, limit, masks, total = held.plan[b].tolist()

@@ -34,7 +34,7 @@ _INT8_GAIN, _INT8_FLAGS = 3.9, {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s;
     TFLOPS.
 
@@ -65,8 +65,8 @@ def _gpu(
     rate16: float,
     rate32: float,
     reserved: float = 0.7,
-) -> Device:
-    return Device(
+) -> DeviceSpec:
+    return DeviceSpec(
         name, int(gib * GIB), int(reserved * GIB), bandwidth, rate16, rate32, compute_capability=capability
     )
 
@@ -80,7 +80,7 @@ def _jetson(
     rate32: float,
     *,
     reads_whole: bool,
-) -> Device:
+) -> DeviceSpec:
     made = _gpu(name, capability, gib, bandwidth, rate16, rate32, reserved=4)
     return replace(made, shared=True, reads_whole=reads_whole)
 
@@ -104,7 +104,7 @@ DEVICES = {
 }  # fmt: skip
 
 
-def find(name: str) -> Device:
+def find(name: str) -> DeviceSpec:
     """A device by its name in the table, or 'cpu' for this machine. Raises DllmError for an unknown one."""
     if name == "cpu":
         return this_machine()
@@ -113,7 +113,7 @@ def find(name: str) -> Device:
     return DEVICES[name]
 
 
-def this_machine() -> Device:
+def this_machine() -> DeviceSpec:
     """This machine: memory, as Linux gives it, a tenth of which is left to the system; bandwidth and rates,
     measured in less than half a second.
 
@@ -121,10 +121,10 @@ def this_machine() -> Device:
     """
     total, rates = meminfo("MemTotal"), _rates()
     if rates is None:
-        return Device("this machine's CPU", total, total // 10, is_cpu=True)
+        return DeviceSpec("this machine's CPU", total, total // 10, is_cpu=True)
     bandwidth, rate = rates
     gain = _INT8_GAIN if has_int8() else 1.0
-    return Device(
+    return DeviceSpec(
         "this machine's CPU",
         total,
         total // 10,

@@ -25,7 +25,7 @@ from trt_runtime.backends.spec import Layout
 from trt_runtime.backends.tensorrt.store import PIECE, SCHEME_FROM
 from trt_runtime.errors import DllmError, check_counts
 from trt_runtime.machine import forecast_text
-from trt_runtime.machine.devices import DEVICES, Device, find, size_text
+from trt_runtime.machine.devices import DEVICES, DeviceSpec, find, size_text
 from trt_runtime.optional import import_optional
 from trt_runtime.system import commands
 
@@ -39,14 +39,14 @@ class Work:
     block_length: int
 
 
-LAYOUTS = tuple(layout for name in backends.names() for layout in backends.BACKENDS.find(name).layouts)
+MEMORY_LAYOUTS = tuple(layout for name in backends.names() for layout in backends.BACKENDS.find(name).layouts)
 # ONNX Runtime computes fp16 on a CPU in fp32, from copies that it makes: bytes a parameter measured for 63
 # and 126 M parameters
 _CPU_16BIT = 4.7
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryNeed:
     """Bytes: weights (with the head's float32 copy), the cache of all rows, the largest activations, logits
     and statistics."""
 
@@ -75,7 +75,9 @@ def cache_bytes(facts: ModelFacts, work: Work) -> int:
     )
 
 
-def runs(facts: ModelFacts, layout: Layout, device: Device, quantised: Quantization | None = None) -> bool:
+def runs(
+    facts: ModelFacts, layout: Layout, device: DeviceSpec, quantised: Quantization | None = None
+) -> bool:
     """Whether a layout exists on a device: on a CPU there is no TensorRT, and ONNX Runtime computes no bf16.
     What is quantised runs on what it was quantised for."""
     if quantised is not None:
@@ -84,7 +86,7 @@ def runs(facts: ModelFacts, layout: Layout, device: Device, quantised: Quantizat
     return not device.is_cpu or (layout.on_cpu and not (layout.widens and facts.dtype == "bf16"))
 
 
-def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = False) -> Memory:
+def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = False) -> MemoryNeed:
     """Memory at the peak, which is a prefix pass."""
     rows = work.batch * work.length
     # the graph's head multiplies in float32, for which backends keep a converted copy
@@ -99,10 +101,10 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
     weights = layout.copies * (weight_bytes(facts) + head)
     if on_cpu and layout.widens and _item(facts) == 2:
         weights = int(_CPU_16BIT * facts.parameters) + weight_bytes(facts) - 2 * facts.parameters
-    return Memory(weights, cache_bytes(facts, work), activations, statistics)
+    return MemoryNeed(weights, cache_bytes(facts, work), activations, statistics)
 
 
-def opening_bytes(facts: ModelFacts, layout: Layout, device: Device) -> int:
+def opening_bytes(facts: ModelFacts, layout: Layout, device: DeviceSpec) -> int:
     """Host memory that opening an engine takes beside its weights on the device, where both are one memory:
     the engine's file, in pieces (from TensorRT 10.7 on) or whole."""
     if not device.shared or not layout.reads_whole:
@@ -110,7 +112,7 @@ def opening_bytes(facts: ModelFacts, layout: Layout, device: Device) -> int:
     return memory(facts, Work(1, 1, 1), layout).weights // layout.copies if device.reads_whole else PIECE
 
 
-def needed_bytes(facts: ModelFacts, work: Work, layout: Layout, device: Device) -> int:
+def needed_bytes(facts: ModelFacts, work: Work, layout: Layout, device: DeviceSpec) -> int:
     """Memory at the peak on a device: while it opens the model, or in a prefix pass, whichever takes more."""
     parts = memory(facts, work, layout, on_cpu=device.is_cpu)
     return max(parts.total, parts.weights + opening_bytes(facts, layout, device))
@@ -128,7 +130,7 @@ def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
 
 
 def seconds(
-    facts: ModelFacts, work: Work, device: Device, *, rows: int, quantised: Quantization | None = None
+    facts: ModelFacts, work: Work, device: DeviceSpec, *, rows: int, quantised: Quantization | None = None
 ) -> float | None:
     """The roofline time of a forward over windows of `rows`; None where the device's rates are not known.
 
@@ -168,14 +170,16 @@ def _read_bytes(facts: ModelFacts, item: int) -> int:
 
 
 @dataclass(frozen=True)
-class Model:
+class ForecastModel:
     """What is forecast: the network, and how it is quantised, if it is."""
 
     facts: ModelFacts
     quantised: Quantization | None = None
 
 
-def model_of(path: str, dtype: str | None, quantize: str | None = None, device: str | None = None) -> Model:
+def model_of(
+    path: str, dtype: str | None, quantize: str | None = None, device: str | None = None
+) -> ForecastModel:
     """The model of an artifact, or of a checkpoint (a directory or hub id, of which config.json suffices), as
     an export quantises it. Raises DllmError."""
     if _is_artifact(path):
@@ -191,13 +195,13 @@ def model_of(path: str, dtype: str | None, quantize: str | None = None, device: 
                 f"{path}: is quantised, and has no other dtype than {manifest.model.dtype}: leave --dtype "
                 f"out."
             )
-        return Model(
+        return ForecastModel(
             manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization
         )
     mend = commands.install("export")
     if quantize is None:
         facts_of = import_optional("export.pipeline", "plan of a checkpoint", mend).facts_of_checkpoint
-        return Model(facts_of(path, dtype or ("fp32" if device == "cpu" else "bf16")))
+        return ForecastModel(facts_of(path, dtype or ("fp32" if device == "cpu" else "bf16")))
     forecast = import_optional("export.quantize.forecast", "plan of a checkpoint", mend)
     of_device = None if device is None else ORT_CPU if device == "cpu" else TENSORRT
     names = forecast.quantization.names_for(of_device)
@@ -206,10 +210,10 @@ def model_of(path: str, dtype: str | None, quantize: str | None = None, device: 
             f"--quantize {quantize} does not run on {device}: quantise with {' or '.join(names)}, or leave "
             f"--device out."
         )
-    return Model(*forecast.quantised(path, dtype, quantize, of_device if quantize in names else None))
+    return ForecastModel(*forecast.quantised(path, dtype, quantize, of_device if quantize in names else None))
 
 
-def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> str:
+def verdict(facts: ModelFacts, work: Work, device: DeviceSpec, layout: Layout) -> str:
     """A sentence: whether it fits, and what to change if it does not."""
 
     def needed(facts: ModelFacts, work: Work) -> int:
@@ -253,7 +257,7 @@ def verdict(facts: ModelFacts, work: Work, device: Device, layout: Layout) -> st
 _SHORTEST, _MOST_ROWS = 64, 4096
 
 
-def _smaller(facts: ModelFacts, work: Work, device: Device) -> Iterator[tuple[str, ModelFacts, Work]]:
+def _smaller(facts: ModelFacts, work: Work, device: DeviceSpec) -> Iterator[tuple[str, ModelFacts, Work]]:
     """Changes that a user may make, the mildest first."""
     for batch in range(min(work.batch - 1, _MOST_ROWS), 0, -1):
         yield f"a batch of {batch}", facts, replace(work, batch=batch)
@@ -291,13 +295,13 @@ def report(
     devices = [find(name) for name in names]
     weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
     layouts = {
-        device.name: [layout for layout in LAYOUTS if runs(facts, layout, device, quantised)]
+        device.name: [layout for layout in MEMORY_LAYOUTS if runs(facts, layout, device, quantised)]
         for device in devices
     }
-    used = [layout for layout in LAYOUTS if any(layout in held for held in layouts.values())]
+    used = [layout for layout in MEMORY_LAYOUTS if any(layout in held for held in layouts.values())]
     engines = None if quantised is not None and quantised.target == ORT_CPU else weights
 
-    def time_of(device: Device, rows: int) -> float | None:
+    def time_of(device: DeviceSpec, rows: int) -> float | None:
         return seconds(facts, work, device, rows=rows, quantised=quantised) if layouts[device.name] else None
 
     return {

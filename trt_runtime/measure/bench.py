@@ -38,7 +38,7 @@ from trt_runtime.system.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs
     too, in each of `reference_dtypes` (empty: the artifact's); `beside`: other artifacts of the same model,
     quantised ones, say, which run the same variants."""
@@ -80,7 +80,7 @@ class Timed:
         return stats
 
 
-def options_of(args: argparse.Namespace) -> Options:
+def options_of(args: argparse.Namespace) -> BenchOptions:
     """Options from the command line, checked. Raises DllmError."""
     check_counts(args, "prompt_length", "count", "repeats", "tokens_per_step")
     variants, reference, dtypes = (
@@ -90,7 +90,7 @@ def options_of(args: argparse.Namespace) -> Options:
     for dtype in dtypes:
         if dtype not in contract.DTYPES:
             raise unknown("dtype", dtype, contract.DTYPES)
-    return Options(
+    return BenchOptions(
         args.prompts,
         args.prompt_length,
         args.count,
@@ -108,7 +108,7 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
-def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str, Any]:
+def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dict[str, Any]:
     """All figures of a benchmark: machine, versions, settings, and a row a variant."""
     prompts = _prompts(model, options)
     variants = _variants(model, options)
@@ -164,7 +164,7 @@ def run(model: Model, options: Options, progress: Progress = SILENT) -> dict[str
     }
 
 
-def _opened(model: Model, options: Options, with_reference: bool) -> dict[str, Model]:
+def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[str, Model]:
     """By label: the artifact, those beside it, and PyTorch."""
     found = {model.backend.name: model}
     for path in options.beside:
@@ -235,7 +235,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def _prompts(model: Model, options: Options) -> list[Prompt]:
+def _prompts(model: Model, options: BenchOptions) -> list[Prompt]:
     if options.prompts is None:
         rng = np.random.default_rng(0)
         facts = model.manifest
@@ -245,7 +245,7 @@ def _prompts(model: Model, options: Options) -> list[Prompt]:
     return list(examples.lines_of(options.prompts)[: options.count])
 
 
-def _variants(model: Model, options: Options) -> dict[str, GenerationConfig]:
+def _variants(model: Model, options: BenchOptions) -> dict[str, GenerationConfig]:
     base = GenerationConfig(
         gen_length=options.gen_length,
         block_length=options.block_length,
@@ -323,7 +323,7 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
 
 
-def _peak_memory(model: Model, label: str, options: Options, config: GenerationConfig) -> float:
+def _peak_memory(model: Model, label: str, options: BenchOptions, config: GenerationConfig) -> float:
     """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with
     both roles."""
     dtype = label.partition(" ")[2] if model.backend.name == REFERENCE else ""

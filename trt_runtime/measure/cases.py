@@ -109,7 +109,7 @@ def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class CaseRow:
     """A row of a case: `padding` tokens at its left are not part of it, and shift what its trace says."""
 
     sequence: Sequence
@@ -154,7 +154,7 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     return cases
 
 
-def rows_of(manifest: Manifest, case: Case) -> list[Row]:
+def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     _check_case(case)
     if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
         raise DllmError(
@@ -192,7 +192,7 @@ def rows_of(manifest: Manifest, case: Case) -> list[Row]:
     ):
         pad = 0 if mask is None else mask.index(True)
         check_prompt(prompt[pad:], config, manifest)
-        rows.append(Row(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
+        rows.append(CaseRow(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
     return rows
 
 

@@ -17,7 +17,7 @@ from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.measure.cases import FORMAT, INPUTS, Case, Row, rows_of
+from trt_runtime.measure.cases import FORMAT, INPUTS, Case, CaseRow, rows_of
 
 _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
 
@@ -64,7 +64,7 @@ def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
     return [replayed(case, rows) for case, rows in zip(cases, groups, strict=True)]
 
 
-def replayed(case: Case, rows: list[Row]) -> Replayed:
+def replayed(case: Case, rows: list[CaseRow]) -> Replayed:
     """What came of a case whose rows are finished, however they were run."""
     return Replayed([row.sequence for row in rows], _result(case, rows))
 
@@ -215,7 +215,7 @@ def record(backend: Backend, cases: Iterable[Case]) -> dict[str, Any]:
     }
 
 
-def _result(case: Case, rows: list[Row]) -> Case:
+def _result(case: Case, rows: list[CaseRow]) -> Case:
     whole = [[*row.padding, *row.sequence.canvas.tolist()] for row in rows]
     result: Case = {
         "id": case.get("id"),
@@ -231,7 +231,7 @@ def _result(case: Case, rows: list[Row]) -> Case:
     return result
 
 
-def _trace(rows: list[Row]) -> list[list[Any]]:
+def _trace(rows: list[CaseRow]) -> list[list[Any]]:
     """The rows' steps; several rows are merged forward by forward."""
     traces = [[row.as_list(step) for step in row.sequence.trace] for row in rows]
     if len(rows) == 1:

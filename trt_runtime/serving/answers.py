@@ -26,7 +26,7 @@ SEED_HEADER = "x-dllm-seed"
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeOptions:
     """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in
     seconds, sizes in bytes.
 
@@ -66,7 +66,7 @@ def check_count(worker: Worker, count: int) -> None:
 class Answer:
     """A request under way: its rows as jobs, and how their text becomes an answer."""
 
-    def __init__(self, kind: str, body: Common, asked: Asked, worker: Worker, options: Options) -> None:
+    def __init__(self, kind: str, body: Common, asked: Asked, worker: Worker, options: ServeOptions) -> None:
         self.kind, self.body, self.rows, self.seed, self.worker, self.options = (
             kind,
             body,

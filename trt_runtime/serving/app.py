@@ -29,7 +29,7 @@ from trt_runtime import __version__
 from trt_runtime.artifact.manifest import finite
 from trt_runtime.errors import BackendError, DllmError
 from trt_runtime.model import Model
-from trt_runtime.serving.answers import CHAT, TEXT, Answer, Options, check_count
+from trt_runtime.serving.answers import CHAT, TEXT, Answer, ServeOptions, check_count
 from trt_runtime.serving.cors import allow
 from trt_runtime.serving.errors import Failure, body_of, clipped, headers_of, is_fault, spoken
 from trt_runtime.serving.limits import Limits
@@ -117,7 +117,7 @@ class _Route(APIRoute):
         return handled
 
 
-def create_app(model: Model, options: Options) -> FastAPI:
+def create_app(model: Model, options: ServeOptions) -> FastAPI:
     """The application over an opened model. The worker lives from startup to shutdown. Raises DllmError."""
     metrics = Metrics()
     longest = longest_of(model, options.slots, options.max_length, options.memory_share)
@@ -166,7 +166,7 @@ def create_app(model: Model, options: Options) -> FastAPI:
     return app
 
 
-def most_open(options: Options) -> int:
+def most_open(options: ServeOptions) -> int:
     """Requests that may be open at a time: those that have a place, and some that are refused."""
     return 256 + 4 * (options.slots + options.most_queued)
 
@@ -265,7 +265,7 @@ def _said(error: RequestValidationError) -> tuple[str, str | None]:
     return f"{name or 'the body'}: {said}.", name
 
 
-def _trouble(worker: Worker, options: Options, preparing: Preparing) -> str | None:
+def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str | None:
     """Why no request is answered any more; None while all is well."""
     if not worker.is_alive:
         return "the worker is not running."
@@ -276,7 +276,7 @@ def _trouble(worker: Worker, options: Options, preparing: Preparing) -> str | No
     )
 
 
-def _status(app: FastAPI, worker: Worker, options: Options) -> None:
+def _status(app: FastAPI, worker: Worker, options: ServeOptions) -> None:
     @app.get("/health", responses=_RESPONSES)
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -294,7 +294,7 @@ def _status(app: FastAPI, worker: Worker, options: Options) -> None:
         return {"version": __version__}
 
 
-def _models(app: FastAPI, options: Options, metrics: Metrics) -> None:
+def _models(app: FastAPI, options: ServeOptions, metrics: Metrics) -> None:
     facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
 
     @app.get("/", include_in_schema=False)
@@ -322,7 +322,7 @@ def _models(app: FastAPI, options: Options, metrics: Metrics) -> None:
         return facts
 
 
-def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Preparing) -> None:
+def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing: Preparing) -> None:
     model = worker.model
 
     async def answered(kind: str, body: Common, request: Request, prompts: int = 1) -> Response:
@@ -347,7 +347,7 @@ def _completions(app: FastAPI, worker: Worker, options: Options, preparing: Prep
         return await answered(TEXT, body, request, max(1, len(body.prompts())))
 
 
-def _check_model(name: str | None, options: Options) -> None:
+def _check_model(name: str | None, options: ServeOptions) -> None:
     if name is not None and name != options.name:
         raise Failure(
             404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found"

@@ -25,13 +25,13 @@ from trt_runtime.errors import DllmError
 from trt_runtime.measure.examples import read
 from trt_runtime.model import Model
 from trt_runtime.serving import cors
-from trt_runtime.serving.answers import Options
+from trt_runtime.serving.answers import ServeOptions
 from trt_runtime.serving.app import STOP_SECONDS, create_app, most_open
 from trt_runtime.serving.connections import protocol, room_for
 from trt_runtime.serving.limits import is_local_name
 from trt_runtime.system.program import INTERRUPTED
 
-__all__ = ["Options", "Server", "cors", "examples", "is_local", "listen", "run", "run_app"]
+__all__ = ["ServeOptions", "Server", "cors", "examples", "is_local", "listen", "run", "run_app"]
 
 _LATE_SECONDS = 5.0  # beyond the time to answer in, until the process ends whatever still runs
 _HURRY_SECONDS = 5.0  # the same after a second signal
@@ -43,7 +43,7 @@ _MOST_EXAMPLES, _LONGEST_EXAMPLE, _SHOWN = (
 )  # bytes of a file that is looked at unasked; characters; prompts on the page
 
 
-def run(model: Model, options: Options, host: str, port: int) -> int:
+def run(model: Model, options: ServeOptions, host: str, port: int) -> int:
     """Serve until a signal; returns the exit status. Raises DllmError where the address or the memory cannot
     be had."""
     try:
@@ -112,7 +112,7 @@ class Server(uvicorn.Server):
     `timeout` s later; at a second SIGINT at once. Where threads hold the process, it is ended a little
     later."""
 
-    def __init__(self, app: Any, options: Options) -> None:
+    def __init__(self, app: Any, options: ServeOptions) -> None:
         connection = protocol(room_for(4 * most_open(options)), options.header_seconds)
         config = uvicorn.Config(
             app,
@@ -174,7 +174,7 @@ def _tells(record: logging.LogRecord) -> bool:
     return not isinstance(error, asyncio.CancelledError)
 
 
-def run_app(app: Any, listening: socket.socket, said: str, options: Options, most: int) -> int:
+def run_app(app: Any, listening: socket.socket, said: str, options: ServeOptions, most: int) -> int:
     """Serve until a signal, which ends it when what is under way is answered, at the latest after the
     options' timeout. Returns the exit status.
 

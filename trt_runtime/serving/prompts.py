@@ -16,7 +16,7 @@ from trt_runtime.serving.requests import LARGEST_SEED, ChatRequest, Common, Comp
 
 
 @dataclass(frozen=True)
-class Row:
+class PreparedRow:
     """A choice: its sequence, and what is shown of it.
 
     prompt: index of its prompt. prompt_tokens: tokens that the client gave. shown: the part of the canvas
@@ -35,7 +35,7 @@ class Row:
 class Asked:
     """The rows of a request, in the order of its choices; and the seed, where anything is drawn."""
 
-    rows: list[Row]
+    rows: list[PreparedRow]
     seed: int | None
 
 
@@ -50,7 +50,7 @@ def asked(model: Model, body: Common, longest: int) -> Asked:
         raise Failure(
             400, "this server's model gives no logits: leave out temperature, top_p and top_k.", "temperature"
         )
-    made: list[Row] = []
+    made: list[PreparedRow] = []
     for number, (ids, gap, tail) in enumerate(_prompts(model, body, config, longest)):
         for _ in range(body.choices):
             made.append(
@@ -73,18 +73,18 @@ def _row(
     ids: list[int],
     gap: int | None,
     tail: list[int] | None,
-) -> Row:
+) -> PreparedRow:
     """A choice. gap: tokens to generate behind `ids`; None: the gaps are in them. tail: what stands behind
     the gap."""
     mask = model.manifest.decoding.mask_token_id
     if gap is not None and tail is None:
         sequence = model.sequence(ids, replace(config, gen_length=gap), raw=True)
-        return Row(sequence, number, len(ids))
+        return PreparedRow(sequence, number, len(ids))
     whole = ids if gap is None else [*ids, *[mask] * gap, *(tail or [])]
     sequence = model.sequence(whole, replace(config, gen_length=0, infill=True), raw=True)
     gaps = whole.count(mask)
     shown = slice(0, len(whole)) if gap is None else slice(len(ids), len(ids) + gap)
-    return Row(sequence, number, len(whole) - gaps, shown, gaps)
+    return PreparedRow(sequence, number, len(whole) - gaps, shown, gaps)
 
 
 def _prompts(

@@ -47,7 +47,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScreenRow:
     """A line of the screen. end: how many characters of the laid-out text are in this row and those above;
     broken: by the width, not by the text."""
 
@@ -56,8 +56,8 @@ class Row:
     broken: bool
 
     @property
-    def plain(self) -> Row:
-        return Row(tuple(replace(cell, style=PLAIN) for cell in self.cells), self.end, self.broken)
+    def plain(self) -> ScreenRow:
+        return ScreenRow(tuple(replace(cell, style=PLAIN) for cell in self.cells), self.end, self.broken)
 
 
 def is_terminal(out: TextIO) -> bool:
@@ -120,13 +120,13 @@ def fitted(text: str, columns: int) -> str:
     return kept
 
 
-def lay_out(spans: Iterable[Span], width: int) -> list[Row]:
+def lay_out(spans: Iterable[Span], width: int) -> list[ScreenRow]:
     """The rows of a text on a terminal of `width` columns; at least one."""
-    rows, cells, column, end = list[Row](), list[Cell](), 0, 0
+    rows, cells, column, end = list[ScreenRow](), list[Cell](), 0, 0
 
     def close(kept: list[Cell], broken: bool, *next_row: Cell) -> None:
         nonlocal cells, column
-        rows.append(Row(tuple(kept), end, broken))
+        rows.append(ScreenRow(tuple(kept), end, broken))
         cells, column = list(next_row), sum(cell.width for cell in next_row)
 
     for text, style in spans:
@@ -178,7 +178,7 @@ class Live:
 
     def __init__(self, out: TextIO) -> None:
         self.out, self.size = out, size_of(out)
-        self.rows: list[Row] = []  # the live region, as it is on the screen
+        self.rows: list[ScreenRow] = []  # the live region, as it is on the screen
         self.gone = ""  # the text of the rows that scrolled out
 
     def show(self, spans: Iterable[Span], settled: int) -> None:
@@ -216,7 +216,7 @@ class Live:
         size = size_of(self.out)
         drawn = "" if self.rows else _HIDE
         if size != self.size or not self.rows:
-            drawn, self.rows, self.size = drawn + "\r" + _CLEAR, [Row((), 0, False)], size
+            drawn, self.rows, self.size = drawn + "\r" + _CLEAR, [ScreenRow((), 0, False)], size
         width, lines = size
         rows = lay_out(spans, width)
         finished = sum(row.end < settled for row in rows[:-1])
@@ -225,10 +225,10 @@ class Live:
         drawn += self._difference(rows, leaving)
         taken = rows[leaving - 1].end if leaving else 0
         self.gone += "".join(text for text, _ in spans)[:taken]
-        self.rows = [Row(row.cells, row.end - taken, row.broken) for row in rows[leaving:]]
+        self.rows = [ScreenRow(row.cells, row.end - taken, row.broken) for row in rows[leaving:]]
         return drawn, len(self.rows) - 1
 
-    def _difference(self, rows: list[Row], leaving: int) -> str:
+    def _difference(self, rows: list[ScreenRow], leaving: int) -> str:
         drawn, at = "", 0
         for i, row in enumerate(rows):
             if i >= len(self.rows):
@@ -296,7 +296,7 @@ def _changed(old: tuple[Cell, ...], new: tuple[Cell, ...]) -> str:
     return start + ("\x1b[K" if after < before else "") + _cells(new[first:last])
 
 
-def _unbroken(rows: list[Row], width: int) -> str:
+def _unbroken(rows: list[ScreenRow], width: int) -> str:
     """Rows without breaks where the terminal breaks them by itself: where they are full."""
     drawn = ""
     for i, row in enumerate(rows):

@@ -12,7 +12,7 @@ from tiny import write_checkpoint
 from export import families
 from export.graph.lowering import modern
 from trt_runtime.backends.tensorrt import builder, fused_attention, store
-from trt_runtime.backends.tensorrt.fused_attention import Kernel
+from trt_runtime.backends.tensorrt.fused_attention import FusedKernel
 from trt_runtime.backends.tensorrt.store import BuildConfig
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -66,8 +66,8 @@ def test_the_legacy_lowering_leaves_no_scale_to_the_kernel(tmp_path, family, dty
 @pytest.mark.parametrize(
     ("dtype", "scale", "kernel"),
     [
-        ("bf16", 128**-0.5, Kernel("bf16", "fp32", float.fromhex("0x1.69p-4"))),
-        ("fp16", 1.0, Kernel("fp16", "fp16", 1.0)),
+        ("bf16", 128**-0.5, FusedKernel("bf16", "fp32", float.fromhex("0x1.69p-4"))),
+        ("fp16", 1.0, FusedKernel("fp16", "fp16", 1.0)),
     ],
 )
 def test_what_the_scale_was_is_seen(tmp_path, monkeypatch, dtype, scale, kernel):
@@ -75,7 +75,7 @@ def test_what_the_scale_was_is_seen(tmp_path, monkeypatch, dtype, scale, kernel)
     sum in fp16, which is said."""
     monkeypatch.setattr(modern, "scales", lambda head_dim, kind: (None, scale))
     found, said = built(tmp_path, "llada", 128, dtype=dtype)
-    assert [Kernel(item["dtype"], item["sums"], item["scale"]) for item in found["shared"]] == [kernel]
+    assert [FusedKernel(item["dtype"], item["sums"], item["scale"]) for item in found["shared"]] == [kernel]
     assert (
         kernel.scale != 128**-0.5
         and bool(said) == (dtype == "fp16")
@@ -108,10 +108,10 @@ def test_attention_without_a_fused_kernel_builds_and_is_said(tmp_path, monkeypat
 def test_names_of_compiled_kernels_are_found_too():
     """TensorRT's own engines hold names where TensorRT-RTX's hold source."""
     data = b"\0_gemm_mha_v2_myl0_12\0 \0_gemm_mha_v2_myl0_12\0 fmha_v2_flash_attention_bf16_64_128"
-    assert fused_attention.found(data) == {Kernel(None, None, None): 2}
+    assert fused_attention.found(data) == {FusedKernel(None, None, None): 2}
     assert fused_attention.found(b"nothing of the kind") == {} and fused_attention.found(
         bytearray(b"fmha_x")
-    ) == {Kernel(None, None, None): 1}
+    ) == {FusedKernel(None, None, None): 1}
     assert fused_attention.complaint({}, "fp32", "x") == "" != fused_attention.complaint({}, "bf16", "x")
 
 

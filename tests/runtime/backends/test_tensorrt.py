@@ -37,7 +37,7 @@ def gpu(monkeypatch):
     return stand_ins.install(monkeypatch, rtx)[0]
 
 
-@pytest.mark.parametrize("layout", store.LAYOUTS)
+@pytest.mark.parametrize("layout", store.ENGINE_LAYOUTS)
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
 def test_all_goldens_exactly(gpu, golden_checkpoint, golden_cases, tmp_path, layout, lowering):
     artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering, head="logits")
@@ -57,7 +57,7 @@ def tiny_engines(gpu, tiny_artifact, tmp_path):
     return tmp_path / "engines"
 
 
-@pytest.mark.parametrize("layout", store.LAYOUTS)
+@pytest.mark.parametrize("layout", store.ENGINE_LAYOUTS)
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
 def test_batches_larger_than_the_engines_take_are_split(gpu, golden_checkpoint, tmp_path, lowering, layout):
     """Five ragged rows by engines for two at a time, in slots beyond the first: the same tokens as on ONNX
@@ -164,7 +164,7 @@ def test_serving_starts_with_the_documented_engines(gpu, tmp_path, longest):
     less the scheduler's spare rows, and never more than the model; a request is answered."""
     from fastapi.testclient import TestClient
 
-    from trt_runtime.serving.answers import Options
+    from trt_runtime.serving.answers import ServeOptions
     from trt_runtime.serving.app import create_app
 
     checkpoint = write_checkpoint(
@@ -175,7 +175,7 @@ def test_serving_starts_with_the_documented_engines(gpu, tmp_path, longest):
     capacity = json.loads((made / "engine.json").read_text())["built_for"]["capacity"]
     assert capacity == {128: 192, 4096: 2048}[longest]
     with load(artifact, "tensorrt", engines=tmp_path / "engines") as model:
-        app = create_app(model, Options("tiny", slots=8))
+        app = create_app(model, ServeOptions("tiny", slots=8))
         assert app.state.worker.max_length == {128: 128, 4096: 2048 - 64}[longest]
         with TestClient(app, base_url="http://localhost") as client:
             answer = client.post(
@@ -216,10 +216,10 @@ def test_a_driver_that_is_older_than_the_bindings_is_named_with_the_remedy(gpu, 
         match=r"cuda-bindings is of CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and "
         r"rtx-cu12",
     ):
-        cuda.Device()
+        cuda.CudaDevice()
     monkeypatch.setattr(cuda, "bindings_major", lambda: 12)
     with pytest.raises(DllmError, match="and a driver; 'dllm-trt doctor' says what is there"):
-        cuda.Device()
+        cuda.CudaDevice()
 
 
 def test_engines_of_something_else_are_not_opened(gpu, tiny_artifact, tiny_engines, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
     with pytest.raises(
         DllmError, match="GPU 0 was asked for, this machine has 0: install NVIDIA's cuda-bindings"
     ):
-        cuda.Device()
+        cuda.CudaDevice()
     with pytest.raises(DllmError, match="engines are built on the GPU that runs them: GPU 0"):
         store.build(tiny_artifact, tmp_path, SIZES)
     monkeypatch.undo()
@@ -280,7 +280,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
     with pytest.raises(
         DllmError, match=r"a package that is missing .cuda.bindings.runtime.: install NVIDIA's cuda-bindings"
     ):
-        cuda.Device()
+        cuda.CudaDevice()
 
 
 def test_the_backend_is_found_by_its_name(gpu, tiny_artifact, tiny_engines):
@@ -614,7 +614,7 @@ def test_a_driver_that_is_too_old_for_a_kernel_is_told_so(gpu, monkeypatch):
     with pytest.raises(
         DllmError, match=r"its PTX is of version 8.7 .8.7 needs CUDA 12.8., the driver runs CUDA 13.0"
     ):
-        cuda.Device().kernel(b"//\n.version 8.7\n.target sm_90\n", "k")
+        cuda.CudaDevice().kernel(b"//\n.version 8.7\n.target sm_90\n", "k")
 
 
 def test_another_thread_uses_the_same_gpu(gpu, monkeypatch):
@@ -626,7 +626,7 @@ def test_another_thread_uses_the_same_gpu(gpu, monkeypatch):
         "cudaSetDevice",
         lambda index: set_to.append((threading.get_ident(), index)) or (gpu.Code.cudaSuccess,),
     )
-    device = cuda.Device()
+    device = cuda.CudaDevice()
     other = threading.Thread(target=lambda: device.allocate(16))
     other.start()
     other.join()

@@ -20,7 +20,7 @@ from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
 from trt_runtime.machine import devices
 from trt_runtime.machine import forecast as plan
-from trt_runtime.machine.forecast import LAYOUTS, Work
+from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work
 
 sys.path.append(str(ROOT / "tools"))
 from random_checkpoint import PRESETS, write
@@ -80,7 +80,7 @@ def test_weights_and_cache_are_what_a_process_takes(small, tmp_path, dtype):
     anonymous, mapped, cache = json.loads(done.stdout)
     facts = manifests.load(small).model
     assert plan.cache_bytes(facts, Work(4, 2000, 32)) == pytest.approx(cache, rel=0.1)
-    assert plan.memory(facts, Work(1, 1, 1), LAYOUTS[0], on_cpu=True).weights == pytest.approx(
+    assert plan.memory(facts, Work(1, 1, 1), MEMORY_LAYOUTS[0], on_cpu=True).weights == pytest.approx(
         anonymous + mapped, rel=0.1
     )
 
@@ -147,7 +147,7 @@ def test_a_refine_step_reads_the_weights_and_a_prefix_pass_multiplies():
 
 def test_verdicts_say_what_to_change():
     def said(name, work, layout=1, **change):
-        return plan.verdict(plan.replace(FACTS, **change), work, devices.find(name), LAYOUTS[layout])
+        return plan.verdict(plan.replace(FACTS, **change), work, devices.find(name), MEMORY_LAYOUTS[layout])
 
     assert said("h200", Work(8, 1280, 32)).startswith(
         "fits: tensorrt, one engine (shared) on H200 SXM needs 23"
@@ -161,8 +161,8 @@ def test_verdicts_say_what_to_change():
     assert "a batch of 1 and a canvas of 1216 tokens" in said("rtx-5090", Work(1, 1280, 32), dtype="fp32")
     batch = int(said("l4", Work(8, 1280, 32)).split("a batch of ")[1].split()[0])
     free = devices.find("l4").memory - devices.find("l4").reserved
-    assert plan.memory(FACTS, Work(batch, 1280, 32), LAYOUTS[1]).total <= free
-    assert plan.memory(FACTS, Work(batch + 1, 1280, 32), LAYOUTS[1]).total > free
+    assert plan.memory(FACTS, Work(batch, 1280, 32), MEMORY_LAYOUTS[1]).total <= free
+    assert plan.memory(FACTS, Work(batch + 1, 1280, 32), MEMORY_LAYOUTS[1]).total > free
 
 
 def test_the_command(small, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_the_command(small, tmp_path, capsys):
         and made["model"]["dtype"] == "bf16"
     )
     assert made["work"] == {"batch": 3, "length": 100, "block_length": 32} and list(made["devices"]) == ["L4"]
-    assert len(made["verdicts"]) == len(LAYOUTS)
+    assert len(made["verdicts"]) == len(MEMORY_LAYOUTS)
     for arguments, error in (
         (["--device", "h20"], "unknown device 'h20': did you mean 'h200'"),
         (["--batch", "0"], "--batch is 0"),
@@ -206,7 +206,7 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     facts = plan.model_of(str(tmp_path), "bf16").facts
     work, shared = (
         plan.Work(1, 1280, 32),
-        next(layout for layout in plan.LAYOUTS if layout.label == "trt shared"),
+        next(layout for layout in plan.MEMORY_LAYOUTS if layout.label == "trt shared"),
     )
     orin, thor, card = (devices.DEVICES[name] for name in ("orin-32g", "thor", "l4"))
     assert plan.opening_bytes(facts, shared, orin) == plan.memory(facts, work, shared).weights > 16e9
@@ -214,7 +214,7 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
         plan.opening_bytes(facts, shared, thor) == store.PIECE
         and plan.opening_bytes(facts, shared, card) == 0
     )
-    assert plan.opening_bytes(facts, plan.LAYOUTS[0], orin) == 0
+    assert plan.opening_bytes(facts, plan.MEMORY_LAYOUTS[0], orin) == 0
     said = plan.verdict(facts, work, orin, shared)
     assert said.startswith("does not fit") and "holds the engine's file whole beside its weights" in said
     assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(

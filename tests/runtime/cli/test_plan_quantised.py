@@ -25,9 +25,9 @@ from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
 from trt_runtime.machine import devices
 from trt_runtime.machine import forecast as plan
-from trt_runtime.machine.forecast import LAYOUTS, Work
+from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work
 
-CPU = devices.Device("a CPU", 16 * devices.GIB, devices.GIB, 20.0, None, 0.1, is_cpu=True, rate8=0.4)
+CPU = devices.DeviceSpec("a CPU", 16 * devices.GIB, devices.GIB, 20.0, None, 0.1, is_cpu=True, rate8=0.4)
 
 
 class _AnyCalibration(dict):
@@ -73,7 +73,7 @@ def test_an_export_takes_the_disk_that_was_forecast(name, tmp_path, capsys):
         == (tmp_path / name / "weights.data").stat().st_size
         == done.files["weights.data"].size
     )
-    assert made["disk"]["engines, shared"] is None and list(made["memory"]) == [LAYOUTS[0].name]
+    assert made["disk"]["engines, shared"] is None and list(made["memory"]) == [MEMORY_LAYOUTS[0].name]
     assert made["quantised"] == {"scheme": name, "target": "ort-cpu"}
     (row,) = made["devices"].values()
     assert row["rates"]["measured"] and row["prefix_pass_seconds"] > 0 and row["fits"] == {"ort": True}

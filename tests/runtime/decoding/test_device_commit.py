@@ -74,7 +74,7 @@ def test_the_commit_is_the_policies_on_arrays():
         )
         state = BlockState(masks, max(state.step, state.forced), state.forced)
         rule = policy.rule(state, limit)
-        held, after = steps.plan_of([rule], len(ids)), ids[None].copy()
+        held, after = steps.commit_arrays([rule], len(ids)), ids[None].copy()
         steps.commit(after, token[None], confidence[None], held, MASK)
         if not len(where):
             assert (after[0] == ids).all() and held.state.tolist() == [[rule.number, 0]]
@@ -94,7 +94,7 @@ def test_faults_stop_a_row_and_are_told():
         ([0.1, np.nan, 0.9], [1, 2, 3], "no number"),
         ([0.1, 0.2, 0.9], [1, 2, MASK], "the mask token"),
     ):
-        ids, held = np.full((1, 3), MASK), steps.plan_of([rule], 3)
+        ids, held = np.full((1, 3), MASK), steps.commit_arrays([rule], 3)
         for _ in range(2):
             steps.commit(ids, np.array([token]), np.array([confidence], np.float32), held, MASK)
         assert (ids == MASK).all() and held.state[0, 0] == 0

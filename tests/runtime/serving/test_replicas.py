@@ -94,11 +94,11 @@ def test_an_answer_without_a_body_is_passed_on():
 
 
 def test_a_replica_whose_forward_does_not_end_is_replaced(model):
-    from trt_runtime.serving.answers import Options
+    from trt_runtime.serving.answers import ServeOptions
     from trt_runtime.serving.app import create_app
 
     replica = object.__new__(Replica)
-    replica.app = create_app(model, Options(name="demo", max_length=192, timeout=0.5))
+    replica.app = create_app(model, ServeOptions(name="demo", max_length=192, timeout=0.5))
     worker = replica.app.state.worker
     worker.start()
     try:

@@ -18,7 +18,7 @@ from serving import OTHERS, PROMPT, chat, serving, until  # noqa: E402
 
 from trt_runtime.decoding.config import GenerationConfig  # noqa: E402
 from trt_runtime.errors import DllmError  # noqa: E402
-from trt_runtime.serving.answers import Options  # noqa: E402
+from trt_runtime.serving.answers import ServeOptions  # noqa: E402
 from trt_runtime.serving.app import create_app  # noqa: E402
 
 
@@ -93,10 +93,10 @@ def test_lanes_answer_as_one_does(model):
 
 def test_lanes_that_cannot_be_had(model, monkeypatch):
     with pytest.raises(DllmError, match="at most one a slot"):
-        create_app(model, Options(name="demo", slots=1, lanes=2))
+        create_app(model, ServeOptions(name="demo", slots=1, lanes=2))
     monkeypatch.setattr(model.backend, "is_concurrent", False)
     with pytest.raises(DllmError, match="takes one call at a time"):
-        create_app(model, Options(name="demo", lanes=2))
+        create_app(model, ServeOptions(name="demo", lanes=2))
 
 
 def test_text_is_cut_at_stop_strings(client, model):

@@ -150,7 +150,7 @@ def test_an_open_door_is_said(monkeypatch, capsys, host, key, warns):
 
     monkeypatch.setattr(serve.Server, "run", lambda self, sockets: sockets[0].close())
     monkeypatch.setattr(serve.signal, "signal", lambda number, handler: None)
-    assert serve.run_app(None, serve.listen(host, 0), "demo", serve.Options("demo", api_key=key), 8) == 0
+    assert serve.run_app(None, serve.listen(host, 0), "demo", serve.ServeOptions("demo", api_key=key), 8) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("warning:") and "--api-key" in line for line in lines] == (
         [True, False] if warns else [False]
@@ -179,7 +179,7 @@ def test_signals_end_a_server_that_is_starting_by_its_own_way(monkeypatch):
     monkeypatch.setattr(serve.threading, "Timer", Timer)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        assert serve.run_app(None, serve.listen("127.0.0.1", 0), "demo", serve.Options("demo"), 8) == 130
+        assert serve.run_app(None, serve.listen("127.0.0.1", 0), "demo", serve.ServeOptions("demo"), 8) == 130
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -146,7 +146,7 @@ class OrtCudaBackend(OrtSession):
         if held is None or held.max_batch < batch or held.columns < columns:
             tool = import_optional("plugins.commit", "steps_per_sync on CUDA", commands.install("kernels"))
             batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
-            device = held.device if held is not None else cuda.Device()
+            device = held.device if held is not None else cuda.CudaDevice()
             made = tool.compiled(
                 self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability
             )

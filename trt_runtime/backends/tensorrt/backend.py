@@ -72,7 +72,7 @@ class _Step:
 class _Buffers:
     """Caches of a model by name; and steps by what they depend on, the latest last (None: seen once)."""
 
-    caches: dict[str, cuda.Memory]
+    caches: dict[str, cuda.DeviceMemory]
     steps: OrderedDict[tuple[Any, ...], _Step | None] = field(default_factory=OrderedDict)
 
 
@@ -100,7 +100,7 @@ class TensorRTBackend(Backend):
     ) -> None:
         self.manifest, self.steps_per_sync = manifests.load(artifact), steps_per_sync
         self._trt = store.load(self.name)
-        self._device, self._cuda_graphs = cuda.Device(device), cuda_graphs
+        self._device, self._cuda_graphs = cuda.CudaDevice(device), cuda_graphs
         wanted = store.circumstances(self.manifest, self.name, self._trt, self._device.facts)
         self.directory = store.find(Path(engines), wanted, store.Needs(batch, length, steps_per_sync > 1))
         built_for = store.check(
@@ -407,7 +407,7 @@ class TensorRTBackend(Backend):
                 )
         return self._device.arena(size)
 
-    def _fresh_rows(self) -> list[cuda.Memory]:
+    def _fresh_rows(self) -> list[cuda.DeviceMemory]:
         """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
         if self.manifest.dims.writes_caches:
             return []

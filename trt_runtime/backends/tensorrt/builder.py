@@ -41,7 +41,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """What to build of a graph. `edit` may change the parsed network (kernels in the place of layers)."""
 
     name: str
@@ -83,7 +83,7 @@ def workarounds(package: str, trt: Any) -> list[Workaround]:
 
 
 def serialised(
-    job: Job, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None
+    job: BuildJob, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None
 ) -> tuple[Any, bytes | None]:
     """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none).
     Raises DllmError."""
@@ -133,7 +133,7 @@ def network_flags(trt: Any) -> int:
     return 1 << int(flag)
 
 
-def _configure(job: Job, specs: Sequence[TensorSpec], builder: Any, settings: Any, trt: Any) -> None:
+def _configure(job: BuildJob, specs: Sequence[TensorSpec], builder: Any, settings: Any, trt: Any) -> None:
     for index, target in enumerate(job.targets):
         settings.num_compute_capabilities = len(job.targets)
         settings.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)

@@ -58,7 +58,7 @@ class Engines:
         artifact: Path,
         manifest: Manifest,
         trt: Any,
-        device: cuda.Device,
+        device: cuda.CudaDevice,
         built_for: dict[str, Any],
     ) -> None:
         self.directory, self.artifact, self.manifest, self.trt, self.device = (
@@ -240,7 +240,7 @@ def _scratch_bytes(held: Opened, index: int) -> int:
     return int(held.engine.device_memory_size)
 
 
-def _set_scratch(context: Any, scratch: cuda.Memory) -> None:
+def _set_scratch(context: Any, scratch: cuda.DeviceMemory) -> None:
     if hasattr(context, "set_device_memory"):
         context.set_device_memory(scratch.address, scratch.size)
     else:

@@ -19,7 +19,7 @@ _NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # what TensorRT call
 
 
 @dataclass(frozen=True)
-class Kernel:
+class FusedKernel:
     """A kind of fused attention kernel. dtype: of q, k and v; sums: of the scores and their product with v;
     scale: what scores are multiplied by in the
     kernel. None: the engine does not say."""
@@ -29,31 +29,31 @@ class Kernel:
     scale: float | None
 
 
-def found(engine: Any) -> dict[Kernel, int]:
+def found(engine: Any) -> dict[FusedKernel, int]:
     """Fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each stands
     there. Empty: there is none."""
     data = memoryview(engine)
-    kernels: Counter[Kernel] = Counter()
+    kernels: Counter[FusedKernel] = Counter()
     for call in _CALL.finditer(data):
         scale = _SCALE.search(call[3])
         kernels[
-            Kernel(
+            FusedKernel(
                 call[1].decode().lower(),
                 call[2].decode().lower(),
                 float.fromhex(scale[1].decode()) if scale else None,
             )
         ] += 1
     if not kernels and (named := len(set(match[0] for match in _NAMES.finditer(data)))):
-        kernels[Kernel(None, None, None)] = named
+        kernels[FusedKernel(None, None, None)] = named
     return dict(kernels)
 
 
-def as_list(kernels: dict[Kernel, int]) -> list[dict[str, Any]]:
+def as_list(kernels: dict[FusedKernel, int]) -> list[dict[str, Any]]:
     """For engine.json."""
     return [asdict(kernel) | {"count": count} for kernel, count in sorted(kernels.items(), key=str)]
 
 
-def complaint(kernels: dict[Kernel, int], dtype: str, name: str) -> str:
+def complaint(kernels: dict[FusedKernel, int], dtype: str, name: str) -> str:
     """What a user should know of an engine's attention; empty if all is well. dtype: of the artifact."""
     if dtype == "fp32":
         return ""  # no package has a fused kernel for it

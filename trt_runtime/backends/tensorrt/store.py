@@ -27,14 +27,14 @@ from trt_runtime.artifact.contract import MODERN
 from trt_runtime.artifact.manifest import FileFacts, Manifest
 from trt_runtime.backends import cuda
 from trt_runtime.backends.tensorrt import builder, fused_attention
-from trt_runtime.backends.tensorrt.builder import Job, Profile, version_of
+from trt_runtime.backends.tensorrt.builder import BuildJob, Profile, version_of
 from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.optional import import_optional
 from trt_runtime.system import atomic, commands
 
 FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
-LAYOUTS = SHARED, SPLIT = ("shared", "split")
-TARGETS = (
+ENGINE_LAYOUTS = SHARED, SPLIT = ("shared", "split")
+SM_TARGETS = (
     "sm75",
     "sm80",
     "sm86",
@@ -95,13 +95,13 @@ class BuildConfig:
         """This configuration, with the canvas bounded by the model's. Raises DllmError."""
         for name, value, known in (
             ("backend", self.backend, tuple(_MODULES)),
-            ("layout", self.layout, LAYOUTS),
+            ("layout", self.layout, ENGINE_LAYOUTS),
         ):
             if value not in known:
                 raise unknown(name, value, known)
         for target in self.targets:
-            if target not in TARGETS:
-                raise unknown("target", target, TARGETS)
+            if target not in SM_TARGETS:
+                raise unknown("target", target, SM_TARGETS)
         if self.targets and self.backend != "tensorrt-rtx":
             raise DllmError(
                 f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for "
@@ -224,7 +224,7 @@ def build(
     with atomic.sealed(directory) as made:
         seconds, attention = {}, {}
         for plan in plans(config):
-            job = Job(
+            job = BuildJob(
                 plan.name,
                 artifact / manifest.graphs[plan.role].file,
                 plan.role,
@@ -263,8 +263,8 @@ def build(
 
 
 def _build_one(
-    job: Job, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
-) -> dict[fused_attention.Kernel, int]:
+    job: BuildJob, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
+) -> dict[fused_attention.FusedKernel, int]:
     """Build an engine into a file; returns what became of its attention. `timing`: the timing cache, which is
     read and replaced."""
     learnt = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
@@ -387,9 +387,9 @@ def _check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
 
 def _gpu(config: BuildConfig) -> cuda.Facts:
     try:
-        return cuda.Device().facts
+        return cuda.CudaDevice().facts
     except DllmError as error:
-        known = f", or give --target ({', '.join(TARGETS)})" if config.backend == "tensorrt-rtx" else ""
+        known = f", or give --target ({', '.join(SM_TARGETS)})" if config.backend == "tensorrt-rtx" else ""
         raise DllmError(
             f"engines are built on the GPU that runs them: {str(error).rstrip('.')}{known}."
         ) from error
