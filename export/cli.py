@@ -53,7 +53,7 @@ def _main(argv: list[str] | None, prog: str) -> int:
     return cli_parser.execute(args)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str = "python -m export") -> argparse.ArgumentParser:
     parser = cli_parser.Parser(
         prog=prog,
         description="Export a diffusion LLM's checkpoint to an artifact: two ONNX graphs over one weights "

@@ -12,15 +12,11 @@ import importlib
 import os
 import sys
 import traceback
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 from trt_runtime.errors import DllmError
 from trt_runtime.system import commands, program
-
-TOOLS, PREFIX = ("export", "plugins"), "dllm_trt_"
+from trt_runtime.system.names import PREFIX, TOOLS
 
 
 def import_optional(module: str, what: str, fix: str) -> Any:
@@ -71,34 +67,3 @@ def _package_of(error: BaseException) -> str | None:
     from importlib import metadata  # takes milliseconds, which only an error should cost
 
     return (metadata.packages_distributions().get(name) or [name])[0]
-
-
-class InstalledName(MetaPathFinder, Loader):
-    """Makes `dllm_trt_export...` another name of the modules `export...` of a checkout, and so for the
-    kernels: one module, two names."""
-
-    def __init__(self, tool: str) -> None:
-        self.tool = tool
-        self._specs: dict[str, ModuleSpec | None] = {}
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        own = PREFIX + self.tool
-        return ModuleSpec(name, self) if name == own or name.startswith(f"{own}.") else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(spec.name.removeprefix(PREFIX))
-        self._specs[spec.name] = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """It was executed under its first name, which it keeps."""
-        module.__spec__ = self._specs.pop(PREFIX + module.__name__)
-
-
-def know_installed_name(package: str) -> None:
-    """For the packages of a checkout, when they are imported: code that imports them by the installed name
-    gets the same modules."""
-    if package in TOOLS and not any(
-        isinstance(finder, InstalledName) and finder.tool == package for finder in sys.meta_path
-    ):
-        sys.meta_path.insert(0, InstalledName(package))

@@ -356,7 +356,7 @@ def test_the_embedding_keeps_the_checkpoints_16_bits_on_a_cpu(tmp_path):
 
 def test_graphs_hold_no_foreign_operators_but_those_of_their_scheme(tiny_checkpoint):
     source = read(str(tiny_checkpoint))
-    dims = pipeline.graphs.dims_of(source.decoder, "fp32")
+    dims = pipeline.roles.dims_of(source.decoder, "fp32")
     scheme = KINDS[0]("fp32")
     graph = pipeline.graph_of(
         "refine",

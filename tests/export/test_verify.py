@@ -117,7 +117,7 @@ def _position_off_by_one_in_refine_steps(monkeypatch):
 def _wrong_scale_in_the_prefix_graph(monkeypatch):
     """The refine graph is right, and ONNX Runtime decodes with that one: only TensorRT would meet the
     fault."""
-    real = pipeline.graphs.build
+    real = pipeline.roles.build
 
     def wrong(role, *arguments, **options):
         with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def _wrong_scale_in_the_prefix_graph(monkeypatch):
                 _wrong_scale(patch)
             return real(role, *arguments, **options)
 
-    monkeypatch.setattr(pipeline.graphs, "build", wrong)
+    monkeypatch.setattr(pipeline.roles, "build", wrong)
 
 
 def _stale_cache(monkeypatch):

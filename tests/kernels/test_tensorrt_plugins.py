@@ -35,7 +35,7 @@ def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
     } | bindings_of(version, tmp_path)
     environment["PYTHONPATH"] += f":{ROOT}"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "plugin_harness.py"), "126464", "126336", "90"],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "plugin_harness.py"), "126464", "126336", "90"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -176,7 +176,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise DllmError(
             "--name is empty, or has line breaks or other characters that cannot be shown: give another one."
         )
-    options = serving.Options(
+    options = serving.ServeOptions(
         args.name or args.artifact.resolve().name,
         slots=args.slots,
         lanes=args.lanes,

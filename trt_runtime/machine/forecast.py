@@ -204,8 +204,8 @@ def model_of(
         return ForecastModel(facts_of(path, dtype or ("fp32" if device == "cpu" else "bf16")))
     forecast = import_optional("export.quantize.forecast", "plan of a checkpoint", mend)
     of_device = None if device is None else ORT_CPU if device == "cpu" else TENSORRT
-    names = forecast.quantization.names_for(of_device)
-    if quantize in forecast.quantization.NAMES and quantize not in names:
+    names = forecast.schemes.names_for(of_device)
+    if quantize in forecast.schemes.NAMES and quantize not in names:
         raise DllmError(
             f"--quantize {quantize} does not run on {device}: quantise with {' or '.join(names)}, or leave "
             f"--device out."

@@ -175,7 +175,7 @@ def test_functions_of_cuda_python_exist_with_our_numbers_of_arguments():
     signatures."""
     runtime, driver = (pytest.importorskip(f"cuda.bindings.{name}") for name in ("runtime", "driver"))
     found = {}
-    for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "cuda.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "backends" / "cuda.py").read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         if node.func.attr == "_do" and isinstance(node.args[0], ast.Constant):

@@ -149,7 +149,7 @@ def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tm
         backend.prefix(cache, slice(0, 1), window(np.zeros((1, 30), np.int64)))
     gpu.left = 1 << 12
     with pytest.raises(
-        DllmError, match=r"GiB could not be had on the GPU .*cudaErrorMemoryAllocation.*: use a smaller batch"
+        DllmError, match=r"could not allocate .* GiB on the GPU .*cudaErrorMemoryAllocation.*: use a smaller batch"
     ):
         backend.new_cache(8, 64)
     with pytest.raises(

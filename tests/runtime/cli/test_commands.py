@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from trt_runtime import backends
+from trt_runtime import backends, optional
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
 from trt_runtime.machine import doctor
@@ -44,12 +44,11 @@ def _script(path: Path) -> Path:
 def test_a_checkout_is_installed_in_place_and_a_wheel_by_its_name(python, monkeypatch, tmp_path):
     _script(python / "pip")
     assert commands.install("serve") == f".venv/bin/pip install -e {shlex.quote(f'{ROOT}[serve]')}"
-    assert commands.install("export") == commands.install("export")
     monkeypatch.setattr(commands, "checkout", lambda: tmp_path)
     assert commands.install("serve", "ray") == ".venv/bin/pip install -e '.[serve,ray]'"
     monkeypatch.setattr(commands, "checkout", lambda: None)
     assert commands.install("serve") == ".venv/bin/pip install 'dllm-trt[serve]'"
-    assert commands.install("export") == "run it from a checkout of dllm-trt, with pip install -e '.[export]'"
+    assert commands.install("export") == ".venv/bin/pip install 'dllm-trt[export]'"
     assert commands.package("jinja2>=3.1.6", "x") == ".venv/bin/pip install 'jinja2>=3.1.6' x"
 
 
@@ -105,7 +104,7 @@ def test_messages_of_missing_packages_carry_it(monkeypatch, demo_artifact, capsy
     def absent(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(backends.importlib, "import_module", absent)
+    monkeypatch.setattr(optional.importlib, "import_module", absent)
     for command, expected in (
         (["serve"], commands.install("serve")),
         (["eval", "--tasks", "x"], commands.install("eval")),
@@ -126,7 +125,7 @@ def test_the_doctors_table_carries_it(monkeypatch):
     monkeypatch.setattr(commands, "checkout", lambda: None)
     mends = {package.name: package.mend for package in doctor.packages()}
     assert mends["onnxruntime"] == commands.install("ort") and "'dllm-trt[ort]'" in mends["onnxruntime"]
-    assert "checkout" in mends["torch"] and mends["numpy"] == commands.package("numpy")
+    assert mends["torch"] == commands.install("reference") and mends["numpy"] == commands.package("numpy")
     monkeypatch.setattr(commands, "checkout", lambda: ROOT)
     mends = {package.name: package.mend for package in doctor.packages()}
     assert all(" -e " in mends[name] for name in ("onnxruntime", "torch", "onnx", "tensorrt"))
@@ -135,7 +134,7 @@ def test_the_doctors_table_carries_it(monkeypatch):
 def test_no_message_has_an_installation_of_its_own():
     for folder in ("trt_runtime", "export"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path.name == "advice.py":
+            if path.name == "commands.py":
                 continue
             texts = [
                 node.value

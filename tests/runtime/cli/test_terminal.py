@@ -143,7 +143,7 @@ def test_a_long_answer_scrolls_out_once(tmp_path, resized):
     tokens = [rng.choice(words) for _ in range(400)]
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     session = Session(
-        sys.executable, ROOT / "tests" / "streamer.py", tmp_path / "tokens.json", 32, PYTHONPATH=str(ROOT)
+        sys.executable, ROOT / "tests" / "helpers" / "streamer.py", tmp_path / "tokens.json", 32, PYTHONPATH=str(ROOT)
     )
     session.until(lambda terminal: "waiting" in terminal.received)
     if resized:

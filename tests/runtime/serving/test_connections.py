@@ -138,9 +138,9 @@ def test_where_there_is_no_room_the_oldest_idle_connection_goes(model, monkeypat
             pass
         for client in [*clients, newest]:
             client.close()
-        whole = model.backend.refine
+        whole = model.backend.forward
         monkeypatch.setattr(
-            model.backend, "refine", lambda *args, **options: (time.sleep(0.1), whole(*args, **options))[1]
+            model.backend, "forward", lambda *args, **options: (time.sleep(0.1), whole(*args, **options))[1]
         )
         until(lambda: httpx.get(f"{url}/health").status_code == 200)
         busy = [connect(url) for _ in range(5)]
@@ -159,9 +159,9 @@ def test_where_there_is_no_room_the_oldest_idle_connection_goes(model, monkeypat
 
 def test_more_requests_than_may_be_open_get_503(model, monkeypatch):
     monkeypatch.setattr("trt_runtime.serving.app.most_open", lambda options: 2)
-    whole = model.backend.refine
+    whole = model.backend.forward
     monkeypatch.setattr(
-        model.backend, "refine", lambda *args, **options: (time.sleep(0.05), whole(*args, **options))[1]
+        model.backend, "forward", lambda *args, **options: (time.sleep(0.05), whole(*args, **options))[1]
     )
     with serving(model) as (url, worker):
         clients = [connect(url) for _ in range(2)]

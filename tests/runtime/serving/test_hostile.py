@@ -26,9 +26,9 @@ from trt_runtime.serving.preparing import Preparing
 @pytest.fixture
 def stuck(model, monkeypatch):
     """A forward that waits for an event, which the test or the end sets."""
-    go, real = threading.Event(), model.backend.prefix
+    go, real = threading.Event(), model.backend.forward
     monkeypatch.setattr(
-        model.backend, "prefix", lambda *args, **options: (go.wait(), real(*args, **options))[1]
+        model.backend, "forward", lambda *args, **options: (go.wait(), real(*args, **options))[1]
     )
     yield go
     go.set()
@@ -126,12 +126,12 @@ def test_no_memory_is_an_answer(model, monkeypatch, caplog):
             and answer.headers["retry-after"]
         )
         monkeypatch.setattr(model, "sequence", real)
-        refine = model.backend.refine
+        forward = model.backend.forward
         monkeypatch.setattr(
-            model.backend, "refine", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x"))
+            model.backend, "forward", lambda *args, **options: (_ for _ in ()).throw(MemoryError("x"))
         )
         assert post(url, CHAT).status_code == 500
-        monkeypatch.setattr(model.backend, "refine", refine)
+        monkeypatch.setattr(model.backend, "forward", forward)
         assert post(url, CHAT).status_code == 200 and worker.num_open == 0
 
 
@@ -211,7 +211,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("cls", "name", "said"),
-    [("OrtBackend", "prefix", "a forward does not end"), ("Worker", "stop", "something does not end")],
+    [("OrtBackend", "forward", "a forward does not end"), ("Worker", "stop", "something does not end")],
 )
 def test_a_process_that_something_holds_ends_with_a_line(demo_artifact, cls, name, said):
     """A forward that never returns, and any other thread that does not."""

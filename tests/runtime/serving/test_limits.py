@@ -117,15 +117,15 @@ def test_a_forward_that_fails_ends_its_answers_and_no_others(model, monkeypatch,
     is told, the log has it."""
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
     with serving(model, slots=1) as (url, worker):
-        real, failed, got = model.backend.refine, [], []
+        real, failed, got = model.backend.forward, [], []
 
-        def failing(*args, **options):
-            if not failed:
+        def failing(role, *args, **options):
+            if role == "refine" and not failed:
                 failed.append(1)
                 raise RuntimeError("/secret/path")
-            return real(*args, **options)
+            return real(role, *args, **options)
 
-        monkeypatch.setattr(model.backend, "refine", failing)
+        monkeypatch.setattr(model.backend, "forward", failing)
         threads = [
             threading.Thread(
                 target=lambda: got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60))

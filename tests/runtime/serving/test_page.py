@@ -159,9 +159,9 @@ def test_text_is_never_markup(page):
 
 
 def test_stop_gives_up_the_answer(page, demo, model, monkeypatch):
-    whole = model.backend.prefix
+    whole = model.backend.forward
     monkeypatch.setattr(
-        model.backend, "prefix", lambda *args, **options: (time.sleep(0.02), whole(*args, **options))[1]
+        model.backend, "forward", lambda *args, **options: (time.sleep(0.02), whole(*args, **options))[1]
     )
     page.select_option("#cache", "none")
     page.fill("#threshold", "1")

@@ -222,9 +222,9 @@ def test_trailers_without_end_are_cut_off_and_bodies_in_small_pieces_are_not(mod
 def test_a_client_that_leaves_after_several_requests_at_once_leaves_nothing_behind(
     model, monkeypatch, caplog
 ):
-    gate, real = threading.Event(), model.backend.prefix
+    gate, real = threading.Event(), model.backend.forward
     monkeypatch.setattr(
-        model.backend, "prefix", lambda *given, **more: (gate.wait(30), real(*given, **more))[1]
+        model.backend, "forward", lambda *given, **more: (gate.wait(30), real(*given, **more))[1]
     )
     with serving(model) as (url, worker):
         try:

@@ -301,8 +301,7 @@ def test_a_stop_string_may_be_a_special_token(model, demo, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(model.backend, "prefix", instead(model.backend.prefix))
-    monkeypatch.setattr(model.backend, "refine", instead(model.backend.refine))
+    monkeypatch.setattr(model.backend, "forward", instead(model.backend.forward))
     row = model.generate([PROMPT], GenerationConfig())[0]
     assert row.tokens.count(special) > 1
     first = row.tokens.index(special)
