@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 
     from trt_runtime.decoding.config import GenerationConfig
     from trt_runtime.errors import DllmError
-    from trt_runtime.model import Model, Result, Update, load
+    from trt_runtime.model import Model, load
+    from trt_runtime.result import Result, Update
 
 __version__ = "0.1.0"
 __all__ = ["DllmError", "GenerationConfig", "Model", "Result", "Update", "load"]
-_HOMES = {"GenerationConfig": "config", "DllmError": "errors"}  # the others are in model
+# the others are in model
+_HOMES = {
+    "GenerationConfig": "decoding.config",
+    "DllmError": "errors",
+    "Result": "result",
+    "Update": "result",
+}
 
 
 def __getattr__(name: str) -> Any:

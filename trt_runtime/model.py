@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,85 +24,15 @@ from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.cache_plan import PREFIX_PASS
 from trt_runtime.decoding.config import GenerationConfig, configured
 from trt_runtime.decoding.generator import Generator
-from trt_runtime.decoding.sequence import Rules, Sequence, Step
+from trt_runtime.decoding.rules import check_prompt, rules_of
+from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.speculation import Speculating
 from trt_runtime.errors import DllmError
+from trt_runtime.result import Result, Update
 
+# Result and Update are imported from here by what was written for 0.1
+__all__ = ["Model", "Prompt", "Result", "Update", "load"]
 Prompt = str | Rows[int] | Rows[Mapping[str, str]]
-_SHOWN = 60  # characters of a text in a repr
-
-
-@dataclass(frozen=True, repr=False)
-class Result:
-    """What became of a row. Times are of the whole call, which all its rows share.
-
-    text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length
-    tokens.
-    num_useful: tokens before the end-of-sequence token. nfe: forwards, of which prefix_passes and
-    refine_steps.
-    canvas: prompt and answer (with `infill`, the prompt's gaps filled). seconds: wall time until the row
-    finished.
-    blocks: half-open ranges of the canvas, as they were decoded. pieces: the text of each of the canvas's
-    last len(pieces) tokens: the answer's, with filled gaps in the prompt the prompt's too; token ids without
-    a tokenizer.
-    """
-
-    text: str | None
-    tokens: list[int]
-    num_useful: int
-    nfe: int
-    prefix_passes: int
-    refine_steps: int
-    seconds: float
-    canvas: list[int]
-    trace: list[Step]
-    blocks: list[tuple[int, int]] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        answer = f"text={_start(self.text)}" if self.text is not None else f"tokens={_first(self.tokens)}"
-        return f"Result({answer}, num_useful={self.num_useful}, nfe={self.nfe}, seconds={self.seconds:.3g})"
-
-    def _repr_html_(self) -> str:
-        """The answer for a notebook: blocks, and tokens coloured by confidence (notebook.py)."""
-        from trt_runtime import notebook
-
-        return notebook.html_of(self)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Useful tokens a forward: padding after the end is not counted."""
-        return self.num_useful / max(1, self.nfe)
-
-
-@dataclass(frozen=True, repr=False)
-class Update:
-    """A row after one forward: `committed` is the text of finished blocks, without an end that the next one
-    may change (a character whose bytes are not all there); `provisional` what is unmasked beyond them.
-
-    tokens: the generated part as it stands, mask tokens included. changed: positions that were written since
-    the last update, with the confidence of each (None where a device chose by itself), and block: the running
-    block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
-    """
-
-    row: int
-    nfe: int
-    kind: str
-    committed: str | None
-    provisional: str | None
-    tokens: list[int]
-    changed: list[int]
-    confidence: list[float | None]
-    block: tuple[int, int]
-    finished: bool
-    settled: int = 0  # tokens of the generated part that `committed` is the text of
-
-    def __repr__(self) -> str:
-        return (
-            f"Update(row={self.row}, nfe={self.nfe}, kind={self.kind!r}, committed={_start(self.committed)}, "
-            f"provisional={_start(self.provisional)}, changed={_first(self.changed)}, block={self.block}, "
-            f"finished={self.finished})"
-        )
 
 
 class Model:
@@ -354,60 +283,3 @@ def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
     except BaseException:
         opened.close()
         raise
-
-
-def _start(text: str | None) -> str:
-    return repr(text) if text is None or len(text) <= _SHOWN else f"{text[:_SHOWN]!r}..."
-
-
-def _first(numbers: list[int]) -> str:
-    return repr(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
-
-
-def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
-    """The decoding rules of a resolved configuration."""
-    facts = manifest.decoding
-    assert config.gen_length is not None
-    return Rules(
-        config.gen_length,
-        config.block_length,
-        config.make_plan(),
-        config.make_policy(),
-        facts.mask_token_id,
-        facts.eos_token_ids,
-        facts.logit_shift,
-        config.stop_at_eos,
-        config.make_sampler(manifest),
-        facts.first_commit,
-        config.hold_back_eos,
-    )
-
-
-def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:
-    """Raise DllmError for a prompt that is empty, too long, outside the vocabulary, or has mask tokens
-    without `infill`."""
-    model, mask = manifest.model, manifest.decoding.mask_token_id
-    assert config.gen_length is not None
-    if not ids:
-        raise DllmError("the prompt is empty: give at least one token.")
-    if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
-        raise DllmError(f"the prompt holds token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
-    if len(ids) + config.gen_length > model.max_length:
-        left, room = model.max_length - config.gen_length, model.max_length - len(ids)
-        mends = [
-            *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
-            *([f"lower gen_length to {room}"] if room > 0 else []),
-        ]
-        raise DllmError(
-            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than "
-            f"the model's "
-            f"{model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
-        )
-    if mask in ids and not config.infill:
-        raise DllmError(
-            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) "
-            f"to have the gaps "
-            "filled, or take it out."
-        )
-    if config.gen_length == 0 and mask not in ids:
-        raise DllmError("gen_length is 0 and the prompt has no mask token: there is nothing to generate.")

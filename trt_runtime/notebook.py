@@ -11,7 +11,7 @@ import html
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trt_runtime.model import Result
+    from trt_runtime.result import Result
 
 _PAGE = (
     "font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; color: inherit"

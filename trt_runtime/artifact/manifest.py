@@ -8,20 +8,18 @@ hashes on request.
 from __future__ import annotations
 
 import json
-import math
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trt_runtime.artifact import check, contract
 from trt_runtime.artifact.check import FILE_NAME, FileFacts, sha256_of
+from trt_runtime.artifact.typed import finite, typed
 from trt_runtime.errors import DllmError, shown
 from trt_runtime.system import atomic
 
-__all__ = ["FILE_NAME", "FileFacts", "sha256_of"]  # besides what is defined here
+__all__ = ["FILE_NAME", "FileFacts", "finite", "sha256_of"]  # besides what is defined here
 FORMAT = "dllm-trt"
 FORMAT_VERSION = 1
 GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
@@ -187,7 +185,7 @@ def parse(read: object, where: str) -> Manifest:
             f"{where}: format_version is {version}, this dllm-trt reads up to {FORMAT_VERSION}: "
             "update dllm-trt, or export the artifact with this version."
         )
-    manifest: Manifest = _typed(Manifest, read, where)
+    manifest: Manifest = typed(Manifest, read, where)
     for role in contract.ROLES:
         if role not in manifest.graphs:
             raise DllmError(f"{where}: graphs lacks '{role}': {_AGAIN}.")
@@ -316,48 +314,3 @@ def _check_name(name: str, where: str) -> None:
             f"{where}: the path {name!r} leaves the artifact; expected a relative path without '..': do not "
             f"use this artifact."
         )
-
-
-def finite(text: str) -> float:
-    """A number of JSON, which knows no infinity: 1e400 is none, nor is NaN."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is not finite")
-    return value
-
-
-def _typed(expected: Any, value: Any, where: str) -> Any:
-    """`value` checked against a type annotation; dataclasses are built from mappings, unknown keys
-    ignored."""
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _typed(args[0], value, where)
-    if isinstance(expected, type) and hasattr(expected, "__dataclass_fields__"):
-        return _typed_dataclass(expected, value, where)
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _typed(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if origin in (tuple, list) and isinstance(value, list):
-        return origin(_typed(args[0], item, where) for item in value)
-    if isinstance(value, origin or expected) and not (expected is int and isinstance(value, bool)):
-        return value
-    name = getattr(expected, "__name__", str(expected))
-    raise DllmError(f"{where}: is {value!r}, expected {name}: {_AGAIN}.")
-
-
-def _typed_dataclass(expected: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise DllmError(f"{where}: is {value!r}, expected an object: {_AGAIN}.")
-    hints = typing.get_type_hints(expected)
-    taken = {}
-    for item in fields(expected):
-        if item.name in value:
-            taken[item.name] = _typed(hints[item.name], value[item.name], f"{where}: {item.name}")
-    required = [
-        f.name for f in fields(expected) if f.default is f.default_factory
-    ]  # both are the MISSING mark
-    missing = [name for name in required if name not in taken]
-    if missing:
-        raise DllmError(f"{where}: lacks {', '.join(missing)}: {_AGAIN}.")
-    return expected(**taken)

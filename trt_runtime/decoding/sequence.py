@@ -11,47 +11,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trt_runtime.decoding.cache_plan import CachePlan, Forward, RowView
+from trt_runtime.decoding.cache_plan import Forward, RowView
 from trt_runtime.decoding.policies.base import (
     BlockState,
     Bools,
     CommitRule,
     Ints,
-    Policy,
     RowStats,
     select_holding_back,
     without_confidence,
 )
-from trt_runtime.decoding.sampling import Sampler
+from trt_runtime.decoding.rules import Rules
 from trt_runtime.errors import DllmError
 
 Written = tuple[list[int], list[int]]  # positions and their tokens
 Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the block's state
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a row decodes, unchecked (GenerationConfig knows the ranges).
-
-    block_length: None makes one block of all masks, wherever they are (Dream without a cache).
-    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever
-    the policy (Dream).
-    cache: the plan that chooses each forward.
-    hold_back_eos: a proposed end token is committed only when no other candidate is left
-    (policies.select_holding_back).
-    """
-
-    gen_length: int
-    block_length: int | None
-    cache: CachePlan
-    policy: Policy
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]
-    logit_shift: int = 0
-    stop_at_eos: bool = False
-    sampler: Sampler = field(default_factory=Sampler)
-    first_commit: bool = False
-    hold_back_eos: bool = False
 
 
 @dataclass(frozen=True)

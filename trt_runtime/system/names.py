@@ -1,6 +1,8 @@
-"""The exporter and the kernels under the names that a wheel has for them. Imports nothing, so that commands start at once.
+"""The exporter and the kernels under the names that a wheel has for them. Imports nothing, so that commands
+start at once.
 
-A checkout's folders `export` and `plugins` are the packages `dllm_trt_export` and `dllm_trt_plugins` of a wheel.
+A checkout's folders `export` and `plugins` are the packages `dllm_trt_export` and `dllm_trt_plugins` of a
+wheel.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ TOOLS, PREFIX = ("export", "plugins"), "dllm_trt_"
 
 
 class InstalledName:
-    """An import finder and loader that makes `dllm_trt_export...` another name of a checkout's modules `export...`, and the same
-    for the kernels: one module, two names."""
+    """An import finder and loader that makes `dllm_trt_export...` another name of a checkout's modules
+    `export...`, and the same for the kernels: one module, two names."""
 
     def __init__(self, tool: str) -> None:
         self.tool = tool
@@ -46,7 +48,8 @@ class InstalledName:
 
 
 def know_installed_name(package: str) -> None:
-    """Called by the packages of a checkout: code that imports them by the installed name gets the same modules."""
+    """Called by the packages of a checkout: code that imports them by the installed name gets the same
+    modules."""
     names = {finder.tool for finder in sys.meta_path if isinstance(finder, InstalledName)}
     if package in TOOLS and package not in names:
         sys.meta_path.insert(0, InstalledName(package))

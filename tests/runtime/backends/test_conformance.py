@@ -17,7 +17,16 @@ import pytest
 from bindings import VERSIONS, bindings_of
 from places import ROOT
 
-FILES = ["builder.py", "store.py", "backend.py", "engines.py"]
+FILES = [
+    "builder.py",
+    "build_config.py",
+    "store.py",
+    "backend.py",
+    "engines.py",
+    "caches.py",
+    "calls.py",
+    "recorded.py",
+]
 # what our variables hold, where attributes of TensorRT's objects are used
 _OBJECTS = {
     "builder": "Builder",
@@ -175,7 +184,9 @@ def test_functions_of_cuda_python_exist_with_our_numbers_of_arguments():
     signatures."""
     runtime, driver = (pytest.importorskip(f"cuda.bindings.{name}") for name in ("runtime", "driver"))
     found = {}
-    for node in ast.walk(ast.parse((ROOT / "trt_runtime" / "backends" / "cuda.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(
+        ast.parse((ROOT / "trt_runtime" / "backends" / "cuda.py").read_text(encoding="utf-8"))
+    ):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         if node.func.attr == "_do" and isinstance(node.args[0], ast.Constant):

@@ -13,7 +13,7 @@ from places import export_quietly
 
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.backends.tensorrt import store
+from trt_runtime.backends.tensorrt import build_config, store
 from trt_runtime.backends.tensorrt.store import BuildConfig
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
@@ -196,4 +196,4 @@ def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):
     with pytest.raises(
         DllmError, match=r"reads from 10\.16 on; installed is 10\.9\.0\.34: .* --lowering legacy"
     ):
-        store._check_version(manifests.load(artifact), BuildConfig("tensorrt"), Old)
+        build_config.check_version(manifests.load(artifact), BuildConfig("tensorrt"), Old)

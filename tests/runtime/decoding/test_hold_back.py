@@ -17,7 +17,8 @@ from trt_runtime.decoding.policies.base import BlockState, RowStats, select_hold
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.speculation import Speculating
-from trt_runtime.model import Model, rules_of
+from trt_runtime.decoding.rules import rules_of
+from trt_runtime.model import Model
 
 WORDS, LENGTH = 5, 16
 OPTIONS = {name: {"policy": name} for name in POLICIES.names()} | {

@@ -13,7 +13,7 @@ from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.model import rules_of
+from trt_runtime.decoding.rules import rules_of
 
 
 class Recorded:

@@ -16,7 +16,8 @@ from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
 from trt_runtime.measure import replay
-from trt_runtime.model import load, rules_of
+from trt_runtime.decoding.rules import rules_of
+from trt_runtime.model import load
 
 
 def _sequence(manifest, rng, **fixed):

@@ -12,7 +12,7 @@ from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.speculation import Speculating
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
-from trt_runtime.model import rules_of
+from trt_runtime.decoding.rules import rules_of
 
 PROMPTS = ROOT / "checkpoints" / "llada-demo" / "prompts.txt"
 

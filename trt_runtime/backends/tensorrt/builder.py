@@ -31,13 +31,18 @@ class Profile:
     rows: tuple[int, int, int]
     asked: tuple[int, int, int]
 
+    @property
+    def largest(self) -> tuple[int, int, int]:
+        """The most of B, S and R."""
+        return self.batch[2], self.rows[2], self.asked[2]
+
     def shapes(self, spec: TensorSpec, capacity: int) -> list[tuple[int, ...]]:
         """The least, usual and most of an input's axes."""
-        made = []
+        bounds = []
         for i in range(3):
             sizes = {"B": self.batch[i], "S": self.rows[i], "R": self.asked[i], "C": capacity}
-            made.append(tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes))
-        return made
+            bounds.append(tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes))
+        return bounds
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass
-class Opened:
+class OpenEngine:
     """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that
     was needed. `tensors` are
     the names that it knows: a prefix engine of the legacy lowering has no caches."""
@@ -76,13 +76,13 @@ class Engines:
             max(_scratch_bytes(held, i) for held in self.all for i in range(len(held.profiles)))
         )
 
-    def context(self, held: Opened, index: int) -> Any:
+    def context(self, held: OpenEngine, index: int) -> Any:
         """The context of a profile."""
         if index not in held.contexts:
             held.contexts[index] = self.new_context(held, index)
         return held.contexts[index]
 
-    def new_context(self, held: Opened, index: int, *, recorded: bool = False) -> Any:
+    def new_context(self, held: OpenEngine, index: int, *, recorded: bool = False) -> Any:
         """A context for a profile; `recorded`: for one call that comes again in the same shapes."""
         context = self._bare_context(held, recorded)
         if context is not None:
@@ -101,7 +101,7 @@ class Engines:
             held.contexts.clear()
         del self.all, self._runtime, self._scratch
 
-    def _bare_context(self, held: Opened, recorded: bool) -> Any:
+    def _bare_context(self, held: OpenEngine, recorded: bool) -> Any:
         """A context without working memory of its own."""
         if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
             return held.engine.create_execution_context(
@@ -109,7 +109,7 @@ class Engines:
             )
         return held.engine.create_execution_context_without_device_memory()
 
-    def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> Opened:
+    def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> OpenEngine:
         file = self.directory / (name + engine.SUFFIX)
         with read_in_pieces(file, self.trt) as source:
             opened = self._runtime.deserialize_cuda_engine(source)
@@ -134,7 +134,7 @@ class Engines:
                 f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it "
                 f"again."
             )
-        return Opened(name, role, listed, inputs, outputs, names, opened)
+        return OpenEngine(name, role, listed, inputs, outputs, names, opened)
 
     def _refit(self, opened: Any, role: str) -> None:
         """Put the artifact's weights into an engine that was built without."""
@@ -170,10 +170,10 @@ class RTXEngines(Engines):
         self._caches.clear()
         super().close()
 
-    def _bare_context(self, held: Opened, recorded: bool) -> Any:
+    def _bare_context(self, held: OpenEngine, recorded: bool) -> Any:
         return held.engine.create_execution_context(self._config(held, recorded))
 
-    def _config(self, held: Opened, recorded: bool) -> Any:
+    def _config(self, held: OpenEngine, recorded: bool) -> Any:
         key = (held.name, recorded)
         if key not in self._configs:
             trt, opened = self.trt, held.engine
@@ -233,7 +233,7 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
         yield Reader()
 
 
-def _scratch_bytes(held: Opened, index: int) -> int:
+def _scratch_bytes(held: OpenEngine, index: int) -> int:
     """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
     if hasattr(held.engine, "get_device_memory_size_for_profile_v2"):
         return int(held.engine.get_device_memory_size_for_profile_v2(index))

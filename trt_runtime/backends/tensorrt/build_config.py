@@ -1,0 +1,145 @@
+"""What to build: sizes, the engines and profiles of a layout, and which versions and GPUs can build it.
+
+Layouts: `shared` is one engine of the refine graph with a profile for prefix passes and one for refine steps,
+so that the weights are held once; `split` is an engine for each graph. The capacity of the cache is fixed in
+an engine (TensorRT's cache update requires it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trt_runtime.artifact import contract
+from trt_runtime.artifact.contract import MODERN
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.backends.tensorrt.builder import Profile, version_of
+from trt_runtime.errors import DllmError, check_counts, unknown
+
+BACKENDS = ("tensorrt", "tensorrt-rtx")
+ENGINE_LAYOUTS = SHARED, SPLIT = ("shared", "split")
+# compute capabilities that TensorRT-RTX builds for
+SM_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+CAPACITY_STEP = (
+    64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
+)
+# the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and
+# TensorScatter
+_MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
+_SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
+SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
+_LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build. Sizes: rows at a time, tokens of the longest canvas (the cache's capacity, rounded up),
+    tokens of a block.
+
+    max_rows: positions whose statistics one forward may ask for; None is block_length (a Dream without blocks
+    asks for the canvas).
+    targets: for TensorRT-RTX alone. optimization_level: 0 to 5; None is the builder's own. strip: leave the
+    weights out, and put
+    them in from the artifact when the engine is opened. plugins: kernels of plugins/ in the place of layers.
+    inspect: also write what the builder made of each layer.
+    """
+
+    backend: str = "tensorrt"
+    layout: str = SHARED
+    targets: tuple[str, ...] = ()
+    max_batch: int = 1
+    max_length: int = 2048
+    block_length: int = 32
+    max_rows: int | None = None
+    optimization_level: int | None = None
+    strip: bool = False
+    plugins: bool = False
+    inspect: bool = False
+
+    @property
+    def capacity(self) -> int:
+        return -(-self.max_length // CAPACITY_STEP) * CAPACITY_STEP
+
+    def checked(self, manifest: Manifest) -> BuildConfig:
+        """This configuration, with the canvas bounded by the model's. Raises DllmError."""
+        for name, value, known in (
+            ("backend", self.backend, BACKENDS),
+            ("layout", self.layout, ENGINE_LAYOUTS),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+        for target in self.targets:
+            if target not in SM_TARGETS:
+                raise unknown("target", target, SM_TARGETS)
+        if self.targets and self.backend != "tensorrt-rtx":
+            raise DllmError(
+                f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for "
+                f"its own GPU."
+            )
+        check_counts(self, "max_batch", "max_length", "block_length", "max_rows")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise DllmError(f"--optimization-level is {self.optimization_level}, expected 0 to 5.")
+        for name in ("strip", "inspect"):
+            if getattr(self, name) and self.backend != "tensorrt":
+                raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX is not asked to.")
+        # a scheduler's slots are longer than the longest canvas by its spare rows
+        length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
+        block = min(self.block_length, length)
+        return replace(
+            self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length)
+        )
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine to build: its name, the role whose graph it is, and its profiles in order."""
+
+    name: str
+    role: str
+    profiles: tuple[Profile, ...]
+
+
+def plans(config: BuildConfig) -> list[EnginePlan]:
+    """The engines of a layout."""
+    batch, block, rows = (1, 1, config.max_batch), config.block_length, config.max_rows or config.block_length
+    whole = Profile("prefix", batch, (1, config.max_length, config.max_length), (1, min(block, rows), rows))
+    window = Profile("refine", batch, (1, block, block), (1, min(block, rows), min(block, rows)))
+    if config.layout == SHARED:
+        return [EnginePlan(SHARED, "refine", (whole, window))]
+    return [
+        EnginePlan("prefix", "prefix", (whole,)),
+        EnginePlan("refine", "refine", (window, replace(whole, name="suffix"))),
+    ]
+
+
+def check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
+    version, least = version_of(trt), _MODERN_FROM[config.backend]
+    if version < _LEAST[config.backend]:
+        oldest = ".".join(map(str, _LEAST[config.backend]))
+        raise DllmError(
+            f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: "
+            f"update it."
+        )
+    for name, since in _SINCE.items():
+        if getattr(config, name) and config.backend == "tensorrt" and version < since:
+            raise DllmError(
+                f"--{name} needs TensorRT {'.'.join(map(str, since))}, installed is {trt.__version__}: "
+                f"leave it out, or update."
+            )
+    if manifest.lowering == MODERN and version < least:
+        raise DllmError(
+            f"the artifact is of the modern lowering, which {config.backend} reads from "
+            f"{'.'.join(map(str, least))} on; installed is "
+            f"{trt.__version__}: update it, or export with --lowering legacy."
+        )
+
+
+def check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
+    scheme = manifest.quantization.scheme if manifest.quantization else ""
+    least = SCHEME_FROM.get(scheme, 0)
+    if older := [capability for capability in capabilities if capability < least]:
+        raise DllmError(
+            f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is "
+            f"SM{older[0]}: export it with "
+            "--quantize int8-sq or int4 --target tensorrt."
+        )

@@ -1,0 +1,87 @@
+"""How a row decodes, resolved from the options of a generation and the facts of a model; and what a prompt
+must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.cache_plan import CachePlan
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.policies.base import Policy
+from trt_runtime.decoding.sampling import Sampler
+from trt_runtime.errors import DllmError
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a row decodes, unchecked (GenerationConfig knows the ranges).
+
+    block_length: None makes one block of all masks, wherever they are (Dream without a cache).
+    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever
+    the policy (Dream).
+    cache: the plan that chooses each forward.
+    hold_back_eos: a proposed end token is committed only when no other candidate is left
+    (policies.select_holding_back).
+    """
+
+    gen_length: int
+    block_length: int | None
+    cache: CachePlan
+    policy: Policy
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    logit_shift: int = 0
+    stop_at_eos: bool = False
+    sampler: Sampler = field(default_factory=Sampler)
+    first_commit: bool = False
+    hold_back_eos: bool = False
+
+
+def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
+    """The decoding rules of a resolved configuration."""
+    facts = manifest.decoding
+    assert config.gen_length is not None
+    return Rules(
+        config.gen_length,
+        config.block_length,
+        config.make_plan(),
+        config.make_policy(),
+        facts.mask_token_id,
+        facts.eos_token_ids,
+        facts.logit_shift,
+        config.stop_at_eos,
+        config.make_sampler(manifest),
+        facts.first_commit,
+        config.hold_back_eos,
+    )
+
+
+def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -> None:
+    """Raise DllmError for a prompt that is empty, too long, outside the vocabulary, or has mask tokens
+    without `infill`."""
+    model, mask = manifest.model, manifest.decoding.mask_token_id
+    assert config.gen_length is not None
+    if not ids:
+        raise DllmError("the prompt is empty: give at least one token.")
+    if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
+        raise DllmError(f"the prompt holds token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
+    if len(ids) + config.gen_length > model.max_length:
+        left, room = model.max_length - config.gen_length, model.max_length - len(ids)
+        mends = [
+            *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
+            *([f"lower gen_length to {room}"] if room > 0 else []),
+        ]
+        raise DllmError(
+            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than "
+            f"the model's "
+            f"{model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
+        )
+    if mask in ids and not config.infill:
+        raise DllmError(
+            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) "
+            f"to have the gaps "
+            "filled, or take it out."
+        )
+    if config.gen_length == 0 and mask not in ids:
+        raise DllmError("gen_length is 0 and the prompt has no mask token: there is nothing to generate.")
