@@ -17,10 +17,10 @@ class BackendError(DllmError):
     to do about it may be said."""
 
 
-def check_counts(held: object, *names: str) -> None:
+def check_counts(options: object, *names: str) -> None:
     """Raise DllmError for an option of `held` that is given and below 1."""
     for name in names:
-        value = getattr(held, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise DllmError(f"--{name.replace('_', '-')} is {value}, expected a whole number from 1.")
 

@@ -232,7 +232,7 @@ class Model:
 
     def update_of(self, row: Sequence, block: tuple[int, int], since: int, slot: int = 0) -> Update:
         """What a row's forwards after the first `since` brought; `block` is the block that was running."""
-        made, first = row.trace[since:], row.prompt_length
+        steps, first = row.trace[since:], row.prompt_length
         in_gaps = (
             row.block is not None and row.block[0] < first
         )  # the answer is done, the prompt's gaps come last
@@ -245,12 +245,12 @@ class Model:
         return Update(
             slot,
             row.nfe,
-            made[-1].kind,
+            steps[-1].kind,
             committed,
             provisional,
             row.output.tolist(),
-            [p - first for step in made for p in step.positions],
-            [c for step in made for c in step.confidence],
+            [p - first for step in steps for p in step.positions],
+            [c for step in steps for c in step.confidence],
             (block[0] - first, block[1] - first),
             row.is_finished,
             max(0, settled - first),

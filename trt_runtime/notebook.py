@@ -24,18 +24,22 @@ def html_of(result: Result) -> str:
     """The answer up to its end; with filled gaps in the prompt, the prompt before it."""
     offset = len(result.canvas) - len(result.pieces)
     first = len(result.canvas) - len(result.tokens)
-    made = _forwards(result)
+    forwards = _forwards(result)
     parts, end = [], first + result.num_useful
     if not result.pieces:  # not of a model's own making
         parts.append(
             html.escape(result.text if result.text is not None else " ".join(map(str, result.tokens)))
         )
     elif offset < first:
-        parts.append("".join(_token(result.pieces[i - offset], made.get(i)) for i in range(offset, first)))
+        parts.append(
+            "".join(_token(result.pieces[i - offset], forwards.get(i)) for i in range(offset, first))
+        )
     for number, (start, stop) in enumerate(result.blocks, 1):
         if start >= end or not result.pieces:
             break
-        tokens = "".join(_token(result.pieces[i - offset], made.get(i)) for i in range(start, min(stop, end)))
+        tokens = "".join(
+            _token(result.pieces[i - offset], forwards.get(i)) for i in range(start, min(stop, end))
+        )
         parts.append(f'<span style="{_BLOCK}" title="block {number}">{tokens}</span>')
     said = (
         f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens a "
@@ -59,12 +63,12 @@ def _forwards(result: Result) -> dict[int, tuple[str, float | None]]:
     }
 
 
-def _token(piece: str, made: tuple[str, float | None] | None) -> str:
+def _token(piece: str, committed: tuple[str, float | None] | None) -> str:
     """One token as an element; a token of the prompt (None) as it is."""
     text = html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece))
-    if made is None:
+    if committed is None:
         return f'<span style="{_TOKEN}; opacity: 0.75">{text}</span>'
-    forward, confidence = made
+    forward, confidence = committed
     if confidence is None:
         return (
             f'<span style="{_TOKEN}; border-bottom: 1px dashed" title="{forward}, confidence not '

@@ -60,8 +60,8 @@ def _installed_name(module: str) -> str:
 def _package_of(error: BaseException) -> str | None:
     """The installed package whose code raised, None for code of this project."""
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
-    _, found, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
-    name = inside.split(os.sep)[0].removesuffix(".py") if found else ""
+    _, separator, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
+    name = inside.split(os.sep)[0].removesuffix(".py") if separator else ""
     if not name or name.removeprefix(PREFIX) in ("trt_runtime", *TOOLS):
         return None
     from importlib import metadata  # takes milliseconds, which only an error should cost

@@ -50,10 +50,10 @@ class Registry(Generic[T]):
         name = name or getattr(item, "name", None)
         if not self._fits(item) or not isinstance(name, str):
             raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
-        held = self._items.get(name)
-        if held is not None and held is not item:
+        known = self._items.get(name)
+        if known is not None and known is not item:
             raise DllmError(
-                f"there are two of the {self.kind} '{name}', {held!r} and {item!r}: give yours another name."
+                f"there are two of the {self.kind} '{name}', {known!r} and {item!r}: give yours another name."
             )
         self._check(item)
         self._items[name] = item
@@ -95,12 +95,12 @@ class Registry(Generic[T]):
     def _imported(self, name: str) -> T:
         module, _, attribute = name.partition(":")
         try:
-            found: T = getattr(importlib.import_module(module), attribute)
+            item: T = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise DllmError(
                 f"the {self.kind} '{name}' cannot be imported ({error}): give it as module:Name."
             ) from error
-        return self.register(found, name)
+        return self.register(item, name)
 
     def _load_entry_points(self) -> None:
         if self._entry_points_are_loaded:

@@ -58,8 +58,8 @@ def render(
         )
     plain[-1]["content"] = content + _END
     text = _rendered(template, plain, special, add_generation_prompt)
-    begun, found, _ = text.rpartition(_END.strip())
-    if not found or content.strip() not in begun:
+    begun, tag, _ = text.rpartition(_END.strip())
+    if not tag or content.strip() not in begun:
         raise DllmError(
             "the chat template drops or changes the message that is to be continued: its answer cannot be "
             "begun."

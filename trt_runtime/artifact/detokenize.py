@@ -96,8 +96,8 @@ def _misread(tokenizer: Any, added: Mapping[int, str]) -> dict[int, str]:
 
 
 def _clean(text: str) -> str:
-    for found in _CLEANED:
-        text = text.replace(found, found.strip())
+    for pattern in _CLEANED:
+        text = text.replace(pattern, pattern.strip())
     return text
 
 

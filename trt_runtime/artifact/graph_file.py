@@ -39,17 +39,17 @@ class References:
 
 def read(path: Path) -> References:
     """What the graph in a file refers to. Raises DllmError for what is no graph."""
-    made = References()
+    references = References()
     try:
-        _walk(memoryview(path.read_bytes()), "Model", made, 0)
+        _walk(memoryview(path.read_bytes()), "Model", references, 0)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise DllmError(f"{path}: is no ONNX graph ({error}): export it again or copy it again.") from error
-    if not made.operators:
+    if not references.operators:
         raise DllmError(f"{path}: is no ONNX graph (it has no nodes): export it again or copy it again.")
-    return made
+    return references
 
 
-def _walk(data: memoryview, kind: str, made: References, depth: int) -> None:
+def _walk(data: memoryview, kind: str, references: References, depth: int) -> None:
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
     texts: dict[int, str] = {}
@@ -61,16 +61,16 @@ def _walk(data: memoryview, kind: str, made: References, depth: int) -> None:
             if entries.setdefault(name := pair.get(1, ""), pair.get(2, "")) != pair.get(2, ""):
                 raise ValueError(f"external data with two values of {name}")
         elif part is not None:
-            _walk(value, part, made, depth + 1)
+            _walk(value, part, references, depth + 1)
         elif kind == "Node" and number in (4, 7):  # op_type, domain
             texts[number] = bytes(value).decode()
     if kind == "Node":
         if not texts.get(4):
             raise ValueError("a node has no operator")
-        made.operators.add((texts.get(7, ""), texts[4]))
+        references.operators.add((texts.get(7, ""), texts[4]))
     if entries:
         length = entries.get("length")
-        made.data.add(
+        references.data.add(
             (entries.get("location", ""), int(entries.get("offset") or 0), int(length) if length else None)
         )
 

@@ -158,13 +158,13 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
     except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
-    held = manifest.quantization
+    quantization = manifest.quantization
     check.check(
         artifact,
         manifest.files,
         [graph.file for graph in manifest.graphs.values()],
         check_hashes=check_hashes,
-        may_be_microsoft=held is not None and held.target == ORT_CPU,
+        may_be_microsoft=quantization is not None and quantization.target == ORT_CPU,
     )
     return manifest
 
@@ -206,10 +206,11 @@ def parse(read: object, where: str) -> Manifest:
 
 def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
     """Raise DllmError for an artifact that is quantised for the CPU."""
-    held = manifest.quantization
-    if held is not None and held.target == ORT_CPU:
+    quantization = manifest.quantization
+    if quantization is not None and quantization.target == ORT_CPU:
         raise DllmError(
-            f"{where}: is quantised ({held.scheme}) with ONNX Runtime's own operators, which run on a CPU: "
+            f"{where}: is quantised ({quantization.scheme}) with ONNX Runtime's own operators, which run on "
+            f"a CPU: "
             f"for a GPU export it with "
             "--quantize fp8, int8-sq, or int4 --target tensorrt, or without --quantize."
         )
@@ -286,13 +287,13 @@ def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Man
     before; raises DllmError if the artifact was exported anew meanwhile, for what is to be noted then holds
     for another one."""
     with atomic.locked(artifact):
-        held = load(artifact)
-        if held.files != since.files or held.model != since.model:
+        manifest = load(artifact)
+        if manifest.files != since.files or manifest.model != since.model:
             raise DllmError(
                 f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command "
                 f"again."
             )
-        write(change(held), artifact)
+        write(change(manifest), artifact)
 
 
 def foreign_files(artifact: Path) -> Iterator[str]:

@@ -54,10 +54,10 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its text; None if there is none."""
         try:
-            found: int | None = self._tokenizer.token_to_id(token)
+            token_id: int | None = self._tokenizer.token_to_id(token)
         except UnicodeEncodeError:  # lone surrogates: bytes that are not UTF-8
             return None
-        return found
+        return token_id
 
     @property
     def added_tokens(self) -> dict[int, str]:

@@ -50,22 +50,22 @@ class CommitKernel:
                 f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines "
                 f"with --block-length {most}."
             )
-        made = steps.commit_arrays(rules, columns)
+        planned = steps.commit_arrays(rules, columns)
         arrays, addresses, used = self._arena.place(self._tensors(len(rules), columns))
         for name, array in arrays.items():
-            array[...] = getattr(made, name)
+            array[...] = getattr(planned, name)
         self.device.upload(self._arena.device.address, self._arena.host[:used])
         return Running(CommitArrays(**arrays), addresses, used)
 
-    def queue(self, held: Running, ids: int, rows: int, token: int, confidence: int) -> None:
+    def queue(self, running: Running, ids: int, rows: int, token: int, confidence: int) -> None:
         """Queue a commit over windows [B, rows] at `ids` by statistics at `token` and `confidence`."""
-        batch, columns = held.arrays.committed.shape
-        addresses = [ids, token, confidence, *(held.addresses[item.name] for item in fields(CommitArrays))]
+        batch, columns = running.arrays.committed.shape
+        addresses = [ids, token, confidence, *(running.addresses[item.name] for item in fields(CommitArrays))]
         self._kernel.queue(batch, self._facts["threads"], self._facts["shared"], addresses, (rows, columns))
 
-    def end(self, held: Running) -> None:
+    def end(self, running: Running) -> None:
         """Queue the download of what was committed."""
-        self.device.download(self._arena.host[: held.used], self._arena.device.address)
+        self.device.download(self._arena.host[: running.used], self._arena.device.address)
 
     @staticmethod
     def _tensors(batch: int, columns: int) -> cuda.Tensors:

@@ -131,10 +131,15 @@ class CudaDevice:
         self.stream = int(self._do("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
     def _facts(self, index: int) -> Facts:
-        found, version = self._do("cudaGetDeviceProperties", index), int(self._do("cudaDriverGetVersion"))
-        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        properties, version = (
+            self._do("cudaGetDeviceProperties", index),
+            int(self._do("cudaDriverGetVersion")),
+        )
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return Facts(
-            name.strip("\0"), found.major * 10 + found.minor, f"{version // 1000}.{version % 1000 // 10}"
+            name.strip("\0"),
+            properties.major * 10 + properties.minor,
+            f"{version // 1000}.{version % 1000 // 10}",
         )
 
     def _remedy(self, error: BackendError) -> str:
@@ -185,9 +190,9 @@ class CudaDevice:
         """`size` bytes of host memory that the GPU can reach, freed with the array."""
         self.enter()
         address = int(self._do("cudaHostAlloc", max(size, 1), 0))
-        held = (ctypes.c_uint8 * max(size, 1)).from_address(address)
-        weakref.finalize(held, self._runtime.cudaFreeHost, address)
-        return np.ctypeslib.as_array(held)[:size]
+        memory = (ctypes.c_uint8 * max(size, 1)).from_address(address)
+        weakref.finalize(memory, self._runtime.cudaFreeHost, address)
+        return np.ctypeslib.as_array(memory)[:size]
 
     def arena(self, size: int) -> Arena:
         """Room for small tensors on both sides."""
@@ -250,8 +255,8 @@ class CudaDevice:
                 "cuModuleLoadData", self._driver.cuModuleLoadData(ptx.rstrip(b"\0") + b"\0")
             )
         except BackendError as error:
-            found = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
-            version = found[1].decode() if found else "unknown"
+            ptx_version = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
+            version = ptx_version[1].decode() if ptx_version else "unknown"
             raise BackendError(
                 f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} "
                 f"(8.7 needs CUDA 12.8), the driver "

@@ -199,12 +199,12 @@ class Backend(ABC):
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
         """On the host, step by step: what a device does by itself."""
-        ids, held = window.input_ids.copy(), steps.commit_arrays(rules, window.logit_rows.shape[1])
+        ids, arrays = window.input_ids.copy(), steps.commit_arrays(rules, window.logit_rows.shape[1])
         mask = self.manifest.decoding.mask_token_id
         for _ in range(steps.needed(rules, ids, mask, self.steps_per_sync)):
             stats = self._forward("refine", cache, slots, replace(window, input_ids=ids), want_logits=False)
-            steps.commit(ids, stats.token, stats.confidence, held, mask)
-        return steps.finished(held, rules, ids)
+            steps.commit(ids, stats.token, stats.confidence, arrays, mask)
+        return steps.finished(arrays, rules, ids)
 
     def _check(self, cache: Cache, slots: slice, window: Window, want_logits: bool) -> None:
         model = self.manifest.model

@@ -55,9 +55,9 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
         tuned = {
             name: value for name, value in tuned.items() if name not in ("refresh_every", "refresh_window")
         }
-    made = {**tuned, **given}
-    check_options(given, made.get("policy", "threshold"))
-    return GenerationConfig(**made)
+    options = {**tuned, **given}
+    check_options(given, options.get("policy", "threshold"))
+    return GenerationConfig(**options)
 
 
 def effective_temperature(asked: float) -> float:
@@ -169,12 +169,14 @@ class GenerationConfig:
         policy declares."""
         if isinstance(policy, str) and ":" in policy:
             POLICIES.find(policy)  # so that its options are known
-        known, made = registry.options(), {**(policy_options or {}), **options_by_name}
-        if strange := sorted(set(made) - set(known)):
+        known, of_policies = registry.options(), {**(policy_options or {}), **options_by_name}
+        if strange := sorted(set(of_policies) - set(known)):
             raise TypeError(f"GenerationConfig has no option '{strange[0]}', nor has any policy.")
         # a value that is the default says nothing, so configurations that decode alike are equal
         own = {
-            name: value for name, value in made.items() if type(value) is bool or value != known[name].default
+            name: value
+            for name, value in of_policies.items()
+            if type(value) is bool or value != known[name].default
         }
         values = {**locals(), "policy_options": own}
         for item in fields(self):

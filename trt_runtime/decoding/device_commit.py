@@ -72,34 +72,34 @@ def _done(rule: CommitRule) -> int:
     return sum(quota(rule.masks, rule.steps)[: rule.number])
 
 
-def finished(held: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Committed:
+def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Committed:
     """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
-    if (held.state[:, 1] == NOT_FINITE).any():
+    if (arrays.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
             "the model returned a confidence that is no number: the weights are damaged or overflow in this "
             "dtype: check them with "
             "'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
-    if (held.state[:, 1] == PROPOSED_MASK).any():
+    if (arrays.state[:, 1] == PROPOSED_MASK).any():
         raise DllmError(
             "the model proposed the mask token: its graph is not of this manifest: export it again."
         )
     first = np.array([rule.number for rule in rules], np.int32)[:, None]
-    return Committed(ids, np.where(held.committed < 0, -1, held.committed - first).astype(np.int32))
+    return Committed(ids, np.where(arrays.committed < 0, -1, arrays.committed - first).astype(np.int32))
 
 
-def commit(ids: Ints, token: Ints, confidence: Floats, held: CommitArrays, mask_token_id: int) -> None:
+def commit(ids: Ints, token: Ints, confidence: Floats, arrays: CommitArrays, mask_token_id: int) -> None:
     """One commit for every row, in place: ids and held are changed. The rules of policies.py, on arrays."""
     for b in range(len(ids)):
-        kind, limit, masks, total = held.plan[b].tolist()
-        number, left = held.state[b].tolist()
+        kind, limit, masks, total = arrays.plan[b].tolist()
+        number, left = arrays.state[b].tolist()
         where = np.flatnonzero(ids[b, :limit] == mask_token_id)
         if left < 0 or not len(where):
-            held.state[b, 1] = min(left, 0)
+            arrays.state[b, 1] = min(left, 0)
             continue
         sure = confidence[b, where]
         if not np.isfinite(sure).all():
-            held.state[b, 1] = NOT_FINITE
+            arrays.state[b, 1] = NOT_FINITE
             continue
         order = np.argsort(-sure, kind="stable")
         count = 1
@@ -107,15 +107,15 @@ def commit(ids: Ints, token: Ints, confidence: Floats, held: CommitArrays, mask_
             count = max(1, quota(masks, total)[number])
         elif kind == FACTOR:
             n = np.arange(1, len(where) + 1)
-            accepted = np.flatnonzero((n + 1) * (1 - sure[order]).astype(np.float64) < held.value[b])
+            accepted = np.flatnonzero((n + 1) * (1 - sure[order]).astype(np.float64) < arrays.value[b])
             count = int(accepted[-1]) + 1 if len(accepted) else 1
         chosen = np.zeros(len(where), np.bool_)
         chosen[order[:count]] = True
         if kind == THRESHOLD:
-            chosen |= sure >= np.float32(held.value[b])
+            chosen |= sure >= np.float32(arrays.value[b])
         at = where[chosen]
         if (token[b, at] == mask_token_id).any():
-            held.state[b, 1] = PROPOSED_MASK
+            arrays.state[b, 1] = PROPOSED_MASK
             continue
-        ids[b, at], held.committed[b, at] = token[b, at], number
-        held.state[b] = (number + 1, len(where) - len(at))
+        ids[b, at], arrays.committed[b, at] = token[b, at], number
+        arrays.state[b] = (number + 1, len(where) - len(at))

@@ -95,37 +95,41 @@ class Scheduler:
         self._release(ticket)
 
     def tick(self) -> list[Ticket]:
-        """Place what waits, make one forward (or several steps in one call), and return the requests that it
-        moved (none if there is nothing to do)."""
-        for slot in (slot for slot, held in enumerate(self.rows) if held is None):
-            if self.queue:
-                ticket = self.queue.popleft()
-                ticket.slot, ticket.served, self.rows[slot] = slot, self.tick_number, ticket
-                self._fit()
-        wanted = wanted_of({slot: held.sequence for slot, held in enumerate(self.rows) if held})
+        """Place what waits, make one call (a forward, or several steps), and return the requests that it
+        moved; none if there is nothing to do."""
+        self._place_waiting()
+        wanted = wanted_of({slot: ticket.sequence for slot, ticket in enumerate(self.rows) if ticket})
         if not wanted:
             return []
         self.tick_number += 1
         group = self._group(wanted)
         advance(self.backend, self.cache, group, self._window(group))
-        moved = [held for row in group if (held := self.rows[row.slot])]
-        for held in moved:
-            held.waited = max(held.waited, self.tick_number - held.served)
-            held.served = self.tick_number
-            if held.sequence.is_finished:
-                self._release(held)
-            if held.on_step:
-                held.on_step(held)
+        moved = [ticket for row in group if (ticket := self.rows[row.slot])]
+        for ticket in moved:
+            ticket.waited = max(ticket.waited, self.tick_number - ticket.served)
+            ticket.served = self.tick_number
+            if ticket.sequence.is_finished:
+                self._release(ticket)
+            if ticket.on_step:
+                ticket.on_step(ticket)
         return moved
+
+    def _place_waiting(self) -> None:
+        """Give free slots to requests in the order in which they came."""
+        for slot in range(len(self.rows)):
+            if self.rows[slot] is None and self.queue:
+                ticket = self.queue.popleft()
+                ticket.slot, ticket.served, self.rows[slot] = slot, self.tick_number, ticket
+                self._fit()
 
     @property
     def _longest(self) -> int:
-        return max(held.sequence.length for held in self.rows if held)
+        return max(ticket.sequence.length for ticket in self.rows if ticket)
 
     def _fit(self) -> None:
         """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks
         when that is worth a copy."""
-        blocks = max(held.sequence.rules.block_length or 0 for held in self.rows if held)
+        blocks = max(ticket.sequence.rules.block_length or 0 for ticket in self.rows if ticket)
         needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
         self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
         if needed > self.cache.capacity or self._placed_small == _PATIENCE or self.tick_number == 0:
@@ -175,11 +179,11 @@ class Scheduler:
 
     def _window(self, group: list[Wanted]) -> Window:
         """The inputs of the group's rows, with idle rows in the slots between them."""
-        made, slots = assemble(group), slots_of(group)
+        inputs, slots = assemble(group), slots_of(group)
         count = slots.stop - slots.start
         if len(group) == count:
-            return made
-        at, size = [row.slot - slots.start for row in group], made.input_ids.shape[1]
+            return inputs
+        at, size = [row.slot - slots.start for row in group], inputs.input_ids.shape[1]
         idle, no_mask = (
             np.full(count, self.cache.capacity - size),
             int(group[0].sequence.rules.mask_token_id == 0),
@@ -189,8 +193,8 @@ class Scheduler:
             np.zeros((count, size), np.int64),
             idle,
             np.ones(count, np.int64),
-            np.zeros((count, made.logit_rows.shape[1]), np.int64),
+            np.zeros((count, inputs.logit_rows.shape[1]), np.int64),
         )
         for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
-            getattr(full, name)[at] = getattr(made, name)
+            getattr(full, name)[at] = getattr(inputs, name)
         return full

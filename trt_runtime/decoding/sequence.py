@@ -47,8 +47,8 @@ class Step:
         """Of the positions that were committed; None where it is not known here."""
         if self.seen is None:
             return [None] * len(self.positions)
-        held = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
-        return [held.get(position) for position in self.positions]
+        by_position = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
+        return [by_position.get(position) for position in self.positions]
 
     def as_list(self) -> list[object]:
         """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
@@ -95,9 +95,9 @@ class Sequence:
 
     def fork(self) -> Sequence:
         """A row that goes on from here by itself, with a trace of its own."""
-        made = copy.copy(self)
-        made.canvas, made.trace = self.canvas.copy(), []
-        return made
+        twin = copy.copy(self)
+        twin.canvas, twin.trace = self.canvas.copy(), []
+        return twin
 
     @property
     def output(self) -> Ints:

@@ -85,8 +85,8 @@ class Speculating(Generator):
 
 def _drafts(row: Sequence, most: int) -> list[Sequence]:
     """The row after its next steps in the running block, as its last statistics foretell them."""
-    seen, made, last = row.trace[-1].seen if row.trace and row.state.step else None, list[Sequence](), row
-    while seen is not None and len(made) < most:
+    seen, drafts, last = row.trace[-1].seen if row.trace and row.state.step else None, list[Sequence](), row
+    while seen is not None and len(drafts) < most:
         last = last.fork()
         wanted = last.next_forward()
         if not np.isin(wanted.candidates, seen[0]).all():
@@ -94,8 +94,8 @@ def _drafts(row: Sequence, most: int) -> list[Sequence]:
         last.commit(wanted, _of(seen, wanted.candidates))
         if last.block != row.block:
             break
-        made.append(last)
-    return made
+        drafts.append(last)
+    return drafts
 
 
 def _of(seen: Seen, candidates: Ints) -> RowStats:

@@ -107,11 +107,11 @@ def _several_steps(
     every = [CommitRule("threshold", 1, 1.0)] * len(window.input_ids)
     for index, rule in zip(at, rules, strict=True):
         every[index] = rule
-    made = backend.refine_steps(
+    committed = backend.refine_steps(
         cache, slots_of(group), replace(window, logit_rows=np.tile(logit_rows, (len(every), 1))), every
     )
     for index, wanted in zip(at, group, strict=True):
-        ids, step = made.ids[index], made.step[index]
+        ids, step = committed.ids[index], committed.step[index]
         for number in range(int(step.max()) + 1):
             chosen = np.flatnonzero(step == number)
             wanted.sequence.follow(wanted.forward.start + chosen, ids[chosen])

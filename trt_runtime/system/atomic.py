@@ -90,16 +90,16 @@ def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
     with locked(out.parent):  # so that nobody takes for abandoned what was just made
         _remove_abandoned(out.parent, prefix)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        held = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         directory = temporary / "artifact"
         directory.mkdir()
         yield directory
         _take_place(directory, out, overwrite)
     finally:
-        os.close(held)
+        os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -113,10 +113,10 @@ def resolved(path: Path) -> Path:
         ) from error
 
 
-def _take_place(made: Path, out: Path, overwrite: bool) -> None:
+def _take_place(sealed: Path, out: Path, overwrite: bool) -> None:
     if not _is_there(out):
         try:
-            _rename(made, out, _NOREPLACE)
+            _rename(sealed, out, _NOREPLACE)
             _sync(out.parent)
             return
         except OSError as error:
@@ -127,7 +127,7 @@ def _take_place(made: Path, out: Path, overwrite: bool) -> None:
             f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or "
             f"add --overwrite."
         )
-    _rename(made, out, _EXCHANGE)  # the old one now lies where it is removed
+    _rename(sealed, out, _EXCHANGE)  # the old one now lies where it is removed
     _sync(out.parent)
 
 
@@ -201,6 +201,6 @@ def _sync(directory: Path) -> None:
 
 def _umask() -> int:
     """The process's mask, which can only be read by setting it."""
-    held = os.umask(0o022)
-    os.umask(held)
-    return held
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

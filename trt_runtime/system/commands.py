@@ -83,8 +83,8 @@ def _python() -> str:
 
 def _program(path: Path) -> str:
     """A program as one would type it here: its name alone where that finds it."""
-    found = shutil.which(path.name)
-    if found and os.path.abspath(found) == os.path.abspath(path):
+    on_path = shutil.which(path.name)
+    if on_path and os.path.abspath(on_path) == os.path.abspath(path):
         return path.name
     shown = _shown(path)
     return shlex.quote(shown if os.sep in shown else f"./{shown}")

@@ -91,11 +91,11 @@ def _ran_out(error: BaseException, text: str) -> bool:
 def chain_of(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it came from."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 @contextlib.contextmanager

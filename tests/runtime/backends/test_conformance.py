@@ -51,7 +51,7 @@ _ATTRIBUTES = {
     "trt": "",
     "_runtime": "Runtime",
     "engine": "ICudaEngine",
-}  # the same for attributes of ours: held.engine.num_io_tensors
+}  # the same for attributes of ours: entry.engine.num_io_tensors
 # of TensorRT-RTX alone: used only with targets, which TensorRT refuses (BuildConfig.checked)
 # or by its own class and workarounds
 _RTX_ONLY = {
@@ -115,7 +115,7 @@ def used_names() -> set[str]:
                 (
                     i
                     for i, part in enumerate(parts[:-1])
-                    if part in _ATTRIBUTES and root.id in ("self", "held")
+                    if part in _ATTRIBUTES and root.id in ("self", "entry", "engine")
                 ),
                 None,
             )

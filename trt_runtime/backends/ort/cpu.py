@@ -50,10 +50,10 @@ class OrtBackend(OrtSession):
 
     def resized(self, cache: Cache, capacity: int) -> Cache:
         """Attention on a CPU computes masked rows too, so a smaller cache is faster."""
-        made, kept = self.new_cache(cache.batch, capacity), min(capacity, cache.capacity)
+        resized, kept = self.new_cache(cache.batch, capacity), min(capacity, cache.capacity)
         for name, array in cache.buffers.arrays.items():
-            made.buffers.arrays[name][:, :, :kept] = array[:, :, :kept]
-        return made
+            resized.buffers.arrays[name][:, :, :kept] = array[:, :, :kept]
+        return resized
 
     def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
         for array in cache.buffers.arrays.values():

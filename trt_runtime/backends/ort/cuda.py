@@ -119,9 +119,9 @@ class OrtCudaBackend(OrtSession):
         if self._arena is None or self._arena.device.size < size:
             self._arena = device.arena(2 * size)
         arena = self._arena
-        held, at, used = arena.place(shapes)
+        host, at, used = arena.place(shapes)
         for name, array in arrays.items():
-            held[name][...] = array
+            host[name][...] = array
         device.upload(arena.device.address, arena.host[:used])
         running = kernel.begin(rules, asked)
         device.synchronize()  # ONNX Runtime has a stream of its own
@@ -135,24 +135,29 @@ class OrtCudaBackend(OrtSession):
             self._execute(binding)
             kernel.queue(running, at["input_ids"], window.input_ids.shape[1], at["token"], at["confidence"])
             device.synchronize()
-        device.download(held["input_ids"], at["input_ids"])
+        device.download(host["input_ids"], at["input_ids"])
         kernel.end(running)
         device.synchronize()
-        return steps.finished(running.arrays, rules, held["input_ids"].copy())
+        return steps.finished(running.arrays, rules, host["input_ids"].copy())
 
     def _kernel(self, batch: int, columns: int) -> CommitKernel:
         """The commit kernel for at least so many rows and positions, compiled for this GPU."""
-        held = self._commit
-        if held is None or held.max_batch < batch or held.columns < columns:
+        kernel = self._commit
+        if kernel is None or kernel.max_batch < batch or kernel.columns < columns:
             tool = import_optional("plugins.commit", "steps_per_sync on CUDA", commands.install("kernels"))
             batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
-            device = held.device if held is not None else cuda.CudaDevice()
-            made = tool.compiled(
+            device = kernel.device if kernel is not None else cuda.CudaDevice()
+            compiled = tool.compiled(
                 self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability
             )
-            facts = {"entry": made.name, "threads": made.threads, "shared": made.shared, "columns": columns}
-            held = self._commit = CommitKernel(device, facts, made.ptx.encode(), batch)
-        return held
+            facts = {
+                "entry": compiled.name,
+                "threads": compiled.threads,
+                "shared": compiled.shared,
+                "columns": columns,
+            }
+            kernel = self._commit = CommitKernel(device, facts, compiled.ptx.encode(), batch)
+        return kernel
 
     def _check_placement(self) -> None:
         """Raise DllmError if a provider took CUDA's name and left work to the CPU."""

@@ -37,23 +37,23 @@ Array = np.ndarray[Any, Any]
 def session_entries(manifest: Manifest) -> dict[str, str]:
     """Session options with which an artifact computes on this processor what its graph says. Raises DllmError
     where there are none."""
-    held = manifest.quantization
-    if held is None:
+    quantization = manifest.quantization
+    if quantization is None:
         return {}
     if (
-        held.target == TENSORRT
+        quantization.target == TENSORRT
     ):  # as it is written: joined into integer products, it would be rounded and summed otherwise
         return {"session.disable_quant_qdq": "1"}
-    return settings_for(held.scheme)
+    return settings_for(quantization.scheme)
 
 
 def settings_for(scheme: str) -> dict[str, str]:
     """Session options with which a CPU scheme (`quantization.scheme` of the manifest) computes right here. A
     scheme that this version does not know is held to all probes. Raises DllmError where nothing helps."""
-    made: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for name in _PROBES_OF.get(scheme, tuple(PROBES)):
-        found = exact_with(name)
-        if found is None:
+        needed = exact_with(name)
+        if needed is None:
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor "
                 f"({name}: exact {exact(name):.0f}, got "
@@ -61,8 +61,8 @@ def settings_for(scheme: str) -> dict[str, str]:
                 f"version of onnxruntime, or an artifact that "
                 "is not quantised for the CPU."
             )
-        made |= found
-    return made
+        settings |= needed
+    return settings
 
 
 @functools.cache
@@ -183,13 +183,13 @@ def _field(number: int, value: int | str | bytes) -> bytes:
     """A field of a protobuf message."""
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
-    held = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(held)) + held
+    encoded = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(encoded)) + encoded
 
 
 def _varint(value: int) -> bytes:
-    made = bytearray()
+    encoded = bytearray()
     while value > 127:
-        made += struct.pack("B", value & 127 | 128)
+        encoded += struct.pack("B", value & 127 | 128)
         value >>= 7
-    return bytes(made) + struct.pack("B", value)
+    return bytes(encoded) + struct.pack("B", value)

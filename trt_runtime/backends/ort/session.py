@@ -106,10 +106,10 @@ class OrtSession(Backend):
 
     def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats:
         """Both roles on the one session."""
-        made = self.run(
+        outputs = self.run(
             cache, slots, window, [*contract.STATISTICS, *([contract.LOGITS] if want_logits else [])]
         )
-        return Stats(**made)
+        return Stats(**outputs)
 
     def run(self, cache: Cache, slots: slice, window: Window, names: list[str]) -> dict[str, Any]:
         """One run of the graph, unchecked: the outputs called `names`. The caches of `slots` are updated in
@@ -194,7 +194,9 @@ class OrtSession(Backend):
         ]
         maps = [np.memmap(artifact / name, np.uint8, "r") for name in names]
         if names:
-            options.add_external_initializers_from_files_in_memory(names, maps, [len(held) for held in maps])
+            options.add_external_initializers_from_files_in_memory(
+                names, maps, [len(mapped) for mapped in maps]
+            )
         return maps
 
     def _check_provider(self) -> None:
@@ -219,12 +221,12 @@ class OrtSession(Backend):
             (self._session.get_inputs(), contract.inputs(self.role, dims)),
             (self._session.get_outputs(), contract.outputs(self.role, dims, head)),
         )
-        for held, described in sides:
-            found = {value.name: (names.get(value.type), tuple(value.shape or ())) for value in held}
+        for values, described in sides:
+            actual = {value.name: (names.get(value.type), tuple(value.shape or ())) for value in values}
             for spec in described:
-                if found.get(spec.name) != (spec.dtype, spec.axes):
+                if actual.get(spec.name) != (spec.dtype, spec.axes):
                     raise DllmError(
-                        f"{artifact}: the {self.role} graph has {spec.name} as {found.get(spec.name)}, the "
+                        f"{artifact}: the {self.role} graph has {spec.name} as {actual.get(spec.name)}, the "
                         f"manifest says "
                         f"{(spec.dtype, spec.axes)}: the artifact's files are not of one export: export it "
                         f"again."

@@ -159,9 +159,9 @@ def _configure(job: BuildJob, specs: Sequence[TensorSpec], builder: Any, setting
 def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
     """Raise DllmError for an input on which no output depends: that is how a parser ignores what it does not
     understand."""
-    held = [network.get_input(i).name for i in range(network.num_inputs)]
-    if held != expected:
-        raise DllmError(f"{graph}: has the inputs {held}, the contract says {expected}: export it again.")
+    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    if inputs != expected:
+        raise DllmError(f"{graph}: has the inputs {inputs}, the contract says {expected}: export it again.")
     maker = {layer.get_output(k).name: layer for layer in _layers(network) for k in range(layer.num_outputs)}
     read, waiting = set[str](), [network.get_output(i).name for i in range(network.num_outputs)]
     while waiting:  # backwards from the outputs: layers that nothing needs do not count
@@ -174,7 +174,7 @@ def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
             waiting += [
                 tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None
             ]
-    if ignored := [name for name in held if name not in read]:
+    if ignored := [name for name in inputs if name not in read]:
         raise DllmError(
             f"{graph}: no output depends on the input {', '.join(ignored)}: the engine would compute "
             f"something else."
@@ -226,10 +226,10 @@ def _types_by_flags(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     for layer in _layers(
         network
     ):  # what the graph computes in float32 stays there: norms, the head, the statistics
-        made = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
-        if made and made[0] in kinds and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
-            layer.precision = made[0]
-            for k, kind in enumerate(made):
+        types = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
+        if types and types[0] in kinds and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
+            layer.precision = types[0]
+            for k, kind in enumerate(types):
                 layer.set_output_type(k, kind)
 
 

@@ -73,23 +73,23 @@ class Engines:
         self._runtime = trt.Runtime(self.logger.made)
         self.all = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
         self._scratch = device.allocate(
-            max(_scratch_bytes(held, i) for held in self.all for i in range(len(held.profiles)))
+            max(_scratch_bytes(entry, i) for entry in self.all for i in range(len(entry.profiles)))
         )
 
-    def context(self, held: OpenEngine, index: int) -> Any:
+    def context(self, entry: OpenEngine, index: int) -> Any:
         """The context of a profile."""
-        if index not in held.contexts:
-            held.contexts[index] = self.new_context(held, index)
-        return held.contexts[index]
+        if index not in entry.contexts:
+            entry.contexts[index] = self.new_context(entry, index)
+        return entry.contexts[index]
 
-    def new_context(self, held: OpenEngine, index: int, *, recorded: bool = False) -> Any:
+    def new_context(self, entry: OpenEngine, index: int, *, recorded: bool = False) -> Any:
         """A context for a profile; `recorded`: for one call that comes again in the same shapes."""
-        context = self._bare_context(held, recorded)
+        context = self._bare_context(entry, recorded)
         if context is not None:
             _set_scratch(context, self._scratch)
         if context is None or not context.set_optimization_profile_async(index, self.device.stream):
             raise BackendError(
-                f"TensorRT gave no context for '{held.profiles[index].name}': "
+                f"TensorRT gave no context for '{entry.profiles[index].name}': "
                 f"{self.logger.last or 'no message'}"
             )
         self.device.synchronize()
@@ -97,17 +97,17 @@ class Engines:
 
     def close(self) -> None:
         """Give the engines and their memory back; contexts that others hold must be gone."""
-        for held in self.all:
-            held.contexts.clear()
+        for entry in self.all:
+            entry.contexts.clear()
         del self.all, self._runtime, self._scratch
 
-    def _bare_context(self, held: OpenEngine, recorded: bool) -> Any:
+    def _bare_context(self, entry: OpenEngine, recorded: bool) -> Any:
         """A context without working memory of its own."""
         if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
-            return held.engine.create_execution_context(
+            return entry.engine.create_execution_context(
                 self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
             )
-        return held.engine.create_execution_context_without_device_memory()
+        return entry.engine.create_execution_context_without_device_memory()
 
     def _open(self, name: str, profiles: list[dict[str, Any]], built_for: dict[str, Any]) -> OpenEngine:
         file = self.directory / (name + engine.SUFFIX)
@@ -170,13 +170,13 @@ class RTXEngines(Engines):
         self._caches.clear()
         super().close()
 
-    def _bare_context(self, held: OpenEngine, recorded: bool) -> Any:
-        return held.engine.create_execution_context(self._config(held, recorded))
+    def _bare_context(self, entry: OpenEngine, recorded: bool) -> Any:
+        return entry.engine.create_execution_context(self._config(entry, recorded))
 
-    def _config(self, held: OpenEngine, recorded: bool) -> Any:
-        key = (held.name, recorded)
+    def _config(self, entry: OpenEngine, recorded: bool) -> Any:
+        key = (entry.name, recorded)
         if key not in self._configs:
-            trt, opened = self.trt, held.engine
+            trt, opened = self.trt, entry.engine
             runtime_config = opened.create_runtime_config()
             runtime_config.set_execution_context_allocation_strategy(
                 trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -185,9 +185,9 @@ class RTXEngines(Engines):
             runtime_config.cuda_graph_strategy = (
                 strategies.WHOLE_GRAPH_CAPTURE if recorded else strategies.DISABLED
             )
-            if held.name not in self._caches:
-                self._caches[held.name] = self._cache(held.name, runtime_config)
-            if not runtime_config.set_runtime_cache(self._caches[held.name]):
+            if entry.name not in self._caches:
+                self._caches[entry.name] = self._cache(entry.name, runtime_config)
+            if not runtime_config.set_runtime_cache(self._caches[entry.name]):
                 raise BackendError(f"TensorRT-RTX takes no runtime cache: {self.logger.last or 'no message'}")
             self._configs[key] = runtime_config
         return self._configs[key]
@@ -212,14 +212,14 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
     if not hasattr(trt, "IStreamReaderV2"):
         yield file.read_bytes()
         return
-    with open(file, "rb") as held:
+    with open(file, "rb") as source:
 
         class Reader(trt.IStreamReaderV2):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.IStreamReaderV2.__init__(self)
 
             def read(self, size: int, stream: int) -> bytes:
-                return held.read(min(size, engine.PIECE))
+                return source.read(min(size, engine.PIECE))
 
             def seek(self, offset: int, where: Any) -> bool:
                 whence = {
@@ -227,17 +227,17 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
                     trt.SeekPosition.CUR: os.SEEK_CUR,
                     trt.SeekPosition.END: os.SEEK_END,
                 }
-                held.seek(offset, whence[where])
+                source.seek(offset, whence[where])
                 return True
 
         yield Reader()
 
 
-def _scratch_bytes(held: OpenEngine, index: int) -> int:
+def _scratch_bytes(entry: OpenEngine, index: int) -> int:
     """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
-    if hasattr(held.engine, "get_device_memory_size_for_profile_v2"):
-        return int(held.engine.get_device_memory_size_for_profile_v2(index))
-    return int(held.engine.device_memory_size)
+    if hasattr(entry.engine, "get_device_memory_size_for_profile_v2"):
+        return int(entry.engine.get_device_memory_size_for_profile_v2(index))
+    return int(entry.engine.device_memory_size)
 
 
 def _set_scratch(context: Any, scratch: cuda.DeviceMemory) -> None:

@@ -139,7 +139,7 @@ def build(
         check(directory, description)
         return directory
     timing = out / f"{TIMING}-{trt.__version__}-sm{gpu.compute_capability if gpu else 0}"
-    with atomic.sealed(directory) as made:
+    with atomic.sealed(directory) as target:
         seconds, attention = {}, {}
         for plan in plans(config):
             job = BuildJob(
@@ -155,7 +155,7 @@ def build(
                 edit,
             )
             begin = time.perf_counter()
-            kernels_of = _build_one(job, made / (plan.name + SUFFIX), manifest, config, trt, timing)
+            kernels_of = _build_one(job, target / (plan.name + SUFFIX), manifest, config, trt, timing)
             seconds[plan.name], attention[plan.name] = (
                 round(time.perf_counter() - begin, 2),
                 fused_attention.as_list(kernels_of),
@@ -163,10 +163,10 @@ def build(
             if complaint := fused_attention.complaint(kernels_of, manifest.model.dtype, plan.name):
                 note(complaint)
         for name, text in ptx.items():
-            (made / name).write_text(text, encoding="utf-8")
+            (target / name).write_text(text, encoding="utf-8")
         files = {
             file.name: asdict(FileFacts(file.stat().st_size, manifests.sha256_of(file)))
-            for file in sorted(made.iterdir())
+            for file in sorted(target.iterdir())
         }
         facts = {
             "format": "dllm-trt engines",
@@ -176,7 +176,7 @@ def build(
             "seconds": seconds,
             "attention": attention,
         }
-        (made / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (target / FILE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
@@ -244,7 +244,9 @@ def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path
             default=0,
         )
         sizes = (("max_batch", batch, needs.batch), ("capacity", built_for["capacity"], needs.length))
-        differing += [f"{name} ({held}, asked for is {least})" for name, held, least in sizes if held < least]
+        differing += [
+            f"{name} ({limit}, asked for is {least})" for name, limit, least in sizes if limit < least
+        ]
         differing += (
             ["plugins (it has none)"] if needs.commit and "commit" not in built_for["plugins"] else []
         )
@@ -264,8 +266,8 @@ def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
     path = directory / FILE_NAME
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return dict(held["built_for"]), {str(k): FileFacts(**v) for k, v in held["files"].items()}
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return dict(facts["built_for"]), {str(k): FileFacts(**v) for k, v in facts["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DllmError(f"{path}: not readable ({error}): build the engines again.") from error
 

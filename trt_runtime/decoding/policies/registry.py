@@ -19,12 +19,12 @@ def _check(policy: type[Policy]) -> None:
                 f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which every "
                 f"generation has: rename it."
             )
-        held = _OPTIONS.setdefault(item.name, item)
-        if (held.kind, held.default, held.off) != (item.kind, item.default, item.off):
+        known = _OPTIONS.setdefault(item.name, item)
+        if (known.kind, known.default, known.off) != (item.kind, item.default, item.off):
             raise DllmError(
                 f"the policy {policy.__module__}:{policy.__name__} declares {item.name} with the default "
                 f"{item.default!r}; other policies "
-                f"have it with {held.default!r}: give the option another name, or the same default."
+                f"have it with {known.default!r}: give the option another name, or the same default."
             )
 
 
