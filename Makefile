@@ -18,7 +18,7 @@ GATE ?= yes
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo export engines test lint bench frontier gpu-report clean distclean
+.PHONY: help demo export engines test test-fast lint bench frontier gpu-report clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -59,6 +59,13 @@ $(DEMO_DATA): | $(VENV)/.runtime
 
 engines: $(VENV)/.runtime ## artifact -> TensorRT engines, on the GPU that runs them: MODEL=llada|dream [OUT=dir] [ENGINES=dir] [BUILD='--max-batch 4']
 	$(BIN)/dllm-trt build $(or $(OUT),artifacts/$(if $(filter dream,$(MODEL)),dream_tiny,llada-demo)) --out $(ENGINES) $(BUILD)
+
+# what a contributor runs after each edit: policies, sequences, manifest and contract, routes of the server, an export and a decode of each family
+FAST := tests/smoke tests/runtime/decoding/test_policies.py tests/runtime/decoding/test_adaptive.py tests/runtime/decoding/test_sampling.py \
+  tests/runtime/decoding/test_refresh.py tests/runtime/artifact/test_manifest.py tests/runtime/artifact/test_check.py tests/docs/test_project.py
+
+test-fast: $(VENV)/.dev ## the tests to run after each edit, in under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(FAST)
 
 test: $(VENV)/.dev ## the tests, on a CPU, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15

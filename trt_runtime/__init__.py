@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trt_runtime.model import Model, load
     from trt_runtime.result import Result, Update
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DllmError", "GenerationConfig", "Model", "Result", "Update", "load"]
 # the others are in model
 _HOMES = {

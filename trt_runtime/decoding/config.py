@@ -94,11 +94,8 @@ class GenerationConfig:
     blocks by default.
     cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after
     it).
-    policy: 'threshold' or 'factor' (as many as are sure); 'fixed' (LLaDA's schedule) or 'entropy',
-        'maskgit_plus', 'topk_margin', 'origin' (Dream's); 'eb', 'margin', 'dynamic', 'localleap',
-        'hierarchy', 'prophet', 'slowfast' (adaptive.py). `threshold` in (0, 1] is inclusive; `factor` > 0;
-        `gamma` >= 0 is of 'eb', `alpha` in [0, 1] of 'dynamic', `low_threshold` in (0, 1] of 'localleap',
-        'hierarchy' and 'slowfast'.
+    policy: which masked positions a forward commits, by the name of a policy (policies/registry.py), or
+        'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
     speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for
     what draws nothing.
     refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first
@@ -109,8 +106,6 @@ class GenerationConfig:
     steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is
         left unused); None is one token a forward. With 'threshold' a bound: no more than an even share and
         what earlier steps left over.
-    alg_temp: of 'entropy', 'maskgit_plus' and 'topk_margin': above 0, positions are drawn from softmax(score
-    / alg_temp).
     temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits /
     temperature).
     top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0

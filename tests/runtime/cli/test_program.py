@@ -18,6 +18,7 @@ from demo import PROMPT
 from places import DEMO, ROOT
 
 from export import cli as exporter
+from trt_runtime import __version__
 from trt_runtime.cli import main as cli
 from trt_runtime.cli import parser as cli_parser
 from trt_runtime.decoding.policies.registry import POLICIES
@@ -278,7 +279,7 @@ def test_versions(capsys):
         with pytest.raises(SystemExit) as stop:
             main(["--version"])
         assert stop.value.code == 0
-        assert capsys.readouterr().out.startswith("dllm-trt 0.1.0, onnxruntime 1.")
+        assert capsys.readouterr().out.startswith(f"dllm-trt {__version__}, onnxruntime 1.")
 
 
 def test_help_is_grouped_and_spelled_right():
