@@ -20,7 +20,7 @@ from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.measure import tolerances
-from trt_runtime.model import check_prompt, rules_of
+from trt_runtime.decoding.rules import check_prompt, rules_of
 
 Array = np.ndarray[Any, Any]
 

@@ -28,10 +28,10 @@ from trt_runtime.decoding.config import MAX_STEPS, GenerationConfig
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
 from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.decoding.rules import Rules, check_prompt
 from trt_runtime.decoding.sampling import Sampler
-from trt_runtime.decoding.sequence import Rules, Sequence, Step
+from trt_runtime.decoding.sequence import Sequence, Step
 from trt_runtime.errors import DllmError, unknown
-from trt_runtime.model import check_prompt
 
 Case = dict[str, Any]
 FORMAT = 3  # of the files that are written here (2 is that of recordings of block-causal models)

@@ -13,7 +13,8 @@ from trt_runtime.decoding.cache_plan import PLANS, NoCache
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
 from trt_runtime.decoding.policies.schedules import Fixed
-from trt_runtime.decoding.sequence import Rules, Sequence
+from trt_runtime.decoding.rules import Rules
+from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import replay, tolerances
 from trt_runtime.measure.cases import random_cases
