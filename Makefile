@@ -18,7 +18,7 @@ GATE ?= yes
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo export engines test test-fast lint bench frontier gpu-report clean distclean
+.PHONY: help demo export engines test test-fast lint docs bench frontier gpu-report clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -76,6 +76,9 @@ lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, sizes
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/lint_sizes.py
+
+docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and again when they change)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
 	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/reports/system.py
