@@ -83,7 +83,7 @@ docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and aga
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
 	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/reports/system.py
 
-frontier: $(VENV)/.dev ## accuracy against tokens a forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
+frontier: $(VENV)/.dev ## accuracy against tokens per forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no
 	$(BIN)/python benchmarks/frontier.py $(DEMO)
 

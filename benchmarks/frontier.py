@@ -1,12 +1,12 @@
-"""Accuracy against tokens a forward on the demo model: every way of decoding over the same held-out prompts.
+"""Accuracy against tokens per forward on the demo model: every way of decoding over the same held-out prompts.
 
     make frontier                                                                   # all of it: about 15 minutes on 2 cores
     python benchmarks/frontier.py artifacts/llada-demo --count 40 --only policies   # a part of it, nothing written
 
 Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of
 docs/benchmarks.md (needs the `bench` extra). Exact match is that of tools/demo_task.py, with the standard
-error of a share of so many prompts; tokens a forward (TPF) counts tokens before the end of the answer.
-`same`: answers that are those of one token a forward with the same cache and blocks, token by token.
+error of a share of so many prompts; tokens per forward (TPF) counts tokens before the end of the answer.
+`same`: answers that are those of one token per forward with the same cache and blocks, token by token.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def variants() -> dict[str, dict[str, Config]]:
     near = {"refresh_every": 0}
     return {
         "vanilla": {
-            "no cache, one token a forward": Config(cache="none", policy="fixed"),
-            "dual, one token a forward": Config(policy="fixed"),
+            "no cache, one token per forward": Config(cache="none", policy="fixed"),
+            "dual, one token per forward": Config(policy="fixed"),
         },
         "fixed schedule": {
-            f"dual, fixed, {n} forwards a block": Config(policy="fixed", steps=BLOCKS * n)
+            f"dual, fixed, {n} forwards per block": Config(policy="fixed", steps=BLOCKS * n)
             for n in (6, 4, 3, 2, 1)
         },
         "threshold, dual": {f"dual, threshold {t:g}": Config(threshold=t) for t in thresholds},
@@ -90,17 +90,17 @@ def variants() -> dict[str, dict[str, Config]]:
             f"dual, threshold 0.9, blocks of {n}": Config(block_length=n) for n in (4, 16, 32, 96)
         },
         "speculation": {
-            f"dual, one token a step, {n} verified a call": Config(policy="fixed", speculate=n)
+            f"dual, one token per step, {n} verified per call": Config(policy="fixed", speculate=n)
             for n in (2, 4, 8)
         }
-        | {"dual, threshold 0.9, 4 verified a call": Config(speculate=4)},
+        | {"dual, threshold 0.9, 4 verified per call": Config(speculate=4)},
     }
 
 
 def evaluate(
     model: rt.Model, examples: list[demo_task.Example], config: Config, batch: int
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Exact match (%), its standard error, tokens a forward, forwards an answer; and the answers' tokens."""
+    """Exact match (%), its standard error, tokens per forward, forwards per answer; and the answers' tokens."""
     right = useful = forwards = 0
     answers = []
     for start in range(0, len(examples), batch):
@@ -121,7 +121,7 @@ def evaluate(
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        "| decoding | exact match % | TPF | forwards | same as one a forward % |",
+        "| decoding | exact match % | TPF | forwards | same as one per forward % |",
         "|---|---|---|---|---|",
     ]
     for row in report["rows"]:
@@ -130,7 +130,7 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['name']} | {row['exact_match']:.1f} ± {row['standard_error']:.1f} | "
             f"{row['tokens_per_forward']:.2f} | {row['forwards']:.1f} | {same} |"
         )
-    return "\n".join([*lines, "", "![accuracy against tokens a forward](frontier.png)"])
+    return "\n".join([*lines, "", "![accuracy against tokens per forward](frontier.png)"])
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
@@ -160,7 +160,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
             elinewidth=0.6,
         )
     axes.set(
-        xlabel="tokens a forward",
+        xlabel="tokens per forward",
         ylabel="exact match, %",
         title=f"Demo model, {report['prompts']} held-out prompts",
         xlim=(0, None),

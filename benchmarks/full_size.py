@@ -164,7 +164,7 @@ def quantised(preset: str, scratch: Path) -> dict[str, Any]:
 
 
 def decode(artifact: Path) -> dict[str, Any]:
-    """One block of 32 tokens after a prompt of 128, two tokens a forward, dual cache: the second time, with
+    """One block of 32 tokens after a prompt of 128, two tokens per forward, dual cache: the second time, with
     the forwards' median ms."""
     begin = time.perf_counter()
     model = load(artifact)

@@ -1,5 +1,5 @@
 """Stages of gpu_report.py over the model: parity of each backend with PyTorch, milliseconds of each forward,
-tokens a second."""
+tokens per second."""
 
 from __future__ import annotations
 
@@ -160,14 +160,14 @@ def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict
 
 
 def at_the_schedule(row: dict[str, Any], settings: Any) -> float:
-    """Tokens a second that the times of single calls amount to at exactly the schedule's tokens a forward
+    """Tokens a second that the times of single calls amount to at exactly the schedule's tokens per forward
     (batch 1)."""
     forwards = settings.block_length / settings.tokens_per_forward
     return settings.block_length / ((row["prefix_ms"] + (forwards - 1) * row["refine_ms"]) / 1000)
 
 
 def measure(backend: Backend, settings: Any, note: Callable[..., None], tag: str) -> None:
-    """Parity, speeds and tokens a second of a backend. A backend that is wrong is measured all the same, and
+    """Parity, speeds and tokens per second of a backend. A backend that is wrong is measured all the same, and
     its stage fails."""
     held = parity(outputs(backend, settings), settings, tag)
     note(parity=held)

@@ -88,7 +88,7 @@ def body_of(prompt: str, **more: Any) -> dict[str, Any]:
 
 
 async def throughput(url: str, prompts: list[str], clients: int, count: int) -> dict[str, float]:
-    """`count` answers by so many clients at once: tokens a second, and seconds an answer."""
+    """`count` answers by so many clients at once: tokens per second, and seconds per answer."""
     taken: list[float] = []
     tokens, waiting = 0, iter([prompts[i % len(prompts)] for i in range(count)])
 
@@ -339,7 +339,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
-    parser.add_argument("--prompts", type=Path, required=True, help="a file with one prompt a line")
+    parser.add_argument("--prompts", type=Path, required=True, help="a file with one prompt per line")
     parser.add_argument("--slots", type=int, default=16, help="of the batched server (default 16)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--count", type=int, default=64, help="answers of a round (default 64)")

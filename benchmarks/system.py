@@ -6,7 +6,7 @@ machine could do.
     python benchmarks/system.py --parts variants --threads 1 --repeats 3
     python benchmarks/system.py --artifact artifacts/x --llama-cpp build/bin/llama-diffusion-cli --gguf x.gguf --parts llama-cpp
 
-variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens a forward (vanilla: one), prompt 256, gen_length 128, blocks of 32
+variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla: one), prompt 256, gen_length 128, blocks of 32
 scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, beside the roofline: multiplications at the rate of
            the machine's own matrix products (measured in the same run), or reading the weights at the
            bandwidth of a copy, whichever is longer
@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's llama-diffusion-cli")
     parser.add_argument("--gguf", type=Path, help="the artifact's model for it")
-    parser.add_argument("--prompts", type=Path, help="of llama-cpp: a prompt a line")
+    parser.add_argument("--prompts", type=Path, help="of llama-cpp: a prompt per line")
     args = parser.parse_args()
     parts = args.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -201,7 +201,7 @@ def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
 
 
 def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Median ms of a prefix pass and a refine step, and the tokens a second that they make of a whole
+    """Median ms of a prefix pass and a refine step, and the tokens per second that they make of a whole
     answer."""
     length, times = at["prompt"] + at["gen_length"], {name: ([], []) for name in backends}
     rng = np.random.default_rng(0)
@@ -258,7 +258,7 @@ def rooflines(
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Operations a second of large matrix products in ONNX Runtime, and bytes a second of a copy (both
+    """Operations per second of large matrix products in ONNX Runtime, and bytes per second of a copy (both
     directions counted)."""
     found = {"fp32": 0.0, "int8": 0.0}
     for rows, inputs, outputs in (
@@ -337,7 +337,7 @@ _TIMES = re.compile(r"total time:\s*([\d.]+)\s*ms.*?time per step:\s*([\d.]+)\s*
 
 def llama_cpp(args: argparse.Namespace) -> None:
     """llama.cpp and the artifact on the same prompts, in turn: a canvas of the prompt and gen_length, blocks,
-    one token a step (it has no cache and no threshold), and beside it the artifact's own defaults."""
+    one token per step (it has no cache and no threshold), and beside it the artifact's own defaults."""
     for name in ("llama_cpp", "gguf", "artifact", "prompts"):
         if getattr(args, name) is None or not getattr(args, name).exists():
             raise SystemExit(

@@ -261,7 +261,7 @@ def check_target(config: ExportConfig, checkpoint: Path) -> None:
         )
     if not config.overwrite:
         raise DllmError(
-            f"{out}: an artifact is there already: add --overwrite to replace it, or choose another OUT."
+            f"{out}: an artifact already exists: add --overwrite to replace it, or choose another OUT."
         )
     for own in manifests.foreign_files(out):
         raise DllmError(

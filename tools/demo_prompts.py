@@ -2,7 +2,7 @@
 answers, or as inputs of decode cases.
 
 python tools/demo_prompts.py --tuning demo.jsonl --count 200        # for dllm-trt tune artifacts/llada-demo --data demo.jsonl --match json
-python tools/demo_prompts.py --prompts prompts.txt --count 24       # one a line
+python tools/demo_prompts.py --prompts prompts.txt --count 24       # one per line
 python tools/demo_prompts.py --inputs cases.json artifacts/llada-demo --count 24   # for dllm-trt replay --record
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("artifact", type=Path, nargs="?", help="the exported demo model, for --inputs")
     parser.add_argument("--count", type=int, default=500, help="prompts (default 500)")
-    parser.add_argument("--prompts", type=Path, help="write them, one a line")
+    parser.add_argument("--prompts", type=Path, help="write them, one per line")
     parser.add_argument("--tuning", type=Path, help="write them with their answers, as lines of JSON")
     parser.add_argument("--inputs", type=Path, help="write inputs of decode cases")
     args = parser.parse_args()

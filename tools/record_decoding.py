@@ -20,7 +20,7 @@ from trt_runtime.measure.bench import machine
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 RUNS = {
-    "vanilla: no cache, one token a forward": rt.GenerationConfig(cache="none", policy="fixed"),
+    "vanilla: no cache, one token per forward": rt.GenerationConfig(cache="none", policy="fixed"),
     "dual cache, threshold 0.9": rt.GenerationConfig(),
 }
 SECONDS, PAUSE = 9.0, 3.0  # of the longest run on the screen, and of the rest before it begins again

@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere
 
-from export import cli as exporter  # noqa: E402
-from trt_runtime.cli.main import _parser as parser_of_runtime  # noqa: E402
+from export import options as exporter  # noqa: E402
+from trt_runtime.cli.main import build_parser as parser_of_runtime  # noqa: E402
 from trt_runtime.decoding.cache_plan import PLANS  # noqa: E402
 from trt_runtime.decoding.policies import registry  # noqa: E402
 from trt_runtime.decoding.policies.base import Policy  # noqa: E402
@@ -66,7 +66,7 @@ def command_line() -> str:
     found = next(a for a in root._actions if isinstance(a, argparse._SubParsersAction))
     parsers = {name: parser for name, parser in found.choices.items() if name != "export"}
     shared = {group.title: _rows(group) for group in parsers[MODEL]._action_groups if group.title in SHARED}
-    export = exporter._parser("dllm-trt export")
+    export = exporter.build_parser("dllm-trt export")
     overview = {"export": export.description or "", **{n: p.description or "" for n, p in parsers.items()}}
     parts = ["# Command line", NOTE, _INTRODUCTION]
     rows = [(f"[`dllm-trt {n}`](#dllm-trt-{n})", _cell(text.splitlines()[0])) for n, text in overview.items()]
@@ -281,8 +281,14 @@ def _cell(text: str) -> str:
 
 
 def _wrap(text: str, bullet: str = "") -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet),
-                         break_on_hyphens=False, break_long_words=False)  # fmt: skip
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -48,7 +48,7 @@ class Result:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Useful tokens a forward: padding after the end is not counted."""
+        """Useful tokens per forward: padding after the end is not counted."""
         return self.num_useful / max(1, self.nfe)
 
 

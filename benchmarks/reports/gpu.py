@@ -157,13 +157,13 @@ def table(results: dict[str, Any]) -> str:
         f"{str(environment['commit'])[:10]}. "
         f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block "
         f"{settings['block_length']}, batch 1; "
-        f"tokens/s at {settings['tokens_per_forward']} tokens a forward, from the times of single calls, "
+        f"tokens/s at {settings['tokens_per_forward']} tokens per forward, from the times of single calls, "
         f"and of the loop itself.",
         "",
     ]
     lines += [
         "| variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | of eager | "
-        "tokens/s of the loop, at tokens a forward |",
+        "tokens/s of the loop, at tokens per forward |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = longest(results)

@@ -21,7 +21,7 @@ from marks import ROOT, insert
 
 BEGIN, END = "<!-- system: begin -->", "<!-- system: end -->"
 _VARIANTS = {
-    "vanilla": "no cache, one token a forward",
+    "vanilla": "no cache, one token per forward",
     "none": "no cache",
     "prefix": "prefix cache",
     "dual": "dual cache",
@@ -70,7 +70,7 @@ def main() -> None:
     text = "\n\n".join(
         [
             *(variants(threads, run) for threads, run in runs.items()),
-            "![tokens a second of every variant](system.png)",
+            "![tokens per second of every variant](system.png)",
             growth(grown),
             "![forwards beside the roofline](system-scaling.png)",
         ]
@@ -175,7 +175,7 @@ def plot_variants(runs: dict[int, dict[str, Any]], path: Path) -> None:
         )
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
-        axis.set_xlabel("tokens a second")
+        axis.set_xlabel("tokens per second")
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)

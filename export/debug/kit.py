@@ -67,7 +67,7 @@ def write(
             f"artifact without --quantize."
         )
     if out.exists() and any(out.iterdir()):
-        raise DllmError(f"{out}: is there already: remove it, or choose another directory.")
+        raise DllmError(f"{out}: already exists: remove it, or choose another directory.")
     with runnable(artifact, manifest, config.checkpoint) as twin:
         backend = OrtBackend(twin, threads=1)
         calls = record.decode(backend, config.prompts or prompts(manifest), decoding(manifest), config.count)

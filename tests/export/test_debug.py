@@ -199,7 +199,7 @@ def test_the_layer_at_fault_is_found(made):
 def test_wrong_use_is_one_line(made, golden_artifact, tmp_path, capsys):
     assert (
         cli.main(["polygraphy", str(golden_artifact), str(made)]) == 1
-        and "is there already" in capsys.readouterr().err
+        and "already exists" in capsys.readouterr().err
     )
     legacy = export_quietly(GOLDENS / "llada_tiny", tmp_path / "legacy", lowering="legacy")
     with pytest.raises(DllmError, match="legacy lowering"):

@@ -11,7 +11,7 @@ from places import export_quietly
 from safetensors.numpy import save_file
 from tiny import random_tensors
 
-from export import cli, families
+from export import families, options
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.measure import replay, tolerances
@@ -65,7 +65,7 @@ def test_legacy_equals_modern(tmp_path, name, dtype, allowed, kv_heads):
 def test_the_lowering_follows_the_onnx_runtime_that_is_installed(monkeypatch, capsys):
     versions = {"1.23.2": "legacy", "1.24.0": "modern", "1.32.0": "modern", "2.0.1": "modern"}
     for version, expected in versions.items():
-        monkeypatch.setattr(cli.importlib.metadata, "version", lambda _, version=version: version)
-        assert cli._lowering("auto") == expected
-        assert cli._lowering("modern") == "modern"
+        monkeypatch.setattr(options.importlib.metadata, "version", lambda _, version=version: version)
+        assert options.lowering_of("auto") == expected
+        assert options.lowering_of("modern") == "modern"
     assert "onnxruntime 1.23 has no opset 24" in capsys.readouterr().out

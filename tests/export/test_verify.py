@@ -21,6 +21,7 @@ from export.graph.attention import Attention
 from export.graph.decoder import Decoder
 from export.graph.linears import Linears
 from export.graph.lowering import modern
+from export.parity.report import memory_needed
 from export.parity.verify import bisect, verify
 from export.weights import plan as weights
 from export.weights.sources import FromCheckpoint
@@ -413,7 +414,7 @@ def test_a_model_too_large_to_verify_here_is_exported_and_says_so(tmp_path, caps
     assert export_cli.main([*command, "--verify", "yes"]) == 0
     assert manifests.load(tmp_path / "a").verified["passed"]
     facts = replace(manifests.load(tmp_path / "a").model, parameters=8_000_000_000, dtype="bf16")
-    assert 55e9 < export_cli._verification_bytes(facts) < 75e9
+    assert 55e9 < memory_needed(facts) < 75e9
 
 
 def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The commands that decode: generate, and chat, a conversation a line at a time."""
+"""The commands that decode: generate (prompts) and chat (a conversation)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HISTORY_LINES = 1000
 _MOST_WORDS, _LONGEST_WORD = 20, 40  # of a warning: words, columns of each
 _COMMANDS = {
     "/help": "this list",
-    "/reset": "begin a new conversation (also /new)",
+    "/reset": "start a new conversation (also /new)",
     "/exit": "end (also /quit, Ctrl-D)",
 }
 _ALIASES = {"/new": "/reset", "/quit": "/exit"}
@@ -37,24 +37,24 @@ def add(commands) -> None:  # type: ignore[no-untyped-def]
         commands, "generate", _generate, "complete one or several prompts", example=example
     )
     generate.add_argument(
-        "prompt", nargs="*", help="prompts, decoded as one batch; '-' reads one a line from standard input"
+        "prompt",
+        nargs="*",
+        help="prompts, decoded as one batch; '-' reads standard input, one prompt per line",
     )
     generate.add_argument(
         "--ids", action="append", default=[], metavar="1,2,3", help="a prompt as token ids (may be repeated)"
     )
     generate.add_argument(
-        "--raw", action="store_true", help="take the prompt as it stands, without the chat template"
+        "--raw", action="store_true", help="use the prompt as it is, without the chat template"
     )
-    generate.add_argument("--stream", action="store_true", help="show the block being unmasked in place")
+    generate.add_argument(
+        "--stream", action="store_true", help="show the block in place while it is unmasked"
+    )
     add_decoding(generate)
     cli_parser.add_output(generate, "the results")
 
-    chat = cli_parser.command(
-        commands, "chat", _chat, "talk to the model, a line at a time", example="artifacts/llada-demo"
-    )
-    chat.add_argument(
-        "--single-turn", action="store_true", help="every line begins a conversation of its own"
-    )
+    chat = cli_parser.command(commands, "chat", _chat, "talk to the model", example="artifacts/llada-demo")
+    chat.add_argument("--single-turn", action="store_true", help="each line is a conversation of its own")
     add_decoding(chat)
     cli_parser.add_output(chat)
 
@@ -65,9 +65,9 @@ def _generate(args: argparse.Namespace) -> int:
         prompts += _lines() if text == "-" else [text]
     prompts += [_ids(text) for text in args.ids]
     if not prompts:
-        raise DllmError("no prompt: give one or more, or '-' for standard input.")
+        raise DllmError("no prompt: give at least one, or '-' for standard input.")
     if args.stream and (args.json or len(prompts) > 1):
-        raise DllmError("--stream shows one prompt and no JSON: leave out --json, or give one prompt.")
+        raise DllmError("--stream shows one prompt, and no JSON: remove --json, or give one prompt.")
     model = open_model(args)
     config = config_of(args, model.manifest)
     _warn_of_unknown_words(args, model, prompts)
@@ -88,7 +88,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _lines() -> list[Prompt]:
-    """Prompts from standard input, one a line."""
+    """Prompts from standard input, one per line."""
     return [line for _, line in examples.split_lines(sys.stdin.read())]
 
 
@@ -97,7 +97,9 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         shown = text if len(text) <= 80 else text[:80] + "..."
-        raise DllmError(f"--ids is {shown!r}, expected token ids with commas, like 12,7,300.") from error
+        raise DllmError(
+            f"--ids is {shown!r}, expected token ids separated by commas, like 12,7,300."
+        ) from error
 
 
 def _as_json(result: Result) -> dict[str, object]:
@@ -128,8 +130,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 class _Chat:
-    """A conversation. What is typed at a terminal can be edited and is remembered; Ctrl-C there stops an
-    answer, not the conversation."""
+    """A conversation. At a terminal, lines can be edited and are kept in a history, and Ctrl-C stops an
+    answer but not the conversation."""
 
     def __init__(self, args: argparse.Namespace, model: Model, config: GenerationConfig) -> None:
         self.args, self.model, self.config = args, model, config
@@ -138,7 +140,7 @@ class _Chat:
         self.messages: list[dict[str, str]] = []
 
     def run(self) -> int:
-        """Until the end of the input; returns the exit status."""
+        """Answer lines until the input ends; returns the exit status."""
         note(self.args, "Ctrl-D or /exit ends, Ctrl-C stops an answer, /help lists the commands")
         was_stopped = False
         while True:
@@ -163,7 +165,7 @@ class _Chat:
                 was_stopped = True
 
     def _take(self, line: str) -> bool:
-        """Answer a line, or do what it commands; whether the conversation goes on."""
+        """Answer a line or run its command; returns whether the conversation goes on."""
         if not line.startswith("/"):
             self._answer(line)
             return True
@@ -172,7 +174,7 @@ class _Chat:
             return False
         if name == "/reset":
             self.messages = []
-            note(self.args, "a new conversation")
+            note(self.args, "new conversation")
         elif name == "/help":
             print("\n".join(f"{name:8} {text}" for name, text in _COMMANDS.items()))
         else:
@@ -195,9 +197,7 @@ class _Chat:
             if not self.is_typed:
                 raise
             text = stopped.text
-        except (
-            KeyboardInterrupt
-        ):  # before the first forward, or a second one during a long forward: there is no answer to keep
+        except KeyboardInterrupt:  # before the first forward, or twice during one: there is no answer to keep
             if not self.is_typed:
                 raise
             print("[stopped]")
@@ -206,8 +206,8 @@ class _Chat:
 
 
 class _History:
-    """Lines that were typed, in a file of the user's own that later conversations begin with; none where it
-    cannot be written, or where Python has no readline."""
+    """The lines typed so far, kept in a file of the user's for later conversations. Empty if the file cannot
+    be written or Python has no readline."""
 
     def __init__(self) -> None:
         self.readline: Any = None
@@ -224,7 +224,7 @@ class _History:
             self.readline.read_history_file(str(self.path))
 
     def add(self, line: str) -> None:
-        """Remember a line, unless it is empty or the same again."""
+        """Append a line, unless it is empty or repeats the last one."""
         if self.readline is None or not line:
             return
         number = self.readline.get_current_history_length()
@@ -236,13 +236,13 @@ class _History:
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
             if hasattr(
                 self.readline, "append_history_file"
-            ):  # so that two conversations keep each other's lines
+            ):  # two open conversations keep each other's lines
                 self.readline.append_history_file(1, str(self.path))
             else:
                 self.readline.write_history_file(str(self.path))
 
 
 def _state_home() -> Path:
-    """XDG_STATE_HOME, which counts if it is absolute, or ~/.local/state."""
+    """XDG_STATE_HOME if it is an absolute path, else ~/.local/state."""
     named = os.environ.get("XDG_STATE_HOME", "")
     return Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".local" / "state"

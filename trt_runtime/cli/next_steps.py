@@ -1,5 +1,4 @@
-"""What to run next, after a command: one command with the real paths, quoted for a shell. It is a hint, and
-goes to standard error."""
+"""The command to run next, with the real paths and quoted for a shell: a hint, printed on standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _PROMPT = "Why is the sky blue?"
 
 
 def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
-    """Ask the artifact something."""
+    """The command that generates with an artifact."""
     if manifest.tokenizer is None:
         special, vocabulary = manifest.decoding.special_token_ids, range(manifest.model.vocab_size)
         ids = list(itertools.islice((token for token in vocabulary if token not in special), 3))
@@ -31,7 +30,7 @@ def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
 
 
 def of_artifact(artifact: Path, manifest: Manifest) -> str:
-    """An artifact for a CPU is asked; one that no CPU runs is built first."""
+    """After an export: generate with an artifact that a CPU runs, build engines of one that needs a GPU."""
     for_gpu = manifest.model.dtype == "bf16" or (
         manifest.quantization is not None and manifest.quantization.target == TENSORRT
     )
@@ -39,15 +38,15 @@ def of_artifact(artifact: Path, manifest: Manifest) -> str:
 
 
 def after_build(artifact: Path, backend: str, engines: Path) -> str:
-    """Ask the engines something."""
+    """After a build: generate with the engines."""
     where = [] if engines == Path("engines") else ["--engines", str(engines)]
     return generate(artifact, manifests.load(artifact), "--backend", backend, *where)
 
 
-def after_plan(path: str, made: dict[str, Any], device: str | None) -> str | None:
-    """Of an artifact: use it. Of a checkpoint: export it as forecast, if it fits; else forecast it in fewer
+def after_plan(path: str, forecast: dict[str, Any], device: str | None) -> str | None:
+    """After a forecast: use the artifact; or export the checkpoint as forecast, if it fits; or forecast fewer
     bits, on a CPU."""
-    fits = [label for row in made["devices"].values() for label, is_so in row["fits"].items() if is_so]
+    fits = [label for row in forecast["devices"].values() for label, is_so in row["fits"].items() if is_so]
     if (Path(path) / manifests.FILE_NAME).is_file():
         if not fits:
             return None
@@ -56,24 +55,24 @@ def after_plan(path: str, made: dict[str, Any], device: str | None) -> str | Non
             manifest.quantization is None or manifest.quantization.target != ORT_CPU
         )
         return commands.command("build", path) if on_gpu else of_artifact(Path(path), manifest)
-    how = made["quantised"]
+    how = forecast["quantised"]
     if not fits:
         smaller = {None: "w8a8", "w8a8": "int4"}.get(how and how["scheme"]) if device == "cpu" else None
         return smaller and commands.command("plan", path, "--device", "cpu", "--quantize", smaller)
-    words = ["--checkpoint", path, "--dtype", made["model"]["dtype"]]
+    words = ["--checkpoint", path, "--dtype", forecast["model"]["dtype"]]
     if how is None:
         return commands.export(*words)
     target = ["--target", how["target"]] if how["scheme"] == "int4" else []
     return (
         commands.export(*words, "--quantize", how["scheme"], *target, "--data", "prompts.txt")
-        + "  # prompts.txt: yours, one a line"
+        + "  # prompts.txt: your prompts, one per line"
     )
 
 
-def after_doctor(healthy: bool, mends: list[str]) -> str | None:
-    """Where the runtime cannot run, its first mend; else an artifact that is here, or making one."""
+def after_doctor(healthy: bool, fixes: list[str]) -> str | None:
+    """The first fix if the runtime cannot run; else generate with an artifact that is here, or export one."""
     if not healthy:
-        return mends[0] if mends else None
+        return fixes[0] if fixes else None
     for path in sorted(Path("artifacts").glob(f"*/{manifests.FILE_NAME}")):
         try:
             return of_artifact(path.parent, manifests.load(path.parent))

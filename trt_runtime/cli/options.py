@@ -22,7 +22,7 @@ MAX_THREADS = 1024
 
 
 def add_backend(command: argparse.ArgumentParser) -> None:
-    """The group of options that choose and set up a backend."""
+    """Add the options that choose and configure a backend."""
     parser = command.add_argument_group("backend")
     names = ", ".join(backends.names())
     parser.add_argument(
@@ -30,9 +30,9 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         default=backends.DEFAULT,
         help=f"what runs the model: {names} (default {backends.DEFAULT})",
     )
-    parser.add_argument("--threads", type=int, help="threads of a matrix product (default: physical cores)")
+    parser.add_argument("--threads", type=int, help="threads per forward (default: physical cores)")
     parser.add_argument(
-        "--device", help="of ort: cpu (default) or cuda; of tensorrt: the GPU's number (default 0)"
+        "--device", help="with ort: cpu (default) or cuda; with tensorrt: the GPU's number (default 0)"
     )
     parser.add_argument(
         "--steps-per-sync",
@@ -40,64 +40,70 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         type=int,
         dest="steps_per_sync",
         metavar="N",
-        help="refine steps that the device makes before the host synchronises with it (default 1; "
-        "--steps-per-look is its former name)",
+        help="refine steps that the device runs before the host synchronises with it (default 1; "
+        "former name: --steps-per-look)",
     )
     parser.add_argument(
-        "--engines", type=Path, help="of tensorrt: where 'dllm-trt build' put the engines (default engines)"
+        "--engines", type=Path, help="with tensorrt: the engine cache of 'dllm-trt build' (default engines)"
     )
-    parser.add_argument(
-        "--checkpoint", help="for the torch backend: the checkpoint (default: the one in the manifest)"
-    )
+    parser.add_argument("--checkpoint", help="with torch: the checkpoint (default: the one in the manifest)")
 
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
-    """The groups of options that say how to decode; those of policies and caches are as they are declared."""
+    """Add the options that say how to decode; policies declare their own (`policies/options.py`)."""
     default = GenerationConfig()
     _add_policies(command.add_argument_group("decoding"), default)
     _add_caches(command.add_argument_group("caches"), default)
     parser = command.add_argument_group("schedules and sampling")
     takers = ", ".join(policy.name for policy in POLICIES.all() if policy.takes_steps())
+    parser.add_argument("--steps", type=int, help=f"forwards in total (default: one per token); for {takers}")
     parser.add_argument(
-        "--steps", type=int, help=f"forwards in all (default one token a forward); for {takers}"
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help="0 takes the most probable token (default 0)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0 takes the best token (default 0)"
+        "--top-p", type=float, help="sample from the most probable tokens up to this total probability"
     )
-    parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this sum")
-    parser.add_argument("--top-k", type=int, help="keep this many tokens")
-    parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
+    parser.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
+    parser.add_argument("--seed", type=int, help="seed of the random draws (default 0)")
     parser = command.add_argument_group("the end and gaps")
     parser.add_argument(
-        "--no-stop-at-eos", dest="stop_at_eos", action="store_false", help="decode all gen_length tokens"
+        "--no-stop-at-eos",
+        dest="stop_at_eos",
+        action="store_false",
+        help="decode all of --gen-length instead of stopping at an end token",
     )
     parser.add_argument(
         "--hold-back-eos",
         action="store_true",
         default=None,
-        help="commit an end token only when nothing else is left in the block",
+        help="commit an end token only when the block has no other token left to commit",
     )
-    parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the prompt")
+    parser.add_argument("--infill", action="store_true", help="also fill the mask tokens in the prompt")
     add_backend(command)
 
 
 def _add_policies(parser: argparse._ArgumentGroup, default: GenerationConfig) -> None:
     parser.add_argument("--gen-length", type=int, help="tokens to generate (default: the model's)")
-    parser.add_argument("--block-length", type=int, help="tokens of a block (default: the model's)")
+    parser.add_argument("--block-length", type=int, help="tokens per block (default: the model's)")
     parser.add_argument(
         "--policy", help=f"{', '.join(POLICIES.names())}, or module:Class (default {default.policy})"
     )
     for name, item in registry.options().items():
         flag = f"--{name.replace('_', '-')}"
-        said = f"{item.help}; for {', '.join(registry.takers(name))} (default {item.default}, {item.range})"
+        help_text = (
+            f"{item.help}; for {', '.join(registry.takers(name))} (default {item.default}, {item.range})"
+        )
         if item.kind is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=said)
+            parser.add_argument(flag, action="store_true", default=None, help=help_text)
         else:
-            parser.add_argument(flag, type=item.kind, help=said)
+            parser.add_argument(flag, type=item.kind, help=help_text)
     parser.add_argument(
         "--speculate",
         type=int,
-        help="steps that one call may verify, without changing the answer (default 1)",
+        help="refine steps that one batched call may verify; the answer stays the same (default 1)",
     )
 
 
@@ -108,32 +114,34 @@ def _add_caches(parser: argparse._ArgumentGroup, default: GenerationConfig) -> N
     parser.add_argument(
         "--refresh-every",
         type=int,
-        help="blocks from one rebuilt cache to the next; 0: the first alone (default 1)",
+        help="rebuild the cache every N blocks; 0: only for the first (default 1)",
     )
     parser.add_argument(
         "--refresh-window",
         type=int,
-        help="positions around a block that begins without a rebuilt cache (default 0)",
+        help="positions around a block to recompute when it begins without a rebuilt cache (default 0)",
     )
-    parser.add_argument("--suffix", type=int, help="masks after the block that a forward sees (default all)")
+    parser.add_argument(
+        "--suffix", type=int, help="mask tokens after the block that a forward sees (default: all)"
+    )
     parser.add_argument(
         "--suffix-decay",
         action="store_true",
         default=None,
-        help="take those of --suffix at growing distances",
+        help="space the mask tokens of --suffix at growing distances",
     )
 
 
 def load_modules(words: list[str]) -> None:
-    """Import what --policy, --cache and --backend name as module:Name, so that the parser knows their
-    options. Raises DllmError."""
+    """Import what --policy, --cache and --backend name as module:Name, so that the parser has their options.
+    Raises DllmError."""
     registries: dict[str, Registry[Any]] = {
         "--policy": POLICIES,
         "--cache": PLANS,
         "--backend": backends.BACKENDS,
     }
-    given = zip(words, [*words[1:], ""], strict=True)
-    for flag, value in [(word.partition("=")[0], word.partition("=")[2] or after) for word, after in given]:
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    for flag, value in [(word.partition("=")[0], word.partition("=")[2] or after) for word, after in pairs]:
         if flag in registries and ":" in value:
             if "" not in sys.path:
                 sys.path.insert(0, "")  # a module in the current directory, as for 'python -m'
@@ -182,8 +190,8 @@ def config_of(args: argparse.Namespace, manifest: Manifest, *, may_draw: bool = 
     config = configured(values, manifest)
     if not may_draw and args.seed is not None and not config.draws:
         raise DllmError(
-            "--seed goes with a --temperature or --alg-temp above 0, or --policy origin: else nothing is "
-            "drawn."
+            "--seed needs a --temperature or --alg-temp above 0, or --policy origin: otherwise nothing is "
+            "random."
         )
     return config
 
@@ -192,4 +200,4 @@ def write_json(path: Path, value: object) -> None:
     try:
         path.write_text(as_json(value, indent=None) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DllmError(f"{path}: cannot be written ({error.strerror}): give another path.") from error
+        raise DllmError(f"{path}: cannot be written ({error.strerror}): choose another path.") from error

@@ -1,5 +1,5 @@
-"""The parsers of the command lines: errors in one line that say what was meant, options that every command
-has, and reports as text or JSON."""
+"""What all commands share: a parser whose errors are one line, the output options, and reports as text or
+JSON."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trt_runtime import __version__
 from trt_runtime.errors import DllmError
 from trt_runtime.system.progress import SILENT, Progress
 
-# the largest values of whole numbers, by option: far above what is of use, far below what would hang or fill
-# the memory
+# the largest value of each integer option: far above any real use, far below what would hang or exhaust
+# memory
 _TOKENS = 1 << 22
 _MOST = {
     "count": 100_000,
@@ -53,8 +53,7 @@ _LONGEST = 300  # characters of an error about what was typed
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which says what may have been meant. Options have to be written
-    out."""
+    """A parser whose errors are one line and suggest the nearest name. Options cannot be abbreviated."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         defaults: dict[str, Any] = {
@@ -72,13 +71,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, strange = self.parse_known_args(args, namespace)
+        parsed, strange = self.parse_known_args(args, namespace)
         if strange:
-            getattr(found, "parser", self).refuse(strange)
-        return found
+            getattr(parsed, "parser", self).refuse(strange)
+        return parsed
 
     def refuse(self, strange: list[str]) -> NoReturn:
-        """Exit because of arguments that nobody asked for."""
+        """Exit with an error about arguments that no option takes."""
         known = [name for action in self._actions for name in action.option_strings]
         hints = [
             hint
@@ -96,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' did you mean X?' of what is known, or nothing."""
+    """' did you mean X?' with the nearest known name, or ''."""
     names = list(known)
     near = [name for name in names if len(word) > 3 and name.startswith(word)] or difflib.get_close_matches(
         word, names, n=1
@@ -105,7 +104,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class Version(argparse.Action):
-    """--version: of this package, of what runs the models, and of Python."""
+    """--version: the versions of this package, ONNX Runtime and Python."""
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
         super().__init__(
@@ -121,21 +120,21 @@ class Version(argparse.Action):
 
 
 def versions() -> str:
-    """Without importing anything: ONNX Runtime goes by several names."""
-    found = {f"dllm-trt {__version__}": None}
+    """The line of --version, without importing anything. ONNX Runtime's package has several names."""
+    lines = {f"dllm-trt {__version__}": None}
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found[f"{package} {importlib.metadata.version(package)}"] = None
+            lines[f"{package} {importlib.metadata.version(package)}"] = None
         except importlib.metadata.PackageNotFoundError:
             continue
-    if len(found) == 1:
-        found["no onnxruntime"] = None
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    if len(lines) == 1:
+        lines["no onnxruntime"] = None
+    return ", ".join([*lines, f"Python {platform.python_version()}"])
 
 
 def add_output(parser: argparse.ArgumentParser, as_json: str = "", output: str = "") -> None:
-    """The options about what is printed. as_json: what --json prints, if the command reports; output: what
-    --output writes."""
+    """Add the options about output. as_json: what --json prints, if the command has it; output: what --output
+    does, if the command has it."""
     group = parser.add_argument_group("output")
     if output:
         group.add_argument("--output", type=Path, metavar="OUT.json", help=output)
@@ -143,13 +142,13 @@ def add_output(parser: argparse.ArgumentParser, as_json: str = "", output: str =
         group.add_argument(
             "--json",
             action="store_true",
-            help=f"print {as_json} as JSON, and nothing else, on standard output",
+            help=f"print {as_json} as JSON on standard output, and nothing else",
         )
     group.add_argument(
         "-q",
         "--quiet",
         action="store_true",
-        help="no notes, warnings, progress or summaries on standard error",
+        help="print no notes, warnings, progress or summaries on standard error",
     )
 
 
@@ -161,8 +160,8 @@ def command(  # type: ignore[no-untyped-def]
     takes: str = "",
     example: str = "",
 ) -> argparse.ArgumentParser:
-    """A subcommand that takes an artifact, or what `takes` names ('-': nothing). example: its arguments in an
-    example."""
+    """Add a subcommand. takes: its positional argument, an artifact by default, '-' for none; example: the
+    arguments of the example in its help."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -182,7 +181,7 @@ def command(  # type: ignore[no-untyped-def]
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run what was parsed; with --json, everything but the report goes to standard error."""
+    """Run the parsed command; with --json, everything but the report goes to standard error."""
     check(args)
     args.stdout, args.progress = sys.stdout, Progress(quiet=args.quiet)
     if not getattr(args, "json", False):
@@ -194,7 +193,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise DllmError for a number beyond all use, or a path that no library takes."""
+    """Raise DllmError for a number that is far too large, or a path that the libraries cannot open."""
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         if (
@@ -208,8 +207,7 @@ def check(args: argparse.Namespace) -> None:
             if isinstance(path, Path) and not _is_text(os.path.abspath(path)):
                 raise DllmError(
                     f"the path {os.path.abspath(path)!a} has bytes that are not UTF-8, which ONNX and its "
-                    f"tools do not take: "
-                    "rename what they belong to, or choose another path."
+                    f"tools cannot open: rename that directory or file, or choose another path."
                 )
 
 
@@ -226,32 +224,31 @@ def progress_of(args: argparse.Namespace) -> Progress:
 
 
 def note(args: argparse.Namespace, line: str) -> None:
-    """Tell the user something on standard error, unless it is to be quiet."""
+    """Print a line on standard error, unless --quiet."""
     if not args.quiet:
         progress_of(args).say(line, sys.stderr)
 
 
 def hint(args: argparse.Namespace, command_of: Callable[[], str | None]) -> None:
-    """Tell which command comes next, unless the user is a program."""
-    if not args.json and not args.quiet and (found := command_of()) is not None:
-        note(args, f"next: {found}")
+    """Suggest the next command on standard error, unless --json or --quiet."""
+    if not args.json and not args.quiet and (suggested := command_of()) is not None:
+        note(args, f"next: {suggested}")
 
 
 def say(args: argparse.Namespace, line: str) -> None:
-    """Print a line that comes before the report: on standard error with --json, and not at all with --quiet
-    then."""
+    """Print a line ahead of the report: with --json on standard error, or nowhere if --quiet is given too."""
     if not (args.json and args.quiet):
         progress_of(args).say(line)
 
 
 def report(args: argparse.Namespace, value: object, text: str) -> None:
-    """Print what came of a command, as JSON or as text."""
+    """Print a command's result as JSON or as text."""
     progress_of(args).clear()
     print(as_json(value) if args.json else text, file=args.stdout, flush=True)
 
 
 def as_json(value: object, indent: int | None = 1) -> str:
-    """Strict JSON: numbers that are none become null, paths and other values texts."""
+    """Strict JSON: NaN and infinities become null, paths and other values strings."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 

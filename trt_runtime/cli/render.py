@@ -1,4 +1,4 @@
-"""What a terminal shows: the block being unmasked in place, a result in a line, an artifact in a page."""
+"""What a terminal shows: a block while it is unmasked, a result's summary line, an artifact's description."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MASK = "░"
 
 
 def summary(result: Result) -> str:
-    """One line about a result: useful tokens, forwards by kind, tokens a forward, time."""
+    """One line about a result: useful tokens, forwards by kind, tokens per forward, time."""
     return (
         f"[{result.num_useful} tokens, {result.nfe} forwards "
         f"({_plural(result.prefix_passes, 'prefix pass', 'es')}, "
-        f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens a "
+        f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens per "
         f"forward, {result.seconds:.2f} s, "
         f"{result.num_useful / max(result.seconds, 1e-9):.0f} tokens/s]"
     )
@@ -34,15 +34,14 @@ def _plural(number: int, what: str, ending: str) -> str:
 
 
 def answer(model: Model, result: Result, *, whole: bool) -> str:
-    """A result as text, or as token ids without a tokenizer; `whole`: with the prompt, whose gaps were
-    filled."""
+    """A result as text, or as token ids without a tokenizer. whole: the prompt too, with its gaps filled."""
     if not whole:
         return result.text if result.text is not None else " ".join(map(str, result.tokens))
     return model.tokenizer.decode(result.canvas) if model.tokenizer else " ".join(map(str, result.canvas))
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C during an answer. text: what of it stood before the first gap, and is on the screen; None
+    """Ctrl-C during an answer. text: the part of it before the first mask, which is on the screen; None
     without a tokenizer."""
 
     def __init__(self, text: str | None) -> None:
@@ -59,9 +58,9 @@ def show_stream(
     out: TextIO | None = None,
     quiet: bool = False,
 ) -> str | None:
-    """Decode one prompt on screen; returns its text. Where `out` is no terminal, each finished block is
-    printed once. `quiet`: without the line about forwards and seconds. Ctrl-C ends the answer before the next
-    forward, marks it, and raises Stopped."""
+    """Decode one prompt on screen and return its text. If `out` is not a terminal, each block is printed
+    once, when it is finished. quiet: no line about forwards and seconds. Ctrl-C stops before the next
+    forward, marks the answer as stopped, and raises Stopped."""
     out = out or sys.stdout
     begin = time.perf_counter()
     live = screen.Live(out) if screen.is_terminal(out) else None
@@ -100,8 +99,8 @@ def show_stream(
 
 
 class _CtrlC:
-    """Notes the first Ctrl-C inside the block, for the answer to end where it can; a second one interrupts at
-    once."""
+    """A context that records the first Ctrl-C, so that the answer stops before its next forward; a second
+    Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.came = False
@@ -123,7 +122,7 @@ class _CtrlC:
 
 
 def _settled(model: Model, update: Update) -> str | None:
-    """The text before the first gap, which no later forward changes; None without a tokenizer."""
+    """The text before the first mask, which no later forward changes; None without a tokenizer."""
     if model.tokenizer is None:
         return None
     tokens = _useful(model, update)
@@ -138,8 +137,8 @@ def _useful(model: Model, update: Update) -> list[int]:
 
 
 def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
-    """An update as styled text, masks as shaded cells and what is new bright, and how many characters of it
-    never change again."""
+    """An update as styled text (masks shaded, new tokens bright), and the number of leading characters that
+    will not change again."""
     tokens, mask, changed = _useful(model, update), model.manifest.decoding.mask_token_id, set(update.changed)
     gap = tokens.index(mask) if mask in tokens else len(tokens)
     spans = _styled(model, tokens[:gap], 0, changed, is_whole=update.finished)
@@ -156,9 +155,8 @@ def _spans(model: Model, update: Update) -> tuple[list[screen.Span], int]:
 def _styled(
     model: Model, tokens: list[int], first: int, changed: set[int], *, is_whole: bool
 ) -> list[screen.Span]:
-    """A run of tokens, which begins at position `first`, decoded together: a tokenizer may join what two
-    tokens mean. Unless it `is_whole`, what is left of a character whose other bytes are still to come is left
-    out."""
+    """A run of tokens from position `first`, decoded together because a character may span tokens. Unless
+    `is_whole`, an incomplete character at the end is dropped."""
 
     def text_of(end: int) -> str:
         if model.tokenizer is None:
@@ -178,10 +176,10 @@ def _styled(
 
 
 def describe(path: Path, manifest: Manifest) -> str:
-    """An artifact in a page."""
+    """An artifact's description, one fact per line."""
     model, decoding = manifest.model, manifest.decoding
     verified = manifest.verified
-    said = (
+    verdict = (
         "no"
         if verified is None
         else f"{'yes' if verified.get('passed') else 'FAILED'}, against {verified.get('against')}"
@@ -197,7 +195,7 @@ def describe(path: Path, manifest: Manifest) -> str:
         "network": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
         f"{model.num_kv_heads} KV heads "
         f"of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}",
-        "canvas": f"up to {model.max_length} tokens; the cache takes {per_token / 1024:g} KiB a token",
+        "canvas": f"up to {model.max_length} tokens; the cache takes {per_token / 1024:g} KiB per token",
         "decoding": f"mask {decoding.mask_token_id}, end {', '.join(map(str, decoding.eos_token_ids))}, "
         f"logit shift {decoding.logit_shift}, {decoding.sampling} sampling, defaults: "
         + (", ".join(f"{key} {value}" for key, value in decoding.defaults.items()) or "none"),
@@ -205,12 +203,12 @@ def describe(path: Path, manifest: Manifest) -> str:
         "graphs": f"opset {manifest.opset}, {manifest.lowering} lowering, {manifest.head} head",
         "tokenizer": manifest.tokenizer or "none (token ids only)",
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
-        "verified": said,
+        "verified": verdict,
     }
     if decoding.tuned:
         rows["tuned"] = (
             ", ".join(f"{key} {value}" for key, value in decoding.tuned.items())
-            + " (where you give no options)"
+            + " (used where you give no options)"
         )
     if manifest.quantization is not None:
         rows["quantised"] = _quantised(manifest.quantization)
@@ -221,11 +219,11 @@ def _quantised(facts: Quantization) -> str:
     measured = facts.quality
     if measured is None:
         return f"{facts.scheme} for {facts.target}; its quality was not measured"
-    return f"{facts.scheme} for {facts.target}; beside the model as it was: {quality(measured)}"
+    return f"{facts.scheme} for {facts.target}; compared with the model before: {quality(measured)}"
 
 
 def quality(measured: dict[str, Any]) -> str:
-    """What a quantised artifact's export measured (manifest: quantization.quality)."""
+    """The quality that the export measured (manifest: quantization.quality), in words."""
     right = (
         f"; right answers {measured['right']} of {measured['judged']}, before {measured['right_before']}"
         if measured["judged"]

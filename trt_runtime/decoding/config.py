@@ -96,7 +96,7 @@ class GenerationConfig:
     it).
     policy: which masked positions a forward commits, by the name of a policy (policies/registry.py), or
         'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
-    speculate: steps of a block that one call may verify, with the tokens that one step a call would give; for
+    speculate: steps of a block that one call may verify, with the tokens that one step per call would give; for
     what draws nothing.
     refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first
         alone); other blocks begin with a refine step over the block before, the block and so many positions
@@ -104,7 +104,7 @@ class GenerationConfig:
     suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or
     at growing distances.
     steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is
-        left unused); None is one token a forward. With 'threshold' a bound: no more than an even share and
+        left unused); None is one token per forward. With 'threshold' a bound: no more than an even share and
         what earlier steps left over.
     temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits /
     temperature).

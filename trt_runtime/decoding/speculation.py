@@ -28,12 +28,12 @@ from trt_runtime.errors import DllmError
 
 class Speculating(Generator):
     """A Generator whose every call verifies up to `branches` steps of one row. Raises DllmError where the
-    backend takes fewer rows a call."""
+    backend takes fewer rows per call."""
 
     def __init__(self, backend: Backend, sequences: Iterable[Sequence], branches: int) -> None:
         if backend.max_batch is not None and branches > backend.max_batch:
             raise DllmError(
-                f"speculate is {branches}: the engines take {backend.max_batch} rows a call: ask for less, "
+                f"speculate is {branches}: the engines take {backend.max_batch} rows per call: ask for less, "
                 f"or build with a larger --max-batch."
             )
         if backend.steps_per_sync > 1:

@@ -164,7 +164,7 @@ def _bandwidth() -> float:
 
 
 def _product_rate() -> float:
-    """Operations a second of an fp32 matrix product in NumPy, with its own threads."""
+    """Operations per second of an fp32 matrix product in NumPy, with its own threads."""
     rows, inputs, outputs = 256, 1024, 1024
     x, weight = np.ones((rows, inputs), np.float32), np.ones((inputs, outputs), np.float32)
     out = np.empty((rows, outputs), np.float32)

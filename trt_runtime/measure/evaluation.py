@@ -415,7 +415,7 @@ def table(report: dict[str, Any]) -> str:
     if took["answers"]:
         lines.append(
             f"{took['answers']} answers: {took['nfe_an_answer']:.1f} forwards each, "
-            f"{took['tokens_per_forward']:.2f} tokens a forward, "
+            f"{took['tokens_per_forward']:.2f} tokens per forward, "
             f"{took['tokens_per_second']:.0f} tokens/s; {took['truncated']} prompts cut at the left"
         )
     if took["likelihoods"]:

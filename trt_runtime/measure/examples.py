@@ -23,7 +23,7 @@ class Example:
 
 
 def read(path: Path) -> list[Example]:
-    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt a line. In JSON a prompt may be
+    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt per line. In JSON a prompt may be
     token ids. Raises DllmError."""
     return [_example(line, f"{path}: line {number}") for number, line in numbered_lines(path)]
 
@@ -44,7 +44,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
             f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
         ) from error
     if not lines:
-        raise DllmError(f"{path}: holds no prompt: give one a line.")
+        raise DllmError(f"{path}: holds no prompt: give one per line.")
     return lines
 
 

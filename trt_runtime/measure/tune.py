@@ -1,7 +1,7 @@
 """The fastest way of decoding that keeps the answers: block length, policy, cache and refresh, tried on a
 user's own prompts and measured on this machine.
 
-    1. baseline: one token a forward, dual cache, the model's block length: how many answers are right
+    1. baseline: one token per forward, dual cache, the model's block length: how many answers are right
     2. block lengths, with thresholds  ->  the fastest within the bound
     3. every other policy with a few values of its option, at that block length
     4. with the best policy: caches, refresh modes, a bounded suffix

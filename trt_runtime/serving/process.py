@@ -67,7 +67,7 @@ def run(model: Model, options: ServeOptions, host: str, port: int) -> int:
 
 
 def examples(artifact: Path, given: Path | None) -> tuple[str, ...]:
-    """Prompts for the page: of a file, a prompt a line, or of prompts.txt beside the artifact's checkpoint
+    """Prompts for the page: of a file, a prompt per line, or of prompts.txt beside the artifact's checkpoint
     where this machine has it. Raises DllmError for a file that was given and cannot be used."""
     file = given
     if file is None:

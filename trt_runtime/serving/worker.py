@@ -87,7 +87,7 @@ class Worker:
                 f"out."
             )
         if lanes > slots:
-            raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one a slot.")
+            raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one per slot.")
         self.model, self.metrics = model, metrics
         self.slots, self.max_length, self.most_queued = slots, max_length, most_queued
         self._open: set[Job] = set()

@@ -83,7 +83,7 @@ def test_chat_answers_line_by_line(demo_artifact, capsys, monkeypatch):
     assert len(answers) == 2 and demo_task.is_right(answers[0], PLAN)
     assert (
         "error: unknown command '/nwe': did you mean '/new'?" in printed.err
-        and "a new conversation" in printed.err
+        and "new conversation" in printed.err
     )
 
 
@@ -128,7 +128,7 @@ def test_replay_compares_and_records(golden_artifact, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert run("replay", golden_artifact, GOLDENS / "cases.json", "--output", out) == 0
     said = capsys.readouterr().out
-    assert "left out: 79 cases of other families" in said
+    assert "skipped: 79 cases of other families" in said
     assert "79 cases on ort in fp32: 79 with expectations, 0 mismatches, 0 ambiguous" in said
     written = json.loads(out.read_text())["cases"]
     assert len(written) == 79 and set(written[0]) == {"id", "output", "nfe", "trace"}
@@ -237,11 +237,11 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
         (["--threshold", "0.8", "--policy", "fixed"], "threshold goes with policy threshold or margin"),
         (["--factor", "2"], "factor goes with policy factor"),
         (["--steps", "20", "--policy", "factor"], "one of threshold, fixed"),
-        (["--steps", "8"], "at least one step a block"),
+        (["--steps", "8"], "at least one step per block"),
         (["--alg-temp", "0.5"], "alg_temp goes with policy entropy or maskgit_plus or topk_margin, got policy 'threshold'"),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
-        (["--steps", "2", "--policy", "fixed"], "at least one step a block"),
+        (["--steps", "2", "--policy", "fixed"], "at least one step per block"),
         (["--seed", "3"], "--seed goes with a --temperature"),
         (["--seed", "-3", "--temperature", "1"], "seed is -3"),
         (["--temperature", "1e308"], "temperature is 1e+308"),

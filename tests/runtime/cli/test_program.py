@@ -18,6 +18,7 @@ from demo import PROMPT
 from places import DEMO, ROOT
 
 from export import cli as exporter
+from export import options as exporter_options
 from trt_runtime import __version__
 from trt_runtime.cli import main as cli
 from trt_runtime.cli import parser as cli_parser
@@ -217,9 +218,9 @@ def test_a_relative_path_in_a_directory_that_is_no_text(tmp_path, capsys, monkey
 
 
 def _parsers():
-    top = cli._parser()
+    top = cli.build_parser()
     (subcommands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-    return subcommands.choices | {"export": exporter._parser()}
+    return subcommands.choices | {"export": exporter_options.build_parser()}
 
 
 def test_every_whole_number_has_an_upper_bound():
@@ -288,7 +289,7 @@ def test_help_is_grouped_and_spelled_right():
         assert "example:\n  " in page and "--quiet" in page, name
         for wrong in ("openai's", "tensorrt ", "triton inference", "http.", "pytorch ", "json "):
             assert wrong not in parser.description.replace("tensorrt-rtx", ""), (name, wrong)
-    page = cli._parser().format_help()
+    page = cli.build_parser().format_help()
     for right in (
         "OpenAI's API over HTTP",
         "TensorRT engines",

@@ -32,7 +32,7 @@ def _draws(sequence):
 
 @pytest.mark.parametrize("branches", [2, 5])
 def test_goldens_come_out_as_with_a_call_a_step(golden_backend, golden_cases, branches):
-    """All recorded prompts, decoded as recorded where nothing is drawn, and one token a step."""
+    """All recorded prompts, decoded as recorded where nothing is drawn, and one token per step."""
     manifest, saved, compared = golden_backend.manifest, 0, 0
     for case in golden_cases:
         rows = [row.sequence for row in decode_cases.rows_of(manifest, case)]
@@ -55,7 +55,7 @@ def test_goldens_come_out_as_with_a_call_a_step(golden_backend, golden_cases, br
     ids=str,
 )
 def test_answers_of_the_demo_model_stay(model, options):
-    """One token a step (and a policy) with and without; the calls that were made are the forwards that are
+    """One token per step (and a policy) with and without; the calls that were made are the forwards that are
     counted."""
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:6]
     base = {"policy": "fixed"} | options
@@ -103,7 +103,7 @@ def test_a_backend_that_cannot_copy_makes_every_branch(golden_backend):
     Generator(golden_backend, [plain]).run()
     Speculating(backend, [made], 4).run()
     assert _made(made) == _made(plain) and made.nfe == backend.calls < plain.nfe
-    with pytest.raises(DllmError, match="take 4 rows a call"):
+    with pytest.raises(DllmError, match="take 4 rows per call"):
         Speculating(backend, [Sequence(np.arange(3, 12), rules)], 5)
 
 

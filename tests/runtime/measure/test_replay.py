@@ -84,7 +84,7 @@ def test_a_case_of_several_rows_merges_them(golden_backend, golden_cases):
 
 
 def test_where_the_v1_code_leaves_masks_we_do_not(golden_backend, golden_cases):
-    """One step a block: that code commits the first position and leaves the rest (tagged 'quirk'). Here the
+    """One step per block: that code commits the first position and leaves the rest (tagged 'quirk'). Here the
     deviation wins: the block is finished by a second forward, and its trace is followed as far as it goes."""
     left = [case for case in golden_cases if any(1000 in row for row in case["output"])]
     assert len(left) == {"llada": 0, "dream": 2}[golden_backend.manifest.model.family]

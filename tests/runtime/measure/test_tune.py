@@ -77,7 +77,7 @@ def test_the_choice_is_the_fastest_within_the_bound_and_holds(
     assert (
         {"policy", "cache", "block_length"} <= set(report["options"])
         and "times the baseline" in printed
-        and "noted in" in printed
+        and "recorded in" in printed
     )
     assert {trial["options"]["policy"] for trial in report["trials"]} == {"threshold", "eb", "prophet"}
     held = load_manifest(artifact, check_hashes=True)

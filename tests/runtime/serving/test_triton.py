@@ -147,4 +147,4 @@ def test_bad_use_is_one_line(demo_artifact, repository, tmp_path, capsys):
     ):
         assert cli.main(["triton-repo", *command]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and "is there already" in lines[0] and not list(tmp_path.iterdir())
+    assert len(lines) == 5 and "already exists" in lines[0] and not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ class Threshold(Policy):
         low=0,
         low_is_open=True,
         high=1,
-        hint="0.9 is usual; 1 commits one token a forward",
+        hint="0.9 is usual; 1 commits one token per forward",
         help="confidence from which a position is committed",
     )
     steps_per_block: int | None = None

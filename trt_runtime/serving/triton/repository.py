@@ -52,7 +52,7 @@ def write(
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise DllmError(f"--name is {name!r}, expected letters, digits, '_', '-' and '.'.")
     if (out / name).exists():
-        raise DllmError(f"{out / name}: is there already: remove it, or give another --name.")
+        raise DllmError(f"{out / name}: already exists: remove it, or give another --name.")
     settings = json.dumps({"backend": backend, "options": options, "slots": slots, "max_length": max_length})
     kind = "KIND_CPU" if BACKENDS.find(backend).is_on_cpu(options) else "KIND_GPU"
     with atomic.sealed(out / name, overwrite=False) as made:
