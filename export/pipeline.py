@@ -1,18 +1,15 @@
-"""The steps of an export, in order: read, plan, build, lint, stream, seal. Nothing half-made is ever left
+"""The steps of an export, in order: read, plan, build, lint, stream, seal. A failed export leaves nothing
 behind."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
-import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -21,41 +18,54 @@ from trt_runtime import __version__
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import (
-    DecodingFacts,
     FileFacts,
     GraphFacts,
     Manifest,
-    ModelFacts,
     Quantization,
 )
-from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 from trt_runtime.system import atomic
 
-from . import families
-from .checkpoint import huggingface as checkpoints
-from .checkpoint import token_names
 from .checkpoint import tokenizer as tokenizer_files
-from .checkpoint.huggingface import Checkpoint
-from .families.base import ConfigReader, Family
 from .graph import lint, roles
 from .graph import lowering as lowerings
-from .graph.decoder import DecoderConfig, weight_shapes
 from .graph.linears import Linears
 from .schemes.base import Scheme
+from .source import (
+    Source,
+    checked_facts,
+    decoding_of,
+    facts_of_checkpoint,
+    facts_of_config,
+    facts_of_source,
+    read,
+    understood,
+)
 from .weights import plan as weights
 from .weights import stream
+
+__all__ = [
+    "ExportConfig",
+    "Source",
+    "checked_facts",
+    "decoding_of",
+    "export",
+    "facts_of_checkpoint",
+    "facts_of_config",
+    "facts_of_source",
+    "read",
+    "understood",
+]
 
 Progress = Callable[[int], Callable[[int], object]]
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What to export and how. `checkpoint` is a directory or a hub id; `out` the artifact to write.
+    """What to export and how. checkpoint: a directory or a hub id; out: the artifact to write.
 
-    weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files where they lie.
-    mask_token: the mask token, as its text or its id, for a checkpoint that does not name it, or names
-    another.
+    weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files in place.
+    mask_token: as text or id, for a checkpoint that does not name it or names the wrong one.
     """
 
     checkpoint: str
@@ -70,120 +80,6 @@ class ExportConfig:
     mask_token: str | None = None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint that was read and understood. mask_token: its id, where it was given and not found. notes:
-    what a user should know."""
-
-    checkpoint: Checkpoint
-    family: Family
-    decoder: DecoderConfig
-    decoding: DecodingFacts
-    mask_token: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-def read(
-    name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None
-) -> Source:
-    """Locate a checkpoint and understand its config. `family`, where given, must be the checkpoint's own;
-    `mask_token` comes before the one that the checkpoint names."""
-    source = checkpoints.load(*checkpoints.locate(name))
-    where = str(source.path / "config.json")
-    found, reader, decoder = understood(source.config, where)
-    if family is not None and families.find(family) is not found:
-        model_type = source.config["model_type"]
-        raise DllmError(
-            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
-            f"MODEL={model_type.lower()}."
-        )
-    named = token_names.find(source, decoder.vocab_size, mask_token)
-    decoding, notes = _decoding(found, reader, decoder, source.generation_config, named.ids, ignored_keys)
-    given = None if mask_token is None else decoding.mask_token_id
-    return Source(source, found, decoder, decoding, given, (*source.notes, *notes, *named.notes))
-
-
-def _decoding(
-    family: Family,
-    reader: ConfigReader,
-    decoder: DecoderConfig,
-    generation_config: Mapping[str, Any],
-    ids: Mapping[str, Any],
-    ignored_keys: tuple[str, ...],
-) -> tuple[DecodingFacts, list[str]]:
-    """How a model decodes, with the token `ids` that its config lacks; every key is accounted for, with a
-    note on the ignored ones."""
-    reader.supply(ids)
-    decoding = family.decoding(reader, generation_config)
-    noted = reader.finish(ignored_keys)
-    if decoding.mask_token_id in decoding.eos_token_ids:
-        raise DllmError(
-            f"{reader.where}: mask_token_id {decoding.mask_token_id} is also an end token: take the "
-            f"config.json of the checkpoint, or "
-            "give the mask with --mask-token."
-        )
-    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
-        if token >= decoder.vocab_size:
-            raise DllmError(
-                f"{reader.where}: token id {token} is outside the vocabulary of {decoder.vocab_size}."
-            )
-    said = f"config.json: ignored, as it does not change what the model computes: {', '.join(noted)}"
-    return decoding, [said] if noted else []
-
-
-def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
-    """The model of a checkpoint (a directory or hub id) from its configuration alone. What an export would
-    refuse of it is refused here; a token that it does not name may be the tokenizer's, and is not asked for.
-    Raises DllmError."""
-    return checked_facts(*checkpoints.config_of(name), dtype, ignored_keys)
-
-
-def checked_facts(
-    config: dict[str, Any],
-    generation_config: dict[str, Any],
-    where: str,
-    dtype: str,
-    ignored_keys: tuple[str, ...] = (),
-) -> ModelFacts:
-    """The same of a configuration that was read already; `where` names it in errors."""
-    family, reader, decoder = understood(config, where)
-    token_names.check_agreed(config, generation_config, where)
-    named = [held.get(key) for key in token_names.KEYS for held in (config, generation_config)]
-    taken = [token for value in named for token in (value if isinstance(value, list) else [value])]
-    free = (token for token in itertools.count() if token not in taken)
-    ids = {key: next(free) for key in token_names.missing(config, generation_config)}
-    if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
-        ids[token_names.MASK] = generation_config[token_names.MASK]
-    _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
-    return facts_of_config(decoder, config, dtype)
-
-
-def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
-    """How a checkpoint decodes with its tokenizer. Raises DllmError."""
-    is_given = source.mask_token is not None
-    return tokenizer_files.completed(
-        source.decoding, tokenizer, source.decoder.vocab_size, mask_is_given=is_given
-    )
-
-
-def facts_of_source(source: Source, dtype: str) -> ModelFacts:
-    """What a manifest says of the network of a checkpoint."""
-    return facts_of_config(source.decoder, source.checkpoint.config, dtype)
-
-
-def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
-    """The family of a config.json, its reader, and the network. Raises DllmError."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise DllmError(
-            f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}."
-        )
-    family, reader = families.find(model_type), ConfigReader(config, where)
-    decoder = family.decoder(reader)
-    _check_sizes(decoder, where)
-    return family, reader, decoder
-
-
 def export(
     config: ExportConfig,
     progress: Progress,
@@ -191,10 +87,13 @@ def export(
     scheme: Scheme | None = None,
     complete: Callable[[Path, Manifest], Manifest] = lambda directory, manifest: manifest,
 ) -> Manifest:
-    """Write the artifact at `config.out`. `progress(total)` gives a function that is told bytes written;
-    `note` is told in a sentence what a user should know of an export that succeeded. `scheme` quantises
-    linear layers. `complete` is given the artifact, whole but not yet in its place, and its manifest, and
-    returns the final one; what it raises undoes the export."""
+    """Write the artifact at `config.out` and return its manifest. Raises DllmError.
+
+    progress: called with the total bytes, returns a function to call with the bytes written. note: called
+    with a sentence that the user should know about a successful export. scheme: quantises linear layers.
+    complete: called with the complete artifact, before it is moved into place, and its manifest; returns the
+    final manifest, and undoes the export by raising.
+    """
     source = read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
     for text in source.notes:
         note(text)
@@ -224,48 +123,22 @@ def export(
     return completed
 
 
-def _check_sizes(decoder: DecoderConfig, where: str) -> None:
-    most = {"layers": (decoder.num_layers, 10_000), "positions": (decoder.max_length, 1 << 22)}
-    for what, (value, limit) in most.items():
-        if value > limit:
-            raise DllmError(
-                f"{where}: {value} {what}, supported are up to {limit}: take the config.json of the "
-                f"checkpoint."
-            )
-    if decoder.vocab_size < 4:
-        raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
-    attention = decoder.attention
-    if (
-        decoder.hidden_size % attention.num_heads
-        or attention.num_heads % attention.num_kv_heads
-        or attention.head_dim % 2
-    ):
-        raise DllmError(
-            f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and "
-            f"{attention.num_kv_heads} KV heads do not "
-            "divide one another (heads must divide the hidden size, KV heads the heads, and head_dim be "
-            "even)."
-        )
-
-
 def check_target(config: ExportConfig, checkpoint: Path) -> None:
     """Raise DllmError unless an export may write to `config.out`."""
     out = config.out
     if checkpoint.resolve() == out.resolve() or out.resolve() in checkpoint.resolve().parents:
-        raise DllmError(f"{out}: is the checkpoint's own directory, or holds it: choose another OUT.")
+        raise DllmError(f"{out}: is the checkpoint's own directory, or contains it: choose another OUT.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / manifests.FILE_NAME).is_file():
-        raise DllmError(
-            f"{out}: exists and is not an artifact: it is left alone; choose another OUT or remove it."
-        )
+        raise DllmError(f"{out}: exists and is not an artifact: choose another OUT, or remove it yourself.")
     if not config.overwrite:
         raise DllmError(
             f"{out}: an artifact already exists: add --overwrite to replace it, or choose another OUT."
         )
     for own in manifests.foreign_files(out):
         raise DllmError(
-            f"{out}: holds {own}, which no export wrote: it is left alone; choose another OUT or remove it."
+            f"{out}: contains {own}, which no export wrote: choose another OUT, or remove it yourself."
         )
 
 
@@ -278,8 +151,8 @@ def graph_of(
     planned: list[weights.Weight],
     linears: Linears | None = None,
 ) -> ir.Model:
-    """The graph of a role for a checkpoint, its weights where they are planned, its linear layers as
-    `linears` spells them."""
+    """The graph of a role for a checkpoint, with its weights at their planned offsets and its linear layers
+    built by `linears`."""
     return roles.build(
         role,
         source.decoder,
@@ -309,8 +182,8 @@ def _write_graph(
 
 
 def _check_graphs(directory: Path, data: Iterable[str]) -> None:
-    """Run the ONNX checker by path, which never loads the weights. It takes no file with several hard links
-    for external data (a linked one has), so it sees empty files of the same size in their place."""
+    """Run the ONNX checker by path, so that it loads no weights. It refuses external data with several hard
+    links (as linked files have), so it is shown sparse files of the same sizes instead."""
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         for name in data:
             with open(Path(temporary) / name, "wb") as file:
@@ -319,24 +192,6 @@ def _check_graphs(directory: Path, data: Iterable[str]) -> None:
             path = Path(temporary) / f"{role}.onnx"
             shutil.copyfile(directory / f"{role}.onnx", path)
             onnx.checker.check_model(path, full_check=True)
-
-
-def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
-    """What a manifest says of a network."""
-    return ModelFacts(
-        family=config["model_type"].lower(),
-        num_layers=decoder.num_layers,
-        num_heads=decoder.attention.num_heads,
-        num_kv_heads=decoder.attention.num_kv_heads,
-        head_dim=decoder.attention.head_dim,
-        hidden_size=decoder.hidden_size,
-        intermediate_size=decoder.feed_forward.intermediate_size,
-        vocab_size=decoder.vocab_size,
-        max_length=decoder.max_length,
-        dtype=dtype,
-        parameters=sum(math.prod(shape) for shape in weight_shapes(decoder).values()),
-        tied_head=decoder.tied_head,
-    )
 
 
 def _manifest(

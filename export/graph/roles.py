@@ -36,11 +36,10 @@ def build(
     linears: Linears | None = None,
 ) -> ir.Model:
     """The graph of a role ('prefix' or 'refine'), with `weights` (usually ir.ExternalTensor) as its
-    initializers.
+    initializers; only their types and shapes are read.
 
-    `dtype` is one of contract.DTYPES, `head` one of contract.HEADS, `lowering` one of lowering.LOWERINGS;
-    `linears` is a scheme of quantised layers, None for layers as they are. Nothing is read from the weights
-    but type and shape.
+    dtype: one of contract.DTYPES; head: one of contract.HEADS; lowering: one of lowering.LOWERINGS; linears:
+    a scheme of quantised layers, or None.
     """
     spelled = lowerings.find(lowering)
     linears = linears or Linears()
@@ -48,7 +47,7 @@ def build(
     graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name=role)
     builder = GraphBuilder(graph)
     dims = dims_of(config, dtype, lowering)
-    given = {
+    inputs = {
         spec.name: builder.input(spec.name, _SPEC_DTYPES[spec.dtype], list(spec.axes))
         for spec in contract.inputs(role, dims)
     }
@@ -60,28 +59,28 @@ def build(
         return registered[name]
 
     names = contract.cache_names("cache", dims)
-    caches = [(given.get(key), given.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)]
+    caches = [
+        (inputs.get(key), inputs.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)
+    ]
     window = GraphInputs(
-        given["input_ids"],
-        given["position_ids"],
-        given.get("write_index"),
-        given["kv_len"],
-        given["logit_rows"],
+        inputs["input_ids"],
+        inputs["position_ids"],
+        inputs.get("write_index"),
+        inputs["kv_len"],
+        inputs["logit_rows"],
     )
     logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight, linears).build(
         window, caches
     )
-    made = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
-    made |= dict(
-        zip(contract.returned_names(dims), [tensor for pair in returned for tensor in pair], strict=True)
-    )
+    values = _statistics(builder.op, logits, window.logit_rows, mask_token_id, config.vocab_size)
+    tensors = [tensor for pair in returned for tensor in pair]
+    values |= dict(zip(contract.returned_names(dims), tensors, strict=True))
     for spec in contract.outputs(role, dims, head):
-        value = made[spec.name]
+        value = values[spec.name]
         value.name, value.shape, value.dtype = spec.name, ir.Shape(spec.axes), _SPEC_DTYPES[spec.dtype]
         builder.add_output(value, spec.name)
-    made[
-        contract.LOGITS
-    ].name = contract.LOGITS  # also where it is no output: verify exposes it under this name
+    # also if it is not an output: verify exposes it under this name
+    values[contract.LOGITS].name = contract.LOGITS
     for node in graph:
         node.metadata_props.clear()
     return ir.Model(graph, ir_version=11 if spelled.OPSET >= 23 else 8, producer_name="dllm-trt")

@@ -205,7 +205,7 @@ def test_tied_head_and_grouped_heads(tiny, tmp_path):
 def test_target_directories(tiny, tmp_path):
     path, out = tiny(), tmp_path / "out"
     (out / "work").mkdir(parents=True)
-    with pytest.raises(DllmError, match="is not an artifact: it is left alone"):
+    with pytest.raises(DllmError, match="is not an artifact: choose another OUT"):
         export_quietly(path, out)
     assert (out / "work").is_dir()
     (out / "work").rmdir()

@@ -1,0 +1,175 @@
+"""A checkpoint, read and understood: its family, its network, and how it decodes. No weights are read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trt_runtime.artifact.manifest import DecodingFacts, ModelFacts
+from trt_runtime.artifact.tokenizer import Tokenizer
+from trt_runtime.errors import DllmError
+
+from . import families
+from .checkpoint import huggingface as checkpoints
+from .checkpoint import token_names
+from .checkpoint import tokenizer as tokenizer_files
+from .checkpoint.huggingface import Checkpoint
+from .families.base import ConfigReader, Family
+from .graph.decoder import DecoderConfig, weight_shapes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was read and understood. mask_token: its id, if the user gave it. notes: what a user
+    should know."""
+
+    checkpoint: Checkpoint
+    family: Family
+    decoder: DecoderConfig
+    decoding: DecodingFacts
+    mask_token: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read(
+    name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None
+) -> Source:
+    """Locate a checkpoint and understand its config. family: if given, it must be the checkpoint's;
+    mask_token: replaces the one that the checkpoint names. Raises DllmError."""
+    source = checkpoints.load(*checkpoints.locate(name))
+    where = str(source.path / "config.json")
+    own, reader, decoder = understood(source.config, where)
+    if family is not None and families.find(family) is not own:
+        model_type = source.config["model_type"]
+        raise DllmError(
+            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
+            f"MODEL={model_type.lower()}."
+        )
+    named = token_names.find(source, decoder.vocab_size, mask_token)
+    decoding, notes = _decoding(own, reader, decoder, source.generation_config, named.ids, ignored_keys)
+    mask = None if mask_token is None else decoding.mask_token_id
+    return Source(source, own, decoder, decoding, mask, (*source.notes, *notes, *named.notes))
+
+
+def _decoding(
+    family: Family,
+    reader: ConfigReader,
+    decoder: DecoderConfig,
+    generation_config: Mapping[str, Any],
+    ids: Mapping[str, Any],
+    ignored_keys: tuple[str, ...],
+) -> tuple[DecodingFacts, list[str]]:
+    """How a model decodes, with the token `ids` that its config lacks, and notes. Every key must be accounted
+    for; a note lists the ignored ones."""
+    reader.supply(ids)
+    decoding = family.decoding(reader, generation_config)
+    ignored = reader.finish(ignored_keys)
+    if decoding.mask_token_id in decoding.eos_token_ids:
+        raise DllmError(
+            f"{reader.where}: mask_token_id {decoding.mask_token_id} is also an end token: use the "
+            f"checkpoint's own config.json, or give the mask token with --mask-token."
+        )
+    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
+        if token >= decoder.vocab_size:
+            raise DllmError(
+                f"{reader.where}: token id {token} is outside the vocabulary of {decoder.vocab_size}."
+            )
+    note = f"config.json: ignored, because it does not change what the model computes: {', '.join(ignored)}"
+    return decoding, [note] if ignored else []
+
+
+def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
+    """The model of a checkpoint (a directory or hub id) from its configuration alone. Refuses what an export
+    would refuse, except for missing special tokens, which the tokenizer may name. Raises DllmError."""
+    return checked_facts(*checkpoints.config_of(name), dtype, ignored_keys)
+
+
+def checked_facts(
+    config: dict[str, Any],
+    generation_config: dict[str, Any],
+    where: str,
+    dtype: str,
+    ignored_keys: tuple[str, ...] = (),
+) -> ModelFacts:
+    """As facts_of_checkpoint, for a configuration that was read already; `where` names it in errors."""
+    family, reader, decoder = understood(config, where)
+    token_names.check_agreed(config, generation_config, where)
+    named = [file.get(key) for key in token_names.KEYS for file in (config, generation_config)]
+    taken = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    free = (token for token in itertools.count() if token not in taken)
+    ids = {key: next(free) for key in token_names.missing(config, generation_config)}
+    if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
+        ids[token_names.MASK] = generation_config[token_names.MASK]
+    _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
+    return facts_of_config(decoder, config, dtype)
+
+
+def decoding_of(source: Source, tokenizer: Tokenizer) -> DecodingFacts:
+    """How a checkpoint decodes with its tokenizer. Raises DllmError."""
+    return tokenizer_files.completed(
+        source.decoding,
+        tokenizer,
+        source.decoder.vocab_size,
+        mask_is_given=source.mask_token is not None,
+    )
+
+
+def facts_of_source(source: Source, dtype: str) -> ModelFacts:
+    """What a manifest says about the network of a checkpoint."""
+    return facts_of_config(source.decoder, source.checkpoint.config, dtype)
+
+
+def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader, DecoderConfig]:
+    """The family of a config.json, its reader, and the network. Raises DllmError."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise DllmError(
+            f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}."
+        )
+    family, reader = families.find(model_type), ConfigReader(config, where)
+    decoder = family.decoder(reader)
+    _check_sizes(decoder, where)
+    return family, reader, decoder
+
+
+def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
+    """What a manifest says about a network."""
+    return ModelFacts(
+        family=config["model_type"].lower(),
+        num_layers=decoder.num_layers,
+        num_heads=decoder.attention.num_heads,
+        num_kv_heads=decoder.attention.num_kv_heads,
+        head_dim=decoder.attention.head_dim,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.feed_forward.intermediate_size,
+        vocab_size=decoder.vocab_size,
+        max_length=decoder.max_length,
+        dtype=dtype,
+        parameters=sum(math.prod(shape) for shape in weight_shapes(decoder).values()),
+        tied_head=decoder.tied_head,
+    )
+
+
+def _check_sizes(decoder: DecoderConfig, where: str) -> None:
+    most = {"layers": (decoder.num_layers, 10_000), "positions": (decoder.max_length, 1 << 22)}
+    for what, (value, limit) in most.items():
+        if value > limit:
+            raise DllmError(
+                f"{where}: {value} {what}, supported are up to {limit}: use the checkpoint's own config.json."
+            )
+    if decoder.vocab_size < 4:
+        raise DllmError(f"{where}: a vocabulary of {decoder.vocab_size}, expected 4 tokens or more.")
+    attention = decoder.attention
+    if (
+        decoder.hidden_size % attention.num_heads
+        or attention.num_heads % attention.num_kv_heads
+        or attention.head_dim % 2
+    ):
+        raise DllmError(
+            f"{where}: hidden size {decoder.hidden_size}, {attention.num_heads} heads and "
+            f"{attention.num_kv_heads} KV heads do not fit together (heads must divide the hidden size, KV "
+            f"heads must divide the heads, and head_dim must be even)."
+        )
