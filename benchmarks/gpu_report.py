@@ -7,7 +7,7 @@ the machine's own limits.
 Each stage is a process of its own; one that fails or runs out of its time says so, and the others go on.
 Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hashes of what was run, parity,
 times, shares of the machine's limits, and what failed and why. It is on the disk after every stage, and may
-be sent as it is (docs/deploying.md); `benchmarks/reports/gpu.py` merges several. Building engines is a stage
+be sent as it is (docs/how-to/deploy-on-gpus.md); `benchmarks/reports/gpu.py` merges several. Building engines is a stage
 of its own with its own time, after all that needs none. The model fits the GPU: 8 B parameters from 40 GiB
 on, else 1.5 B. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-bindings and TensorRT are used where
 they can be imported.
@@ -192,7 +192,7 @@ def main() -> None:
             if name in OWN_TIME:
                 most = args.build_seconds if name == "build" else args.stage_seconds
             report.add(name, run(name, settings, most))
-    print(f"\n{report.text()}\n\n{report.file} written: to contribute it, see docs/deploying.md")
+    print(f"\n{report.text()}\n\n{report.file} written: to contribute it, see docs/how-to/deploy-on-gpus.md")
     if failed := report.failed:
         raise SystemExit(
             f"error: failed: {', '.join(failed)}; the other stages' results are in {report.file}."

@@ -167,8 +167,8 @@ def at_the_schedule(row: dict[str, Any], settings: Any) -> float:
 
 
 def measure(backend: Backend, settings: Any, note: Callable[..., None], tag: str) -> None:
-    """Parity, speeds and tokens per second of a backend. A backend that is wrong is measured all the same, and
-    its stage fails."""
+    """Parity, speeds and tokens per second of a backend. A backend that is wrong is measured all the same,
+    and its stage fails."""
     held = parity(outputs(backend, settings), settings, tag)
     note(parity=held)
     rows = speeds(backend, settings, note)
@@ -225,7 +225,8 @@ def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
 
     needed = 4.5 * backend.manifest.model.parameters
     if settings.is_twin or torch.cuda.mem_get_info()[1] > needed:
-        backend.model, backend.dtype = backend.model.float(), torch.float32
+        backend.network.module.float()
+        backend.dtype = torch.float32
         return backend
     note(fp32_on="the host: the GPU's memory does not hold the model in fp32")
     return TorchBackend(settings.artifact, device="cpu", dtype="fp32")

@@ -42,7 +42,7 @@ def html_of(result: Result) -> str:
         )
         parts.append(f'<span style="{_BLOCK}" title="block {number}">{tokens}</span>')
     said = (
-        f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens a "
+        f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens per "
         f"forward, "
         f"{result.seconds:.2f} s; colour: confidence, from red (0) to green (1)"
     )

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from trt_runtime.artifact.manifest import DecodingFacts
 
+from ..checkpoint.config_reader import ConfigReader, decoding_defaults
 from ..graph import decoder
 from ..graph.context import split_layer
 from ..graph.decoder import DecoderConfig
-from .config_reader import ConfigReader, decoding_defaults
 
 __all__ = [
     "ConfigReader",

@@ -1,4 +1,5 @@
-"""The benchmark of the whole system: variants beside one another, scaling beside the roofline, llama.cpp through a stand-in, and what is made of it."""
+"""The benchmark of the whole system: variants beside one another, scaling beside the roofline, llama.cpp
+through a stand-in, and what is made of it."""
 
 from __future__ import annotations
 
@@ -33,9 +34,34 @@ def w8a8(tmp_path_factory):
 def variants(demo_artifact, w8a8, tmp_path_factory):
     """A run of `dllm-trt bench` with quantised and PyTorch rows beside the artifact's."""
     out = tmp_path_factory.mktemp("variants") / "system-variants-1.json"
-    command = ["bench", str(demo_artifact), "--prompt-length", "16", "--gen-length", "16", "--block-length", "8", "--tokens-per-step", "2", "--count", "1",
-               "--repeats", "1", "--threads", "1", "--variants", "vanilla,dual", "--beside", str(w8a8), "--reference", "dual", "--reference-dtypes", "fp32,bf16",
-               "--output", str(out)]  # fmt: skip
+    command = [
+        "bench",
+        str(demo_artifact),
+        "--prompt-length",
+        "16",
+        "--gen-length",
+        "16",
+        "--block-length",
+        "8",
+        "--tokens-per-step",
+        "2",
+        "--count",
+        "1",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--variants",
+        "vanilla,dual",
+        "--beside",
+        str(w8a8),
+        "--reference",
+        "dual",
+        "--reference-dtypes",
+        "fp32,bf16",
+        "--output",
+        str(out),
+    ]
     assert cli.main(command) == 0
     return out
 
@@ -160,8 +186,20 @@ def llama(tmp_path, text, status=0):
     binary.chmod(0o755)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
-    return ["--parts", "llama-cpp", "--threads", "1", "--llama-cpp", str(binary), "--gguf", str(tmp_path / "model.gguf"), "--prompts", str(tmp_path / "prompts.txt"),
-            "--output", str(tmp_path / "out")]  # fmt: skip
+    return [
+        "--parts",
+        "llama-cpp",
+        "--threads",
+        "1",
+        "--llama-cpp",
+        str(binary),
+        "--gguf",
+        str(tmp_path / "model.gguf"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
 
 
 @pytest.mark.parametrize("steps", ["", "steps: 128, "])
@@ -192,8 +230,12 @@ def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text,
 
 def test_missing_files_and_parts_are_named(tmp_path):
     def said(*options):
-        return subprocess.run([sys.executable, ROOT / "benchmarks" / "system.py", "--output", tmp_path / "out", *options],
-                              capture_output=True, text=True, check=False).stderr  # fmt: skip
+        return subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "system.py", "--output", tmp_path / "out", *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
 
     assert said("--parts", "speed").startswith("error: --parts: speed: expected some of")
     assert "--llama-cpp is None" in said("--parts", "llama-cpp")

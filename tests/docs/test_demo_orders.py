@@ -1,4 +1,5 @@
-"""The orders that documents give the demo model: it answers each of them right, and the answers that documents show are right."""
+"""The orders that documents give the demo model: it answers each of them right, and the answers that
+documents show are right."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ _ORDER = re.compile(rf"\b{_STEP}(?:(?:{_JOINTS}){_STEP})*")
 
 def orders_of(text: str) -> list[str]:
     """Every order of a text, whatever stands around it, its lines joined."""
-    return [found for found in _ORDER.findall(re.sub(r"\s+", " ", text)) if found.count(" ") > 2]
+    return [order for order in _ORDER.findall(re.sub(r"\s+", " ", text)) if order.count(" ") > 2]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -53,8 +54,8 @@ def test_every_order_is_answered_right(path, model):
             assert demo_task.is_right(answer, plan), (order, cache, answer)
 
 
-def test_the_answers_that_the_readme_shows_are_right():
-    text = re.sub(r"\n {4}", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_answers_that_the_tutorial_shows_are_right():
+    text = re.sub(r"\n {4}", " ", (ROOT / "docs" / "tutorial" / "demo.md").read_text(encoding="utf-8"))
     shown = re.findall(r"^> (.+)\n(\[\{.+\}\])$", text, re.M)
     assert len(shown) == 3
     for order, answer in shown:
@@ -63,20 +64,21 @@ def test_the_answers_that_the_readme_shows_are_right():
 
 def test_orders_are_found_and_understood():
     """In each document that shows some; and what is drawn is read back."""
-    held = {
+    orders = {
         path.relative_to(ROOT).as_posix(): orders_of(path.read_text(encoding="utf-8")) for path in SOURCES
     }
     for name in (
         "README.md",
-        "docs/python-api.md",
-        "docs/serving.md",
-        "docs/quantization.md",
-        "docs/demo-model.md",
+        "docs/tutorial/demo.md",
+        "docs/reference/python-api.md",
+        "docs/how-to/serve.md",
+        "docs/how-to/quantise.md",
+        "docs/explanation/demo-model.md",
         ".ci/run",
         "trt_runtime/model.py",
         "tools/record_decoding.py",
     ):
-        assert held[name], name
+        assert orders[name], name
     for seed in range(500):
         drawn = demo_task.draw(random.Random(seed), held_out=seed % 2 == 0)
         assert demo_task.plan_of(drawn.prompt) == drawn.plan

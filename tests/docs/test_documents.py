@@ -1,7 +1,9 @@
-"""The commands of the documents, run as they stand there, from a folder that looks like a checkout after `make demo`.
+"""The commands of the documents, run as they stand there, from a folder that looks like a checkout after
+`make demo`.
 
-What takes long is asked for less of the same (an option given again counts). What names a model that is not here (`artifacts/LLaDA-8B-Instruct`,
-`/path/to/checkpoint`) must say so in one line. `make` and the long benchmarks have tests of their own.
+What takes long is asked for less of the same (an option given again counts). What names a model that is not
+here (`artifacts/LLaDA-8B-Instruct`, `/path/to/checkpoint`) must say so in one line. `make` and the long
+benchmarks have tests of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from documents import DOCUMENTS, commands
@@ -21,9 +24,12 @@ from export import cli as exporter
 from trt_runtime.cli import main as cli
 
 LESS = {
-    "tune": ["--count", "2"], "eval": ["--limit", "1", "--mc-samples", "1"], "bench": ["--count", "1", "--repeats", "1"],
-    "demo_prompts.py": ["--count", "3"], "replay": [],
-}  # fmt: skip
+    "tune": ["--count", "2"],
+    "eval": ["--limit", "1", "--mc-samples", "1"],
+    "bench": ["--count", "1", "--repeats", "1"],
+    "demo_prompts.py": ["--count", "3"],
+    "replay": [],
+}
 ELSEWHERE = {
     "full_size.py",
     "load.py",
@@ -34,6 +40,7 @@ ELSEWHERE = {
     "record_decoding.py",
     "frontier.py",
 }  # tested on their own, or only their options
+ONLY_LONG = {"docs/benchmarks.md", "docs/how-to/serve.md"}  # documents whose commands all take long, or serve
 COMMANDS = [(name, words) for name, words in commands() if words[0] != "make" and words[1] != "-m"]
 
 
@@ -63,6 +70,7 @@ def place(demo_artifact, tmp_path_factory):
 def _is_here(words: list[str], place) -> bool:
     """Whether what a command is to work on exists."""
     named = [word for word in words if word.startswith(("artifacts/", "/path/")) or word == "ARTIFACT"]
+    named += [after for word, after in pairwise(words) if word == "--checkpoint"]
     return all((place / word).exists() for word in named)
 
 
@@ -91,7 +99,7 @@ def test_the_commands_run(document, place, monkeypatch, capsys):
         else:
             assert status == 1 and error.startswith("error: ") and error.count("\n") == 1, (words, out, error)
         ran += 1
-    assert ran or document in ("benchmarks.md", "serving.md")
+    assert ran or document in ONLY_LONG
 
 
 def test_the_servers_of_the_documents_start_and_stop(place, monkeypatch):
@@ -108,8 +116,15 @@ def test_the_servers_of_the_documents_start_and_stop(place, monkeypatch):
         running.stderr.close()
 
 
-@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT).as_posix() for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
-                                          if "ArgumentParser" in path.read_text(encoding="utf-8")))  # fmt: skip
+@pytest.mark.parametrize(
+    "script",
+    sorted(
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tools", "benchmarks")
+        for path in (ROOT / folder).glob("*.py")
+        if "ArgumentParser" in path.read_text(encoding="utf-8")
+    ),
+)
 def test_every_script_explains_itself(script):
     """--help names every option that documents give it."""
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""`make gpu-report`: the CPU twin of every stage, one that fails, and the table and plot made of the results."""
+"""`make gpu-report`: the CPU twin of every stage, one that fails, and the table and plot made of the
+results."""
 
 from __future__ import annotations
 
@@ -18,8 +19,14 @@ REPORT, RENDER = (str(ROOT / "benchmarks" / name) for name in ("gpu_report.py", 
 
 
 def _run(*command, **environment):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | environment)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +198,11 @@ def test_reports_become_a_table_and_a_plot_and_are_merged(results, tmp_path):
 
 def test_wrong_use_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    for command, said in (((REPORT, "--output", tmp_path), "PyTorch sees no GPU here"), ((REPORT, "--twin", "--stages", "x"), "unknown stage 'x'"),
-                          ((RENDER, tmp_path / "x.json"), "is no report of 'make gpu-report'"), ((RENDER, tmp_path / "none.json"), "is no report")):  # fmt: skip
+    for command, said in (
+        ((REPORT, "--output", tmp_path), "PyTorch sees no GPU here"),
+        ((REPORT, "--twin", "--stages", "x"), "unknown stage 'x'"),
+        ((RENDER, tmp_path / "x.json"), "is no report of 'make gpu-report'"),
+        ((RENDER, tmp_path / "none.json"), "is no report"),
+    ):
         done = _run(*command, CUDA_VISIBLE_DEVICES="")
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
-"""The scripts that carry TensorRT 8.6 to a machine without network: their syntax, and what unpacking says of its pieces."""
+"""The scripts that carry TensorRT 8.6 to a machine without network: their syntax, and what unpacking says of
+its pieces."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The project itself: what the wheel holds, how fast and how lean the import is, and that the documents tell the truth."""
+"""The project itself: what the wheel holds, how fast and how lean the import is, and that the documents tell
+the truth."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from documents import DOCUMENTS, commands
 from places import ROOT
 
+from export import options as exporter
 from trt_runtime.cli import main as cli
 
 # folder of the checkout -> package of the wheel
@@ -26,8 +29,12 @@ HELD = [
 
 def test_the_wheel_holds_the_runtime_the_exporter_and_the_kernels(tmp_path):
     """Under names of their own: site-packages has no `export` and no `plugins`."""
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-                   check=True, capture_output=True, cwd=tmp_path)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -90,55 +97,32 @@ def test_files_that_documents_name_exist(document):
         assert (ROOT / name).exists() or "/<" in name, f"{document.name} names {name}"
 
 
-def _help(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-COMMANDS = {
-    name: ("trt_runtime.cli", name)
-    for name in (
-        "generate",
-        "chat",
-        "serve",
-        "triton-repo",
-        "info",
-        "plan",
-        "doctor",
-        "build",
-        "verify",
-        "polygraphy",
-        "replay",
-        "bench",
-        "eval",
-        "tune",
-    )
-}
-
-
-def test_every_option_is_documented_and_every_documented_option_exists():
-    document = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    sections = {
-        title: body for title, body in re.findall(r"^## `([^`]+)`\n(.*?)(?=^## |\Z)", document, re.M | re.S)
-    }
-    helps = {f"dllm-trt {name}": _help(*command) for name, command in COMMANDS.items()} | {
-        "python -m export": _help("export")
-    }
-    assert set(sections) == set(helps)
-    for title, body in sections.items():
-        exist = set(re.findall(r"--[a-z][\w-]+", helps[title])) - {"--help"}
-        assert set(re.findall(r"`(--[a-z][\w-]+)", body)) == exist, title
+def test_the_reference_pages_follow_from_the_code():
+    """Every command, option and policy is on its page, with the help and default of the code."""
+    script = ROOT / "tools" / "write_reference.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text(encoding="utf-8")
+    top = cli.build_parser()
+    (commands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    assert re.findall(r"^## `dllm-trt ([\w-]+)`", page, re.M) == list(commands.choices)
+    for name, command in commands.choices.items():
+        parser = exporter.build_parser() if name == "export" else command
+        options = {option for action in parser._actions for option in action.option_strings}
+        for option in options - {"-h", "--help", "--version"}:
+            assert f"`{option}`" in page, (name, option)
 
 
 def test_every_command_of_the_documents_is_one():
-    """dllm-trt: its own parser takes it. python: the script is there and knows the options. make: the target is there."""
-    parser, seen = cli._parser(), {"dllm-trt": 0, "python": 0, "make": 0}
+    """dllm-trt: its own parser takes it. python: the script is there and knows the options. make: the target
+    is there."""
+    parser, seen = cli.build_parser(), {"dllm-trt": 0, "python": 0, "make": 0}
     for where, (program, *words) in commands():
         kind = program.rsplit("/", 1)[-1]
         seen[kind] += 1
-        if kind == "dllm-trt":
+        if kind == "dllm-trt" and words[0] == "export":
+            exporter.build_parser().parse_args(words[1:])
+        elif kind == "dllm-trt":
             parser.parse_args(words)  # exits where it does not fit
         elif kind == "make":
             done = subprocess.run(
@@ -156,7 +140,8 @@ def test_every_command_of_the_documents_is_one():
 
 
 def test_what_the_readme_uses_is_installed_first():
-    """The first line of a section installs the extras that its commands name, but for the reference, which their comments name."""
+    """The first line of a section installs the extras that its commands name, but for the reference, which
+    their comments name."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it\n\n```\n")[1].split("```")[0]
     first, *rest = section.splitlines()
     installed = set(
@@ -179,8 +164,10 @@ def test_make_help_lists_the_targets():
         "demo",
         "export",
         "engines",
+        "test-fast",
         "test",
         "lint",
+        "docs",
         "bench",
         "frontier",
         "gpu-report",
@@ -200,11 +187,13 @@ def test_nothing_refers_to_this_machine():
 
 def test_the_python_example_of_the_documents_runs(demo_artifact, tmp_path, capsys, monkeypatch):
     (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8"), re.S
+        r"```python\n(.*?)```",
+        (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8"),
+        re.S,
     )
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "llada-demo").symlink_to(demo_artifact)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "docs/python-api.md", "exec"), {})
+    exec(compile(example, "docs/reference/python-api.md", "exec"), {})
     printed = capsys.readouterr().out
     assert '"kitchen"' in printed and '"in": "hall", "with": "mop"' in printed and "forwards:" in printed

@@ -207,7 +207,7 @@ def test_wrong_use_is_one_line(made, golden_artifact, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert (
         cli.main(["verify", str(golden_artifact), "--layers", "--with-polygraphy"]) == 1
-        and "two ways" in capsys.readouterr().err
+        and "cannot be combined" in capsys.readouterr().err
     )
 
 

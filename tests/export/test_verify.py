@@ -293,7 +293,7 @@ def test_fp16_is_warned_about_and_refused_by_what_activations_need(tiny_checkpoi
     family = families.find(json.loads((tiny_checkpoint / "config.json").read_text())["model_type"])
     usual = _range_of(family, tmp_path / "usual", 1e3) / 1e3  # what the unit gives per unit of its size
     for largest, passed, said in (
-        (3e4, True, "comes near fp16's range"),
+        (3e4, True, "is close to the limit of fp16's range"),
         (2e5, False, "leaves fp16's range"),
     ):
         checkpoint = write_checkpoint(

@@ -18,8 +18,8 @@ DOCUMENTS = sorted(
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command in a code block of the documents, and scripts that their text names, without what stands
-    behind #."""
+    """Every command in a code block of the documents, and the scripts that their text names, without
+    comments: the document's path in the checkout, and the words."""
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         scripts = [f"{found}\n" for found in re.findall(r"`(python \w+/[^`]+)`", text)]
@@ -31,4 +31,4 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                     else []
                 )
                 if words:
-                    yield document.name, words
+                    yield document.relative_to(ROOT).as_posix(), words

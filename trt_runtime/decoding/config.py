@@ -287,7 +287,7 @@ class GenerationConfig:
             takers = [policy.name for policy in POLICIES.all() if policy.takes_steps()]
             raise DllmError(
                 f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected "
-                f"at least one step a "
+                f"at least one step per "
                 f"block, and one of {', '.join(takers)}."
             )
 

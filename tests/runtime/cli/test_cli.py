@@ -188,7 +188,7 @@ def test_bench_measures_variants(demo_artifact, tmp_path, capsys):
         (["--threads", "0"], "--threads is 0"),
         (["--checkpoint", "x"], "--checkpoint goes with --backend torch"),
         (["--ids", "1,x"], "--ids is '1,x'"),
-        (["--stream", "--json"], "leave out --json"),
+        (["--stream", "--json"], "remove --json"),
         (["--speculate", "2147483648"], "--speculate is 2147483648, expected at most"),
         (["--speculate", "100000"], "speculate is 100000, expected 1"),
     ],
@@ -242,7 +242,7 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
         (["--top-k", "0"], "top_k is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--steps", "2", "--policy", "fixed"], "at least one step per block"),
-        (["--seed", "3"], "--seed goes with a --temperature"),
+        (["--seed", "3"], "--seed needs a --temperature"),
         (["--seed", "-3", "--temperature", "1"], "seed is -3"),
         (["--temperature", "1e308"], "temperature is 1e+308"),
         (["--threads", "100000"], "--threads is 100000"),
@@ -268,7 +268,7 @@ def test_bytes_that_are_no_text_and_outputs_that_cannot_be_written(
     assert "cannot be written" in failed(
         capsys, "replay", golden_artifact, "--record", tmp_path / "no" / "x.json", "--count", "1"
     )
-    assert "leave out --output" in failed(
+    assert "remove --output" in failed(
         capsys, "replay", golden_artifact, "--record", tmp_path / "x.json", "--output", tmp_path / "y.json"
     )
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")

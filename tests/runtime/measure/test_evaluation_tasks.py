@@ -1,4 +1,4 @@
-"""`dllm-trt eval` on tasks of the shapes that docs/evaluation.md runs (tests/data/tasks), and what goes wrong
+"""`dllm-trt eval` on tasks of the shapes that docs/how-to/evaluate-and-tune.md runs (tests/data/tasks), and what goes wrong
 with tasks, in one line each."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TWINS = {
 RECIPES = [
     words[1:]
     for name, words in commands()
-    if name == "evaluation.md" and words[1] == "eval" and words[2] != "artifacts/llada-demo"
+    if name == "docs/how-to/evaluate-and-tune.md" and words[1] == "eval" and words[2] != "artifacts/llada-demo"
 ]
 
 

@@ -278,10 +278,10 @@ def test_several_steps_a_look(model, monkeypatch):
 
 def test_the_example_of_the_document_runs(model, capsys):
     (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.S
+        r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8"), re.S
     )
     with serving(model, name="llada-demo") as (url, _):
-        exec(compile(example.replace("http://127.0.0.1:8000", url), "docs/serving.md", "exec"), {})
+        exec(compile(example.replace("http://127.0.0.1:8000", url), "docs/how-to/serve.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "blue" in printed and "nfe=" in printed
 
