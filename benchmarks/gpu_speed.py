@@ -24,8 +24,7 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.decoding.config import GenerationConfig
-from trt_runtime.machine import devices
-from trt_runtime.machine import forecast as planning
+from trt_runtime.machine import devices, roofline
 from trt_runtime.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,10 +122,10 @@ def shares(manifest: Manifest, settings: Any, row: dict[str, Any]) -> dict[str, 
     if limits is None:
         return {}
     device = devices.DeviceSpec("measured", 1 << 40, 0, limits[0], limits[1], limits[1])
-    work = planning.Work(row["batch"], row["canvas"], settings.block_length)
+    work = roofline.Work(row["batch"], row["canvas"], settings.block_length)
     made = {}
     for name, size in (("prefix", row["canvas"]), ("refine", settings.block_length)):
-        floor = planning.seconds(manifest.model, work, device, rows=size)
+        floor = roofline.seconds(manifest.model, work, device, rows=size)
         made[f"{name}_roofline_ms"] = 1000 * floor if floor else None
         made[f"{name}_share"] = 1000 * floor / row[f"{name}_ms"] if floor else None
     return made

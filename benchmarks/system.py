@@ -37,7 +37,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.decoding.backend import Window
-from trt_runtime.machine import forecast as plan
+from trt_runtime.machine import roofline
 from trt_runtime.measure import examples
 from trt_runtime.measure.bench import machine
 from trt_runtime.model import load
@@ -248,11 +248,11 @@ def rooflines(
     numbers, attention in fp32."""
     length, found = at["prompt"] + at["gen_length"], {}
     for kind, rows in (("prefix", length), ("refine", at["block"])):
-        everything = at["batch"] * plan.flops(facts, rows, length, at["block"])
-        linear = at["batch"] * plan.flops(facts, rows, 0, at["block"])
+        everything = at["batch"] * roofline.flops(facts, rows, length, at["block"])
+        linear = at["batch"] * roofline.flops(facts, rows, 0, at["block"])
         compute = linear / rates["int8" if quantised else "fp32"] + (everything - linear) / rates["fp32"]
         embedding = 4 * facts.vocab_size * facts.hidden_size  # rows of it are looked up, the rest is not read
-        read = (plan.weight_bytes(facts) - embedding) / rates["bandwidth"]
+        read = (roofline.weight_bytes(facts) - embedding) / rates["bandwidth"]
         found[f"{kind}_roofline_ms"] = 1000 * max(compute, read)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import ModelFacts
-from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work, memory
+from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work, memory
 from trt_runtime.system import program
 from trt_runtime.system.progress import SILENT, Progress
 

@@ -21,7 +21,7 @@ from trt_runtime.backends import open_backend
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.machine.devices import GIB, meminfo
-from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work, memory
+from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work, memory
 from trt_runtime.measure import examples
 from trt_runtime.measure.examples import Example
 from trt_runtime.model import Model

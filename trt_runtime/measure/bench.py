@@ -9,12 +9,9 @@ of a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +29,7 @@ from trt_runtime.decoding.cache_plan import PLANS
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.measure import examples
+from trt_runtime.measure.peak_memory import peak_memory
 from trt_runtime.model import Model, Prompt
 from trt_runtime.system import processor
 from trt_runtime.system.progress import SILENT, Progress
@@ -39,9 +37,9 @@ from trt_runtime.system.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure. `variants`: names, or empty for all; `reference`: names of those that PyTorch runs
-    too, in each of `reference_dtypes` (empty: the artifact's); `beside`: other artifacts of the same model,
-    quantised ones, say, which run the same variants."""
+    """What to measure. variants: names, or empty for all; reference: names of the variants that PyTorch runs
+    too, in each of reference_dtypes (empty: the artifact's); beside: other artifacts of the same model, for
+    example quantised ones, that run the same variants."""
 
     prompts: Path | None
     prompt_length: int
@@ -60,7 +58,7 @@ class BenchOptions:
 
 
 class Timed:
-    """A backend with a clock: seconds of every forward by role."""
+    """A backend that measures the seconds of every forward, by role."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.manifest, self.name = backend, backend.manifest, backend.name
@@ -109,7 +107,7 @@ def options_of(args: argparse.Namespace) -> BenchOptions:
 
 
 def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dict[str, Any]:
-    """All figures of a benchmark: machine, versions, settings, and a row a variant."""
+    """All figures of a benchmark: machine, versions, settings, and one row per variant."""
     prompts = _prompts(model, options)
     variants = _variants(model, options)
     names = variants if options.reference == ("all",) else options.reference
@@ -121,22 +119,23 @@ def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dic
     }
     opened = _opened(model, options, bool(names))
     entries: dict[str, tuple[Model, GenerationConfig]] = {}
-    for label, held in opened.items():
-        chosen = own if held.backend.name != REFERENCE else {name: variants[name] for name in names}
-        entries |= {f"{label} {name}": (held, config) for name, config in chosen.items()}
+    for label, opened_model in opened.items():
+        is_reference = opened_model.backend.name == REFERENCE
+        chosen = {name: variants[name] for name in names} if is_reference else own
+        entries |= {f"{label} {name}": (opened_model, config) for name, config in chosen.items()}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
     with progress.task("", len(entries) * (options.repeats + 1)) as task:
         for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
-            for name, (held, config) in entries.items():
+            for name, (entry, config) in entries.items():
                 task.doing(
                     f"measuring {name}, round {repeat} of {options.repeats}"
                     if repeat
                     else f"warming up {name}"
                 )
                 sample = (
-                    _measure(held, prompts, config)
+                    _measure(entry, prompts, config)
                     if repeat
-                    else _measure(held, prompts[:1], _one_block(config))
+                    else _measure(entry, prompts[:1], _one_block(config))
                 )
                 task.advance()
                 if repeat:
@@ -146,7 +145,17 @@ def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dic
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
     config = next(iter(variants.values()))
     each = progress.each(opened, "measuring memory")
-    memory = {label: _peak_memory(opened[label], label, options, config) for label in each}
+    memory = {
+        label: peak_memory(
+            opened[label],
+            label,
+            config,
+            prompt_length=options.prompt_length,
+            threads=options.threads,
+            checkpoint=options.checkpoint,
+        )
+        for label in each
+    }
     return {
         "machine": machine(),
         "settings": asdict(options)
@@ -165,37 +174,37 @@ def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dic
 
 
 def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[str, Model]:
-    """By label: the artifact, those beside it, and PyTorch."""
-    found = {model.backend.name: model}
+    """The models to measure, by label: the artifact, those of --beside, and PyTorch."""
+    models = {model.backend.name: model}
     for path in options.beside:
         facts = manifests.load(path)
         if replace(facts.model, dtype="", weight_bytes=None) != replace(
             model.manifest.model, dtype="", weight_bytes=None
         ):
             raise DllmError(
-                f"--beside {path}: is of another model than {model.path}: give an artifact of the same "
+                f"--beside {path}: is another model than {model.path}: give an artifact of the same "
                 f"checkpoint."
             )
         label = (
             f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
         )
-        if label in found:
+        if label in models:
             raise DllmError(
-                f"--beside {path}: another artifact is called '{label}' already: give one of each kind."
+                f"--beside {path}: a second artifact with the label '{label}': give one of each kind."
             )
-        found[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
+        models[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
     for dtype in (options.reference_dtypes or ("",)) if with_reference else ():
         extra: dict[str, Any] = {"checkpoint": options.checkpoint} if options.checkpoint else {}
         extra |= {"dtype": dtype} if dtype else {}
         label = f"{REFERENCE} {dtype}".strip()
-        found[label] = Model(
+        models[label] = Model(
             model.path, open_backend(REFERENCE, model.path, threads=options.threads, **extra)
         )
-    return found
+    return models
 
 
 def _one_block(config: GenerationConfig) -> GenerationConfig:
-    """To warm up with."""
+    """A configuration of one block, to warm up with."""
     assert config.gen_length is not None and config.block_length is not None
     blocks = -(-config.gen_length // config.block_length)
     steps = None if config.steps is None else max(1, config.steps // blocks)
@@ -203,7 +212,7 @@ def _one_block(config: GenerationConfig) -> GenerationConfig:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A benchmark as an aligned table."""
+    """A benchmark's figures as an aligned table."""
     columns = {"variant": "{}", "tokens/s": "{:.1f}", "speedup": "{:.2f}x", "TPF": "{:.2f}", "NFE": "{:.1f}",
                "prefix ms": "{:.1f}", "refine ms": "{:.1f}"}  # fmt: skip
     keys = ("variant", "tokens_per_second", "speedup", "tokens_per_forward", "nfe", "prefix_ms", "refine_ms")
@@ -228,7 +237,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             *text,
-            f"peak memory of a process: {memory}",
+            f"peak memory per process: {memory}",
             f"{machine['cpu']}, {machine['threads_available']} cores; "
             + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
         ]
@@ -267,7 +276,7 @@ def _variants(model: Model, options: BenchOptions) -> dict[str, GenerationConfig
 
 
 def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> dict[str, float]:
-    """One run over the prompts, one at a time: seconds, tokens, forwards, and ms of each kind of forward."""
+    """One run over the prompts, one at a time: seconds, tokens, forwards, and milliseconds by role."""
     timed = Timed(model.backend)
     clocked = Model(model.path, timed)  # type: ignore[arg-type]
     begin = time.perf_counter()
@@ -275,13 +284,13 @@ def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> d
     seconds = time.perf_counter() - begin
     count_all = not config.stop_at_eos
     tokens = sum(len(result.tokens) if count_all else result.num_useful for result in results)
-    made = {f"{role}_ms": 1000 * statistics.median(times) for role, times in timed.seconds.items()}
+    by_role = {f"{role}_ms": 1000 * statistics.median(times) for role, times in timed.seconds.items()}
     return {
         "seconds": seconds,
         "tokens": tokens,
         "nfe": sum(result.nfe for result in results),
         "answers": len(results),
-        **made,
+        **by_role,
     }
 
 
@@ -317,51 +326,3 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
-
-
-def _peak_memory(model: Model, label: str, options: BenchOptions, config: GenerationConfig) -> float:
-    """Peak resident memory (MiB) of a fresh process that opens the artifact and makes one generation with
-    both roles."""
-    dtype = label.partition(" ")[2] if model.backend.name == REFERENCE else ""
-    job = {
-        "artifact": str(model.path),
-        "backend": model.backend.name,
-        "prompt_length": options.prompt_length,
-        "threads": options.threads,
-        "checkpoint": options.checkpoint,
-        "dtype": dtype,
-        "gen_length": config.gen_length,
-        "block_length": config.block_length,
-    }
-    command = [sys.executable, "-m", "trt_runtime.measure.bench", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DllmError(
-            f"the memory measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
-        )
-    return float(done.stdout)
-
-
-def _child() -> None:
-    job = json.loads(sys.argv[1])
-    extra = {"checkpoint": job["checkpoint"]} if job["checkpoint"] and job["backend"] == REFERENCE else {}
-    extra |= {"dtype": job["dtype"]} if job["dtype"] else {}
-    backend = open_backend(job["backend"], Path(job["artifact"]), threads=job["threads"], **extra)
-    model = Model(Path(job["artifact"]), backend)
-    room = model.manifest.model.max_length - job["gen_length"]
-    token = 0 if model.manifest.decoding.mask_token_id else 1
-    config = GenerationConfig(
-        gen_length=job["gen_length"], block_length=job["block_length"], stop_at_eos=False
-    )
-    model.generate([[token] * max(1, min(room, job["prompt_length"]))], config)
-    # not getrusage: its peak survives fork and exec, and would be this process's parent's
-    peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 1024)
-
-
-if __name__ == "__main__":
-    _child()

@@ -109,7 +109,8 @@ def stratified(samples: int, length: int, first: int) -> Ints:
 
 
 def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
-    """Whether the model, one most confident token per forward and without a cache, writes exactly `target`."""
+    """Whether the model, one most confident token per forward and without a cache, writes exactly
+    `target`."""
     config = GenerationConfig(
         gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False
     )

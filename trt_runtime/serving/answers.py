@@ -15,7 +15,7 @@ from trt_runtime import __version__
 from trt_runtime.model import Update
 from trt_runtime.serving.errors import Failure
 from trt_runtime.serving.mailbox import Mailbox
-from trt_runtime.serving.prompts import Asked
+from trt_runtime.serving.prompts import PreparedRows
 from trt_runtime.serving.requests import Common
 from trt_runtime.serving.room import SHARE
 from trt_runtime.serving.stops import Cutter
@@ -66,12 +66,14 @@ def check_count(worker: Worker, count: int) -> None:
 class Answer:
     """A request under way: its rows as jobs, and how their text becomes an answer."""
 
-    def __init__(self, kind: str, body: Common, asked: Asked, worker: Worker, options: ServeOptions) -> None:
+    def __init__(
+        self, kind: str, body: Common, prepared: PreparedRows, worker: Worker, options: ServeOptions
+    ) -> None:
         self.kind, self.body, self.rows, self.seed, self.worker, self.options = (
             kind,
             body,
-            asked.rows,
-            asked.seed,
+            prepared.rows,
+            prepared.seed,
             worker,
             options,
         )

@@ -12,109 +12,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 
 from trt_runtime import __version__
-from trt_runtime.artifact.manifest import finite
-from trt_runtime.errors import BackendError, DllmError
 from trt_runtime.model import Model
 from trt_runtime.serving.answers import CHAT, TEXT, Answer, ServeOptions, check_count
 from trt_runtime.serving.cors import allow
-from trt_runtime.serving.errors import Failure, body_of, clipped, headers_of, is_fault, spoken
+from trt_runtime.serving.errors import Failure, is_fault
 from trt_runtime.serving.limits import Limits
 from trt_runtime.serving.metrics import Metrics
-from trt_runtime.serving.neutral import NAMES
 from trt_runtime.serving.preparing import Preparing
-from trt_runtime.serving.prompts import asked
+from trt_runtime.serving.prompts import prepare
+from trt_runtime.serving.refusals import JsonRoute, add_error_handlers
 from trt_runtime.serving.requests import ChatRequest, Common, CompletionRequest
 from trt_runtime.serving.room import longest_of
+from trt_runtime.serving.schema import RESPONSES, STREAMS, describe_responses
 from trt_runtime.serving.streams import Streamed, whole
 from trt_runtime.serving.worker import Broken, Worker
 
 STOP_SECONDS = 2.0  # that a forward under way may take at the end
-_REFUSALS = {
-    400: "a field that is missing, wrong or not honoured",
-    401: "no key, or a wrong one",
-    403: "another host's name",
-    404: "no such model or path",
-    408: "the body did not come",
-    413: "the body is too large",
-    429: "the queue is full",
-    500: "a forward failed",
-    503: "the server is stopping, or stuck",
-    504: "no answer in time",
-}
-_ERROR: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": said, "content": {"application/json": {"schema": _ERROR}}}
-    for status, said in _REFUSALS.items()
-}
-_STREAMS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "an answer, or with stream: true server-sent events",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    }
-}
-_TOO_DEEP = "the body is nested too deeply: send a flatter one."
-_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - NAMES
-_KINDS = ("str", "int", "float", "bool", "Mask", "body")
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-
-
-class _Json(Request):
-    """A request whose JSON has no numbers but JSON's: NaN and what is too large for a float are none."""
-
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            body = await self.body()
-            try:
-                self._json = json.loads(body, parse_constant=finite, parse_float=finite)
-            except RecursionError:
-                raise HTTPException(400, _TOO_DEEP) from None
-            except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
-                raise json.JSONDecodeError(str(error), "", 0) from error
-        return self._json
-
-
-class _Route(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handled(request: Request) -> Response:
-            return await handler(_Json(request.scope, request.receive))
-
-        return handled
 
 
 def create_app(model: Model, options: ServeOptions) -> FastAPI:
@@ -144,9 +72,9 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
         description=(__doc__ or "").split("\n")[0],
         lifespan=lifespan,
     )
-    app.router.route_class = _Route
+    app.router.route_class = JsonRoute
     app.state.worker = worker
-    _document(app, options.name)
+    describe_responses(app, options.name)
     app.add_middleware(
         Limits,
         most_body=options.most_body,
@@ -158,7 +86,7 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
     )
     allow(app, options.cors)
     preparing = Preparing(seconds=options.prompt_seconds)
-    _errors(app, metrics)
+    add_error_handlers(app, metrics)
     app.state.trouble = lambda: _trouble(worker, options, preparing)
     _status(app, worker, options)
     _models(app, options, metrics)
@@ -169,100 +97,6 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
 def most_open(options: ServeOptions) -> int:
     """Requests that may be open at a time: those that have a place, and some that are refused."""
     return 256 + 4 * (options.slots + options.most_queued)
-
-
-def _document(app: FastAPI, name: str) -> None:
-    """The OpenAPI document says what is answered: this model, refusals in OpenAI's form, and not FastAPI's
-    422."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = made()
-        for operation in (operation for path in document["paths"].values() for operation in path.values()):
-            operation["responses"].pop("422", None)
-        for schema in document["components"]["schemas"].values():
-            if "model" in schema.get("properties", {}):
-                schema["properties"]["model"]["enum"] = [name]
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _problem(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(body_of(status, message, param, code), status, dict(headers_of(status)))
-
-
-def _errors(app: FastAPI, metrics: Metrics) -> None:
-    def answer(
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        more: Mapping[str, str] | None = None,
-    ) -> JSONResponse:
-        metrics.errors.labels(str(status)).inc()
-        made = _problem(status, message, param, code)
-        made.headers.update(more or {})
-        return made
-
-    @app.exception_handler(Broken)
-    async def broken(request: Request, error: Broken) -> JSONResponse:
-        return answer(error.status, str(error))
-
-    @app.exception_handler(Failure)
-    async def failure(request: Request, error: Failure) -> JSONResponse:
-        return answer(error.status, error.message, error.param, error.code)
-
-    @app.exception_handler(BackendError)
-    async def failed(request: Request, error: BackendError) -> JSONResponse:
-        return answer(500, spoken(error))
-
-    @app.exception_handler(DllmError)
-    async def refused(request: Request, error: DllmError) -> JSONResponse:
-        return answer(400, spoken(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(400, *_said(error))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail), more=error.headers)
-
-    @app.exception_handler(MemoryError)
-    async def memory(request: Request, error: MemoryError) -> JSONResponse:
-        return answer(503, "the server has no memory for this request: ask for less, or try again later.")
-
-    @app.exception_handler(RecursionError)
-    async def deep(request: Request, error: RecursionError) -> JSONResponse:
-        return answer(400, _TOO_DEEP)
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> JSONResponse:
-        return answer(500, f"the server failed ({type(error).__name__}): its log says more.")
-
-
-def _said(error: RequestValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, and the field."""
-    found = error.errors()
-    # ours says more than 'should be a valid string', and what lies deepest more than what it stands in might
-    # have been instead
-    first = max(found, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
-    if first["type"] == "json_invalid":
-        return "the body is not JSON.", None
-    if tuple(first["loc"]) == ("body",):
-        return "the body is not a JSON object: send one with the fields of the request.", None
-    # what stands behind a field's name and places in lists are the kinds that a value may have
-    names = [clipped(str(part), 80) for part in first["loc"] if part not in _KINDS and "[" not in str(part)]
-    if names and names[0] in NAMES:
-        return f"{names[0]}: this server does not honour it: leave it out.", names[0]
-    name = ".".join(names) or None
-    said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        said = "this server does not honour it: leave it out"
-        if len(names) == 1 and (near := difflib.get_close_matches(names[0], _FIELDS, n=1, cutoff=0.8)):
-            return f"{name}: no such field: did you mean '{near[0]}'?", name
-    return f"{name or 'the body'}: {said}.", name
 
 
 def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str | None:
@@ -277,19 +111,19 @@ def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str
 
 
 def _status(app: FastAPI, worker: Worker, options: ServeOptions) -> None:
-    @app.get("/health", responses=_RESPONSES)
+    @app.get("/health", responses=RESPONSES)
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses=_RESPONSES)
+    @app.get("/ready", responses=RESPONSES)
     async def ready() -> dict[str, Any]:
         """Whether it takes requests, and answers them."""
         if (trouble := app.state.trouble()) is not None:
             raise Failure(503, trouble)
         return {"status": "ready", "open": worker.num_open, "slots": options.slots}
 
-    @app.get("/version", responses=_RESPONSES)
+    @app.get("/version", responses=RESPONSES)
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
@@ -306,15 +140,15 @@ def _models(app: FastAPI, options: ServeOptions, metrics: Metrics) -> None:
         """Prompts that the page offers."""
         return {"examples": list(options.examples)}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_RESPONSES)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=RESPONSES)
     async def prometheus() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry).decode(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", responses=_RESPONSES)
+    @app.get("/v1/models", responses=RESPONSES)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [facts]}
 
-    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+    @app.get("/v1/models/{name:path}", responses=RESPONSES)
     async def one(name: str) -> dict[str, Any]:
         if not name:
             return await models()
@@ -327,10 +161,10 @@ def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing:
 
     async def answered(kind: str, body: Common, request: Request, prompts: int = 1) -> Response:
         check_count(worker, prompts * body.choices)
-        rows = await preparing.run(asked, model, body, worker.max_length)
+        rows = await preparing.run(prepare, model, body, worker.max_length)
         return await _answer(Answer(kind, body, rows, worker, options), request)
 
-    @app.post("/v1/chat/completions", response_model=None, responses=_RESPONSES | _STREAMS)
+    @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES | STREAMS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """A conversation, continued."""
         _check_model(body.model, options)
@@ -338,7 +172,7 @@ def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing:
             raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
         return await answered(CHAT, body, request)
 
-    @app.post("/v1/completions", response_model=None, responses=_RESPONSES | _STREAMS)
+    @app.post("/v1/completions", response_model=None, responses=RESPONSES | STREAMS)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """A text, continued; or a gap, or a template, filled."""
         _check_model(body.model, options)

@@ -32,14 +32,14 @@ class PreparedRow:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedRows:
     """The rows of a request, in the order of its choices; and the seed, where anything is drawn."""
 
     rows: list[PreparedRow]
     seed: int | None
 
 
-def asked(model: Model, body: Common, longest: int) -> Asked:
+def prepare(model: Model, body: Common, longest: int) -> PreparedRows:
     """The rows that a request asks for. longest: tokens of a canvas that the server takes. Raises DllmError
     and Failure."""
     body.stops()
@@ -63,7 +63,7 @@ def asked(model: Model, body: Common, longest: int) -> Asked:
                     tail,
                 )
             )
-    return Asked(made, config.seed if config.draws or body.seed is not None else None)
+    return PreparedRows(made, config.seed if config.draws or body.seed is not None else None)
 
 
 def _row(

@@ -13,33 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import signal
-import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from trt_runtime.artifact import manifest
 from trt_runtime.backends import BACKENDS
 from trt_runtime.errors import DllmError
-from trt_runtime.serving.errors import encoded, headers_of
+from trt_runtime.serving.front import METRICS_PATH, ForwardedRequest, Front
 
-METRICS_PATH = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for where processes put what they count
-_LOG = logging.getLogger(__name__)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _OBJECT_STORE = 100 << 20  # bytes; nothing large passes through it
-_RETRY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,17 +42,6 @@ class Setup:
     artifact: str
     backend: str
     options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request on its way to a replica."""
-
-    method: str
-    path: str
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
 
 
 class Replica:
@@ -78,9 +60,9 @@ class Replica:
         if (trouble := self.app.state.trouble()) is not None:
             raise RuntimeError(trouble)
 
-    async def __call__(self, asked: Asked) -> AsyncIterator[Any]:
+    async def __call__(self, request: ForwardedRequest) -> AsyncIterator[Any]:
         sent: asyncio.Queue[Any] = asyncio.Queue()
-        waiting = [{"type": "http.request", "body": asked.body, "more_body": False}]
+        waiting = [{"type": "http.request", "body": request.body, "more_body": False}]
         gone = asyncio.Event()
 
         async def receive() -> Any:
@@ -91,7 +73,7 @@ class Replica:
 
         async def run() -> None:
             try:
-                await self.app(_scope(asked), receive, sent.put)
+                await self.app(_scope(request), receive, sent.put)
             finally:
                 sent.put_nowait(None)
 
@@ -107,178 +89,23 @@ class Replica:
             gone.set()
 
 
-def _scope(asked: Asked) -> dict[str, Any]:
+def _scope(request: ForwardedRequest) -> dict[str, Any]:
     # of this version of ASGI, an application is told of a client that leaves by `receive`
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": asked.method,
+        "method": request.method,
         "scheme": "http",
-        "path": asked.path,
-        "raw_path": asked.path.encode(),
+        "path": request.path,
+        "raw_path": request.path.encode(),
         "root_path": "",
-        "query_string": asked.query,
-        "headers": asked.headers,
+        "query_string": request.query,
+        "headers": request.headers,
         "client": None,
         "server": None,
         "state": {},
     }
-
-
-class Front:
-    """An ASGI application that passes requests on. `deploy` starts the replicas, or replaces them, and
-    returns what is to be called."""
-
-    def __init__(self, deploy: Callable[[], Any], name: str, timeout: float) -> None:
-        self.deploy, self.name, self.timeout = deploy, name, timeout
-        self.handle = deploy().options(stream=True)
-        self.num_open = 0
-        self._restart: asyncio.Task[None] | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["path"] in _OWN:
-            status, kind, body = await _OWN[scope["path"]](self)
-            await _send(send, status, [(b"content-type", kind.encode())], body)
-        else:
-            body = (await receive())["body"]  # Limits has the whole of it
-            asked = Asked(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body)
-            self.num_open += 1
-            work = asyncio.create_task(self._pass_on(asked, send))
-            gone = asyncio.create_task(_until_gone(receive))
-            try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if work.done():
-                    work.result()
-            finally:
-                self.num_open -= 1
-                work.cancel()
-                gone.cancel()
-
-    async def _live(self, receive: Any, send: Any) -> None:
-        """From startup to shutdown: SIGHUP begins a rolling restart."""
-        await receive()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_restart)
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await send({"type": "lifespan.shutdown.complete"})
-
-    def _begin_restart(self) -> None:
-        if self._restart is None or self._restart.done():
-            self._restart = asyncio.create_task(self._restarted())
-
-    async def _restarted(self) -> None:
-        print("replacing the replicas", file=sys.stderr, flush=True)
-        try:
-            await asyncio.to_thread(self.deploy)
-            print("the replicas are replaced", file=sys.stderr, flush=True)
-        except Exception:
-            _LOG.exception("the replicas could not be replaced")
-
-    async def _pass_on(self, asked: Asked, send: Any) -> None:
-        """Ask replicas until one has answered; once an answer has begun, what ends it ends it."""
-        deadline, begun = time.monotonic() + self.timeout, False
-        while True:
-            answer = self.handle.remote(asked)
-            try:
-                head: Any = None
-                async for part in answer:
-                    if head is None:
-                        head = part
-                        continue
-                    if not begun:
-                        await send({"type": "http.response.start", "status": head[0], "headers": head[1]})
-                        begun = True
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                if not begun and head is not None:  # an answer without a body: a redirect
-                    await send({"type": "http.response.start", "status": head[0], "headers": head[1]})
-                await send({"type": "http.response.body", "body": b""})
-                return
-            except asyncio.CancelledError:
-                answer.cancel()
-                raise
-            except BackPressureError:
-                await _send_error(send, 429, "the queue is full: try again later.", "queue_full")
-                return
-            except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
-                _LOG.warning(
-                    "a replica was lost in an answer that had %s: %s",
-                    "begun" if begun else "not begun",
-                    type(error).__name__,
-                )
-                if begun or time.monotonic() > deadline:
-                    await self._lost(send, begun)
-                    return
-                await asyncio.sleep(_RETRY_SECONDS)
-            except (RayError, RayServeException):
-                _LOG.exception("a replica failed")
-                await self._lost(send, begun)
-                return
-
-    async def _lost(self, send: Any, begun: bool) -> None:
-        said = "the replica that answered was lost: try again."
-        if not begun:
-            await _send_error(send, 503, said)
-            return
-        await send({"type": "http.response.body", "body": b"data: " + _error(500, said) + b"\n\n"})
-
-    async def health(self) -> tuple[int, str, bytes]:
-        return 200, "application/json", b'{"status":"ok"}'
-
-    async def ready(self) -> tuple[int, str, bytes]:
-        """Whether a replica takes requests."""
-        found = (await asyncio.to_thread(serve.status)).applications.get(self.name)
-        states = {
-            str(state): count
-            for one in (found.deployments if found else {}).values()
-            for state, count in one.replica_states.items()
-        }
-        if not states.get("RUNNING"):
-            return 503, "application/json", _error(503, "no replica is running: try again.")
-        return (
-            200,
-            "application/json",
-            json.dumps({"status": "ready", "open": self.num_open, "replicas": states}).encode(),
-        )
-
-    async def metrics(self) -> tuple[int, str, bytes]:
-        """What all replicas have counted, the lost ones included."""
-        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
-
-        where = Path(os.environ[METRICS_PATH])
-        for file in where.glob("gauge_live*.db"):
-            if not Path(f"/proc/{(pid := int(file.stem.rsplit('_', 1)[1]))}").exists():
-                multiprocess.mark_process_dead(pid, str(where))  # type: ignore[no-untyped-call]
-        registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry, str(where))  # type: ignore[no-untyped-call]
-        return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
-
-
-_OWN = {"/health": Front.health, "/ready": Front.ready, "/metrics": Front.metrics}
-
-
-async def _until_gone(receive: Any) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _error(status: int, message: str, code: str | None = None) -> bytes:
-    return encoded(status, message, code)
-
-
-async def _send(send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _send_error(send: Any, status: int, message: str, code: str | None = None) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        *((name.encode(), value.encode()) for name, value in headers_of(status).items()),
-    ]
-    await _send(send, status, headers, _error(status, message, code))
 
 
 def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
@@ -351,7 +178,7 @@ def _serve(
         only_local=False,
         cors=(),
         memory_share=options.memory_share / (1 if "num_gpus" in needs else count),
-    )  # the front has asked already
+    )  # the front checks these
 
     def deploy() -> Any:
         return serve.run(deployment.bind(setup, behind), name=name, route_prefix=None)

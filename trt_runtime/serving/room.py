@@ -11,7 +11,7 @@ from trt_runtime.artifact.contract import SPARE_ROWS
 from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.errors import DllmError
 from trt_runtime.machine import devices
-from trt_runtime.machine.forecast import Work, cache_bytes
+from trt_runtime.machine.roofline import Work, cache_bytes
 from trt_runtime.model import Model
 
 SHARE = (

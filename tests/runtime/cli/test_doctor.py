@@ -12,8 +12,8 @@ import pytest
 from trt_runtime.backends.tensorrt import store
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
-from trt_runtime.machine import doctor
-from trt_runtime.machine.doctor import ABSENT, FAILURE, OK, WARNING, Package
+from trt_runtime.machine import doctor, gpu_check, packages
+from trt_runtime.machine.packages import ABSENT, FAILURE, OK, WARNING, Package
 from trt_runtime.system import commands
 
 
@@ -39,8 +39,8 @@ def test_this_machine_is_healthy_and_every_flaw_has_its_mend(capsys):
     ],
 )  # fmt: skip
 def test_versions_against_the_table(monkeypatch, version, needed, status, said):
-    monkeypatch.setattr(doctor, "_version", lambda package: version)
-    finding = doctor.package_finding(Package("json", "json", "1.5", "2", "x", "pip install json", needed))
+    monkeypatch.setattr(packages, "installed_version", lambda package: version)
+    finding = packages.package_finding(Package("json", "json", "1.5", "2", "x", "pip install json", needed))
     assert (
         finding.status == status
         and said in finding.said
@@ -49,8 +49,8 @@ def test_versions_against_the_table(monkeypatch, version, needed, status, said):
 
 
 def test_a_package_that_does_not_import_is_found(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.5")
-    finding = doctor.package_finding(
+    monkeypatch.setattr(packages, "installed_version", lambda package: "1.5")
+    finding = packages.package_finding(
         Package("broken", "no_such_module", "1.5", "2", "x", "pip install broken")
     )
     assert (
@@ -79,10 +79,10 @@ def test_a_provider_that_only_falls_back_is_not_ok(monkeypatch):
 
 
 def test_two_runtimes_at_once_are_a_conflict(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.30")
-    assert [finding.status for finding in doctor._both_runtimes()] == [WARNING]
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
-    assert list(doctor._both_runtimes()) == []
+    monkeypatch.setattr(packages, "installed_version", lambda package: "1.30")
+    assert [finding.status for finding in packages.both_runtimes()] == [WARNING]
+    monkeypatch.setattr(packages, "installed_version", lambda package: None)
+    assert list(packages.both_runtimes()) == []
 
 
 @pytest.mark.parametrize(
@@ -135,29 +135,29 @@ class _Cuda:
 )
 def test_gpus_are_asked_through_the_driver(monkeypatch, cuda, expected):
     monkeypatch.setattr(
-        doctor, "ctypes", types.SimpleNamespace(**{**vars(doctor.ctypes), "CDLL": lambda name: cuda})
+        gpu_check, "ctypes", types.SimpleNamespace(**{**vars(gpu_check.ctypes), "CDLL": lambda name: cuda})
     )
-    assert [(finding.what, finding.status, finding.said) for finding in doctor._gpu()] == expected
+    assert [(finding.what, finding.status, finding.said) for finding in gpu_check.gpu_findings()] == expected
 
 
 def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
     """cuda-bindings of CUDA 13 on a driver of CUDA 12: every call would fail."""
-    monkeypatch.setattr(doctor, "bindings_major", lambda: 13)
-    found = doctor._driver(12040)
+    monkeypatch.setattr(gpu_check, "bindings_major", lambda: 13)
+    found = gpu_check._driver(12040)
     assert (
-        found.status == doctor.WARNING
+        found.status == packages.WARNING
         and "CUDA 12.4, and cuda-bindings is of CUDA 13" in found.said
         and "cuda-bindings<13" in found.mend
     )
-    assert doctor._driver(13000).status == doctor.OK
-    monkeypatch.setattr(doctor, "bindings_major", lambda: None)
-    assert doctor._driver(12040).status == doctor.OK
+    assert gpu_check._driver(13000).status == packages.OK
+    monkeypatch.setattr(gpu_check, "bindings_major", lambda: None)
+    assert gpu_check._driver(12040).status == packages.OK
 
 
 @pytest.mark.parametrize(("driver", "extra"), [(12, "trt-cu12"), (13, "trt-cu13"), (0, "trt-cu13")])
 def test_the_extra_of_the_drivers_cuda_is_advised(monkeypatch, driver, extra):
     monkeypatch.setattr(commands, "driver_cuda", lambda: driver)
-    assert extra in next(package.mend for package in doctor.packages() if package.name == "tensorrt")
+    assert extra in next(package.mend for package in packages.packages() if package.name == "tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(DllmError, match=extra):
         store.load("tensorrt")

@@ -18,9 +18,9 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.tensorrt import store
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
-from trt_runtime.machine import devices
+from trt_runtime.machine import devices, roofline
 from trt_runtime.machine import forecast as plan
-from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work
+from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work
 
 sys.path.append(str(ROOT / "tools"))
 from random_checkpoint import PRESETS, write
@@ -79,8 +79,8 @@ def test_weights_and_cache_are_what_a_process_takes(small, tmp_path, dtype):
     )
     anonymous, mapped, cache = json.loads(done.stdout)
     facts = manifests.load(small).model
-    assert plan.cache_bytes(facts, Work(4, 2000, 32)) == pytest.approx(cache, rel=0.1)
-    assert plan.memory(facts, Work(1, 1, 1), MEMORY_LAYOUTS[0], on_cpu=True).weights == pytest.approx(
+    assert roofline.cache_bytes(facts, Work(4, 2000, 32)) == pytest.approx(cache, rel=0.1)
+    assert roofline.memory(facts, Work(1, 1, 1), MEMORY_LAYOUTS[0], on_cpu=True).weights == pytest.approx(
         anonymous + mapped, rel=0.1
     )
 
@@ -126,7 +126,7 @@ def test_multiplications_are_those_of_the_graph(small):
             out, into = shapes[node.input[1]]
             linear += 2 * got[node.input[0]].shape[0] * into * out
     attention = 4 * facts.num_heads * facts.head_dim * rows * (rows * (facts.num_layers - 1) + asked)
-    assert plan.flops(facts, rows, rows, asked) == linear + attention
+    assert roofline.flops(facts, rows, rows, asked) == linear + attention
 
 
 FACTS = manifests.ModelFacts("llada", 32, 32, 32, 128, 4096, 12288, 126464, 4096, "bf16", 8_015_581_184)
@@ -136,13 +136,13 @@ def test_a_refine_step_reads_the_weights_and_a_prefix_pass_multiplies():
     """LLaDA-8B on an H200: a refine step is bound by 16 GB (the head in float32) and 0.7 GB of cache at 4.8
     TB/s, a prefix pass of 1,280 by 2 x 7 G x 1,280 at 989 TFLOPS."""
     work, device = Work(1, 1280, 32), devices.find("h200")
-    step, full = (plan.seconds(FACTS, work, device, rows=rows) for rows in (32, 1280))
+    step, full = (roofline.seconds(FACTS, work, device, rows=rows) for rows in (32, 1280))
     assert step == pytest.approx(
         ((8.0156e9 - 126464 * 4096) * 2 + 126464 * 4096 * 2 + 0.67e9) / 4.8e12, rel=0.01
     )
     assert full == pytest.approx(2 * (8.0156e9 - 2 * 126464 * 4096) * 1280 / 989.4e12, rel=0.1)
-    assert plan.cache_bytes(FACTS, work) == 512 * 1024 * 1280
-    assert plan.seconds(FACTS, work, devices.this_machine(), rows=32) is None
+    assert roofline.cache_bytes(FACTS, work) == 512 * 1024 * 1280
+    assert roofline.seconds(FACTS, work, devices.this_machine(), rows=32) is None
 
 
 def test_verdicts_say_what_to_change():
@@ -161,8 +161,8 @@ def test_verdicts_say_what_to_change():
     assert "a batch of 1 and a canvas of 1216 tokens" in said("rtx-5090", Work(1, 1280, 32), dtype="fp32")
     batch = int(said("l4", Work(8, 1280, 32)).split("a batch of ")[1].split()[0])
     free = devices.find("l4").memory - devices.find("l4").reserved
-    assert plan.memory(FACTS, Work(batch, 1280, 32), MEMORY_LAYOUTS[1]).total <= free
-    assert plan.memory(FACTS, Work(batch + 1, 1280, 32), MEMORY_LAYOUTS[1]).total > free
+    assert roofline.memory(FACTS, Work(batch, 1280, 32), MEMORY_LAYOUTS[1]).total <= free
+    assert roofline.memory(FACTS, Work(batch + 1, 1280, 32), MEMORY_LAYOUTS[1]).total > free
 
 
 def test_the_command(small, tmp_path, capsys):
@@ -205,18 +205,18 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["llada-8b"][0]))
     facts = plan.model_of(str(tmp_path), "bf16").facts
     work, shared = (
-        plan.Work(1, 1280, 32),
-        next(layout for layout in plan.MEMORY_LAYOUTS if layout.label == "trt shared"),
+        roofline.Work(1, 1280, 32),
+        next(layout for layout in roofline.MEMORY_LAYOUTS if layout.label == "trt shared"),
     )
     orin, thor, card = (devices.DEVICES[name] for name in ("orin-32g", "thor", "l4"))
-    assert plan.opening_bytes(facts, shared, orin) == plan.memory(facts, work, shared).weights > 16e9
+    assert roofline.opening_bytes(facts, shared, orin) == roofline.memory(facts, work, shared).weights > 16e9
     assert (
-        plan.opening_bytes(facts, shared, thor) == store.PIECE
-        and plan.opening_bytes(facts, shared, card) == 0
+        roofline.opening_bytes(facts, shared, thor) == store.PIECE
+        and roofline.opening_bytes(facts, shared, card) == 0
     )
-    assert plan.opening_bytes(facts, plan.MEMORY_LAYOUTS[0], orin) == 0
+    assert roofline.opening_bytes(facts, roofline.MEMORY_LAYOUTS[0], orin) == 0
     said = plan.verdict(facts, work, orin, shared)
-    assert said.startswith("does not fit") and "holds the engine's file whole beside its weights" in said
+    assert said.startswith("does not fit") and "keeps the engine's whole file in addition to its weights" in said
     assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(
         facts, work, devices.DEVICES["orin-64g"], shared
     ).startswith("fits")

@@ -23,9 +23,9 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import Quantization
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
-from trt_runtime.machine import devices
+from trt_runtime.machine import devices, roofline
 from trt_runtime.machine import forecast as plan
-from trt_runtime.machine.forecast import MEMORY_LAYOUTS, Work
+from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work
 
 CPU = devices.DeviceSpec("a CPU", 16 * devices.GIB, devices.GIB, 20.0, None, 0.1, is_cpu=True, rate8=0.4)
 
@@ -108,21 +108,21 @@ def test_times_on_a_cpu_follow_its_rates():
     """fp16 is computed in fp32; quantised layers at the 8-bit rate, attention not; bf16 is not computed."""
     facts = manifests.ModelFacts("llada", 32, 32, 32, 128, 4096, 12288, 126464, 4096, "fp32", 8_015_581_184)
     work = Work(1, 1280, 32)
-    layers, everything = plan.flops(facts, 1280, 0, 32), plan.flops(facts, 1280, 1280, 32)
-    full = plan.seconds(facts, work, CPU, rows=1280)
+    layers, everything = roofline.flops(facts, 1280, 0, 32), roofline.flops(facts, 1280, 1280, 32)
+    full = roofline.seconds(facts, work, CPU, rows=1280)
     assert (
         full == pytest.approx(everything / 0.1e12)
-        and plan.seconds(plan.replace(facts, dtype="fp16"), work, CPU, rows=1280) == full
+        and roofline.seconds(plan.replace(facts, dtype="fp16"), work, CPU, rows=1280) == full
     )
-    assert plan.seconds(plan.replace(facts, dtype="bf16"), work, CPU, rows=1280) is None
+    assert roofline.seconds(plan.replace(facts, dtype="bf16"), work, CPU, rows=1280) is None
     quantised = plan.replace(facts, weight_bytes=8 << 30)
     how = Quantization("w8a8", "ort-cpu")
-    assert plan.seconds(quantised, work, CPU, rows=1280, quantised=how) == pytest.approx(
+    assert roofline.seconds(quantised, work, CPU, rows=1280, quantised=how) == pytest.approx(
         (layers / 0.4e12) + (everything - layers) / 0.1e12
     )
     slow = plan.replace(CPU, bandwidth=1e-3)
-    step = plan.seconds(quantised, work, slow, rows=32, quantised=how)
-    assert step == pytest.approx(((8 << 30) - 2 * 126464 * 4096 + plan.cache_bytes(facts, work)) / 1e6)
+    step = roofline.seconds(quantised, work, slow, rows=32, quantised=how)
+    assert step == pytest.approx(((8 << 30) - 2 * 126464 * 4096 + roofline.cache_bytes(facts, work)) / 1e6)
 
 
 def test_this_machine_is_measured_once(monkeypatch):
@@ -146,7 +146,7 @@ def test_this_machine_is_measured_once(monkeypatch):
     try:
         assert (
             devices.this_machine().rate32 is None
-            and plan.seconds(
+            and roofline.seconds(
                 manifests.ModelFacts("llada", 1, 1, 1, 2, 2, 2, 9, 9, "fp32", 99),
                 Work(1, 4, 2),
                 devices.this_machine(),
