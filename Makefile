@@ -81,14 +81,14 @@ docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and aga
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
-	$(BIN)/python benchmarks/system.py && $(BIN)/python benchmarks/reports/system.py
+	$(BIN)/python benchmarks/cpu/system.py && $(BIN)/python benchmarks/reports/system.py
 
 frontier: $(VENV)/.dev ## accuracy against tokens per forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no
-	$(BIN)/python benchmarks/frontier.py $(DEMO)
+	$(BIN)/python benchmarks/cpu/frontier.py $(DEMO)
 
 gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
-	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu_report.py $(REPORT)
+	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu/report.py $(REPORT)
 
 clean: ## remove caches and what was built; artifacts and the environment stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,8 +1,10 @@
 """Run a command on this processor as if it had fewer instruction sets, at full speed: what an x86 machine
 without them would compute.
 
-    python tools/cpu_without.py vnni -- python -m pytest tests/runtime/backends/test_int8.py      # AVX2 alone: no AVX-512, no VNNI, no AMX
-    python tools/cpu_without.py avx512-vnni -- dllm-trt doctor                               # AVX-512 of before 2019: no VNNI, no AMX
+    # only AVX2: no AVX-512, no VNNI, no AMX
+    python tools/cpu_without.py vnni -- python -m pytest tests/runtime/backends/test_int8.py
+    # AVX-512 as before 2019: no VNNI, no AMX
+    python tools/cpu_without.py avx512-vnni -- dllm-trt doctor
 
 Libraries such as ONNX Runtime choose their kernels by the CPUID instruction. Linux can make that instruction
 fault (arch_prctl ARCH_SET_CPUID); a small library, preloaded, answers the fault with the real registers less
@@ -62,7 +64,10 @@ __attribute__((constructor)) static void begin(void) {
   action.sa_sigaction = answer;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGSEGV, &action, NULL);
-  if (syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0)) { perror("this processor or kernel has no CPUID faulting"); _exit(%(unable)d); }
+  if (syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0)) {
+    perror("this processor or kernel has no CPUID faulting");
+    _exit(%(unable)d);
+  }
 }
 """
 

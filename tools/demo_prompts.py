@@ -1,9 +1,9 @@
 """Held-out prompts of the demo model's task (demo_task.py), the same for everyone: as text, with their
 answers, or as inputs of decode cases.
 
-python tools/demo_prompts.py --tuning demo.jsonl --count 200        # for dllm-trt tune artifacts/llada-demo --data demo.jsonl --match json
-python tools/demo_prompts.py --prompts prompts.txt --count 24       # one per line
-python tools/demo_prompts.py --inputs cases.json artifacts/llada-demo --count 24   # for dllm-trt replay --record
+    python tools/demo_prompts.py --tuning demo.jsonl --count 200     # for dllm-trt tune --data demo.jsonl
+    python tools/demo_prompts.py --prompts prompts.txt --count 24    # one per line
+    python tools/demo_prompts.py --inputs cases.json artifacts/llada-demo --count 24    # for replay --record
 """
 
 from __future__ import annotations

@@ -38,7 +38,10 @@ def check(folder: Path) -> Iterator[str]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MOST_OF_FUNCTION:
-                    yield f"{where}:{node.lineno}: {node.name} has {length} lines, expected at most {MOST_OF_FUNCTION}"
+                    yield (
+                        f"{where}:{node.lineno}: {node.name} has {length} lines, expected at most "
+                        f"{MOST_OF_FUNCTION}"
+                    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write a checkpoint of random weights in a family's official layout, for benchmarks and size tests.
 
     python tools/random_checkpoint.py --preset llada-140m checkpoints/llada-140m
-    python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random       # 16 GB: every tensor, real shapes, shards, bf16
+    python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random    # 16 GB of bf16, in shards
 
 The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers
 are windows of one block of 8 M, each at another place, so writing is as fast as the disk, and memory stays

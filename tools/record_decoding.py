@@ -54,15 +54,24 @@ def record(model: rt.Model, config: rt.GenerationConfig) -> Run:
 
 
 def median_runs(model: rt.Model, repeats: int) -> dict[str, Run]:
-    made: dict[str, list[Run]] = {name: [] for name in RUNS}
+    recorded: dict[str, list[Run]] = {name: [] for name in RUNS}
     for _ in range(repeats):
         for name, config in RUNS.items():
-            made[name].append(record(model, config))
-    return {name: sorted(runs, key=lambda run: run.times[-1])[len(runs) // 2] for name, runs in made.items()}
+            recorded[name].append(record(model, config))
+    return {
+        name: sorted(runs, key=lambda run: run.times[-1])[len(runs) // 2] for name, runs in recorded.items()
+    }
+
+
+STYLE = (
+    "text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}"
+    ".name{font-weight:bold;font-size:13px;fill:#222}.token{fill:#111}.count{fill:#444;opacity:0}"
+    ".mask{fill:none;stroke:#999;stroke-dasharray:2 2}.facts{fill:#666;font-size:11px}g{opacity:0}"
+)
 
 
 def draw(runs: dict[str, Run], facts: str) -> str:
-    """The SVG. A token is hidden until its forward was done, in a loop of SECONDS + PAUSE."""
+    """The SVG. A token is hidden until its forward is done, in a loop of SECONDS + PAUSE."""
     slower = SECONDS / max(run.times[-1] for run in runs.values())
     total = SECONDS + PAUSE
     styles, body, top = [], [], 40
@@ -94,26 +103,19 @@ def draw(runs: dict[str, Run], facts: str) -> str:
             share, until = 100 * at * slower / total, 100 if end is None else 100 * end * slower / total
             styles.append(
                 f"@keyframes "
-                f"c{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}{share + 0.001:.3f}%,{until:.3f}%{{opacity:1}}"
+                f"c{number}-{forward}{{0%,{share:.3f}%{{opacity:0}}"
+                f"{share + 0.001:.3f}%,{until:.3f}%{{opacity:1}}"
                 + ("" if end is None else f"{until + 0.001:.3f}%,100%{{opacity:0}}")
                 + "}"
             )
-            done = (
-                ""
-                if end is not None
-                else f", {run.useful} tokens: {run.useful / len(run.times):.2f} a forward, "
-                f"{1000 * run.times[-1]:.0f} ms"
-            )
+            rate = f"{run.useful / len(run.times):.2f} per forward, {1000 * run.times[-1]:.0f} ms"
+            done = "" if end is not None else f", {run.useful} tokens: {rate}"
             body.append(
                 f'<text class="count" style="animation:c{number}-{forward} {total}s infinite" x="{MARGIN}" '
                 f'y="{y + 4}">{forward} forwards{done}</text>'
             )
         top = y + 44
-    style = (
-        "text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}.name{font-weight:bold;font-size:13px;fill:#222}"
-        ".token{fill:#111}.count{fill:#444;opacity:0}.mask{fill:none;stroke:#999;stroke-dasharray:2 "
-        "2}.facts{fill:#666;font-size:11px}g{opacity:0}" + "".join(styles)
-    )
+    style = STYLE + "".join(styles)
     facts = f"{facts}; shown {slower:.0f} times slower than measured"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 8}" '
@@ -134,12 +136,12 @@ def main() -> None:
         "--repeats", type=int, default=9, help="runs of each, in turn; the median is drawn (default 9)"
     )
     args = parser.parse_args()
-    model, held = rt.load(args.artifact, threads=1), machine()
+    model, facts = rt.load(args.artifact, threads=1), machine()
     runs = median_runs(model, max(1, args.repeats))
     if len({run.answer for run in runs.values()}) > 1:
         print("note: the two answers differ: " + " | ".join(run.answer for run in runs.values()))
     args.out.write_text(
-        draw(runs, f"{held['cpu']}, one thread, onnxruntime {held['versions']['onnxruntime']}"),
+        draw(runs, f"{facts['cpu']}, one thread, onnxruntime {facts['versions']['onnxruntime']}"),
         encoding="utf-8",
     )
     for name, run in runs.items():

@@ -1,11 +1,11 @@
-"""Reports of gpu_report.py as a table and a plot in the documents; of several GPUs, side by side.
+"""The reports of benchmarks/gpu/report.py as a table and a plot in the documents; several GPUs side by side.
 
-    python benchmarks/reports/gpu.py                                     # benchmarks/results/gpu-report-*.json -> docs/benchmarks.md, docs/gpu-report.svg
-    python benchmarks/reports/gpu.py mine.json theirs.json --print       # merged, on standard output
-    python benchmarks/reports/gpu.py --document FILE.md                  # elsewhere; the plot goes beside the document
+    python benchmarks/reports/gpu.py                                  # benchmarks/results/gpu-report-*.json
+    python benchmarks/reports/gpu.py mine.json theirs.json --print    # merged, on standard output
+    python benchmarks/reports/gpu.py --document FILE.md               # another document
 
-The table takes the place of what stands between the two marks of the document. The plot (of the first report)
-needs matplotlib (the `bench` extra).
+The default document is docs/benchmarks.md, the plot docs/gpu-report.svg. The table replaces the text between
+the two marks of the document. The plot (of the first report) needs matplotlib (the `bench` extra).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def longest(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Machine, speeds beside eager PyTorch of the same run, parity, and what failed or was left out."""
+    """Machine, speeds compared with eager PyTorch in the same run, parity, and what failed or was not run."""
     environment = results["environment"]
     settings, machine = environment["settings"], environment["machine"]
     where = device_of(results)
@@ -161,7 +161,20 @@ def table(results: dict[str, Any]) -> str:
         f"and of the loop itself.",
         "",
     ]
+    lines += _speeds(results)
     lines += [
+        "",
+        "(*) the GPU's own time of a replay: no copies in or out, only token and confidence. The others are "
+        "a caller's wall time.",
+    ]
+    lines.append("")
+    lines += _notes(results)
+    return "\n".join(lines)
+
+
+def _speeds(results: dict[str, Any]) -> list[str]:
+    """A row per variant, compared with eager PyTorch in the same run."""
+    lines = [
         "| variant | refine step ms | share of roofline | prefix pass ms | share | tokens/s | of eager | "
         "tokens/s of the loop, at tokens per forward |",
         "|---|---|---|---|---|---|---|---|",
@@ -181,14 +194,14 @@ def table(results: dict[str, Any]) -> str:
             f"{loop['tokens_per_second']:,.0f} at {loop['tokens_per_forward']:.2f}" if loop else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "(*) the GPU's own time of a replay: no copies in or out, token and confidence alone. The others "
-        "are what a caller waits.",
-    ]
-    lines.append("")
-    for stage, held in sorted(results.items()):
-        parity = held.get("parity", {})
+    return lines
+
+
+def _notes(results: dict[str, Any]) -> list[str]:
+    """A line per stage: its parity, or why it failed or was not run."""
+    lines, dtype = [], results["environment"]["settings"]["dtype"]
+    for stage, stage_result in sorted(results.items()):
+        parity = stage_result.get("parity", {})
         if "passed" in parity:
             far = max(
                 parity[role][name]["from_fp32"]
@@ -203,14 +216,14 @@ def table(results: dict[str, Any]) -> str:
             verdict = "passed" if parity["passed"] else "FAILED"
             lines.append(
                 f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own "
-                f"{settings['dtype']} is {own:.2g} away."
+                f"{dtype} is {own:.2g} away."
             )
-        if reason := held.get("failed") or held.get("skipped"):
+        if reason := stage_result.get("failed") or stage_result.get("skipped"):
             lines.append(
-                f"- `{stage}`: {'failed' if 'failed' in held else 'not run'}: "
+                f"- `{stage}`: {'failed' if 'failed' in stage_result else 'not run'}: "
                 f"{reason.splitlines()[-1][:200]}."
             )
-    return "\n".join(lines)
+    return lines
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

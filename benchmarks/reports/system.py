@@ -1,10 +1,10 @@
-"""The results of system.py as tables and plots in the documents.
+"""The results of benchmarks/cpu/system.py as tables and plots in the documents.
 
-    python benchmarks/reports/system.py                                    # benchmarks/results/system-*.json -> docs/benchmarks.md, docs/system*.png, .svg
-    python benchmarks/reports/system.py --results DIR --document FILE.md   # elsewhere; the plots go beside the document
+    python benchmarks/reports/system.py                                    # benchmarks/results/system-*.json
+    python benchmarks/reports/system.py --results DIR --document FILE.md   # others
 
-Tables take the place of what stands between the two marks of the document. Needs matplotlib (the `bench`
-extra).
+The default document is docs/benchmarks.md, the plots docs/system*.png and .svg. The tables replace the text
+between the two marks of the document. Needs matplotlib (the `bench` extra).
 """
 
 from __future__ import annotations

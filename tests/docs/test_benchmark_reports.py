@@ -16,7 +16,7 @@ from export.quantize import export as quantize
 from export.quantize.export import QuantizeConfig
 from trt_runtime.cli import main as cli
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "cpu")]
 import system
 from reports import system as render_system
 
@@ -231,7 +231,7 @@ def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text,
 def test_missing_files_and_parts_are_named(tmp_path):
     def said(*options):
         return subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / "system.py", "--output", tmp_path / "out", *options],
+            [sys.executable, ROOT / "benchmarks" / "cpu" / "system.py", "--output", tmp_path / "out", *options],
             capture_output=True,
             text=True,
             check=False,

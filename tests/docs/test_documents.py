@@ -121,7 +121,7 @@ def test_the_servers_of_the_documents_start_and_stop(place, monkeypatch):
     sorted(
         path.relative_to(ROOT).as_posix()
         for folder in ("tools", "benchmarks")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if "ArgumentParser" in path.read_text(encoding="utf-8")
     ),
 )

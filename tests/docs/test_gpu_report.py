@@ -15,7 +15,7 @@ from places import ROOT
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 pytest.importorskip("matplotlib")
-REPORT, RENDER = (str(ROOT / "benchmarks" / name) for name in ("gpu_report.py", "reports/gpu.py"))
+REPORT, RENDER = (str(ROOT / "benchmarks" / name) for name in ("gpu/report.py", "reports/gpu.py"))
 
 
 def _run(*command, **environment):
@@ -149,8 +149,8 @@ def test_engines_have_a_time_of_their_own_and_nobody_waits_for_them(results, tmp
 
 
 def test_the_model_fits_the_gpu():
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
-    import gpu_report
+    sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "tools")]
+    import report as gpu_report
     from random_checkpoint import PRESETS
 
     from export import families

@@ -1,4 +1,4 @@
-"""One request under way: its rows as jobs, and how their updates become an answer or server-sent events
+"""One open request: its rows as jobs, and how their updates become an answer or server-sent events
 (streams.py)."""
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SEED_HEADER = "x-dllm-seed"
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Of a server. max_length: tokens of the longest canvas (None: what there is memory for). Times in
-    seconds, sizes in bytes.
+    """Options of a server. Times are in seconds, sizes in bytes.
 
-    api_key: a key that clients must send, or several of them. cors: origins whose pages may ask. examples:
-    prompts that the page offers.
-    header_seconds, prompt_seconds: for the head of a request, and to make its token ids. memory_share: of the
-    free memory, for caches. only_local: answer to this machine's names alone.
+    max_length: tokens of the longest canvas (None: as long as memory allows). api_key: a key, or several,
+    that clients must send. cors: origins whose pages may send requests. examples: prompts that the page
+    offers. header_seconds, prompt_seconds: time limits for receiving a request's head and for preparing its
+    token ids. memory_share: share of the free memory that caches may take. only_local: refuse requests that
+    name another host than this machine.
     """
 
     name: str
@@ -53,8 +53,8 @@ class ServeOptions:
 
 
 def check_count(worker: Worker, count: int) -> None:
-    """Raise Failure for more answers than the server ever takes at a time, before anything is made of
-    them."""
+    """Raise Failure if a request asks for more answers than the server ever takes at a time, before any work
+    is done."""
     if count > (most := worker.slots + worker.most_queued):
         raise Failure(
             429,
@@ -64,7 +64,7 @@ def check_count(worker: Worker, count: int) -> None:
 
 
 class Answer:
-    """A request under way: its rows as jobs, and how their text becomes an answer."""
+    """An open request: its rows as jobs, and how their text becomes an answer."""
 
     def __init__(
         self, kind: str, body: Common, prepared: PreparedRows, worker: Worker, options: ServeOptions
@@ -85,12 +85,13 @@ class Answer:
         self.committed = [0] * len(self.rows)
 
     def submit(self) -> None:
-        """Queue all choices, or none. Raises Failure where the server is full."""
+        """Queue all choices, or none. Raises Failure if the server is full."""
         loop, wants_updates = asyncio.get_running_loop(), self.body.is_stream or bool(self.body.stops())
 
         def to(index: int) -> Callable[[Event], None]:
             def deliver(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
+                # the event loop has ended: nobody is listening any more
+                with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self.mailbox.put, index, event)
 
             return deliver
@@ -109,12 +110,12 @@ class Answer:
                 self.worker.cancel(job, why)
 
     def release(self) -> None:
-        """Give up what is still open, and count the answer as delivered."""
+        """Cancel what is still running, and count the answer as delivered."""
         self.cancel()
         self.worker.release(self.jobs)
 
     def _count(self, index: int, update: Update, text: str, stopped: bool) -> None:
-        """Count what a choice took. The row itself still changes in another thread, unless it is finished."""
+        """Count what a choice took. Unless it is finished, another thread still changes the row."""
         row, tokenizer = self.rows[index], self.worker.model.tokenizer
         self.committed[index] += len(update.changed)
         if stopped and tokenizer is not None:
@@ -126,8 +127,8 @@ class Answer:
             )
 
     def usage(self) -> dict[str, int]:
-        """Tokens, forwards (nfe), and the tokens that forwards committed, which are the forwards of decoding
-        one token at a time."""
+        """Tokens, forwards (nfe), and the tokens that were committed, which is the number of forwards at one
+        token per forward."""
         prompt = sum({row.prompt: row.prompt_tokens for row in self.rows}.values())
         tokens, nfe = sum(tokens for tokens, _ in self.done), sum(nfe for _, nfe in self.done)
         return {
@@ -139,7 +140,7 @@ class Answer:
         }
 
     def show(self, index: int, update: Update) -> tuple[str, bool]:
-        """The text of a choice that may be shown, which is counted; and whether a stop string ended it."""
+        """The text of a choice that may be shown, and whether a stop string ended it; the text is counted."""
         text, ids = update.committed or "", update.tokens[: update.settled]
         if (shown := self.rows[index].shown) is not None:
             ids = self.rows[index].sequence.canvas[shown].tolist() if update.finished else []
@@ -154,15 +155,15 @@ class Answer:
         return "stop" if stopped or ended else "length"
 
     def choice(self, index: int, text: str, reason: str | None, *, chunk: bool) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if self.kind == TEXT:
-            return made | {"text": text}
+            return choice | {"text": text}
         if chunk:
-            return made | {"delta": {"content": text} if text else {}}
-        return made | {"message": {"role": "assistant", "content": text, "refusal": None}}
+            return choice | {"delta": {"content": text} if text else {}}
+        return choice | {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def provisional(self, index: int, update: Update) -> dict[str, Any]:
-        """The canvas after a forward: cells are (position, text, confidence) of what it committed."""
+        """The canvas after a forward: cells (position, text, confidence) of the tokens that it committed."""
         pieces = [self.worker.model.piece(update.tokens[i]) if i >= 0 else "" for i in update.changed]
         return {
             "index": index,

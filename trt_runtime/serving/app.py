@@ -36,7 +36,7 @@ from trt_runtime.serving.schema import RESPONSES, STREAMS, describe_responses
 from trt_runtime.serving.streams import Streamed, whole
 from trt_runtime.serving.worker import Broken, Worker
 
-STOP_SECONDS = 2.0  # that a forward under way may take at the end
+STOP_SECONDS = 2.0  # time that the current forward may take when the server stops
 _PAGE = Path(__file__).with_name("page.html")
 # the page is one file: its own style and script, and requests to this server
 _POLICY = (
@@ -46,7 +46,7 @@ _POLICY = (
 
 
 def create_app(model: Model, options: ServeOptions) -> FastAPI:
-    """The application over an opened model. The worker lives from startup to shutdown. Raises DllmError."""
+    """The application over an opened model. The worker runs from startup to shutdown. Raises DllmError."""
     metrics = Metrics()
     longest = longest_of(model, options.slots, options.max_length, options.memory_share)
     worker = Worker(
@@ -95,12 +95,12 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
 
 
 def most_open(options: ServeOptions) -> int:
-    """Requests that may be open at a time: those that have a place, and some that are refused."""
+    """Requests that may be open at a time: those that have a place, and some that are about to be refused."""
     return 256 + 4 * (options.slots + options.most_queued)
 
 
 def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str | None:
-    """Why no request is answered any more; None while all is well."""
+    """Why requests are no longer answered; None if they are."""
     if not worker.is_alive:
         return "the worker is not running."
     if (taken := worker.longest_forward()) > options.timeout:
@@ -113,12 +113,12 @@ def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str
 def _status(app: FastAPI, worker: Worker, options: ServeOptions) -> None:
     @app.get("/health", responses=RESPONSES)
     async def health() -> dict[str, str]:
-        """Whether the process lives."""
+        """Whether the process is alive."""
         return {"status": "ok"}
 
     @app.get("/ready", responses=RESPONSES)
     async def ready() -> dict[str, Any]:
-        """Whether it takes requests, and answers them."""
+        """Whether the server accepts and answers requests."""
         if (trouble := app.state.trouble()) is not None:
             raise Failure(503, trouble)
         return {"status": "ready", "open": worker.num_open, "slots": options.slots}
@@ -166,7 +166,7 @@ def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing:
 
     @app.post("/v1/chat/completions", response_model=None, responses=RESPONSES | STREAMS)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """A conversation, continued."""
+        """Continue a conversation."""
         _check_model(body.model, options)
         if model.tokenizer is None or not model.tokenizer.has_chat_template:
             raise Failure(400, "this model has no chat template: use /v1/completions.", "messages")
@@ -174,7 +174,7 @@ def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing:
 
     @app.post("/v1/completions", response_model=None, responses=RESPONSES | STREAMS)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        """A text, continued; or a gap, or a template, filled."""
+        """Continue a text, or fill a gap or a template."""
         _check_model(body.model, options)
         if (body.prompt is None) == (body.template is None):
             raise Failure(400, "give prompt or template, one of them.", "prompt")
@@ -215,6 +215,6 @@ async def _answer(answer: Answer, request: Request) -> Response:
 
 
 async def _until_gone(request: Request) -> None:
-    """Until the client has left."""
+    """Wait until the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

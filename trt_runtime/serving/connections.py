@@ -1,5 +1,4 @@
-"""Connections as uvicorn has them, bounded in number, and in the time and the bytes that a request's head may
-take."""
+"""Connections of uvicorn with limits: how many, and how long and how large the head of a request may be."""
 
 from __future__ import annotations
 
@@ -12,21 +11,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trt_runtime.serving.errors import encoded, headers_of
 
-ABORT = "dllm_trt.abort"  # of a scope: a function that drops the connection with what is unsent
-_RESERVED = 64  # descriptors for files and threads
-_MOST_HEAD = 64 << 10  # bytes of a head, or of what else is no body: chunks' extensions, trailers
+ABORT = "dllm_trt.abort"  # key in a scope: a function that drops the connection and everything unsent
+_RESERVED = 64  # descriptors kept for files and threads
+_MOST_HEAD = 64 << 10  # bytes of a head, or of anything else that is not body: extensions of chunks, trailers
 _REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 
 def protocol(most: int, header_seconds: float) -> type[asyncio.Protocol]:
-    """A connection's class: at most `most` at a time, of which the idle ones make room, the oldest first;
-    each request's head within `header_seconds`."""
+    """A connection class that allows at most `most` connections, closing the oldest idle ones to make room,
+    and gives each request's head `header_seconds`."""
     return type("Connection", (_Connection,), {"most": most, "header_seconds": header_seconds})
 
 
 def room_for(most: int) -> int:
-    """How many connections to have at a time, of the `most` that are wanted: as many as there are file
-    descriptors for, whose limit is raised."""
+    """How many of the `most` connections wanted are possible with the file descriptors there are, after
+    raising their limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + 2 * _RESERVED
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -42,9 +41,9 @@ class _Connection(HttpToolsProtocol):
     header_seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
     _running: Any = (
-        None  # the request that is being answered; of several that came at once, `cycle` is the last
+        None  # the request being answered; if several arrived at once, `cycle` is the last of them
     )
-    _pending = 0  # bytes since a head, a part of a body or an end was whole
+    _pending = 0  # bytes since the last complete head, body part or end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -76,7 +75,7 @@ class _Connection(HttpToolsProtocol):
         if self._pending > _MOST_HEAD:
             self._refuse(431, f"the head of the request is larger than {_MOST_HEAD} bytes: send less.")
         elif self._is_idle:
-            self._expect_head()  # something came that is no whole head
+            self._expect_head()  # something arrived that is not a complete head
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -102,8 +101,8 @@ class _Connection(HttpToolsProtocol):
         )
 
     def _refuse(self, status: int, message: str) -> None:
-        """End the connection with an answer of OpenAI's form, or without one where another answer is under
-        way."""
+        """End the connection with an error in OpenAI's form, or without one while another answer is being
+        sent."""
         if not self._is_idle:
             self.transport.abort()
             return

@@ -1,4 +1,4 @@
-"""Pages of other origins that may ask this server; none unless its operator names them."""
+"""Cross-origin requests: none are allowed unless the operator names the origins."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from trt_runtime.errors import DllmError
 
-# as browsers spell it: small letters, no path, no pattern, and no port that the scheme has anyway
+# as browsers write it: lower case, no path, no pattern, and no default port
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^A-Z/\s\\*?#@,]+")
 _PORT_OF_ITS_OWN = re.compile(r"http://[^/]*:80|https://[^/]*:443")
 
 
 def check(origins: tuple[str, ...]) -> None:
-    """Raise DllmError for what no browser sends as an origin, so that it would never match."""
+    """Raise DllmError for an origin that no browser sends, because it would never match."""
     for origin in origins:
         if origin not in ("*", "null") and (
             not _ORIGIN.fullmatch(origin) or _PORT_OF_ITS_OWN.fullmatch(origin)
@@ -37,12 +37,12 @@ def _options(origins: tuple[str, ...]) -> dict[str, Any]:
 
 
 def allow(app: Any, origins: tuple[str, ...]) -> None:
-    """Let pages of these origins ask a FastAPI application. Around all else, so that a preflight, which has
-    no key, is answered."""
+    """Allow these origins in a FastAPI application. Outermost, so that a preflight request, which carries no
+    key, is answered."""
     if origins:
         app.add_middleware(CORSMiddleware, **_options(origins))
 
 
 def allowed(app: Any, origins: tuple[str, ...]) -> Any:
-    """The same for a plain application."""
+    """The same for a plain ASGI application."""
     return CORSMiddleware(app, **_options(origins)) if origins else app

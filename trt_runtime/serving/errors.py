@@ -1,5 +1,4 @@
-"""What a client is told when something is wrong: OpenAI's form, in the words of HTTP, with little of what the
-client sent."""
+"""Error responses: OpenAI's form, HTTP's words, and little of what the client sent."""
 
 from __future__ import annotations
 
@@ -9,14 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 RETRY_SECONDS = 1
-_MOST, _HEAD, _TAIL = 320, 160, 120  # characters of a message; of a longer one those that are kept
+# characters of a message, and how many of a longer one are kept at its beginning and end
+_MOST, _HEAD, _TAIL = 320, 160, 120
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
-# what the library says to who calls it in Python or from the command line
+# what the library's messages say to callers in Python or on the command line
 _WORDS = (
     (re.compile(r"\s*\([^()]*--[^()]*\)"), ""),
     (re.compile(r"\bgen_length\b"), "max_tokens"),
@@ -25,7 +25,7 @@ _WORDS = (
 
 
 class Failure(Exception):
-    """An answer of the HTTP status `status`."""
+    """An error response with the HTTP status `status`."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -33,8 +33,8 @@ class Failure(Exception):
 
 
 def clipped(text: str, most: int = _MOST) -> str:
-    """A text of at most `most` characters or so: of a longer one its beginning and its end. Halves of
-    characters are spelled."""
+    """A text of about `most` characters at most: of a longer one, its beginning and end. Unpaired surrogates
+    are escaped."""
     text = (
         text
         if len(text) <= most
@@ -44,7 +44,7 @@ def clipped(text: str, most: int = _MOST) -> str:
 
 
 def spoken(error: Exception) -> str:
-    """The library's message in the fields of a request, without options of the command line."""
+    """The library's message in terms of a request's fields, without command-line options."""
     text = str(error)
     for pattern, instead in _WORDS:
         text = pattern.sub(instead, text)
@@ -52,14 +52,14 @@ def spoken(error: Exception) -> str:
 
 
 def body_of(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The error as JSON."""
+    """The error as a JSON object."""
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     said = None if param is None else clipped(param, 120)
     return {"error": {"message": clipped(message), "type": kind, "param": said, "code": code}}
 
 
 def encoded(status: int, message: str, code: str | None = None) -> bytes:
-    """The error as the bytes of a response's body."""
+    """The error as a response body."""
     return json.dumps(body_of(status, message, code=code)).encode()
 
 
@@ -68,6 +68,6 @@ def headers_of(status: int) -> Mapping[str, str]:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception is a failure of what was called. Code in Rust raises its panics as BaseException;
-    what ends a task or the process is no fault."""
+    """Whether an exception is a failure of the called code. Rust code raises panics as BaseException;
+    exceptions that end a task or the process are not failures."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

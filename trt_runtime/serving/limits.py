@@ -1,5 +1,5 @@
-"""What is decided before a route sees a request, as plain ASGI middleware: who may ask, how many at a time,
-and how large and how slow they may be."""
+"""Limits that apply before a route sees a request, as plain ASGI middleware: who may ask, how many at a time,
+how large and how slow a request may be."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from typing import Any
 from trt_runtime.serving.connections import ABORT
 from trt_runtime.serving.errors import encoded, headers_of
 
-# times the limit that is read and thrown away, so that a client which only reads when it has sent gets its
+# how many times the limit is read and discarded, so that a client that reads only after sending gets its
 # answer
 _DRAINED = 16
 _BODY_SECONDS = 30.0
-_LATE_SECONDS = 5.0  # beyond an answer's time, in which its end may be sent
+_LATE_SECONDS = 5.0  # after the time limit of an answer: time to send the rest of it
 _PUBLIC = {"/", "/health", "/ready"}
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 
 
 class Limits:
-    """A body of more than `most_body` bytes is answered with 413, one that does not come with 408, more than
-    `most_open` requests at a time with 503. A request that is not over `timeout` seconds (and a little) after
-    its body came is cut off: its client does not read.
+    """Answers a body of more than `most_body` bytes with 413, a body that does not arrive with 408, and more
+    than `most_open` requests at a time with 503. A request that takes more than `timeout` seconds (and a
+    little) after its body arrived is cut off, because its client does not read.
 
-    With `only_local`, requests to another name than this machine's are refused: a page in a browser may have
-    such a name point here. With `keys`, all but _PUBLIC ask for one of them. `count` is told the status of
+    only_local: refuse requests that name another host than this machine, since a web page can make such a
+    name
+    resolve to this address. keys: all paths but _PUBLIC require one of them. count: called with the status of
     every refusal.
     """
 
@@ -104,26 +105,26 @@ class Limits:
                 await asyncio.wait({work})
                 if ABORT in scope:
                     scope[ABORT]()
-                    await asyncio.sleep(0)  # until the connection knows
+                    await asyncio.sleep(0)  # until the connection has processed it
 
     def _has_key(self, given: bytes) -> bool:
         scheme, _, key = given.partition(b" ")
-        found = [
-            hmac.compare_digest(key.strip(), known) for known in self.keys
-        ]  # all of them, so that the time tells nothing
-        return scheme.lower() == b"bearer" and any(found)
+        # compare with all of them, so that the time reveals nothing
+        equal = [hmac.compare_digest(key.strip(), known) for known in self.keys]
+        return scheme.lower() == b"bearer" and any(equal)
 
     async def _body(self, receive: Any) -> bytes | None:
-        """The body; of one that is too large a part that is; None if the client has left."""
-        held, size, more = bytearray(), 0, True
+        """The body; if it is too large, a part that is too large as well; None if the client has
+        disconnected."""
+        received, size, more = bytearray(), 0, True
         while more and size <= _DRAINED * self.most_body:
             message = await receive()
             if message["type"] != "http.request":
                 return None
             part, more = message.get("body", b""), message.get("more_body", False)
             size += len(part)
-            held += part[: self.most_body + 1 - len(held)]
-        return bytes(held)
+            received += part[: self.most_body + 1 - len(received)]
+        return bytes(received)
 
     async def _refuse(self, send: Any, status: int, message: str, code: str | None = None) -> None:
         self.count(status)
@@ -136,10 +137,9 @@ class Limits:
 
 
 def is_local_name(host: str) -> bool:
-    """Whether a Host header names this machine: localhost or an address of the loopback, with a port or
-    without."""
-    found = _HOST.fullmatch(host.strip())
-    name = found[1].lower().removesuffix(".") if found else ""
+    """Whether a Host header names this machine: localhost or a loopback address, with or without a port."""
+    match = _HOST.fullmatch(host.strip())
+    name = match[1].lower().removesuffix(".") if match else ""
     try:
         return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
@@ -147,8 +147,8 @@ def is_local_name(host: str) -> bool:
 
 
 def _plain(scope: Any) -> Any:
-    """The request as the routes take it: a body is JSON, whatever its type says, and HEAD is GET, whose body
-    the connection leaves out."""
+    """The request as the routes expect it: the body is JSON whatever its declared type, and HEAD is handled
+    as GET, whose body the connection drops."""
     if scope["method"] == "HEAD":
         return scope | {"method": "GET"}
     if scope["method"] != "POST":

@@ -1,4 +1,5 @@
-"""Updates on their way from a worker's thread to a client, however slowly it reads: what waits is bounded."""
+"""Updates on their way from a worker's thread to a client that may read slowly: the number of waiting updates
+is bounded."""
 
 from __future__ import annotations
 
@@ -9,13 +10,12 @@ from dataclasses import replace
 from trt_runtime.model import Update
 from trt_runtime.serving.worker import Event
 
-_MOST, _MOST_TOKENS = 64, 1 << 16  # updates of a choice that wait; tokens in them
+_MOST, _MOST_TOKENS = 64, 1 << 16  # waiting updates per choice; tokens in them
 
 
 class Mailbox:
-    """Events of an answer's choices, in their order. Where a choice has many unread updates, the newest one
-    takes in those that follow: nothing that was committed is lost, only the moments in between. For one event
-    loop."""
+    """Events of an answer's choices, in order. If a choice has many unread updates, the newest one absorbs
+    those that follow: no committed token is lost, only intermediate states. For one event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, list[Event]]] = deque()
@@ -30,9 +30,9 @@ class Mailbox:
         if isinstance(event, Update):
             most = max(1, min(_MOST, _MOST_TOKENS // max(1, len(event.tokens))))
             if self._unread[index] >= most:
-                held = self._newest[index]
-                assert isinstance(held[0], Update)
-                held[0] = _merged(held[0], event)
+                newest = self._newest[index]
+                assert isinstance(newest[0], Update)
+                newest[0] = _merged(newest[0], event)
                 return
             self._unread[index] += 1
         entry = [event]
@@ -41,7 +41,7 @@ class Mailbox:
         self._filled.set()
 
     async def get(self) -> tuple[int, Update | None]:
-        """The next update of a choice, None at its end. Raises what ended one of them."""
+        """The next update of a choice, None at its end. Raises the exception that ended one of them."""
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()

@@ -1,5 +1,5 @@
-"""Messages of a conversation as clients write them: texts, texts in parts, and the fields that come back with
-an answer's own message."""
+"""Messages of a conversation as clients write them: text, text in parts, and the fields of an answer's own
+message."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from trt_runtime.serving.neutral import Label, Strict
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_HINTS = {"cache_control", "prompt_cache_breakpoint"}  # of a part: where a cache of prompts may end
+_HINTS = {"cache_control", "prompt_cache_breakpoint"}  # field of a part: where a prompt cache may end
 
 
 class Part(Strict):
-    """A piece of a message's text; a refusal of an earlier answer counts as its text."""
+    """A piece of a message's text; a refusal in an earlier answer counts as text."""
 
     type: str
     text: str | None = None
@@ -35,8 +35,8 @@ class Part(Strict):
 
     @model_validator(mode="after")
     def _has_text(self) -> Part:
-        held = self.text if self.type == "text" else self.refusal
-        if held is None:
+        value = self.text if self.type == "text" else self.refusal
+        if value is None:
             raise ValueError(f"a part of type '{self.type}' has no '{self.type}'")
         return self
 
@@ -46,8 +46,8 @@ class Part(Strict):
 
 
 class Message(Strict):
-    """A turn: role system (or developer), user or assistant. Fields of OpenAI's message objects that hold
-    nothing (null, [], {}) are taken, as clients put an answer's own message back into the conversation."""
+    """A turn with role system (or developer), user or assistant. Empty fields of OpenAI's message objects
+    (null, [], {}) are accepted, because clients send an answer's message back."""
 
     model_config = ConfigDict(
         json_schema_extra={"additionalProperties": {"description": "what holds nothing: null, [] or {}"}}
@@ -86,7 +86,7 @@ class Message(Strict):
 
     @property
     def plain(self) -> dict[str, str]:
-        """The message as a chat template takes it."""
+        """The message in the form that chat templates expect."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.said for part in content)
         return {"role": _ROLES[self.role], "content": text} | (

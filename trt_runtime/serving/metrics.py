@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' names and units."""
+"""The metrics of /metrics, with Prometheus' names and units."""
 
 from __future__ import annotations
 

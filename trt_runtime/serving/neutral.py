@@ -1,8 +1,6 @@
-"""Fields of OpenAI's requests that this server does not honour: each is taken at the value that changes
-nothing, null included, and refused by its name at any other.
-
-Labels and hints, which change no answer anywhere (`user`, `metadata`, `prompt_cache_key`, ...), are taken at
-any value of their type.
+"""Fields of OpenAI's requests that this server does not support: accepted at the value that changes nothing
+(also null), refused by name at any other. Labels and hints that never change an answer (`user`, `metadata`,
+`prompt_cache_key`, ...) are accepted at any value of their type.
 """
 
 from __future__ import annotations
@@ -20,14 +18,14 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        """A null changes nothing, whatever the field's name: clients send all that they know."""
+        """Drop fields that are null: clients send every field they know."""
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
 
 def _whole(value: object) -> object:
-    """64.0 is a way to write 64, which JSON does not tell apart; 64.5 stays what it is, and is refused."""
+    """64.0 is another way to write 64 in JSON; 64.5 stays as it is and is refused."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -38,13 +36,13 @@ Label = Annotated[str, Field(max_length=1 << 16)]
 
 
 class ResponseFormat(Strict):
-    """Text alone: nothing makes the answer JSON."""
+    """Text only: nothing makes the answer JSON."""
 
     type: Literal["text"]
 
 
 class Neutral(Strict):
-    """Of both kinds of completion."""
+    """Fields of both kinds of completion."""
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
@@ -54,7 +52,7 @@ class Neutral(Strict):
 
 
 class NeutralChat(Neutral):
-    """Of /v1/chat/completions."""
+    """Fields of /v1/chat/completions."""
 
     audio: None = None
     function_call: Literal["none", "auto"] | None = None
@@ -80,7 +78,7 @@ class NeutralChat(Neutral):
 
 
 class NeutralCompletion(Neutral):
-    """Of /v1/completions."""
+    """Fields of /v1/completions."""
 
     echo: Literal[False] | None = None
     best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None

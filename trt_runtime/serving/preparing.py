@@ -1,5 +1,5 @@
-"""What is worked out before an answer is queued, in threads of its own, each bounded in time: a chat template
-is a program that came with a checkpoint, and a long text takes long to tokenise."""
+"""Work before an answer is queued, in threads with a time limit: a chat template is a program that came with
+a checkpoint, and a long text takes long to tokenise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MOST_THREADS, SECONDS = 4, 10.0
 
 
 class _Expired(Exception):
-    """Raised inside a thread that has taken too long."""
+    """Raised inside a thread that has run out of time."""
 
 
 class Preparing:
-    """At most `most` threads at a time, each for at most `seconds`. A thread that took longer is stopped
-    where it runs Python; one that cannot be stopped keeps its place, and once all places are taken so,
-    `is_stuck`."""
+    """At most `most` threads, each for at most `seconds`. A thread that takes longer is stopped in its Python
+    code; one that cannot be stopped keeps its place, and `is_stuck` is true once such threads have taken all
+    places."""
 
     def __init__(self, most: int = MOST_THREADS, seconds: float = SECONDS) -> None:
         self.most, self.seconds = most, seconds
@@ -36,7 +36,7 @@ class Preparing:
         return sum(thread.is_alive() for thread in self._late) >= self.most
 
     async def run(self, function: Callable[..., T], *given: Any) -> T:
-        """function(*given). Raises what it raises, or Failure where it does not end in time."""
+        """Run function(*given) in a thread. Raises what it raises, or Failure if it does not end in time."""
         begin = asyncio.get_running_loop().time()
         try:
             await asyncio.wait_for(self._places.acquire(), self.seconds)
@@ -77,7 +77,7 @@ class Preparing:
             except BaseException as error:
                 tell = done.set_exception, error if isinstance(error, Exception) else _tamed(error)
             while True:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
+                with contextlib.suppress(RuntimeError):  # the event loop has ended
                     try:
                         loop.call_soon_threadsafe(finish, *tell)
                     except _Expired:
@@ -89,7 +89,7 @@ class Preparing:
             thread.start()
         except RuntimeError as error:
             self._places.release()
-            raise Failure(503, "no thread can be had to prepare the prompt: try again later.") from error
+            raise Failure(503, "no thread is free to prepare the prompt: try again later.") from error
         return done, thread
 
 

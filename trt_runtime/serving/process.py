@@ -1,5 +1,5 @@
-"""The server as a process: uvicorn over the application. A signal ends it when what is under way has been
-answered, or its time is up."""
+"""The server as a process: uvicorn running the application. On a signal it answers the open requests, up to a
+time limit, and ends."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from trt_runtime.system.program import INTERRUPTED
 
 __all__ = ["ServeOptions", "Server", "cors", "examples", "is_local", "listen", "run", "run_app"]
 
-_LATE_SECONDS = 5.0  # beyond the time to answer in, until the process ends whatever still runs
+_LATE_SECONDS = 5.0  # time after the answers' limit before the process ends whatever still runs
 _HURRY_SECONDS = 5.0  # the same after a second signal
 _KEEP_ALIVE = 10
 _MOST_EXAMPLES, _LONGEST_EXAMPLE, _SHOWN = (
     1 << 16,
     1000,
     3,
-)  # bytes of a file that is looked at unasked; characters; prompts on the page
+)  # bytes of a file that is read without being named; characters; prompts on the page
 
 
 def run(model: Model, options: ServeOptions, host: str, port: int) -> int:
-    """Serve until a signal; returns the exit status. Raises DllmError where the address or the memory cannot
-    be had."""
+    """Serve until a signal; returns the exit status. Raises DllmError if the address or the memory is not
+    available."""
     try:
         app = create_app(model, replace(options, only_local=is_local(host)))
     except MemoryError as error:
@@ -67,8 +67,9 @@ def run(model: Model, options: ServeOptions, host: str, port: int) -> int:
 
 
 def examples(artifact: Path, given: Path | None) -> tuple[str, ...]:
-    """Prompts for the page: of a file, a prompt per line, or of prompts.txt beside the artifact's checkpoint
-    where this machine has it. Raises DllmError for a file that was given and cannot be used."""
+    """Prompts for the page: those of a file with one prompt per line, else of prompts.txt next to the
+    artifact's checkpoint, if this machine has it. Raises DllmError for a file that was named and cannot be
+    used."""
     file = given
     if file is None:
         source = manifests.load(artifact).source.get("checkpoint")
@@ -76,21 +77,21 @@ def examples(artifact: Path, given: Path | None) -> tuple[str, ...]:
         if file is None or not file.is_file() or file.stat().st_size > _MOST_EXAMPLES:
             return ()
     try:
-        found = [example.prompt for example in read(file) if isinstance(example.prompt, str)]
+        prompts = [example.prompt for example in read(file) if isinstance(example.prompt, str)]
     except DllmError:
         if given is not None:
             raise
         return ()
-    return tuple(prompt for prompt in found if len(prompt) <= _LONGEST_EXAMPLE)[:_SHOWN]
+    return tuple(prompt for prompt in prompts if len(prompt) <= _LONGEST_EXAMPLE)[:_SHOWN]
 
 
 def is_local(host: str) -> bool:
-    """Whether an address to listen on is this machine's alone."""
+    """Whether a listening address is reachable from this machine only."""
     return is_local_name(f"[{host}]" if ":" in host else host)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 takes a free one. Raises DllmError."""
+    """A socket listening at an address; port 0 picks a free one. Raises DllmError."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
@@ -102,15 +103,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def end(said: str) -> None:
-    """End the process at once, with a line: what does not end by itself is left behind."""
+    """End the process immediately, with a line on standard error: something did not end by itself."""
     print(f"error: {said}.", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, which ends without a traceback: at the first signal once all is answered, at the latest
-    `timeout` s later; at a second SIGINT at once. Where threads hold the process, it is ended a little
-    later."""
+    """Uvicorn's server without tracebacks. The first signal ends it once all requests are answered, at the
+    latest after `timeout` seconds; a second SIGINT ends it at once. If threads keep the process alive, it is
+    ended a little later."""
 
     def __init__(self, app: Any, options: ServeOptions) -> None:
         connection = protocol(room_for(4 * most_open(options)), options.header_seconds)
@@ -133,7 +134,7 @@ class Server(uvicorn.Server):
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
-        yield  # and no other handler afterwards: the process is at its end
+        yield  # and no other handler afterwards: the process is ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         is_second = self.should_exit and sig == signal.SIGINT
@@ -150,13 +151,13 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit:  # uvicorn leaves it out then
+        if self.force_exit:  # uvicorn skips it then
             await self.lifespan.shutdown()
 
 
 class _Calm:
-    """The event loop's complaints, the same one at most once a second: without descriptors, every attempt to
-    take a connection is one."""
+    """The event loop's error handler: the same message at most once per second. Without free descriptors,
+    every attempt to accept a connection is an error."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
@@ -169,21 +170,19 @@ class _Calm:
 
 
 def _tells(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's log says something: tasks that are given up at the end do not."""
+    """Whether a line of uvicorn's log is worth showing: tasks cancelled at the end are not."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     return not isinstance(error, asyncio.CancelledError)
 
 
 def run_app(app: Any, listening: socket.socket, said: str, options: ServeOptions, most: int) -> int:
-    """Serve until a signal, which ends it when what is under way is answered, at the latest after the
-    options' timeout. Returns the exit status.
-
-    said: what is served, told with the address. most: answers that may be under way.
-    """
+    """Serve until a signal, then answer the open requests within the options' timeout. Returns the exit
+    status. said: what is served, printed with the address; most: requests that may be open."""
     host, port = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     server = Server(app, replace(options, slots=most, most_queued=0))
-    # before uvicorn listens to signals one ends it at once, and two do not tear its event loop down half-made
+    # until uvicorn handles signals, the first one ends the process, and two do not tear its half-built event
+    # loop down
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     if not is_local(host) and not options.api_key:

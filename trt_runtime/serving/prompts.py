@@ -1,4 +1,4 @@
-"""From a request to rows: texts become token ids, the answer gets the room that is left, gaps become mask
+"""From a request to rows: texts become token ids, the answer gets the remaining room, gaps become mask
 tokens. Runs outside the event loop."""
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from trt_runtime.serving.requests import LARGEST_SEED, ChatRequest, Common, Comp
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """A choice: its sequence, and what is shown of it.
-
-    prompt: index of its prompt. prompt_tokens: tokens that the client gave. shown: the part of the canvas
-    that is the answer, where gaps of the prompt are filled; None: what is generated behind the prompt, as
-    blocks are finished. gaps: tokens to fill.
-    """
+    """A choice: its sequence, and which part of it is shown. prompt: index of its prompt; prompt_tokens:
+    tokens that the client sent; shown: the part of the canvas that is the answer if gaps of the prompt are
+    filled, None for the text generated after the prompt; gaps: tokens to fill."""
 
     sequence: Sequence
     prompt: int
@@ -33,15 +30,15 @@ class PreparedRow:
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """The rows of a request, in the order of its choices; and the seed, where anything is drawn."""
+    """The rows of a request, in the order of its choices, and the seed if anything is random."""
 
     rows: list[PreparedRow]
     seed: int | None
 
 
 def prepare(model: Model, body: Common, longest: int) -> PreparedRows:
-    """The rows that a request asks for. longest: tokens of a canvas that the server takes. Raises DllmError
-    and Failure."""
+    """The rows that a request asks for. longest: tokens of the longest canvas that the server takes. Raises
+    DllmError and Failure."""
     body.stops()
     config = body.config(model.manifest)
     if body.seed is None and config.draws:
@@ -50,20 +47,20 @@ def prepare(model: Model, body: Common, longest: int) -> PreparedRows:
         raise Failure(
             400, "this server's model gives no logits: leave out temperature, top_p and top_k.", "temperature"
         )
-    made: list[PreparedRow] = []
+    rows: list[PreparedRow] = []
     for number, (ids, gap, tail) in enumerate(_prompts(model, body, config, longest)):
         for _ in range(body.choices):
-            made.append(
+            rows.append(
                 _row(
                     model,
-                    replace(config, seed=(config.seed + len(made)) % (LARGEST_SEED + 1)),
+                    replace(config, seed=(config.seed + len(rows)) % (LARGEST_SEED + 1)),
                     number,
                     ids,
                     gap,
                     tail,
                 )
             )
-    return PreparedRows(made, config.seed if config.draws or body.seed is not None else None)
+    return PreparedRows(rows, config.seed if config.draws or body.seed is not None else None)
 
 
 def _row(
@@ -74,8 +71,8 @@ def _row(
     gap: int | None,
     tail: list[int] | None,
 ) -> PreparedRow:
-    """A choice. gap: tokens to generate behind `ids`; None: the gaps are in them. tail: what stands behind
-    the gap."""
+    """A choice. gap: tokens to generate after `ids`, None if `ids` contain the gaps; tail: ids after the
+    gap."""
     mask = model.manifest.decoding.mask_token_id
     if gap is not None and tail is None:
         sequence = model.sequence(ids, replace(config, gen_length=gap), raw=True)
@@ -90,7 +87,7 @@ def _row(
 def _prompts(
     model: Model, body: Common, config: GenerationConfig, longest: int
 ) -> list[tuple[list[int], int | None, list[int] | None]]:
-    """Of each prompt: its token ids, the tokens to generate, and the ids behind these where a suffix is
+    """For each prompt: its token ids, the tokens to generate, and the ids after these if a suffix is
     given."""
     if isinstance(body, ChatRequest):
         return [
@@ -102,8 +99,8 @@ def _prompts(
     if body.template is not None:
         return [(_template(model, body, longest), None, None)]
     tail = _inside(model, body.suffix, longest) if body.suffix else None
-    found = body.prompts()
-    if not found:
+    prompts = body.prompts()
+    if not prompts:
         raise Failure(400, "the prompt is empty: give at least one.", "prompt")
     return [
         _with_room(
@@ -114,14 +111,14 @@ def _prompts(
             tail,
             longest,
         )
-        for prompt in found
+        for prompt in prompts
     ]
 
 
 def _with_room(
     model: Model, body: Common, config: GenerationConfig, ids: list[int], tail: list[int] | None, longest: int
 ) -> tuple[list[int], int, list[int] | None]:
-    """As many tokens as are asked for, or as there is room for."""
+    """The number of tokens to generate: those asked for, or as many as there is room for."""
     room = longest - len(ids) - len(tail or [])
     if room < 1:
         raise too_long(f"{len(ids) + len(tail or [])} tokens" + (" with its suffix" if tail else ""), longest)
@@ -140,8 +137,8 @@ def too_long(what: str, longest: int) -> Failure:
 
 
 def _encoded(model: Model, prompt: Any, longest: int) -> list[int]:
-    """Token ids of a prompt: a text, messages, or ids as they were given. What cannot fit is refused before
-    all of it is tokenised."""
+    """Token ids of a prompt: a text, messages, or ids. A prompt that cannot fit is refused before all of it
+    is tokenised."""
     if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
         if len(prompt) >= longest:
             raise too_long(f"{len(prompt)} tokens", longest)
@@ -153,8 +150,8 @@ def _encoded(model: Model, prompt: Any, longest: int) -> list[int]:
 
 
 def _inside(model: Model, text: str, longest: int, *, add_bos: bool = False) -> list[int]:
-    """Token ids of a text in a prompt, which may be empty; add_bos: of its beginning, for a tokenizer that
-    puts BOS there."""
+    """Token ids of a text inside a prompt, which may be empty. add_bos: it is the beginning, for a tokenizer
+    that adds a BOS token."""
     _check_size(model, text, longest)
     return _without_masks(model, _tokenizer(model).encode(text, add_bos=add_bos))
 

@@ -1,12 +1,13 @@
-"""Several servers behind one address: a front that passes requests on to replicas, which Ray Serve starts,
-watches and replaces.
+"""Several servers behind one address: a front (front.py) passes requests on to replicas, which Ray Serve
+starts, watches and replaces.
 
     client -> Front (this process: limits, API key, retries) -> Ray Serve's choice of a replica -> the
     application of app.py
 
-1. A replica that dies takes nothing with it that had not begun to stream: the front asks another one. 2.
-SIGHUP replaces the replicas one after another, each when it has answered what it has: a new artifact in the
-old place is taken up. 3. Limits hold a replica: each has its slots and its queue.
+1. If a replica dies, its requests that are not yet streaming are retried on another one. 2. SIGHUP replaces
+the replicas one after another, each after it has answered its open requests: this is how a new
+   artifact at the same path is loaded.
+3. Limits are per replica: each has its own slots and queue.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Replica:
         self.app.state.worker.start()
 
     def check_health(self) -> None:
-        """Called by Ray. Raises if this replica is to be replaced."""
+        """Called by Ray; raises if this replica must be replaced."""
         if (trouble := self.app.state.trouble()) is not None:
             raise RuntimeError(trouble)
 
@@ -85,12 +86,12 @@ class Replica:
                 elif message["body"]:
                     yield message["body"]
             await task
-        finally:  # also when the client has left
+        finally:  # also when the client has disconnected
             gone.set()
 
 
 def _scope(request: ForwardedRequest) -> dict[str, Any]:
-    # of this version of ASGI, an application is told of a client that leaves by `receive`
+    # in this version of ASGI, `receive` tells an application that its client has disconnected
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -109,8 +110,8 @@ def _scope(request: ForwardedRequest) -> dict[str, Any]:
 
 
 def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
-    """Serve with `count` replicas until a signal, on a Ray that is started here, or on the one at
-    RAY_ADDRESS. Returns the exit status. Raises DllmError."""
+    """Serve with `count` replicas until a signal, on a Ray started here or the one at RAY_ADDRESS. Returns
+    the exit status. Raises DllmError."""
     manifest.load(Path(setup.artifact))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = os.environ.get("RAY_ADDRESS", "local")
@@ -123,8 +124,8 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DllmError(
-            f"Ray cannot be had at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or leave it "
-            f"out."
+            f"cannot connect to Ray at '{where}' ({str(error).splitlines()[0]}): check RAY_ADDRESS, or unset "
+            f"it."
         ) from error
     with tempfile.TemporaryDirectory(prefix="dllm-metrics-") as folder, contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
@@ -138,8 +139,8 @@ def run(setup: Setup, options: Any, host: str, port: int, count: int) -> int:
 
 
 def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
-    """What a replica takes of Ray's resources. Raises DllmError where so many do not fit: Ray would wait for
-    ever."""
+    """The Ray resources of a replica. Raises DllmError if `count` of them do not fit, because Ray would wait
+    for ever."""
     on_gpu = not BACKENDS.find(setup.backend).is_on_cpu(setup.options)
     kind, each = ("GPU", 1.0) if on_gpu else ("CPU", float(setup.options.get("threads", 1) * lanes))
     have = ray.cluster_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]

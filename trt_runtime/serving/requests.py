@@ -1,4 +1,4 @@
-"""What a request may say. A field that is not honoured is refused by its name, never ignored (neutral.py has
+"""The fields of a request. A field that is not supported is refused by name, never ignored (neutral.py has
 those of OpenAI's API)."""
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from trt_runtime.serving.neutral import Neutral, NeutralChat, NeutralCompletion,
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, LONGEST_STOP = 16, 256, 64, 256
 LARGEST_SEED = 2**63 - 1
-_OTHERWISE = {"suffix": "suffix_masks"}  # options that OpenAI's API has another field of the same name for
+_OTHERWISE = {"suffix": "suffix_masks"}  # options whose name means something else in OpenAI's API
 _CLOSED = {
     "infill",
     "stop_at_eos",
     "gen_length",
     "alg_temp",
     "speculate",
-}  # not for clients, or said otherwise
+}  # not for clients, or given by other fields
 OPTIONS = {name: _OTHERWISE.get(name, name) for name in option_names() if name not in _CLOSED}
 
 
 def _plain_prompt(given: Any) -> Any:
-    """A prompt, or a list of them, all of one kind; token ids may be written as 5.0. One error, however long
+    """A prompt, or a list of prompts of one kind; token ids may be written as 5.0. One error, however long
     the list is."""
     if given is None or isinstance(given, str):
         return given
@@ -61,7 +61,7 @@ class Mask(Strict):
 
 
 class StreamOptions(Strict):
-    """include_usage: a last chunk with the counts. provisional: what is unmasked in the running block, as
+    """include_usage: a last chunk with the counts; provisional: what is unmasked in the current block, as
     chunks without choices."""
 
     include_usage: bool | None = None
@@ -72,7 +72,7 @@ class StreamOptions(Strict):
 
 
 class Common(Neutral):
-    """What both kinds of completion take."""
+    """The fields of both kinds of completion."""
 
     model: str | None = Field(default=None, description="the name of the model, of which a server has one")
     max_tokens: Whole | None = Field(
@@ -89,7 +89,7 @@ class Common(Neutral):
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # of diffusion models; those of policies are added below
+    # options of diffusion models; those of policies are added below
     policy: Name | None = None
     refresh_every: Whole | None = Field(
         default=None, ge=0, description="blocks from one rebuilt cache to the next"
@@ -113,7 +113,7 @@ class Common(Neutral):
 
     @property
     def choices(self) -> int:
-        """Choices of each prompt."""
+        """Choices per prompt."""
         return self.n or 1
 
     @property
@@ -122,24 +122,24 @@ class Common(Neutral):
 
     def stops(self) -> list[str]:
         """The stop strings. Raises DllmError."""
-        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(found) > MOST_STOPS or not all(found):
+        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(strings) > MOST_STOPS or not all(strings):
             raise DllmError(
-                f"stop has {len(found)} strings, expected up to {MOST_STOPS}, none of them empty."
+                f"stop has {len(strings)} strings, expected up to {MOST_STOPS}, none of them empty."
             )
-        if max(map(len, found), default=0) > LONGEST_STOP:
+        if max(map(len, strings), default=0) > LONGEST_STOP:
             raise DllmError(
-                f"stop has a string of {max(map(len, found))} characters, expected up to {LONGEST_STOP}."
+                f"stop has a string of {max(map(len, strings))} characters, expected up to {LONGEST_STOP}."
             )
-        return found
+        return strings
 
     def length(self) -> int | None:
         """Tokens to generate, if the request says so."""
         return self.max_tokens
 
     def config(self, manifest: Manifest) -> GenerationConfig:
-        """The options of a generation, but for its length and the gaps; not yet checked against the model.
-        Raises DllmError."""
+        """The decoding options, except for the length and the gaps; not yet checked against the model. Raises
+        DllmError."""
         if self.stream_options is not None and not self.stream:
             raise DllmError("stream_options goes with stream: true.")
         given = {
@@ -150,7 +150,7 @@ class Common(Neutral):
         if self.top_k in (-1, 0):
             del given["top_k"]
         if self.policy is not None:
-            POLICIES.installed(self.policy)  # a client names no module to import
+            POLICIES.installed(self.policy)  # a client may not name a module to import
         if self.cache is not None:
             PLANS.installed(self.cache)
         config = configured(given, manifest)
@@ -179,11 +179,8 @@ Ids = Annotated[list[list[int]], Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
 class _CompletionRequest(Common, NeutralCompletion):
-    """A prompt as text or token ids, or several of them; or a template of fixed text and gaps, which are
-    filled.
-
-    suffix: a text behind the gap of max_tokens tokens that is filled; the answer is what stands in the gap.
-    """
+    """A prompt as text or token ids, or several of them; or a template of fixed text and gaps to fill.
+    suffix: text after a gap of max_tokens tokens, which is filled and is the answer."""
 
     prompt: Annotated[str | list[int] | Texts | Ids | None, BeforeValidator(_plain_prompt)] = None
     suffix: str | None = None
@@ -200,7 +197,7 @@ Request = TypeVar("Request", bound=Common)
 
 
 def _with_policies(base: type[Request], name: str) -> type[Request]:
-    """A kind of request with a field for each option of each policy that is registered."""
+    """A kind of request with a field for each option of each registered policy."""
     added: dict[str, Any] = {}
     for option in registry.options().values():
         if option.name not in _CLOSED:

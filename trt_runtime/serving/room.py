@@ -1,4 +1,4 @@
-"""How long a canvas a server takes where nobody says: as long as its memory holds for all slots."""
+"""The longest canvas that a server takes by default: as long as memory allows for all slots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from trt_runtime.machine.roofline import Work, cache_bytes
 from trt_runtime.model import Model
 
 SHARE = (
-    0.5  # of the memory that is free once the model is open: the rest is for activations, answers and others
+    # share of the memory that is free once the model is open: the rest is for activations, answers and other
+    # processes
+    0.5
 )
 _STEP, _LEAST = 64, 64
 
@@ -23,9 +25,9 @@ _STEP, _LEAST = 64, 64
 def longest_canvas(
     facts: ModelFacts, slots: int, asked: int | None, free: int | None = None, share: float = SHARE
 ) -> int:
-    """Tokens of the longest canvas: what was asked for, else the most whose caches for `slots` fit into a
-    share of the `free` bytes (default: those of this machine; 0: not known); never more than the model's.
-    Raises DllmError where not even a short one fits, or more is asked for."""
+    """Tokens of the longest canvas: `asked`, else the longest whose caches for `slots` fit into a share of
+    the `free` bytes (default: this machine's; 0: unknown), and never more than the model's. Raises DllmError
+    if even a short one does not fit, or too much is asked for."""
     if asked is not None:
         if asked > facts.max_length:
             raise DllmError(
@@ -47,7 +49,7 @@ def longest_canvas(
 
 
 def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
-    """The same for an opened model, in the memory of its device; engines hold what they were built for.
+    """The same for an opened model, in the memory of its device; engines have the length they were built for.
     Raises DllmError."""
     backend = model.backend
     longest = longest_canvas(
@@ -58,27 +60,27 @@ def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, of its control group, and of its address space.
-    0 where none is known."""
+    """Bytes that this process can still allocate, limited by the machine, its control group and its address
+    space. 0 if unknown."""
     known = [devices.meminfo("MemAvailable"), _of_group(), _of_process()]
     return min((size for size in known if size), default=0)
 
 
 def _of_gpu() -> int:
-    """Free bytes of the GPU in use; 0 where cuda-python is missing or finds none."""
+    """Free bytes of the current GPU; 0 if cuda-python is missing or finds none."""
     try:
         runtime: Any = importlib.import_module("cuda.bindings.runtime")
     except ImportError:
         return 0
-    status, *held = runtime.cudaMemGetInfo()
-    return int(held[0]) if int(status) == 0 else 0
+    status, *sizes = runtime.cudaMemGetInfo()
+    return int(sizes[0]) if int(status) == 0 else 0
 
 
 def _of_group() -> int:
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         return max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no such group, or 'max'
+    except (OSError, ValueError):  # no such control group, or 'max'
         return 0
 
 

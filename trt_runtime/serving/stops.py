@@ -1,5 +1,5 @@
-"""Where an answer's text ends: at the first stop string, also at one that is a special token or has one in
-it, which shown text leaves out."""
+"""Where an answer's text ends: at the first stop string, even one that is or contains a special token, which
+the shown text omits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trt_runtime.artifact.tokenizer import Tokenizer
 
 
 class Cutter:
-    """Stop strings over a tokenizer. Strings with special tokens are looked for in text that spells them, the
-    others in text as it is shown."""
+    """Stop strings over a tokenizer. Strings with special tokens are searched in text with special tokens,
+    the others in the shown text."""
 
     def __init__(self, stops: Sequence[str], tokenizer: Tokenizer | None) -> None:
         special = tokenizer.special_texts if tokenizer is not None and stops else frozenset()
@@ -20,11 +20,9 @@ class Cutter:
         self.shown = [stop for stop in stops if stop not in self.spelled]
 
     def cut(self, text: str, ids: Sequence[int], *, is_last: bool) -> tuple[str, bool]:
-        """What of an answer may be shown, and whether a stop string was met. `ids`: its tokens, `text`: their
-        text, special tokens left out.
-
-        Before the end, what may still become a stop string or a character is held back.
-        """
+        """The part of an answer that may be shown, and whether a stop string was met. ids: its tokens; text:
+        their text without special tokens. Before the end, text that may still become a stop string or a
+        character is held back."""
         if not is_last:
             text = text.rstrip("\ufffd")
         ends = [_end(text, self.shown, is_last)]
@@ -37,7 +35,7 @@ class Cutter:
         return text[:at], any(is_met for end, is_met in ends if end == at)
 
     def _shown_before(self, ids: Sequence[int], end: int) -> str:
-        """The shown text of what stands before character `end` of the spelled text of `ids`."""
+        """The shown text before character `end` of the text of `ids` with special tokens."""
         assert self.tokenizer is not None
         spelled = self.tokenizer.spelled
         whole = bisect_right(range(len(ids) + 1), end, key=lambda count: len(spelled(ids[:count]))) - 1
@@ -47,9 +45,9 @@ class Cutter:
 
 def _end(text: str, stops: Sequence[str], is_last: bool) -> tuple[int, bool]:
     """Where a text ends: at the first stop string (True), else where one may begin, or at its end."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    if found:
-        return min(found), True
+    starts = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if starts:
+        return min(starts), True
     if is_last:
         return len(text), False
     sizes = (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))

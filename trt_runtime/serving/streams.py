@@ -1,4 +1,4 @@
-"""An answer in one piece, or as server-sent events."""
+"""An answer as one JSON object, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trt_runtime.serving.worker import Broken
 
 
 async def whole(answer: Answer) -> dict[str, Any]:
-    """The answer in one piece. Raises what ended it."""
+    """The answer as one JSON object. Raises what ended it."""
     texts, stopped, left = [""] * len(answer.jobs), [False] * len(answer.jobs), len(answer.jobs)
     while left:
         index, update = await answer.mailbox.get()
@@ -35,7 +35,7 @@ async def whole(answer: Answer) -> dict[str, Any]:
 
 
 async def _updates(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
-    """The updates of all choices as they come. Raises what ended one of them, or TimeoutError."""
+    """The updates of all choices as they arrive. Raises what ended one of them, or TimeoutError."""
     left, deadline = len(answer.jobs), time.monotonic() + answer.options.timeout
     while left:
         index, update = await asyncio.wait_for(answer.mailbox.get(), max(0.0, deadline - time.monotonic()))
@@ -46,8 +46,8 @@ async def _updates(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
 
 
 async def events(answer: Answer) -> AsyncIterator[str]:
-    """Server-sent events: text as blocks are finished, choice by choice as it comes. An error is an event:
-    the status is sent."""
+    """Server-sent events: the text of each choice as its blocks are finished. An error is an event too,
+    because the status has been sent already."""
     options = answer.body.stream_options
     kind = "chat.completion.chunk" if answer.kind == CHAT else TEXT
 
@@ -59,7 +59,7 @@ async def events(answer: Answer) -> AsyncIterator[str]:
         async for index, update in _updates(answer):
             if (
                 answer.kind == CHAT and not begun[index]
-            ):  # not before: until now, a lost replica loses nothing
+            ):  # not earlier: until here, a lost replica loses nothing
                 first = {
                     "delta": {"role": "assistant", "content": ""},
                     "finish_reason": None,
@@ -101,8 +101,8 @@ def _failed(answer: Answer, error: BaseException) -> dict[str, Any]:
 
 
 class Streamed(StreamingResponse):
-    """Events of an answer, which is given up however the response ends: also where the client leaves before
-    the first."""
+    """A response of events, which cancels its answer however it ends, also if the client disconnects before
+    the first event."""
 
     def __init__(self, answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **answer.headers}

@@ -1,8 +1,8 @@
 """The threads that own the model: requests go in, updates come out. Everything else in the server runs on the
 event loop.
 
-Each lane is a thread with a scheduler of its own; on a CPU several lanes of one thread each do more than one
-lane whose matrix products are cut into pieces. A request stays in its lane.
+Each lane is a thread with a scheduler of its own. On a CPU, several lanes of one thread each do more than one
+lane whose matrix products are split over several threads. A request stays in its lane.
 """
 
 from __future__ import annotations
@@ -31,32 +31,31 @@ class Busy(Exception):
 
 
 class Broken(Exception):
-    """What a client is told when a forward failed; the log says more."""
+    """The client's view of a failed forward; the log has the details."""
 
     status = 500
 
 
 class Stopping(Broken):
-    """The server is at its end."""
+    """The server is stopping."""
 
     status = 503
 
 
 class Lane:
-    """A scheduler in a thread of its own, which follows commands from others; None ends it."""
+    """A scheduler in a thread of its own, which runs commands from other threads; None ends it."""
 
     def __init__(self, scheduler: Scheduler, run: Callable[[Lane], None], name: str) -> None:
         self.scheduler = scheduler
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=run, args=(self,), name=name, daemon=True)
-        self.busy_since: float | None = None  # when the forward under way began, of time.monotonic
+        self.busy_since: float | None = None  # when the current forward began, by time.monotonic
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer under way. `deliver` is called in the worker's thread with its updates, then with None, or
-    with an exception;
-    `wants_updates`: each update, else the last alone. `is_held`: it counts as open until it is released,
+    """One open answer. deliver: called in the worker's thread with its updates, then with None or an
+    exception; wants_updates: every update, or only the last; is_held: it counts as open until it is released,
     however slowly a client reads it."""
 
     sequence: Sequence
@@ -76,7 +75,7 @@ class Job:
 
 class Worker:
     """A model behind schedulers in threads. `submit` and `cancel` may be called from the event loop. Raises
-    DllmError where the backend takes one call at a time and several lanes are asked for."""
+    DllmError if several lanes are asked for and the backend allows one call at a time."""
 
     def __init__(
         self, model: Model, metrics: Metrics, *, slots: int, max_length: int, most_queued: int, lanes: int = 1
@@ -108,7 +107,7 @@ class Worker:
             lane.thread.start()
 
     def stop(self, seconds: float | None = None) -> bool:
-        """End the threads; jobs that are open get an error. False if one does not end within `seconds`."""
+        """End the threads; open jobs get an error. False if one does not end within `seconds`."""
         begun = [lane for lane in self._lanes if lane.thread.ident is not None]
         for lane in begun:
             lane.commands.put(None)
@@ -118,7 +117,7 @@ class Worker:
         return not any(lane.thread.is_alive() for lane in begun)
 
     def longest_forward(self) -> float:
-        """Seconds that the longest of the forwards under way has taken so far."""
+        """Seconds that the longest of the current forwards has taken so far."""
         begun = [since for lane in self._lanes if (since := lane.busy_since) is not None]
         return max((time.monotonic() - since for since in begun), default=0.0)
 
@@ -128,17 +127,17 @@ class Worker:
 
     @property
     def num_open(self) -> int:
-        """Answers that are not done, or not delivered."""
+        """Answers that are not finished, or not delivered."""
         with self._lock:
             return len(self._open | self._held)
 
     def release(self, jobs: list[Job]) -> None:
-        """What was held is delivered, or given up."""
+        """A held answer is delivered, or given up."""
         with self._lock:
             self._held.difference_update(jobs)
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that no slot holds,
+        """Queue answers. Raises Busy if the queue would grow too long, DllmError for one that fits no slot,
         Stopping at the end."""
         if not self.is_alive:
             raise Stopping("the server is stopping: try again.")
@@ -154,16 +153,16 @@ class Worker:
                 raise Busy
             self._held.update(job for job in jobs if job.is_held)
             for job in jobs:
-                held = Counter(other.lane for other in self._open)
-                job.lane = min(self._lanes, key=lambda lane: held[lane] / len(lane.scheduler.rows))
+                open_in = Counter(other.lane for other in self._open)
+                job.lane = min(self._lanes, key=lambda lane: open_in[lane] / len(lane.scheduler.rows))
                 self._open.add(job)
         for job in jobs:
             assert job.lane is not None
             job.lane.commands.put(lambda job=job: self._place(job))  # type: ignore[misc]
 
     def cancel(self, job: Job, why: str = "left") -> None:
-        """Give an answer up; its slot is free at the next tick. Nothing if it is done. why: left, stop (a
-        stop string) or timeout."""
+        """Cancel an answer; its slot is free at the next tick. Does nothing if it is finished. why: left,
+        stop (a stop string) or timeout."""
         if job.lane is not None:
             job.lane.commands.put(lambda: self._cancel(job, why))
 
@@ -193,10 +192,10 @@ class Worker:
         except BaseException as error:
             if not is_fault(error):
                 raise
-            self._fail(job)  # of one answer: the others go on
+            self._fail(job)  # an error of one answer: the others continue
 
     def _fail(self, job: Job) -> None:
-        """End an answer for the exception that is being handled."""
+        """End an answer because of the exception being handled."""
         _LOG.exception("an answer failed")
         self.metrics.requests.labels("failed").inc()
         self._leave(job)
@@ -204,7 +203,7 @@ class Worker:
 
     def _step(self, job: Job) -> None:
         row, metrics = job.sequence, self.metrics
-        for step in row.trace[job.counted :]:  # one, or those that the device made without a look
+        for step in row.trace[job.counted :]:  # one, or those that the device ran before it synchronised
             metrics.forwards.labels(step.kind).inc()
             metrics.committed.inc(len(step.positions))
         job.counted = len(row.trace)
@@ -241,7 +240,7 @@ class Worker:
                 except BaseException as error:
                     if not is_fault(error):
                         raise
-                    # a forward failed: the rows in slots are lost, those that wait and the server are not
+                    # a forward failed: the rows in slots are lost; waiting rows and the server are not
                     for job in self._jobs(lane):
                         if job.ticket is not None and job.ticket.slot is not None:
                             self._fail(job)
@@ -256,7 +255,7 @@ class Worker:
             return [job for job in self._open if job.lane is lane]
 
     def _drain(self, lane: Lane) -> bool:
-        """Follow the commands that wait; with nothing to do, wait for one. False to end."""
+        """Run the waiting commands; if there is nothing to do, wait for one. False ends the thread."""
         while True:
             self.metrics.queued.set(sum(len(each.scheduler.queue) for each in self._lanes))
             self.metrics.busy.set(sum(row is not None for each in self._lanes for row in each.scheduler.rows))

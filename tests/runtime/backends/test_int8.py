@@ -173,7 +173,7 @@ def test_the_tool_passes_on_the_exit_status_and_refuses_nonsense():
 
 def test_the_benchmark_measures_every_spelling(tmp_path, monkeypatch, capsys):
     """On the demo model, one round: times and errors of each, and what is exact here."""
-    sys.path.append(str(ROOT / "benchmarks"))
+    sys.path.append(str(ROOT / "benchmarks" / "cpu"))
     import int8 as benchmark
 
     artifact = export_quietly(DEMO, tmp_path / "fp32")

@@ -184,7 +184,7 @@ def test_the_command(small, tmp_path, capsys):
     for arguments, error in (
         (["--device", "h20"], "unknown device 'h20': did you mean 'h200'"),
         (["--batch", "0"], "--batch is 0"),
-        (["--length", "9999"], "--length is 9999, the model's canvas has up to 4096"),
+        (["--length", "9999"], "--length is 9999, but the model's canvas has at most 4096"),
         (["--dtype", "fp8"], "dtype is fp8"),
     ):
         assert cli.main(["plan", str(small), *arguments]) == 1

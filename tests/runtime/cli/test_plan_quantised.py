@@ -213,7 +213,7 @@ def test_what_is_refused(arguments, error, capsys):
 
 def test_an_artifact_is_not_quantised_again(demo_artifact, capsys):
     assert cli.main(["plan", str(demo_artifact), "--quantize", "w8a8"]) == 1
-    assert f"this is an artifact: give {DEMO}." in capsys.readouterr().err
+    assert f"forecasts the export of a checkpoint: give {DEMO}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def _harness(model, **options):
 def test_long_texts_go_in_windows_that_are_bounded(long, calls):
     text = "clean hall with mop, then find red keys in attic. " * 600
     count = len(long.tokenizer.encode(text))
-    for given, window in ((None, evaluation.MOST_WINDOW), (50, 50)):
+    for given, window in ((None, harness.MOST_WINDOW), (50, 50)):
         if given is not None:
             text, count = text[:1000], len(long.tokenizer.encode(text[:1000]))
         harness = _harness(long, max_length=given)

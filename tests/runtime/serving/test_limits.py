@@ -271,11 +271,11 @@ def test_an_address_that_is_taken_is_one_line(demo_artifact, capsys):
 
 
 def test_hostile_requests_break_nothing(demo_artifact):
-    """A few hundred of what benchmarks/load.py sends by the thousand."""
+    """A few hundred of what benchmarks/cpu/load.py sends by the thousand."""
     prompts = ROOT / "checkpoints" / "llada-demo" / "prompts.txt"
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "load.py"),
+        str(ROOT / "benchmarks" / "cpu" / "load.py"),
         str(demo_artifact),
         "--prompts",
         str(prompts),

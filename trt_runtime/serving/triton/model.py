@@ -26,8 +26,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the artifact that stands beside this file, on the backend that config.pbtxt names."""
-        held = json.loads(args["model_config"])["parameters"]
-        settings = json.loads(held["dllm"]["string_value"])
+        parameters = json.loads(args["model_config"])["parameters"]
+        settings = json.loads(parameters["dllm"]["string_value"])
         path = f"{args['model_repository']}/{args['model_version']}/artifact"
         self.model = load(path, settings["backend"], **settings["options"])
         longest = longest_of(self.model, settings["slots"], settings["max_length"])

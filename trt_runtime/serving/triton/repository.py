@@ -55,10 +55,10 @@ def write(
         raise DllmError(f"{out / name}: already exists: remove it, or give another --name.")
     settings = json.dumps({"backend": backend, "options": options, "slots": slots, "max_length": max_length})
     kind = "KIND_CPU" if BACKENDS.find(backend).is_on_cpu(options) else "KIND_GPU"
-    with atomic.sealed(out / name, overwrite=False) as made:
-        (made / "config.pbtxt").write_text(
+    with atomic.sealed(out / name, overwrite=False) as directory:
+        (directory / "config.pbtxt").write_text(
             _CONFIG.format(name=name, kind=kind, settings=json.dumps(settings)), encoding="utf-8"
         )
-        shutil.copytree(artifact, made / "1" / "artifact")
-        shutil.copyfile(Path(__file__).with_name("model.py"), made / "1" / "model.py")
+        shutil.copytree(artifact, directory / "1" / "artifact")
+        shutil.copyfile(Path(__file__).with_name("model.py"), directory / "1" / "model.py")
     return out / name

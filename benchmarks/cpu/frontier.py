@@ -1,12 +1,13 @@
-"""Accuracy against tokens per forward on the demo model: every way of decoding over the same held-out prompts.
+"""Accuracy against tokens per forward on the demo model, for all decoding options on the same held-out
+prompts.
 
-    make frontier                                                                   # all of it: about 15 minutes on 2 cores
-    python benchmarks/frontier.py artifacts/llada-demo --count 40 --only policies   # a part of it, nothing written
+    make frontier                   # all of it: about 15 minutes on 2 cores
+    python benchmarks/cpu/frontier.py artifacts/llada-demo --count 40 --only policies    # a part, not written
 
 Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of
 docs/benchmarks.md (needs the `bench` extra). Exact match is that of tools/demo_task.py, with the standard
-error of a share of so many prompts; tokens per forward (TPF) counts tokens before the end of the answer.
-`same`: answers that are those of one token per forward with the same cache and blocks, token by token.
+error of a proportion; tokens per forward (TPF) counts tokens before the end of the answer. `same`: answers
+equal, token by token, to those of one token per forward with the same cache and blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tools"))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / name) for name in ("", "tools", "benchmarks"))
 
 import demo_task
 from demo_prompts import SEED, held_out
@@ -27,14 +28,14 @@ from reports.marks import insert
 import trt_runtime as rt
 from trt_runtime.measure.bench import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- frontier: begin -->", "<!-- frontier: end -->"
 BLOCKS = 12  # of 8, in a generation of 96
 Config = rt.GenerationConfig
 
 
 def variants() -> dict[str, dict[str, Config]]:
-    """Group -> name -> how to decode."""
+    """The decoding options to compare, by group and name."""
     thresholds = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
     near = {"refresh_every": 0}
     return {
@@ -53,27 +54,7 @@ def variants() -> dict[str, dict[str, Config]]:
         "threshold, no cache": {
             f"no cache, threshold {t:g}": Config(cache="none", threshold=t) for t in (0.5, 0.7, 0.9)
         },
-        "factor": {f"dual, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
-        "eb": {f"dual, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
-        "margin": {
-            f"dual, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
-        },
-        "dynamic": {
-            f"dual, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)
-        },
-        "localleap": {
-            f"dual, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t)
-            for t in (0.5, 0.6, 0.75)
-        },
-        "hierarchy": {
-            f"dual, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t)
-            for t in (0.5, 0.6, 0.75)
-        },
-        "prophet": {"dual, prophet": Config(policy="prophet")},
-        "slowfast": {
-            f"dual, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t)
-            for t in (0.3, 0.6)
-        },
+        **_other_policies(),
         "refresh": {
             "dual, rebuilt every 2 blocks": Config(refresh_every=2),
             "dual, rebuilt every 4 blocks": Config(refresh_every=4),
@@ -97,10 +78,37 @@ def variants() -> dict[str, dict[str, Config]]:
     }
 
 
+def _other_policies() -> dict[str, dict[str, Config]]:
+    return {
+        "factor": {f"dual, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
+        "eb": {f"dual, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
+        "margin": {
+            f"dual, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
+        },
+        "dynamic": {
+            f"dual, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)
+        },
+        "localleap": {
+            f"dual, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t)
+            for t in (0.5, 0.6, 0.75)
+        },
+        "hierarchy": {
+            f"dual, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t)
+            for t in (0.5, 0.6, 0.75)
+        },
+        "prophet": {"dual, prophet": Config(policy="prophet")},
+        "slowfast": {
+            f"dual, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t)
+            for t in (0.3, 0.6)
+        },
+    }
+
+
 def evaluate(
     model: rt.Model, examples: list[demo_task.Example], config: Config, batch: int
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Exact match (%), its standard error, tokens per forward, forwards per answer; and the answers' tokens."""
+    """Exact match (%), its standard error, tokens per forward, forwards per answer; and the answers'
+    tokens."""
     right = useful = forwards = 0
     answers = []
     for start in range(0, len(examples), batch):

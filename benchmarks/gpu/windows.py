@@ -1,4 +1,4 @@
-"""Inputs that every backend of gpu_report.py is given, by NumPy alone: the packed Python of TensorRT 8.6 has
+"""Inputs that every backend of report.py is given, by NumPy alone: the packed Python of TensorRT 8.6 has
 no torch."""
 
 from __future__ import annotations

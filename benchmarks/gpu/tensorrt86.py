@@ -1,7 +1,9 @@
-"""Run by gpu_report.py under the packed Python 3.11: a legacy fp16 artifact on TensorRT 8.6, beside ONNX
-Runtime's numbers.
+"""Run by report.py under the packed Python 3.11: a legacy fp16 artifact on TensorRT 8.6, compared with ONNX
+Runtime.
 
-run python3 benchmarks/gpu_tensorrt86.py ARTIFACT CANVAS BLOCK        # prints one line of JSON; ARTIFACT/../legacy.npz holds the numbers
+    run python3 benchmarks/gpu/tensorrt86.py ARTIFACT CANVAS BLOCK    # prints one line of JSON
+
+ARTIFACT/../legacy.npz has the outputs of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from gpu_windows import windows
+from windows import windows
 
 from trt_runtime.backends.tensorrt import store
 from trt_runtime.backends.tensorrt.backend import TensorRTBackend

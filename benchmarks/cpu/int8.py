@@ -1,9 +1,9 @@
 """What 8-bit products cost on this processor, spelling by spelling: time and error of a refine step and a
 prefix pass of a random LLaDA of 140 M parameters.
 
-    python benchmarks/int8.py                                                      # this processor (3 minutes)
-    python tools/cpu_without.py vnni -- python benchmarks/int8.py                  # as if it had AVX2 alone
-    python benchmarks/int8.py --artifact artifacts/llada-demo                      # errors on a trained model (its checkpoint is read)
+    python benchmarks/cpu/int8.py                                        # this processor (3 minutes)
+    python tools/cpu_without.py vnni -- python benchmarks/cpu/int8.py    # as if it had only AVX2
+    python benchmarks/cpu/int8.py --artifact artifacts/llada-demo        # errors on a trained model
 
 Each spelling, with session.x64quantprecision 0 and 1 where that changes anything:
     w8a8      8-bit weights, MatMulIntegerToFloat (u8 x s8): exact with VNNI; without it only with the option
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from export import pipeline
 from export.schemes.base import Array
@@ -41,7 +41,7 @@ from trt_runtime.backends.ort import OrtBackend, int8
 from trt_runtime.decoding.backend import Window
 from trt_runtime.measure.bench import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, PASS, STEP = 7, 384, 32
 
 
@@ -194,9 +194,12 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{'spelling':10}{'precision':>10}{'prefix ms':>11}{'refine ms':>11}{'error':>9}{'same %':>8}"]
     for row in report["rows"]:
         lines.append(
-            f"{row['spelling']:10}{row['precision']:>10}{row['prefix_ms']:>11.1f}{row['refine_ms']:>11.1f}{row['error']:>9.3f}{100 * row['same']:>8.0f}"
+            f"{row['spelling']:10}{row['precision']:>10}{row['prefix_ms']:>11.1f}{row['refine_ms']:>11.1f}"
+            f"{row['error']:>9.3f}{100 * row['same']:>8.0f}"
         )
-    exact = ", ".join(f"{name}: {'yes' if held else 'no'}" for name, held in report["exact as it is"].items())
+    exact = ", ".join(
+        f"{name}: {'yes' if exact else 'no'}" for name, exact in report["exact as it is"].items()
+    )
     return "\n".join([*lines, f"exact on this processor as it is: {exact}", str(report["machine"])])
 
 

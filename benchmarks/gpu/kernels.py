@@ -1,4 +1,4 @@
-"""Stages of gpu_report.py without a model: the machine's ceilings, and the kernels against NumPy and
+"""Stages of report.py without a model: the machine's ceilings, and the kernels against NumPy and
 PyTorch."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Benchmark: export of a full-size checkpoint beside a plain copy of the same files, and parity of a
 full-width model of two layers.
 
-    python benchmarks/full_size.py --model llada --output benchmarks/results
+    python benchmarks/cpu/full_size.py --model llada --output benchmarks/results
 
 Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn
 copies its files (cp) and exports it (--weights copy and link), each followed by a sync that is part of its
@@ -25,14 +25,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.measure.bench import Timed, machine
 from trt_runtime.model import Model, load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRESETS = {"llada": "llada-8b", "dream": "dream-7b"}
 
 

@@ -1,16 +1,18 @@
 """Benchmark of the whole system on a CPU: caches, parallel unmasking and quantised artifacts on ONNX Runtime
-beside eager PyTorch, and how forwards grow with prompt, answer, block, batch and threads, beside what the
-machine could do.
+compared with eager PyTorch; and how forwards grow with prompt, answer, block, batch and threads, compared
+with the machine's own limits.
 
-    python benchmarks/system.py                                             # a random LLaDA of 140 M parameters (make bench)
-    python benchmarks/system.py --parts variants --threads 1 --repeats 3
-    python benchmarks/system.py --artifact artifacts/x --llama-cpp build/bin/llama-diffusion-cli --gguf x.gguf --parts llama-cpp
+    python benchmarks/cpu/system.py                   # a random LLaDA of 140 M parameters (make bench)
+    python benchmarks/cpu/system.py --parts variants --threads 1 --repeats 3
+    python benchmarks/cpu/system.py --artifact artifacts/x --parts llama-cpp --llama-cpp PATH --gguf x.gguf
 
-variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla: one), prompt 256, gen_length 128, blocks of 32
-scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, beside the roofline: multiplications at the rate of
-           the machine's own matrix products (measured in the same run), or reading the weights at the
-           bandwidth of a copy, whichever is longer
-llama-cpp  llama.cpp's diffusion example on the same prompts, canvas, steps and threads; its binary and model file are the user's
+variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla: one),
+           prompt 256, gen_length 128, blocks of 32
+scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, with the
+           roofline: multiplications at the rate of the machine's own matrix products (measured in the same
+           run), or reading the weights at the bandwidth of a copy, whichever takes longer
+llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and model
+           file are the user's
 Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
 docs/benchmarks.md.
 """
@@ -19,30 +21,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
-import onnx
-import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from machine_rates import peaks
 
 from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.decoding.backend import Window
 from trt_runtime.machine import roofline
-from trt_runtime.measure import examples
 from trt_runtime.measure.bench import machine
-from trt_runtime.model import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("variants", "scaling", "llama-cpp")
 BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -87,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
         if "llama-cpp" in parts:
-            llama_cpp(args)
+            write(args.output / "system-llama-cpp.json", llama_cpp.compare(args, BASE))
         if {"variants", "scaling"} & set(parts):
             artifact, quantised = artifacts(args.artifact, made)
         if "variants" in parts:
@@ -112,16 +109,8 @@ def artifacts(given: Path | None, made: Path) -> tuple[Path, list[Path]]:
         run(
             "-m",
             "export",
-            "--checkpoint",
-            checkpoint,
-            "--out",
-            str(out),
-            "--verify",
-            "no",
-            "--quantize",
-            out.name,
-            "--gate",
-            "no",
+            *("--checkpoint", checkpoint, "--out", str(out), "--verify", "no"),
+            *("--quantize", out.name, "--gate", "no"),
         )
     return artifact, quantised
 
@@ -255,155 +244,6 @@ def rooflines(
         read = (roofline.weight_bytes(facts) - embedding) / rates["bandwidth"]
         found[f"{kind}_roofline_ms"] = 1000 * max(compute, read)
     return found
-
-
-def peaks(threads: int) -> dict[str, float]:
-    """Operations per second of large matrix products in ONNX Runtime, and bytes per second of a copy (both
-    directions counted)."""
-    found = {"fp32": 0.0, "int8": 0.0}
-    for rows, inputs, outputs in (
-        (512, 2048, 2048),
-        (384, 768, 3072),
-        (384, 3072, 768),
-    ):  # large and square, and as the model has them
-        rng = np.random.default_rng(0)
-        weight, scales = (
-            rng.standard_normal((outputs, inputs)).astype(np.float32),
-            np.full(outputs, 0.01, np.float32),
-        )
-        held = {
-            "w": weight,
-            "w8": np.ascontiguousarray((weight.T * 20).astype(np.int8)),
-            "s": scales,
-            "one": np.float32(1),
-            "zero": np.uint8(128),
-        }
-        given = {
-            "x": rng.standard_normal((rows, inputs)).astype(np.float32),
-            "q": rng.integers(0, 255, (rows, inputs)).astype(np.uint8),
-        }
-        for name in ("fp32", "int8"):
-            took = _product(name, rows, inputs, outputs, held, given, threads)
-            found[name] = max(found[name], 2 * rows * inputs * outputs / took)
-    source = np.ones(1 << 26, np.float32)
-    target = np.empty_like(source)
-    found["bandwidth"] = 2 * source.nbytes / least(lambda: np.copyto(target, source))
-    return found
-
-
-def _product(
-    name: str, rows: int, inputs: int, outputs: int, held: dict[str, Any], given: dict[str, Any], threads: int
-) -> float:
-    """Seconds of a matrix product [rows, inputs] x [inputs, outputs], fp32 or u8 x s8."""
-    nodes = {
-        "fp32": helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
-        "int8": helper.make_node(
-            "MatMulIntegerToFloat", ["q", "w8", "one", "s", "zero"], ["y"], domain="com.microsoft"
-        ),
-    }
-    own, *weights = nodes[name].input
-    kind = {"x": TensorProto.FLOAT, "q": TensorProto.UINT8}[own]
-    graph = helper.make_graph(
-        [nodes[name]],
-        name,
-        [helper.make_tensor_value_info(own, kind, [rows, inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
-        [numpy_helper.from_array(np.asarray(held[i]), i) for i in weights],
-    )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)],
-        ir_version=11,
-    )
-    onnx.checker.check_model(model)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return least(lambda: session.run(None, {own: given[own]}), 25)
-
-
-def least(call: Any, times: int = 7) -> float:
-    """Seconds of the fastest of several calls: what the machine can do."""
-    found = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - begin)
-    return min(found[1:])
-
-
-_TIMES = re.compile(r"total time:\s*([\d.]+)\s*ms.*?time per step:\s*([\d.]+)\s*ms", re.DOTALL)
-
-
-def llama_cpp(args: argparse.Namespace) -> None:
-    """llama.cpp and the artifact on the same prompts, in turn: a canvas of the prompt and gen_length, blocks,
-    one token per step (it has no cache and no threshold), and beside it the artifact's own defaults."""
-    for name in ("llama_cpp", "gguf", "artifact", "prompts"):
-        if getattr(args, name) is None or not getattr(args, name).exists():
-            raise SystemExit(
-                f"error: --{name.replace('_', '-')} is {getattr(args, name)}: --parts llama-cpp needs "
-                f"--llama-cpp, --gguf, --artifact and --prompts."
-            )
-    threads = int(args.threads.split(",")[0])
-    model, gen, block = load(args.artifact, threads=threads), BASE["gen_length"], BASE["block"]
-    from trt_runtime.decoding.config import GenerationConfig
-
-    vanilla = GenerationConfig(
-        gen_length=gen, block_length=block, cache="none", policy="fixed", stop_at_eos=False
-    )
-    configs = {"vanilla": vanilla, "dual, threshold 0.9": replace(vanilla, cache="dual", policy="threshold")}
-    rows: dict[str, list[float]] = {name: [] for name in ("llama.cpp", *configs)}
-    for prompt in examples.lines_of(args.prompts)[:3]:
-        length = len(model.encode(prompt)) + gen
-        padded = -(-length // block) * block  # it wants a canvas of whole blocks
-        command = [
-            str(args.llama_cpp),
-            "-m",
-            str(args.gguf),
-            "-p",
-            prompt,
-            "-ub",
-            str(padded),
-            "-b",
-            str(padded),
-            "-c",
-            str(padded),
-            "--temp",
-            "0",
-            "-t",
-            str(threads),
-            "--diffusion-algorithm",
-            "4",
-            "--diffusion-block-length",
-            str(block),
-            "--diffusion-steps",
-            str(gen),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = _TIMES.search(done.stdout + done.stderr)
-        if done.returncode or said is None:
-            raise SystemExit(
-                f"error: {args.llama_cpp} ended with {done.returncode} and told no time: "
-                f"{(done.stderr or done.stdout)[-300:]!r}"
-            )
-        rows["llama.cpp"].append(gen / (float(said[1]) / 1000))
-        for name, config in configs.items():
-            begin = time.perf_counter()
-            model.generate([prompt], config)
-            rows[name].append(gen / (time.perf_counter() - begin))
-    medians = {name: statistics.median(values) for name, values in rows.items()}
-    for name, value in medians.items():
-        print(f"{name:24} {value:8.1f} tokens/s  {value / medians['llama.cpp']:6.2f} times llama.cpp")
-    write(
-        args.output / "system-llama-cpp.json",
-        {
-            "machine": machine(),
-            "threads": threads,
-            "tokens_per_second": medians,
-            "all": rows,
-            "settings": {"gen_length": gen, "block_length": block, "gguf": args.gguf.name},
-        },
-    )
 
 
 if __name__ == "__main__":

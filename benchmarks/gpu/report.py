@@ -1,0 +1,266 @@
+"""What this GPU does with our graphs, stage by stage: parity, speed against eager PyTorch, and the share of
+the machine's own limits.
+
+    make gpu-report                            # on a GPU machine; works without network and without TensorRT
+    python benchmarks/gpu/report.py --twin     # each stage's CPU twin, a tiny model: checks the script only
+
+Each stage is a process of its own; one that fails or runs out of its time says so, and the others go on.
+Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hashes of what was run, parity,
+times, shares of the machine's limits, and what failed and why. It is on the disk after every stage, and may
+be sent as it is (docs/how-to/deploy-on-gpus.md); `benchmarks/reports/gpu.py` merges several. Building engines
+is a stage of its own with its own time, after all that needs none. The model fits the GPU: 8 B parameters
+from 40 GiB on, else 1.5 B. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-bindings and TensorRT are
+used where they can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+from reports import gpu as reports  # noqa: E402
+from settings import TWIN, Settings, gpu_name, has_gpu, memory_gib, preset_for  # noqa: E402
+
+# the most telling first: when time runs out, the last are left
+STAGES = (
+    "environment",
+    "ceilings",
+    "kernels",
+    "model",
+    "torch",
+    "ort",
+    "torch_graph",
+    "tensorrt86",
+    "build",
+    "tensorrt",
+)
+OWN_TIME = (
+    "build",
+    "tensorrt",
+)  # not of the total: an engine of 17 GB takes minutes to build, and what it gives is wanted even then
+NEEDED = (
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+    "tokenizers",
+    "jinja2",
+    "safetensors",
+)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    results = ROOT / "benchmarks" / "results"
+    option("--output", type=Path, default=results, help="the report's directory (default benchmarks/results)")
+    option("--stages", default=",".join(STAGES), help=f"stages to run (default all: {','.join(STAGES)})")
+    option("--twin", action="store_true", help="run the CPU twin of every stage")
+    preset = "the random checkpoint, of tools/random_checkpoint.py (default: the largest that the GPU takes)"
+    option("--preset", help=preset)
+    work = "a directory for checkpoint, artifact and engines, which is kept (default: a temporary one)"
+    option("--work", type=Path, help=work)
+    option("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
+    option("--stage-seconds", type=int, default=240, help="time limit per stage (default 240)")
+    total = "time limit of all stages together, without those of engines (default 480)"
+    option("--total-seconds", type=int, default=480, help=total)
+    option("--build-seconds", type=int, default=1200, help="time limit of building engines (default 1200)")
+    option("--stage", help=argparse.SUPPRESS)  # the child: run one stage of the settings on standard input
+    return parser
+
+
+def main() -> None:
+    args = _options().parse_args()
+    if args.stage:
+        child(args.stage, json.loads(sys.stdin.read()))
+        return
+    chosen = [name for name in args.stages.split(",") if name]
+    _check(chosen, args.twin)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        settings = Settings(
+            str(work),
+            str(work / "stages"),
+            preset=args.preset or preset_for(memory_gib()),
+            tensorrt86=args.tensorrt86,
+        )
+        settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        report = Report(args.output, settings)
+        deadline = time.perf_counter() + args.total_seconds
+        for name in chosen:
+            most = min(args.stage_seconds, deadline - time.perf_counter())
+            if name in OWN_TIME:
+                most = args.build_seconds if name == "build" else args.stage_seconds
+            report.add(name, run(name, settings, most))
+    print(f"\n{report.text()}\n\n{report.file} written: to contribute it, see docs/how-to/deploy-on-gpus.md")
+    if failed := report.failed:
+        raise SystemExit(
+            f"error: failed: {', '.join(failed)}; the other stages' results are in {report.file}."
+        )
+
+
+def _check(stages: list[str], is_twin: bool) -> None:
+    """End with a message if these stages cannot run here."""
+    if unknown := [name for name in stages if name not in STAGES]:
+        raise SystemExit(f"error: unknown stage '{unknown[0]}': expected some of {', '.join(STAGES)}.")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(
+            f"error: {sys.executable} lacks {', '.join(missing)}: run this with a Python that has them "
+            f"(PYTHON=...)."
+        )
+    if not is_twin and not has_gpu():
+        raise SystemExit(
+            "error: PyTorch sees no GPU here: run this on a GPU machine, or --twin for the CPU twin of "
+            "every stage."
+        )
+
+
+class Report:
+    """The one file: what each stage found, so far."""
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        name = "twin" if settings.is_twin else _slug(gpu_name())
+        self.file, self.stages, self.settings = out / f"gpu-report-{name}.json", dict[str, Any](), settings
+
+    def add(self, name: str, held: dict[str, Any]) -> None:
+        self.stages[name] = held
+        artifacts = {
+            path.parent.name: _hashes(path)
+            for path in sorted(Path(self.settings.work).glob("*/manifest.json"))
+        }
+        write(
+            self.file,
+            {
+                "format": reports.FORMAT,
+                "format_version": reports.VERSION,
+                "artifacts": artifacts,
+                "stages": self.stages,
+            },
+        )
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, held in self.stages.items() if "failed" in held]
+
+    def text(self) -> str:
+        if "machine" not in self.stages.get("environment", {}):
+            return "no table: the stage 'environment' did not run"
+        return reports.table(self.stages)
+
+
+def _hashes(manifest: Path) -> dict[str, str]:
+    """What was run, by file."""
+    return {
+        name: facts["sha256"]
+        for name, facts in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("nvidia", "").replace("geforce", "")).strip("-")
+
+
+def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
+    """One stage in a process of its own, with at most so many seconds: its result, or why there is none."""
+    file, begin = Path(settings.out) / f"{name}.json", time.perf_counter()
+    if most < 5:
+        print(f"{name:12} {0:7.1f} s  no time was left", flush=True)
+        return {"stage": name, "skipped": "no time was left"}
+    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if settings.is_twin else {})
+    command = [sys.executable, __file__, "--stage", name]
+    file.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        command,
+        text=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(json.dumps(asdict(settings)), timeout=most)
+        trouble = f"{said.strip()[-2000:]} (exit status {process.returncode})" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it started too
+        process.communicate()
+        trouble = f"took longer than {most:.0f} s"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | (
+        {"failed": trouble} if trouble else {}
+    )
+    state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else held.get("skipped") or "done"
+    print(f"{name:12} {held['seconds']:7.1f} s  {state}", flush=True)
+    return held
+
+
+def child(name: str, given: dict[str, Any]) -> None:
+    """Run a stage here. What it notes on the way is on disk at once (`note`)."""
+    import backend_stages
+    import kernels
+    import setup_stages
+    import torch_stages
+
+    settings = Settings(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    )
+    functions = {
+        "environment": setup_stages.environment,
+        "ceilings": kernels.ceilings,
+        "kernels": kernels.kernels,
+        "model": setup_stages.model,
+        "torch": torch_stages.torch_eager,
+        "torch_graph": torch_stages.torch_graph,
+        "ort": backend_stages.ort,
+        "build": backend_stages.build,
+        "tensorrt": backend_stages.tensorrt,
+        "tensorrt86": backend_stages.tensorrt86,
+    }
+    held: dict[str, Any] = {
+        "settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}
+    }
+    file = Path(settings.out) / f"{name}.json"
+
+    def note(**values: Any) -> None:
+        held.update(values)
+        write(file, held)
+
+    try:
+        functions[name](settings, note)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def write(file: Path, held: dict[str, Any]) -> None:
+    """As a whole or not at all: a stage may be killed at any time."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    main()
