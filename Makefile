@@ -70,12 +70,12 @@ test-fast: $(VENV)/.dev ## the tests to run after each edit, in under a minute
 test: $(VENV)/.dev ## the tests, on a CPU, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 
-lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, sizes
+lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, the house rules (sizes, names)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/lint_sizes.py
+	$(BIN)/python tools/lint_house.py
 
 docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and again when they change)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

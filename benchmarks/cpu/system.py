@@ -6,13 +6,13 @@ with the machine's own limits.
     python benchmarks/cpu/system.py --parts variants --threads 1 --repeats 3
     python benchmarks/cpu/system.py --artifact artifacts/x --parts llama-cpp --llama-cpp PATH --gguf x.gguf
 
-variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla: one),
-           prompt 256, gen_length 128, blocks of 32
+variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla:
+           one), prompt 256, gen_length 128, blocks of 32
 scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, with the
            roofline: multiplications at the rate of the machine's own matrix products (measured in the same
            run), or reading the weights at the bandwidth of a copy, whichever takes longer
-llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and model
-           file are the user's
+llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and
+           model file are the user's
 Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
 docs/benchmarks.md.
 """

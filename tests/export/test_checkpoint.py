@@ -4,22 +4,15 @@ behind."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 from places import DEMO, ROOT, export_quietly, refused
-from tiny import write_sparse
 
 from export import cli, families
 from export.checkpoint import huggingface as checkpoint
-from export.pipeline import ExportConfig, export
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.errors import DllmError
 
@@ -202,41 +195,6 @@ def test_tied_head_and_grouped_heads(tiny, tmp_path):
     assert [stage.passed for stage in verify(artifact)] == [True] * 5
 
 
-def test_target_directories(tiny, tmp_path):
-    path, out = tiny(), tmp_path / "out"
-    (out / "work").mkdir(parents=True)
-    with pytest.raises(DllmError, match="is not an artifact: choose another OUT"):
-        export_quietly(path, out)
-    assert (out / "work").is_dir()
-    (out / "work").rmdir()
-    export_quietly(path, out)
-    with pytest.raises(DllmError, match="--overwrite"):
-        export_quietly(path, out)
-    before = manifests.load(out)
-    export_quietly(path, out, overwrite=True, dtype="fp16")
-    assert before.model.dtype == "fp32" and manifests.load(out).model.dtype == "fp16"
-
-
-def test_nothing_but_an_artifact_is_ever_replaced(tiny, tmp_path):
-    """A directory with some other manifest.json, with files of the user's, or with the checkpoint in it is
-    left alone."""
-    path, out = tiny(), tmp_path / "out"
-    web = tmp_path / "web"
-    web.mkdir()
-    (web / "manifest.json").write_text('{"name": "an extension"}')
-    export_quietly(path, out)
-    (out / "notes.txt").write_text("mine")
-    inside = tmp_path / "holder"
-    export_quietly(path, inside)
-    shutil.copytree(path, inside / "checkpoint")
-    (path / "manifest.json").write_text("{}")
-    for target, source in ((web, path), (out, path), (inside, inside / "checkpoint"), (path, path)):
-        before = {file: file.read_bytes() for file in target.rglob("*") if file.is_file()}
-        with pytest.raises(DllmError, match="choose another OUT"):
-            export_quietly(source, target, overwrite=True)
-        assert {file: file.read_bytes() for file in target.rglob("*") if file.is_file()} == before
-
-
 def test_overlapping_tensors_and_odd_shard_names_are_refused(tiny, tmp_path):
     path = tiny()
     data = (path / "model.safetensors").read_bytes()
@@ -260,65 +218,6 @@ def test_overlapping_tensors_and_odd_shard_names_are_refused(tiny, tmp_path):
     ):
         index.write_text(listed.replace("model-00001-of-00002.safetensors", name))
         refused(sharded, tmp_path / "out", "is not a bare file name like", weights="link")
-
-
-def test_an_artifact_moves_and_the_same_export_is_the_same_bytes(tiny, tmp_path):
-    path = tiny()
-    first, second = (export_quietly(path, tmp_path / name) for name in ("a", "b"))
-    assert manifests.load(first).files == manifests.load(second).files
-    first.rename(tmp_path / "moved")
-    from trt_runtime.backends.ort import OrtBackend
-
-    OrtBackend(tmp_path / "moved").close()
-
-
-def test_an_error_in_the_middle_leaves_the_old_artifact(tiny, tmp_path, monkeypatch):
-    path, out = tiny(), tmp_path / "out"
-    export_quietly(path, out)
-    before = manifests.load(out, check_hashes=True)
-
-    def explode(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export(ExportConfig(str(path), out, overwrite=True), lambda total: explode)
-    assert manifests.load(out, check_hashes=True) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_killed_export_leaves_no_half_artifact(tmp_path, signum):
-    """A large enough model that the signal comes while the weights stream."""
-    config = {
-        "d_model": 512,
-        "n_heads": 8,
-        "n_kv_heads": 8,
-        "mlp_hidden_size": 4096,
-        "n_layers": 8,
-        "vocab_size": 60000,
-        "embedding_size": 60000,
-    }
-    path = tmp_path / "checkpoint"
-    full = LLADA.tiny_config() | config
-    write_sparse(LLADA, path, full)
-    command = [
-        sys.executable,
-        "-m",
-        "export",
-        "--checkpoint",
-        str(path),
-        "--out",
-        str(tmp_path / "out"),
-        "--verify",
-        "no",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob(".out.partial-*/artifact/weights.data")) and time.time() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signum)
-    assert process.wait(30) in (130, 143)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):

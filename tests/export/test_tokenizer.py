@@ -298,37 +298,6 @@ def test_a_checkpoint_without_a_tokenizer_says_so(dream, tmp_path, capsys):
         (path / "tokenizer.model").unlink(missing_ok=True)
 
 
-def test_truncation_and_padding_of_a_training_run_are_left_behind(tmp_path):
-    path = shutil.copytree(DEMO, tmp_path / "demo")
-    held = json.loads((path / "tokenizer.json").read_text())
-    held["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    held["padding"] = {
-        "strategy": {"Fixed": 40},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
-    }
-    (path / "tokenizer.json").write_text(json.dumps(held))
-    text = "take red cups from kitchen to garage"
-    assert Ours(path).encode(text) == Ours(DEMO).encode(text)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ '<|user|>' + messages[0]['content'] + '<|assistant|>' }}",
-        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content | upper }}{% endfor %}",
-        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|assistant|>' }}",
-    ],
-)
-def test_a_token_that_ends_no_turn_is_not_taken_for_an_end(template):
-    tokenizer = Ours(DEMO)
-    tokenizer._template = template
-    assert tokenizer.end_of_turn() is None
-
-
 @pytest.mark.parametrize(
     "listed",
     [

@@ -8,6 +8,9 @@ import lzma
 import shutil
 from pathlib import Path
 
+from tiny import write_sparse
+
+from export import families
 from trt_runtime.artifact.detokenize import _byte_alphabet
 
 REAL = Path(__file__).resolve().parents[1] / "data" / "real"
@@ -51,3 +54,27 @@ def put_tokenizer(name: str, path: Path) -> None:
     if name.lower().startswith("dream"):
         for file, data in dream_vocabulary().items():
             (path / file).write_bytes(data)
+
+
+SMALL = {
+    "llada": {"d_model": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 1, "mlp_hidden_size": 96},
+    "Dream": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 96,
+    },
+}
+
+
+def write_small(path, name, tokenizer=None, **change):
+    """A checkpoint with a real configuration of a smaller network, and a real tokenizer. All weights are
+    zero."""
+    config = config_of(name)
+    write_sparse(
+        families.find(config["model_type"]), path, {**config, **SMALL[config["model_type"]], **change}, "bf16"
+    )
+    if tokenizer:
+        put_tokenizer(tokenizer, path)
+    return path

@@ -100,8 +100,11 @@ def process_of(demo_artifact, *options, program=None):
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
 
 
-def post(url, body, path="chat/completions"):
-    return httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+def post(url, body, path="chat/completions", **options):
+    """Send a request; the body may hold values that are not JSON, such as NaN."""
+    headers = {"content-type": "application/json"}
+    content = json.dumps(body)
+    return httpx.post(f"{url}/v1/{path}", content=content, headers=headers, timeout=60, **options)
 
 
 def connect(url):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import stand_in_cuda
-import stand_ins
+import stand_in_tensorrt86
 from calls import window
 from engine_sizes import SIZES
 from places import export_quietly
@@ -171,7 +171,7 @@ def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, g
     """fp16 goldens through the older names and int32 tensors; what the graph computes in float32 is pinned;
     cuBLAS and cuDNN are off."""
     gpu = stand_in_cuda.Cuda()
-    package = stand_ins.tensorrt86(gpu, rtx)
+    package = stand_in_tensorrt86.tensorrt86(gpu, rtx)
     monkeypatch.setattr(cuda, "_bindings", lambda: (gpu, gpu))
     monkeypatch.setattr(store, "load", lambda backend: package)
     artifact = export_quietly(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import stand_in_engine
 import stand_ins
 from calls import window
 from engine_sizes import SIZES
@@ -110,13 +111,13 @@ def test_nothing_is_bound_while_a_step_is_recorded(gpu, tiny_artifact, tiny_engi
     """Shapes and addresses are set before: setting them inside a capture may be refused, and changes nothing
     that is replayed."""
     for name in ("set_input_shape", "set_tensor_address"):
-        real = getattr(stand_ins.Context, name)
+        real = getattr(stand_in_engine.Context, name)
 
         def outside(self, *given, real=real):
             assert self.cuda.captured is None, "bound inside a capture"
             return real(self, *given)
 
-        monkeypatch.setattr(stand_ins.Context, name, outside)
+        monkeypatch.setattr(stand_in_engine.Context, name, outside)
     backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
     cache, step = backend.new_cache(1, 64), window(np.arange(5)[None], 9, [30])
     for _ in range(3):

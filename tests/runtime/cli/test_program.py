@@ -3,10 +3,7 @@ misspelt or out of all range, JSON."""
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
-import math
 import shutil
 import signal
 import subprocess
@@ -15,14 +12,11 @@ import sys
 import numpy as np
 import pytest
 from demo import PROMPT
+from messages import is_one_line
 from places import DEMO, ROOT
 
 from export import cli as exporter
-from export import options as exporter_options
-from trt_runtime import __version__
 from trt_runtime.cli import main as cli
-from trt_runtime.cli import parser as cli_parser
-from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError
 from trt_runtime.system import program
 
@@ -33,10 +27,6 @@ def _shell(words):
     return subprocess.run(
         ["sh", "-c", words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
-
-
-def _one_line(error: str) -> bool:
-    return error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +47,7 @@ def _one_line(error: str) -> bool:
 def test_standard_streams_that_are_closed_or_full(demo_artifact, words, status, said):
     done = _shell(f"{COMMAND} {words.replace('ARTIFACT', str(demo_artifact))}")
     assert done.returncode == status, done.stderr
-    assert (_one_line(done.stderr) and said in done.stderr) if said else not done.stderr
+    assert (is_one_line(done.stderr) and said in done.stderr) if said else not done.stderr
     assert done.stdout == "" or "2>&-" in words or "<&-" in words
 
 
@@ -112,7 +102,7 @@ def test_an_interrupt_is_one_line_from_the_first_moment_on(command):
     assert {"trt_runtime.system.program", "trt_runtime.system.progress"} <= seen and len(seen) >= 4, seen
 
 
-def test_an_interrupt_of_a_running_command_is_one_line(demo_artifact):
+def test_an_interrupt_of_a_running_command_isis_one_line(demo_artifact):
     script = (
         "import sys\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime import model\ndef slow(*_, "
         "**__):\n    print('running', flush=True)\n    import time\n"
@@ -165,10 +155,10 @@ def _raising(error):
         (DllmError("one\ntwo"), "one two"),
     ],
 )
-def test_errors_of_libraries_are_one_line(capsys, error, said):
+def test_errors_of_libraries_areis_one_line(capsys, error, said):
     assert program.run(_raising(error), []) == 1
     printed = capsys.readouterr().err
-    assert _one_line(printed) and said in printed
+    assert is_one_line(printed) and said in printed
 
 
 def test_a_fault_of_this_program_keeps_its_traceback():
@@ -182,7 +172,7 @@ def test_an_interrupt_behind_another_error_is_an_interrupt(capsys):
     assert program.run(_raising(error), []) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_memory_that_is_not_there_is_one_line(demo_artifact, capsys, monkeypatch):
+def test_memory_that_is_not_there_isis_one_line(demo_artifact, capsys, monkeypatch):
     from trt_runtime.model import Model
 
     monkeypatch.setattr(Model, "generate", lambda *_, **__: np.empty((1 << 46,), np.float64))
@@ -217,94 +207,6 @@ def test_a_relative_path_in_a_directory_that_is_no_text(tmp_path, capsys, monkey
     assert "not UTF-8" in capsys.readouterr().err
 
 
-def _parsers():
-    top = cli.build_parser()
-    (subcommands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-    return subcommands.choices | {"export": exporter_options.build_parser()}
-
-
-def test_every_whole_number_has_an_upper_bound():
-    checked = 0
-    for name, parser in _parsers().items():
-        for action in parser._actions:
-            if action.type is int:
-                with pytest.raises(DllmError, match="expected at most"):
-                    cli_parser.check(argparse.Namespace(**{action.dest: 1 << 64}))
-                checked += 1
-        words = {
-            "plan": ["x"],
-            "triton-repo": ["x", "y"],
-            "polygraphy": ["x", "y"],
-            "replay": ["x", "y"],
-            "doctor": [],
-            "export": [],
-        }.get(name, ["x"])
-        words += {"eval": ["--tasks", "x"], "tune": ["--data", "x"]}.get(name, [])
-        cli_parser.check(parser.parse_args(words))  # the defaults are in range
-    assert checked > 60
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["generate", "x", "y", "--treshold", "0.5"], "did you mean --threshold?"),
-        (["generate", "x", "y", "--thresh", "0.5"], "did you mean --threshold?"),
-        (["generate", "x", "y", "--treshold=0.5"], "did you mean --threshold?"),
-        (["bench", "x", "--repeat", "1"], "did you mean --repeats?"),
-        (["genrate", "x"], "did you mean generate?"),
-        (["info", "x", "--jsn"], "did you mean --json?"),
-        (["info", "x", "--zzzzzzzz"], "unrecognized arguments: --zzzzzzzz ("),
-        (["generate", "x", "--ids", "1", "--threads", "9" * 5000], "invalid int value"),
-    ],
-)
-def test_what_is_misspelt_is_one_line_with_a_guess(capsys, words, said):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and _one_line(error) and said in error and len(error) < 500
-
-
-def test_misspelt_options_of_the_export(capsys):
-    for words, said in (
-        (["--quantise", "w8a8"], "--quantize?"),
-        (["--quantize", "w8a9"], "did you mean w8a8?"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            exporter.main(words)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and _one_line(error) and said in error
-
-
-def test_versions(capsys):
-    for main in (cli.main, exporter.main):
-        with pytest.raises(SystemExit) as stop:
-            main(["--version"])
-        assert stop.value.code == 0
-        assert capsys.readouterr().out.startswith(f"dllm-trt {__version__}, onnxruntime 1.")
-
-
-def test_help_is_grouped_and_spelled_right():
-    for name, parser in _parsers().items():
-        page = parser.format_help()
-        assert "example:\n  " in page and "--quiet" in page, name
-        for wrong in ("openai's", "tensorrt ", "triton inference", "http.", "pytorch ", "json "):
-            assert wrong not in parser.description.replace("tensorrt-rtx", ""), (name, wrong)
-    page = cli.build_parser().format_help()
-    for right in (
-        "OpenAI's API over HTTP",
-        "TensorRT engines",
-        "Triton Inference Server",
-        "PyTorch reference",
-        "--version",
-    ):
-        assert right in page
-    generate = _parsers()["generate"].format_help()
-    assert all(
-        f"\n{title}:\n" in generate
-        for title in ("decoding", "caches", "schedules and sampling", "backend", "output")
-    )
-
-
 def test_quiet_leaves_the_answer_alone(demo_artifact, capsys):
     for words in (
         ["generate", str(demo_artifact), "take zeppelins from kitchen to garage", "-q"],
@@ -314,7 +216,7 @@ def test_quiet_leaves_the_answer_alone(demo_artifact, capsys):
         printed = capsys.readouterr()
         assert printed.out.startswith("[{") and printed.err == ""
     assert cli.main(["generate", str(demo_artifact / "none"), "x", "-q"]) == 1
-    assert _one_line(capsys.readouterr().err)
+    assert is_one_line(capsys.readouterr().err)
 
 
 def test_quiet_silences_the_notes_of_an_export(tmp_path, capsys):
@@ -340,95 +242,6 @@ def test_quiet_silences_the_notes_of_an_export(tmp_path, capsys):
             == 0
         )
         assert bool(capsys.readouterr().err) is not bool(more)
-
-
-def _strict(text):
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def test_every_report_is_json_and_nothing_else(demo_artifact, tmp_path, capsys):
-    prompts, data = tmp_path / "prompts.txt", tmp_path / "data.txt"
-    prompts.write_text(f"{PROMPT}\n")
-    data.write_text("clean hall with mop\n")
-    artifact = shutil.copytree(demo_artifact, tmp_path / "artifact")
-    commands = {
-        "info": ([artifact], "model"),
-        "plan": ([artifact], "forecasts"),
-        "doctor": ([], "findings"),
-        "generate": ([artifact, PROMPT], None),
-        "replay": ([artifact, DEMO / "cases.json"], "mismatches"),
-        "replay --record": ([artifact, "--record", tmp_path / "new.json", "--count", "2"], "recorded"),
-        "bench": (
-            [artifact, "--prompts", prompts, "--repeats", "1", "--variants", "dual", "--gen-length", "16"],
-            "rows",
-        ),
-        "verify": ([artifact], "passed"),
-        "verify --layers": ([artifact, "--layers"], "layers"),
-    }
-    for name, (words, key) in commands.items():
-        status = cli.main([name.split(" ", maxsplit=1)[0], *map(str, words), "--json"])
-        printed = capsys.readouterr()
-        value = _strict(printed.out)
-        assert status == 0 or name == "doctor", (name, printed.err)
-        assert key is None or key in value or key == "forecasts", name
-    assert exporter.main(["--model", "llada", "--out", str(tmp_path / "b"), "--verify", "yes", "--json"]) == 0
-    printed = capsys.readouterr()
-    made = _strict(printed.out)
-    assert made["parameters"] > 1e6 and made["verified"]["passed"] and "verifying" in printed.err
-    assert (
-        exporter.main(["--model", "llada", "--out", str(tmp_path / "c"), "--verify", "no", "--json", "-q"])
-        == 0
-    )
-    assert capsys.readouterr().err == ""
-
-
-def test_tune_reports_json(demo_artifact, tmp_path, capsys, monkeypatch):
-    from trt_runtime.measure import tune
-
-    monkeypatch.setattr(tune, "_THRESHOLDS", (0.9,))
-    for policy in POLICIES.all():
-        monkeypatch.setattr(policy, "trials", ())
-    monkeypatch.setattr(tune, "_ROUNDS", 1)
-    (tmp_path / "data.txt").write_text("clean hall with mop\n")
-    words = ["tune", str(demo_artifact), "--data", str(tmp_path / "data.txt"), "--json"]
-    assert cli.main(words) == 0
-    printed = capsys.readouterr()
-    assert _strict(printed.out)["trials"] and "% right" in printed.err
-    assert cli.main([*words, "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
-
-
-def test_build_reports_json(tmp_path, capsys, monkeypatch):
-    from trt_runtime.backends.tensorrt import store
-
-    def built(artifact, out, config, note):
-        out.mkdir()
-        print("what a library says on standard output")
-        (out / f"x{store.SUFFIX}").write_bytes(b"123")
-        return out
-
-    monkeypatch.setattr(store, "build", built)
-    assert cli.main(["build", "x", "--out", str(tmp_path / "engines"), "--json"]) == 0
-    assert _strict(capsys.readouterr().out)["engines"] == [
-        {"file": str(tmp_path / "engines" / f"x{store.SUFFIX}"), "bytes": 3}
-    ]
-
-
-def test_json_is_strict_and_an_error_prints_none(demo_artifact, capsys):
-    held = {"a": math.nan, "b": [np.float32(1), math.inf], "c": ROOT, "d": {1: True}, "e": np.int64(3)}
-    assert _strict(cli_parser.as_json(held)) == {
-        "a": None,
-        "b": [1.0, None],
-        "c": str(ROOT),
-        "d": {"1": True},
-        "e": 3,
-    }
-    assert cli.main(["info", str(demo_artifact / "none"), "--json"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == "" and _one_line(printed.err)
 
 
 def test_an_interrupted_verification_says_what_was_written(tmp_path, capsys, monkeypatch):

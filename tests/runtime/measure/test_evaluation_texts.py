@@ -22,6 +22,7 @@ from trt_runtime.model import Model
 
 pytest.importorskip("lm_eval")
 from trt_runtime.measure import evaluation
+from trt_runtime.measure.harness import MOST_WINDOW
 
 
 def _asked(*pairs):
@@ -109,7 +110,7 @@ def _harness(model, **options):
 def test_long_texts_go_in_windows_that_are_bounded(long, calls):
     text = "clean hall with mop, then find red keys in attic. " * 600
     count = len(long.tokenizer.encode(text))
-    for given, window in ((None, harness.MOST_WINDOW), (50, 50)):
+    for given, window in ((None, MOST_WINDOW), (50, 50)):
         if given is not None:
             text, count = text[:1000], len(long.tokenizer.encode(text[:1000]))
         harness = _harness(long, max_length=given)

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import httpx
-import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from serving import PROMPT, serving
+from serving import PROMPT, post, serving
 
 from trt_runtime.decoding.config import GenerationConfig, option_names
 from trt_runtime.serving.requests import OPTIONS, ChatRequest, CompletionRequest
-from trt_runtime.serving.stops import Cutter
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "clean hall with mop"}]}
 TEXT = {"model": "demo", "prompt": "clean hall with mop", "max_tokens": 8}
@@ -71,16 +68,6 @@ OF_CHAT = {
 OF_TEXT = {"best_of": ([None, 1, 1.0], [2]), "echo": ([None, False], [True]), "suffix": ([None, ""], [7])}
 
 
-def _post(url, body, path="chat/completions", **options):
-    return httpx.post(
-        f"{url}/v1/{path}",
-        content=json.dumps(body),
-        headers={"content-type": "application/json"},
-        timeout=60,
-        **options,
-    )
-
-
 @pytest.mark.parametrize(("path", "body", "cases", "params"), [
     ("chat/completions", CHAT, BOTH | OF_CHAT, chat_create_params.CompletionCreateParamsNonStreaming),
     ("completions", TEXT, BOTH | OF_TEXT, completion_create_params.CompletionCreateParamsNonStreaming),
@@ -91,15 +78,15 @@ def test_every_field_of_openai_is_taken_or_refused_by_name(demo, path, body, cas
     )
     known -= {"model", "messages", "prompt"}
     assert known >= {"logit_bias", "stop", "top_p", "user"} and known <= set(cases), known - set(cases)
-    expected = _post(demo[0], body, path).json()["choices"]
+    expected = post(demo[0], body, path).json()["choices"]
     for name, (taken, refused) in cases.items():
         for value in taken:
-            answer = _post(demo[0], body | {name: value}, path)
+            answer = post(demo[0], body | {name: value}, path)
             assert answer.status_code == 200, (name, value, answer.text)
             if name != "max_tokens":
                 assert answer.json()["choices"] == expected, (name, value)
         for value in refused:
-            answer = _post(demo[0], body | {name: value}, path)
+            answer = post(demo[0], body | {name: value}, path)
             assert answer.status_code == 400 and name in answer.json()["error"]["message"], (
                 name,
                 value,
@@ -109,7 +96,7 @@ def test_every_field_of_openai_is_taken_or_refused_by_name(demo, path, body, cas
 
 def test_messages_as_clients_write_them(demo):
     def asked(*messages):
-        return _post(demo[0], CHAT | {"messages": list(messages)})
+        return post(demo[0], CHAT | {"messages": list(messages)})
 
     user = CHAT["messages"][0]
     expected = asked(user).json()["choices"]
@@ -206,14 +193,12 @@ def test_json_by_any_name(demo):
 def test_the_answer_gets_the_room_that_is_left(demo, model):
     prompt = [9, 17, 33, 44] * 40
     for asked, got in ((1000, 32), (32, 32), (5, 5), (None, 32)):
-        answer = _post(
-            demo[0], {"model": "demo", "prompt": prompt, "max_tokens": asked}, "completions"
-        ).json()
+        answer = post(demo[0], {"model": "demo", "prompt": prompt, "max_tokens": asked}, "completions").json()
         row = model.generate([prompt], GenerationConfig(gen_length=got))[0]
         assert answer["choices"][0]["text"] == row.text
         assert answer["choices"][0]["finish_reason"] == ("stop" if row.num_useful < got else "length")
     for long in (prompt * 2, "clean hall with mop " * 60):
-        error = _post(demo[0], {"model": "demo", "prompt": long, "max_tokens": 5}, "completions").json()[
+        error = post(demo[0], {"model": "demo", "prompt": long, "max_tokens": 5}, "completions").json()[
             "error"
         ]
         assert "shorten the prompt to 191" in error["message"] and error["code"] == "context_length_exceeded"
@@ -227,41 +212,41 @@ def test_a_suffix_is_the_text_behind_a_gap(demo, model):
     ids = [*tokenizer.encode(prompt), mask, *tokenizer.encode(after)]
     (expected,) = model.generate([ids], GenerationConfig(gen_length=0, infill=True))
     gap = tokenizer.decode(expected.canvas[len(tokenizer.encode(prompt)) : -len(tokenizer.encode(after))])
-    answer = _post(demo[0], body, "completions").json()
+    answer = post(demo[0], body, "completions").json()
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (gap, "stop") and gap.strip() == "hall"
     assert answer["usage"]["prompt_tokens"] == len(ids) - 1 and answer["usage"]["completion_tokens"] == 1
-    streamed = _post(demo[0], body | {"stream": True}, "completions").text
+    streamed = post(demo[0], body | {"stream": True}, "completions").text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     assert (
         "".join(event["choices"][0]["text"] for event in events) == gap
         and events[-1]["choices"][0]["finish_reason"] == "stop"
     )
-    assert _post(demo[0], body | {"prompt": ""}, "completions").status_code == 200  # a gap may stand first
-    assert len(_post(demo[0], body | {"prompt": [prompt, prompt]}, "completions").json()["choices"]) == 2
-    filled = _post(demo[0], body | {"max_tokens": 10**6}, "completions").json()["usage"]
+    assert post(demo[0], body | {"prompt": ""}, "completions").status_code == 200  # a gap may stand first
+    assert len(post(demo[0], body | {"prompt": [prompt, prompt]}, "completions").json()["choices"]) == 2
+    filled = post(demo[0], body | {"max_tokens": 10**6}, "completions").json()["usage"]
     assert filled["total_tokens"] == 192
     for change in (
         {"suffix": 5},
         {"suffix": ["x"]},
         {"template": [{"mask": 2}], "prompt": None, "max_tokens": None},
     ):
-        assert _post(demo[0], body | change, "completions").status_code == 400, change
+        assert post(demo[0], body | change, "completions").status_code == 400, change
     masks = {"suffix_masks": 8, "suffix_decay": True}
     row = model.generate([PROMPT], GenerationConfig(suffix=8, suffix_decay=True))[0]
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
-    assert _post(demo[0], body | masks).json()["choices"][0]["message"]["content"] == row.text
+    assert post(demo[0], body | masks).json()["choices"][0]["message"]["content"] == row.text
 
 
 def test_what_is_drawn_without_a_seed_differs_and_says_its_seed(demo, model):
     body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "temperature": 1.5}
-    answers = [_post(demo[0], body) for _ in range(4)]
+    answers = [post(demo[0], body) for _ in range(4)]
     seeds = [int(answer.headers["x-dllm-seed"]) for answer in answers]
     assert (
         len(set(seeds)) == 4
         and len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) > 1
     )
-    again = _post(demo[0], body | {"seed": seeds[0]})
+    again = post(demo[0], body | {"seed": seeds[0]})
     assert again.json()["choices"] == answers[0].json()["choices"] and again.headers["x-dllm-seed"] == str(
         seeds[0]
     )
@@ -269,13 +254,13 @@ def test_what_is_drawn_without_a_seed_differs_and_says_its_seed(demo, model):
         f"-seed-{seed}" in answer.json()["system_fingerprint"]
         for seed, answer in zip(seeds, answers, strict=True)
     )
-    streamed = _post(demo[0], body | {"stream": True}).text
+    streamed = post(demo[0], body | {"stream": True}).text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     (fingerprint,) = {event["system_fingerprint"] for event in events}
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     seed = int(re.search(r"-seed-(\d+)$", fingerprint)[1])
     assert text == model.generate([PROMPT], GenerationConfig(temperature=1.5, seed=seed))[0].text
-    assert "x-dllm-seed" not in _post(demo[0], CHAT).headers
+    assert "x-dllm-seed" not in post(demo[0], CHAT).headers
 
 
 def test_the_options_of_a_generation_are_fields():
@@ -288,111 +273,11 @@ def test_the_options_of_a_generation_are_fields():
     assert OPTIONS["suffix"] == "suffix_masks" and "suffix_masks" in CompletionRequest.model_fields
 
 
-def test_a_stop_string_may_be_a_special_token(model, demo, monkeypatch):
-    """The text does not show it. The model is made to write it in the place of what stands between two
-    steps."""
-    tokenizer = model.tokenizer
-    glue, special = tokenizer.encode('"}, {"')[0], tokenizer.encode("<|user|>")[0]
-
-    def instead(real):
-        def call(*args, **options):
-            stats = real(*args, **options)
-            return replace(stats, token=np.where(stats.token == glue, special, stats.token))
-
-        return call
-
-    monkeypatch.setattr(model.backend, "forward", instead(model.backend.forward))
-    row = model.generate([PROMPT], GenerationConfig())[0]
-    assert row.tokens.count(special) > 1
-    first = row.tokens.index(special)
-    last = tokenizer.spelled(row.tokens[first - 1 : first])
-    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
-    for stop, shown in (
-        ("<|user|>", first),
-        (["nowhere", last[-2:] + "<|user|>"], None),
-        ("<|user|>" + tokenizer.spelled(row.tokens[first + 1 : first + 2])[:1], None),
-    ):
-        expected = tokenizer.spelled(row.tokens)
-        wanted = stop if isinstance(stop, str) else stop[1]
-        assert wanted in expected
-        for change, where in (
-            ({}, "chat/completions"),
-            ({"prompt": tokenizer.render_chat(body["messages"]), "messages": None}, "completions"),
-        ):
-            sent = {
-                key: value
-                for key, value in (body | {"stop": stop, "max_tokens": 96} | change).items()
-                if value is not None
-            }
-            choice = _post(demo[0], sent, where).json()["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            streamed = _post(demo[0], sent | {"stream": True}, where).text
-            events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-            pieces = [
-                one.get("text") or one.get("delta", {}).get("content") or ""
-                for event in events
-                for one in event["choices"]
-            ]
-            assert choice["finish_reason"] == "stop" and "".join(pieces) == text
-            assert text == (
-                tokenizer.decode(row.tokens[:shown]) if shown else expected[: expected.index(wanted)]
-            )
-    assert "<|user|>" not in _post(demo[0], body).json()["choices"][0]["message"]["content"]
-
-
-def test_cutting_is_what_a_naive_search_says(model):
-    """Random tokens, special ones among them: the text before the first stop string of the spelled text,
-    special tokens left out; and as tokens come one by one, nothing is shown that is not shown in the end."""
-    tokenizer, rng = model.tokenizer, np.random.default_rng(0)
-    words = tokenizer.encode('clean hall with mop take red cups "}, {" <|user|> <|assistant|>')
-    met = 0
-    for _ in range(300):
-        ids = rng.choice(words, int(rng.integers(1, 14))).tolist()
-        pieces = [tokenizer.spelled(ids[i : i + 2]).strip() for i in rng.integers(0, len(ids), 2)]
-        stops = [
-            piece for piece in pieces if piece and any(text in piece for text in tokenizer.special_texts)
-        ] or ["<|user|>"]
-        cutter = Cutter(stops, tokenizer)
-        text, stopped = cutter.cut(tokenizer.decode(ids), ids, is_last=True)
-        spelled = tokenizer.spelled(ids)
-        found = [spelled.index(stop) for stop in stops if stop in spelled]
-        met += bool(found)
-        assert stopped == bool(found)
-        if not found:
-            assert text == tokenizer.decode(ids)
-        else:
-            whole = max(n for n in range(len(ids) + 1) if len(tokenizer.spelled(ids[:n])) <= min(found))
-            assert text.startswith(tokenizer.decode(ids[:whole])) and not any(
-                special in text for special in tokenizer.special_texts
-            )
-        shown = ""
-        for count in range(1, len(ids) + 1):
-            part, ended = cutter.cut(tokenizer.decode(ids[:count]), ids[:count], is_last=count == len(ids))
-            assert part.startswith(shown)
-            shown = part
-            if ended:
-                break
-        assert shown == text
-    assert met > 100
-
-
-def test_many_stop_strings(demo, model):
-    full = model.generate([PROMPT], GenerationConfig())[0].text
-    body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
-    stops = [f"nowhere {i}" for i in range(63)]
-    assert (
-        _post(demo[0], body | {"stop": [*stops, '"item"']}).json()["choices"][0]["message"]["content"]
-        == full.split('"item"')[0]
-    )
-    assert _post(demo[0], body | {"stop": [*stops, "a", "b"]}).status_code == 400
-    assert _post(demo[0], body | {"stop": ["a" * 257]}).status_code == 400
-
-
 def test_how_many_prompts_and_choices(model):
     """All of a request's answers are queued, or none."""
     with serving(model, slots=2, most_queued=2) as (url, worker):
         for count, status in ((4, 200), (5, 429), (257, 400)):
-            answer = _post(
+            answer = post(
                 url, {"model": "demo", "prompt": ["clean hall"] * count, "max_tokens": 4}, "completions"
             )
             assert answer.status_code == status and worker.num_open == 0, count
@@ -402,10 +287,10 @@ def test_how_many_prompts_and_choices(model):
                 in answer.json()["error"]["message"]
             )
         for bad in ([], [[]], [""], ["x", ""], ["x", 1], [[1], "x"], [1, [1]], [True], [1.5], {"a": 1}, 7):
-            answer = _post(url, {"model": "demo", "prompt": bad, "max_tokens": 4}, "completions")
+            answer = post(url, {"model": "demo", "prompt": bad, "max_tokens": 4}, "completions")
             assert answer.status_code == 400 and answer.json()["error"]["message"], bad
         assert (
-            _post(
+            post(
                 url, {"model": "demo", "prompt": [[5.0, 6, 7.0]], "max_tokens": 4.0}, "completions"
             ).status_code
             == 200
