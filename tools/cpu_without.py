@@ -1,5 +1,5 @@
-"""Run a command on this processor as if it had fewer instruction sets, at full speed: what an x86 machine
-without them would compute.
+"""Run a command on this processor as if it had fewer instruction sets, at full speed: the results are
+those of an x86 machine without them.
 
     # only AVX2: no AVX-512, no VNNI, no AMX
     python tools/cpu_without.py vnni -- python -m pytest tests/runtime/backends/test_int8.py
@@ -7,9 +7,9 @@ without them would compute.
     python tools/cpu_without.py avx512-vnni -- dllm-trt doctor
 
 Libraries such as ONNX Runtime choose their kernels by the CPUID instruction. Linux can make that instruction
-fault (arch_prctl ARCH_SET_CPUID); a small library, preloaded, answers the fault with the real registers less
-the bits of the instruction sets. It needs x86-64, a processor with CPUID faulting (Intel since 2012, AMD
-since Zen 4) and gcc. Exit status 3: this machine cannot do it.
+fault (arch_prctl ARCH_SET_CPUID); a small preloaded library handles the fault and returns the real registers
+without the bits of the instruction sets. It needs x86-64, a processor with CPUID faulting (Intel since 2012,
+AMD since Zen 4) and gcc. Exit status 3: this machine cannot do it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 UNABLE = 3
-NOTED = "DLLM_CPU_WITHOUT"  # in the command's environment: what is left out, for measurements to note
+NOTED = "DLLM_CPU_WITHOUT"  # set in the command's environment, so that measurements can record it
 # set -> bits to clear of leaf 7: (subleaf 0: ebx, ecx, edx), (subleaf 1: eax, edx)
 _AMX = ((0, 0, 1 << 22 | 1 << 24 | 1 << 25), (1 << 21, 1 << 8))
 _VNNI = ((0, 1 << 11, 1 << 2 | 1 << 3), (1 << 4, 1 << 4 | 1 << 5 | 1 << 10 | 1 << 19))
@@ -50,7 +50,7 @@ static void answer(int number, siginfo_t *info, void *context) {
   greg_t *r = ((ucontext_t *)context)->uc_mcontext.gregs;
   unsigned char *at = (unsigned char *)r[REG_RIP];
   unsigned a = r[REG_RAX], b, c = r[REG_RCX], d, leaf = a, subleaf = c;
-  if (at[0] != 0x0f || at[1] != 0xa2) { signal(SIGSEGV, SIG_DFL); return; } /* a fault of the program's own */
+  if (at[0] != 0x0f || at[1] != 0xa2) { signal(SIGSEGV, SIG_DFL); return; } /* the program's own fault */
   syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
@@ -79,36 +79,36 @@ def library(name: str, directory: Path) -> Path:
     for first, second in SETS[name]:
         for key, value in zip(bits, (*first, *second), strict=True):
             bits[key] |= value
-    source, made = directory / "without.c", directory / "without.so"
+    source, binary = directory / "without.c", directory / "without.so"
     source.write_text(_SOURCE % {**bits, "unable": UNABLE}, encoding="ascii")
     subprocess.run(
-        ["gcc", "-O2", "-shared", "-fPIC", "-w", str(source), "-o", str(made)],
+        ["gcc", "-O2", "-shared", "-fPIC", "-w", str(source), "-o", str(binary)],
         check=True,
         capture_output=True,
     )
-    return made
+    return binary
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sets", choices=SETS, help="what the processor is to lack")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --, the command")
+    parser.add_argument("sets", choices=SETS, help="the instruction sets to hide")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command, after --")
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command or shutil.which(command[0]) is None:
-        parser.error("give a command that exists, after --")
+        parser.error(f"no such command: {command[:1]}: give a command that exists, after --")
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            made = library(args.sets, Path(temporary))
+            binary = library(args.sets, Path(temporary))
         except (OSError, subprocess.CalledProcessError) as error:
             print(
-                f"error: no gcc, or it failed ({error}): install it to leave instruction sets out.",
+                f"error: gcc is missing or failed ({error}): install it to hide instruction sets.",
                 file=sys.stderr,
             )
             return UNABLE
-        preload = " ".join(filter(None, [str(made), os.environ.get("LD_PRELOAD")]))
+        preload = " ".join(filter(None, [str(binary), os.environ.get("LD_PRELOAD")]))
         return subprocess.run(
             command, env={**os.environ, "LD_PRELOAD": preload, NOTED: args.sets}, check=False
         ).returncode

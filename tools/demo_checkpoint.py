@@ -23,8 +23,8 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Tokenizer:
-    """Words, and runs of punctuation with their spaces; other spaces are dropped. Answers survive a round
-    trip exactly."""
+    """One token per word and per run of punctuation with its spaces; other spaces are dropped. Answers
+    survive a round trip exactly."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *demo_task.glue(), *demo_task.words()])}
     assert len(vocab) <= VOCAB and vocab[MASK] == MASK_ID and vocab[END] == END_ID
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))

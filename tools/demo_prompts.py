@@ -21,13 +21,13 @@ SEED = 20261123
 
 
 def held_out(count: int) -> list[demo_task.Example]:
-    """The first `count` of them."""
+    """The first `count` held-out examples, the same on every run."""
     rng = random.Random(SEED)
     return [demo_task.draw(rng, held_out=True) for _ in range(count)]
 
 
 def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict[str, object]]:
-    """Inputs of decode cases over these prompts, going through caches and policies in turn."""
+    """Inputs of decode cases over these prompts, cycling through caches and policies."""
     modes, policies = (
         ("none", "prefix", "dual"),
         ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7}),
@@ -70,7 +70,7 @@ def main() -> None:
         args.tuning.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.inputs:
         if args.artifact is None:
-            parser.error("--inputs needs the artifact, whose tokenizer it takes")
+            parser.error("--inputs needs the artifact argument: its tokenizer encodes the prompts")
         args.inputs.write_text(
             json.dumps({"cases": case_inputs(rt.load(args.artifact), examples)}) + "\n", encoding="utf-8"
         )

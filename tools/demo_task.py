@@ -5,11 +5,11 @@
 
 A plan has many right spellings: the keys of a step come in one of several orders, and all keys of an answer
 follow one of two vocabularies ("do", "item", ... or "action", "object", ...). Tokens of an answer therefore
-depend on one another: a decoder that commits two keys at once, each alone plausible, writes one key twice or
+depend on one another: a decoder that commits two keys at once, each plausible by itself, repeats a key or
 mixes the vocabularies. `is_right` accepts every right spelling and nothing else.
 
-A tenth of all pairs of a thing and a colour never stands in training; each held-out prompt names one
-(`is_held_out`). Everything is drawn from a `random.Random`, so a seed names a data set. Standard library
+A tenth of all pairs of a thing and a colour never occurs in training; each held-out prompt contains one of
+them (`is_held_out`). Everything is drawn from a `random.Random`, so a seed names a data set. Standard library
 only.
 """
 
@@ -63,7 +63,7 @@ class Example:
 
 
 def is_held_out(step: Step) -> bool:
-    """A tenth of all pairs of a thing and a colour is never seen in training."""
+    """Whether the step's thing and colour are among the tenth of all pairs that training never shows."""
     return "item" in step and zlib.crc32(f"{step['item']}/{step['color']}".encode()) % 10 == 0
 
 
@@ -105,9 +105,10 @@ def _answer_tokens(plan: list[Step]) -> int:
 
 
 def draw(rng: random.Random, *, held_out: bool, drill: bool = False) -> Example:
-    """One example; with `held_out`, one of its steps names a pair that training never shows, else none does.
+    """One example; with `held_out`, at least one step has a pair that training never shows; otherwise
+    none has.
 
-    A `drill` is a single step: training mixes some in, from which copying is learnt first.
+    A `drill` is a single step; training includes some, because copying is learnt from them first.
     """
     while True:
         plan: list[Step] = [_draw_step(rng)]
@@ -125,13 +126,13 @@ def draw(rng: random.Random, *, held_out: bool, drill: bool = False) -> Example:
 
 
 def plan_of(prompt: str) -> list[Step]:
-    """What an order means: `draw` read backwards. Raises ValueError for a text that is none."""
+    """The plan of an order, the inverse of `draw`. Raises ValueError if the text is not an order."""
     opening = max((text for text in OPENINGS if prompt.startswith(text)), key=len)
     joints = "|".join(re.escape(text) for text in sorted(JOINTS, key=len, reverse=True))
-    return [_step_of(said) for said in re.split(joints, prompt[len(opening) :])]
+    return [_step_of(clause) for clause in re.split(joints, prompt[len(opening) :])]
 
 
-def _step_of(said: str) -> Step:
+def _step_of(clause: str) -> Step:
     goods = f"(?P<color>{'|'.join(COLORS)}) (?P<item>{'|'.join(ITEMS)})"
     room, person, tool = (f"({'|'.join(names)})" for names in (ROOMS, PEOPLE, TOOLS))
     spoken = {
@@ -142,9 +143,9 @@ def _step_of(said: str) -> Step:
     }
     for do, patterns in spoken.items():
         for pattern in patterns:
-            if found := re.fullmatch(f"({'|'.join(VERBS[do])}) {pattern}", said):
-                return {"do": do} | {key.rstrip("_"): value for key, value in found.groupdict().items()}
-    raise ValueError(f"{said!r} is no step of an order")
+            if match := re.fullmatch(f"({'|'.join(VERBS[do])}) {pattern}", clause):
+                return {"do": do} | {key.rstrip("_"): value for key, value in match.groupdict().items()}
+    raise ValueError(f"{clause!r} is not a step of an order")
 
 
 def is_right(answer: str, plan: list[Step]) -> bool:
@@ -164,16 +165,16 @@ def spellings(plan: list[Step]) -> list[list[Step]]:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Step:
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return dict(pairs)
 
 
 def words() -> list[str]:
     """Every word of the task, in a fixed order: the vocabulary of the tokenizer."""
-    said = [*ITEMS, *COLORS, *ROOMS, *PEOPLE, *TOOLS]
-    said += [verb for verbs in VERBS.values() for verb in verbs] + list(VERBS)
-    said += [*VOCABULARIES[0], *VOCABULARIES[1]]
-    said += [
+    words = [*ITEMS, *COLORS, *ROOMS, *PEOPLE, *TOOLS]
+    words += [verb for verbs in VERBS.values() for verb in verbs] + list(VERBS)
+    words += [*VOCABULARIES[0], *VOCABULARIES[1]]
+    words += [
         "please",
         "robot",
         "now",
@@ -196,7 +197,7 @@ def words() -> list[str]:
         "my",
         "of",
     ]
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(words))
 
 
 def glue() -> list[str]:

@@ -4,8 +4,8 @@
 
 sizes    functions of at most 60 lines, files of at most 350
 names    nothing in trt_runtime/ and export/ is called held, made or found: a name says what a thing is
-classes  no two public classes of trt_runtime/, export/ and plugins/ share a name; protocols and the modules of
-         families (those that set FAMILY) are exempt
+classes  no two public classes of trt_runtime/, export/ and plugins/ share a name; protocols and the modules
+         of families (those that set FAMILY) are exempt
 """
 
 from __future__ import annotations

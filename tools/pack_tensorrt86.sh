@@ -2,25 +2,25 @@
 # Pack TensorRT 8.6 with a Python 3.11 to run it, for a GPU machine without network: tools/pack_tensorrt86.sh OUT_DIR
 #
 # OUT_DIR receives tensorrt86.tar.xz.00, .01, ... (at most 56 MiB each), SHA256SUMS and unpack_tensorrt86.sh. Inside:
-#   run      `run python3 script.py` sets the environment, then runs the command
+#   run      `run python3 script.py` sets the environment and runs the command
 #   python/  this machine's Python 3.11 and its standard library
-#   lib/     the shared libraries that Python and the packages load, less those of glibc and GCC
+#   lib/     the shared libraries that Python and the packages load, except those of glibc and GCC
 #   site/    tensorrt_bindings 8.6.1 (and its alias tensorrt), tensorrt_libs 8.6.0, numpy, onnx, cuda-python
 #
-# The wheel tensorrt 8.6.0 for Python 3.10 is the newest on the package index that holds TensorRT's libraries itself. Its
-# plugin library names cuBLAS and cuDNN, which are larger than TensorRT: stubs stand for them, whose functions say so and
-# fail. Build engines with the tactic sources CUBLAS, CUBLAS_LT and CUDNN off.
+# The wheel tensorrt 8.6.0 for Python 3.10 is the newest on the package index that contains TensorRT's libraries. Its
+# plugin library links to cuBLAS and cuDNN, which are larger than TensorRT: stubs replace them, whose functions print an
+# error and fail. Build engines with the tactic sources CUBLAS, CUBLAS_LT and CUDNN off.
 #
-# A few functions of the 8.6.1 bindings stand elsewhere in the 8.6.0 libraries; called, they crash or reach another
-# function. `import tensorrt` removes them. It cannot remove one of two signatures: do not give a profile index to
+# A few functions of the 8.6.1 bindings are at other places in the 8.6.0 libraries: a call crashes or reaches another
+# function. `import tensorrt` removes them. It cannot remove one of two overloads: do not pass a profile index to
 # ICudaEngine.get_tensor_{bytes_per_component,components_per_element,format,format_desc,vectorized_dim}.
 #
-# The target needs x86-64 Linux, libstdc++, a driver for CUDA 12, and the glibc that the last line of the output names.
+# The target needs x86-64 Linux, libstdc++, a driver for CUDA 12, and the glibc version in the last line of the output.
 # Packing takes 4 GB of disk under OUT_DIR. TensorRT's licence travels in site/: the pieces are for your own machines.
 set -euo pipefail
 
 TENSORRT=tensorrt==8.6.0
-# numpy 2 is out: under it the bindings read other numbers than an array holds, and raise nothing
+# numpy 2 is excluded: with it the bindings silently read wrong numbers from arrays
 PACKAGES=(tensorrt-bindings==8.6.1 numpy==1.26.4 onnx==1.23.2 cuda-python==12.9.10)
 PIECE_BYTES=58720256
 STUBS=(libcublas.so.12 libcublasLt.so.12 libcudnn.so.8)
@@ -58,7 +58,7 @@ install_packages() {
   rm -rf "$tree/site/bin"
   mkdir "$tree/site/tensorrt"
   cat >"$tree/site/tensorrt/__init__.py" <<'PY'
-"""tensorrt_bindings under TensorRT's own name, less what the 8.6.1 bindings and the 8.6.0 libraries do not share."""
+"""tensorrt_bindings under TensorRT's own name, without the functions that differ between the 8.6.1 bindings and the 8.6.0 libraries."""
 
 import tensorrt_bindings
 from tensorrt_bindings import *
@@ -81,14 +81,14 @@ extract_tensorrt() {
   rm -rf "$work/wheel"
 }
 
-# Write libraries that hold, under their version names, the functions that TensorRT's libraries ask of STUBS.
+# Write stub libraries that export, under their version names, the functions that TensorRT's libraries import from STUBS.
 build_stubs() {
   local library function libs=$tree/site/tensorrt_libs source=$work/stub.c
   for library in "${STUBS[@]}"; do
     cat >"$source" <<C
 #include <stdio.h>
 static int fail(const char *name) {
-  fprintf(stderr, "$library: %s was called in a stub: switch off the tactic sources CUBLAS, CUBLAS_LT and CUDNN\\n", name);
+  fprintf(stderr, "$library: %s was called but is a stub: switch off the tactic sources CUBLAS, CUBLAS_LT and CUDNN\\n", name);
   return 1;
 }
 C
@@ -98,20 +98,20 @@ C
         *) echo "int $function(void) { return fail(\"$function\"); }" ;;
       esac
     done >>"$source"
-    grep -q '(void)' "$source" || die "$library: no library of $TENSORRT asks it for a function; a stub needs its list: compare nm -D"
+    grep -q '(void)' "$source" || die "$library: no library of $TENSORRT imports a function from it; a stub needs the list: check nm -D"
     echo "$library { global: *; };" >"$work/stub.map"
     cc -shared -fPIC -Wl,-soname,"$library" -Wl,--version-script="$work/stub.map" -o "$libs/$library" "$source"
   done
 }
 
 bundle_libraries() {
-  local found name path
+  local linked name path
   mkdir "$tree/lib"
-  found=$(find "$tree" -type f \( -name '*.so*' -o -name python3.11 \) -print0 | xargs -0 ldd)
-  awk '/not found/ {print $1}' <<<"$found" | sort -u | while read -r name; do
-    [ -n "$(find "$tree" -name "$name")" ] || die "$name: a packed file loads it, and it is neither packed nor here: install it"
+  linked=$(find "$tree" -type f \( -name '*.so*' -o -name python3.11 \) -print0 | xargs -0 ldd)
+  awk '/not found/ {print $1}' <<<"$linked" | sort -u | while read -r name; do
+    [ -n "$(find "$tree" -name "$name")" ] || die "$name: a packed file needs it, but it is neither packed nor installed: install it"
   done
-  awk '$2 == "=>" && $3 ~ "^/" {print $3}' <<<"$found" | sort -u | grep -vF "$tree" | grep -vE "$SYSTEM" | while read -r path; do
+  awk '$2 == "=>" && $3 ~ "^/" {print $3}' <<<"$linked" | sort -u | grep -vF "$tree" | grep -vE "$SYSTEM" | while read -r path; do
     cp -L "$path" "$tree/lib"
   done
 }
@@ -121,7 +121,7 @@ write_run() {
 #!/bin/sh
 # run COMMAND ...: the command, in an environment with the packed Python 3.11 and TensorRT 8.6
 here=$(dirname "$(readlink -f "$0")")
-[ $# -gt 0 ] || { echo "error: run: no command given; it takes one: $here/run python3 script.py" >&2; exit 2; }
+[ $# -gt 0 ] || { echo "error: run: got no command, expected one: $here/run python3 script.py" >&2; exit 2; }
 export PATH="$here/python/bin:$PATH"
 export PYTHONHOME="$here/python" PYTHONNOUSERSITE=1
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$here/site"
@@ -144,7 +144,7 @@ write_pieces() {
 [ $# -eq 1 ] || die "got $# arguments, expected one, the directory for the pieces: $0 OUT_DIR"
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
-[ -z "$(ls -A "$out")" ] || die "$out: holds files already; the pieces need an empty directory: name another or empty it"
+[ -z "$(ls -A "$out")" ] || die "$out: is not empty; the pieces need an empty directory: choose another or empty it"
 require_tools
 work=$(mktemp -d "$out/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -158,7 +158,7 @@ build_stubs
 bundle_libraries
 write_run
 "$tree/run" python3 -c 'import cuda.bindings.driver, numpy, onnx, tensorrt' ||
-  die "$tree: the packed Python does not import its packages; nothing was written: see the lines above"
+  die "$tree: the packed Python cannot import its packages; nothing was written: see the lines above"
 find "$tree" -name __pycache__ -type d -prune -exec rm -rf {} +
 glibc=$(find "$tree" -type f -size -100M -exec grep -ahoE 'GLIBC_2\.[0-9]+' {} + | sort -Vu | tail -1)
 write_pieces

@@ -4,8 +4,8 @@
     python tools/random_checkpoint.py --preset llada-8b /data/llada-8b-random    # 16 GB of bf16, in shards
 
 The weights have unit gain, so activations and confidences stay in range; the tokens mean nothing. All numbers
-are windows of one block of 8 M, each at another place, so writing is as fast as the disk, and memory stays
-small. Runs from a checkout with the `export` extra.
+are windows of one block of 8 M numbers, each at a different offset, so writing is as fast as the disk and
+needs little memory. Runs from a checkout with the `export` extra.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "llada-8b-2layers": (
         _LLADA_8B | {"n_layers": 2},
         "bf16",
-    ),  # full width: what runs on a machine of 24 GiB, with PyTorch beside
+    ),  # full width, and fits 24 GiB together with PyTorch
     "dream-7b-2layers": (_DREAM_7B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}, "bf16"),
 }
 
@@ -123,8 +123,8 @@ Shapes = dict[str, tuple[int, ...]]
 def write(
     config: dict[str, Any], path: Path, dtype: str = "fp32", seed: int = 0, shard_bytes: int = _SHARD_BYTES
 ) -> None:
-    """A checkpoint directory: config.json and model.safetensors, or shards with an index where it is larger
-    than a shard."""
+    """A checkpoint directory: config.json and model.safetensors, or shards with an index if it is larger
+    than one shard."""
     family = families.find(config["model_type"])
     shapes = {
         family.tensor_name(name): shape
@@ -150,7 +150,7 @@ def write(
 
 
 def write_safetensors(path: Path, shapes: Shapes, dtype: str, pieces: Iterable[np.ndarray]) -> None:
-    """A safetensors file whose data comes in pieces; without any it is a sparse file of zeros."""
+    """A safetensors file whose data comes in pieces; without pieces it is a sparse file of zeros."""
     kind, numpy = _DTYPES[dtype]
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -168,8 +168,8 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: str, pieces: Iterable[n
 def _shards(shapes: Shapes, itemsize: int, shard_bytes: int) -> Iterator[Shapes]:
     shard: Shapes = {}
     for name, shape in shapes.items():
-        held = sum(itemsize * math.prod(other) for other in shard.values())
-        if shard and held + itemsize * math.prod(shape) > shard_bytes:
+        size = sum(itemsize * math.prod(other) for other in shard.values())
+        if shard and size + itemsize * math.prod(shape) > shard_bytes:
             yield shard
             shard = {}
         shard[name] = shape
@@ -207,9 +207,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         choices=sorted(_DTYPES),
-        help="of the weights (default: the preset's own, bf16 where published)",
+        help="dtype of the weights (default: the preset's own, bf16 for published models)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     parser.add_argument("path", type=Path, help="directory to write")
     args = parser.parse_args()
     config, dtype = PRESETS[args.preset]

@@ -1,10 +1,10 @@
-"""Record a decoding as an animated SVG: vanilla beside cached and parallel, each token where and when a real
-run committed it.
+"""Record a decoding as an animated SVG: vanilla next to cached and parallel, each token where and when a
+real run committed it.
 
     python tools/record_decoding.py artifacts/llada-demo --out docs/decoding.svg
 
-Both runs are made here, one after the other, several times in turn; the ones of median time are drawn, both
-slowed by the same factor, which the picture states.
+Both runs are repeated in turn, several times, in this process. Those of median time are drawn, both slowed by
+the same factor, which the picture states.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ RUNS = {
     "vanilla: no cache, one token per forward": rt.GenerationConfig(cache="none", policy="fixed"),
     "dual cache, threshold 0.9": rt.GenerationConfig(),
 }
-SECONDS, PAUSE = 9.0, 3.0  # of the longest run on the screen, and of the rest before it begins again
+SECONDS, PAUSE = 9.0, 3.0  # the longest run on the screen, and the pause before the loop restarts
 WIDTH, LINE, CHARACTER, MARGIN = 880, 24, 7.3, 16
 
 
 @dataclass
 class Run:
-    """Seconds of each forward from the start, and of every token its text, confidence and forward (from
-    1)."""
+    """End of each forward in seconds from the start; text, confidence and forward (from 1) of every token."""
 
     times: list[float]
     tokens: dict[int, tuple[str, float, int]]
@@ -131,7 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path, help="the exported demo model")
-    parser.add_argument("--out", type=Path, required=True, help="the SVG")
+    parser.add_argument("--out", type=Path, required=True, help="the SVG file to write")
     parser.add_argument(
         "--repeats", type=int, default=9, help="runs of each, in turn; the median is drawn (default 9)"
     )

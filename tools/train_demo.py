@@ -5,7 +5,7 @@
 LLaDA's recipe (arXiv 2502.09992, section 2): mask each token of the response with probability t ~ U(0, 1),
 predict the masked ones, weigh the loss by 1/t; the response region has a fixed size and is filled up with
 end-of-text tokens. Half of the samples are masked as block decoding sees them: a window is masked with ratio
-t, everything right of it wholly.
+t, everything right of it completely.
 
 Two single-thread processes average their gradients (faster on two cores than one process with two threads).
 Writes config.json, model.safetensors (bf16, the official tensor names), the tokenizer and training_log.jsonl.
@@ -118,8 +118,8 @@ class Model(nn.Module):
 def batches(
     tokenizer: Tokenizer, rng: random.Random, size: int, *, held_out: bool, drills: float = 0.0
 ) -> Iterator[tuple[Tensor, list]]:
-    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: nothing is padded but the
-    response.
+    """Batches ([B, P + GEN_LENGTH] ids, examples) of prompts of one length P: only the response
+    is padded.
 
     A share `drills` of the examples has a single step.
     """
@@ -269,12 +269,12 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="directory of the checkpoint to write")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time (default 60)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step and process (default 32)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per step and process (default 32)")
     parser.add_argument("--processes", type=int, default=2, help="single-thread processes (default 2)")
-    parser.add_argument("--seed", type=int, default=1, help="names data and initial weights (default 1)")
-    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data and initial weights (default 1)")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates (default 1)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the weights in `out`, and append to its log"
+        "--resume", action="store_true", help="continue from the weights in `out`, and append to its log"
     )
     parser.add_argument("--port", type=int, default=29571, help="local port of the gradient exchange")
     args = parser.parse_args()

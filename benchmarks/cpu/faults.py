@@ -1,5 +1,4 @@
-"""Hostile requests by the thousand: good, streamed, abandoned, malformed, too large, out of range, or
-fuzzed."""
+"""Thousands of hostile requests: good, streamed, abandoned, malformed, too large, out of range, or fuzzed."""
 
 from __future__ import annotations
 
@@ -85,26 +84,26 @@ FIELDS = (
 
 
 def fuzzed(body: dict[str, Any], rng: random.Random) -> bytes:
-    """A good body, with some values replaced, added or left out, or some bytes changed."""
-    made = json.loads(json.dumps(body))
+    """A valid body with some values replaced, added or removed, or some bytes changed."""
+    changed = json.loads(json.dumps(body))
     for _ in range(rng.randrange(1, 4)):
         at = (
-            rng.choice([made, made, *(m for m in made.get("messages") or [] if isinstance(m, dict))])
-            if isinstance(made.get("messages"), list)
-            else made
+            rng.choice([changed, changed, *(m for m in changed.get("messages") or [] if isinstance(m, dict))])
+            if isinstance(changed.get("messages"), list)
+            else changed
         )
         if rng.random() < 0.25 and at:
             del at[rng.choice(list(at))]
         else:
             at[rng.choice(FIELDS)] = rng.choice(VALUES)
-    raw = bytearray(json.dumps(made).encode())
+    raw = bytearray(json.dumps(changed).encode())
     for _ in range(rng.choice([0, 0, 0, 1, 8])):
         raw[rng.randrange(len(raw))] = rng.randrange(256)
     return bytes(raw)
 
 
 async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expected: dict[str, str]) -> str:
-    """One request of a random kind; what came of it. Raises AssertionError for an answer that is wrong."""
+    """Send one request of a random kind and return its outcome. Raises AssertionError on a wrong answer."""
     kind = rng.choice(["good", "good", "stream", "leave", "leave stream", "bad", "fuzz"])
     prompt = rng.choice(list(expected))
     where = f"{url}/chat/completions"
@@ -157,7 +156,7 @@ async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expec
 
 
 async def faults(server: Server, expected: dict[str, str], count: int, seed: int) -> dict[str, Any]:
-    """Hostile requests by 16 clients; then whether everything came back."""
+    """Send `count` hostile requests from 16 clients, then check that every slot and the memory are free."""
     rng, seen, wrong, left = random.Random(seed), Counter[str](), [], count
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -177,10 +176,10 @@ async def faults(server: Server, expected: dict[str, str], count: int, seed: int
             left = part
             await asyncio.gather(*(client(http) for _ in range(16)))
             memory.append(server.memory())
-        held: dict[str, Any] = {}
+        ready: dict[str, Any] = {}
         for _ in range(100):
-            held = (await http.get(server.url.removesuffix("/v1") + "/ready")).json()
-            if held.get("open") == 0:
+            ready = (await http.get(server.url.removesuffix("/v1") + "/ready")).json()
+            if ready.get("open") == 0:
                 break
             await asyncio.sleep(0.1)
     return {
@@ -188,6 +187,6 @@ async def faults(server: Server, expected: dict[str, str], count: int, seed: int
         "kinds": dict(seen),
         "wrong": wrong[:20],
         "num_wrong": len(wrong),
-        "open_at_the_end": held.get("open"),
+        "open_at_the_end": ready.get("open"),
         "memory_mib": {"at the start": memory[0], "after a quarter": memory[1], "at the end": memory[2]},
     }

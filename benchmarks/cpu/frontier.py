@@ -2,12 +2,12 @@
 prompts.
 
     make frontier                   # all of it: about 15 minutes on 2 cores
-    python benchmarks/cpu/frontier.py artifacts/llada-demo --count 40 --only policies    # a part, not written
+    python benchmarks/cpu/frontier.py artifacts/llada-demo --count 40 --only factor    # writes nothing
 
 Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of
 docs/benchmarks.md (needs the `bench` extra). Exact match is that of tools/demo_task.py, with the standard
 error of a proportion; tokens per forward (TPF) counts tokens before the end of the answer. `same`: answers
-equal, token by token, to those of one token per forward with the same cache and blocks.
+equal, token for token, to those of one token per forward with the same cache and blocks.
 """
 
 from __future__ import annotations
@@ -118,13 +118,13 @@ def evaluate(
             useful, forwards = useful + result.num_useful, forwards + result.nfe
             answers.append(result.tokens)
     count, share = len(examples), right / len(examples)
-    made = {
+    figures = {
         "exact_match": round(100 * share, 1),
         "standard_error": round(100 * math.sqrt(share * (1 - share) / count), 1),
         "tokens_per_forward": round(useful / forwards, 2),
         "forwards": round(forwards / count, 1),
     }
-    return made, answers
+    return figures, answers
 
 
 def table(report: dict[str, Any]) -> str:
@@ -142,7 +142,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """One line a group that has a knob, a mark for what has none."""
+    """A line per group that has a knob, marks for the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,9 +190,9 @@ def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str
     """The figures of all groups (or of those in `only`)."""
     examples = held_out(count)
     groups, rows, single = variants(), [], {}
-    for group, held in groups.items():
-        for name, config in held.items() if not only or group in only else ():
-            made, answers = evaluate(model, examples, config, batch)
+    for group, configs in groups.items():
+        for name, config in configs.items() if not only or group in only else ():
+            figures, answers = evaluate(model, examples, config, batch)
             if config.policy == "fixed" and config.steps is None and config.speculate == 1:
                 single[config.cache] = answers
             base = single.get(config.cache) if config.block_length is None else None
@@ -201,8 +201,8 @@ def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str
                 if base is None
                 else round(100 * sum(a == b for a, b in zip(answers, base, strict=True)) / count, 1)
             )
-            rows.append({"group": group, "name": name, **made, "same": same})
-            print(f"{name:46} {made}", file=sys.stderr, flush=True)
+            rows.append({"group": group, "name": name, **figures, "same": same})
+            print(f"{name:46} {figures}", file=sys.stderr, flush=True)
     return {"prompts": count, "seed": SEED, "rows": rows, "machine": machine()}
 
 
@@ -212,17 +212,25 @@ def main() -> None:
     )
     parser.add_argument("artifact", type=Path, help="the exported demo model")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default 500)")
-    parser.add_argument("--batch", type=int, default=20, help="rows decoded together (default 20)")
+    parser.add_argument("--batch", type=int, default=20, help="prompts per batch (default 20)")
     parser.add_argument(
-        "--only", default="", help=f"groups, with commas, and write nothing: {', '.join(variants())}"
+        "--only",
+        default="",
+        help=f"run only these groups, comma-separated, and write nothing: {', '.join(variants())}",
     )
     parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="measure nothing: table and plot of these figures"
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="do not measure: draw the table and plot from this file",
     )
     args = parser.parse_args()
     only = {name.strip() for name in args.only.split(",") if name.strip()}
     if args.count < 1 or args.batch < 1 or only - set(variants()):
-        raise SystemExit(f"error: --count and --batch are from 1, --only takes: {', '.join(variants())}.")
+        raise SystemExit(
+            f"error: --count {args.count}, --batch {args.batch}, --only '{args.only}': expected --count and "
+            f"--batch of at least 1, and --only with groups of: {', '.join(variants())}."
+        )
     if args.from_json:
         report = json.loads(args.from_json.read_text(encoding="utf-8"))
     else:

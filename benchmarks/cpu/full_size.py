@@ -1,5 +1,5 @@
-"""Benchmark: export of a full-size checkpoint beside a plain copy of the same files, and parity of a
-full-width model of two layers.
+"""Benchmark: export of a full-size checkpoint compared with a plain copy of the same files, and
+parity of a full-width model of two layers.
 
     python benchmarks/cpu/full_size.py --model llada --output benchmarks/results
 
@@ -48,7 +48,9 @@ def main() -> None:
     )
     parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--scratch", type=Path, help="a directory on the disk to measure (default the temporary directory's)"
+        "--scratch",
+        type=Path,
+        help="a directory on the disk to measure (default: the system's temporary directory)",
     )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result"
@@ -60,12 +62,12 @@ def main() -> None:
         return
     report: dict[str, Any] = {"preset": preset, "machine": machine()}
     with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
-        made = (
+        figures = (
             quantised(preset, Path(temporary))
             if args.quantized
             else measure(preset, Path(temporary), args.repeats)
         )
-    report |= made
+    report |= figures
     if args.parity:
         with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
             report["parity"] = parity(f"{preset}-2layers", Path(temporary))
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
-    """Seconds and peak memory of cp, export and linked export, in turn."""
+    """Seconds and peak memory of cp, export and linked export, run in turn."""
     checkpoint, out = scratch / preset, scratch / "out"
     run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
@@ -120,9 +122,9 @@ def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
 
 
 def quantised(preset: str, scratch: Path) -> dict[str, Any]:
-    """By scheme: seconds and peak memory of the export, bytes of the artifact, and what it took to decode a
+    """Per scheme: seconds and peak memory of the export, bytes of the artifact, and the cost of decoding a
     block."""
-    checkpoint, found = scratch / preset, {}
+    checkpoint, rows = scratch / preset, {}
     run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
     for scheme in ("w8a8", "int4"):
         out, begin = scratch / scheme, time.perf_counter()
@@ -152,15 +154,15 @@ def quantised(preset: str, scratch: Path) -> dict[str, Any]:
             text=True,
         )
         size = sum(facts.size for facts in manifests.load(out).files.values())
-        found[scheme] = {
+        rows[scheme] = {
             "export_seconds": round(seconds, 1),
             "export_peak_memory_mib": round(memory),
             "bytes": size,
             **json.loads(done.stdout),
         }
-        print(scheme, found[scheme], flush=True)
+        print(scheme, rows[scheme], flush=True)
         shutil.rmtree(out)
-    return {"quantised": found}
+    return {"quantised": rows}
 
 
 def decode(artifact: Path) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def decode(artifact: Path) -> dict[str, Any]:
 
 
 def parity(preset: str, scratch: Path) -> dict[str, Any]:
-    """What `verify` says of the full-width model, in fp32 on ONNX Runtime."""
+    """The verdict of `verify` on the full-width model, in fp32 on ONNX Runtime."""
     run("tools/random_checkpoint.py", "--preset", preset, str(scratch / preset))
     run(
         "-m",
@@ -212,7 +214,7 @@ def peak(command: list[str]) -> float:
     process = subprocess.Popen(command, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
+        raise SystemExit(f"error: exit status {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
     return usage.ru_maxrss / 1024
 
 

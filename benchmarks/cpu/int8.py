@@ -7,7 +7,7 @@ prefix pass of a random LLaDA of 140 M parameters.
 
 Each spelling, with session.x64quantprecision 0 and 1 where that changes anything:
     w8a8      8-bit weights, MatMulIntegerToFloat (u8 x s8): exact with VNNI; without it only with the option
-    w7a8      weights in 7 bits: no sum of two products leaves 16 bits, so it is exact on every processor
+    w7a8      weights in 7 bits: no sum of two products overflows 16 bits, so it is exact on every processor
     int8      8-bit weights in blocks of 128, MatMulNBits of accuracy level 4
     int4      4-bit weights in blocks of 128, MatMulNBits of accuracy level 4 (the head: 8 bit)
 error: largest difference of logits from the fp32 artifact's, over the largest logit; same: share of rows with
@@ -50,16 +50,16 @@ class W7A8(W8A8):
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         pieces = list(rows)
-        held = super().quantize(name, shape, iter(pieces))
-        scale = held["scale"] * np.float32(127 / 63)
-        held["int8"] = (
+        parts = super().quantize(name, shape, iter(pieces))
+        scale = parts["scale"] * np.float32(127 / 63)
+        parts["int8"] = (
             np.concatenate(
                 [np.rint(piece / scale[at : at + len(piece), None]) for at, piece in _placed(pieces)]
             )
             .astype(np.int8)
             .T.copy()
         )
-        return held | {"scale": scale}
+        return parts | {"scale": scale}
 
 
 def _placed(pieces: list[Array]) -> Iterator[tuple[int, Array]]:
@@ -70,7 +70,7 @@ def _placed(pieces: list[Array]) -> Iterator[tuple[int, Array]]:
 
 
 class Int8(Int4):
-    """Every layer as int4 has its head."""
+    """Every layer quantised as int4 quantises its head."""
 
     def parts(self, name: str, shape: tuple[int, int]) -> Any:
         return super().parts("lm_head.weight", shape)
@@ -80,11 +80,11 @@ class Int8(Int4):
 
     def linear(self, op: Any, x: Any, name: str, weight: Any, bias: Any = None) -> Any:
         shapes, self.shapes = self.shapes, {**self.shapes, "lm_head.weight": self.shapes[name]}
-        made = super().linear(
+        product = super().linear(
             op, x, "lm_head.weight", lambda part: weight(part.replace("lm_head.weight", name)), bias
         )
         self.shapes = shapes
-        return made
+        return product
 
 
 def main() -> None:
@@ -97,9 +97,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
+        scratch = Path(temporary)
         if args.artifact is None:
-            checkpoint = str(made / "checkpoint")
+            checkpoint = str(scratch / "checkpoint")
             subprocess.run(
                 [
                     sys.executable,
@@ -117,17 +117,17 @@ def main() -> None:
         report = {
             "machine": machine() | without,
             "exact as it is": {name: int8.is_exact(name, {}) for name in int8.PROBES},
-            "rows": measure(made, checkpoint),
+            "rows": measure(scratch, checkpoint),
         }
     print(table(report))
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
+def measure(scratch: Path, checkpoint: str) -> list[dict[str, Any]]:
     artifacts = {"fp32": None, "w8a8": W8A8, "w7a8": W7A8, "int8": Int8, "int4": Int4}
     for name, kind in artifacts.items():
-        config = pipeline.ExportConfig(checkpoint, made / name)
+        config = pipeline.ExportConfig(checkpoint, scratch / name)
         pipeline.export(
             config, lambda total: lambda done: None, scheme=None if kind is None else kind("fp32")
         )
@@ -139,7 +139,7 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
         ("int8", {}),
         ("int4", {}),
     ]
-    opened = [opened_with(made / name, settings) for name, settings in spellings]
+    opened = [opened_with(scratch / name, settings) for name, settings in spellings]
     facts = opened[0].manifest.model
     length = min(PASS, facts.max_length)
     ids = np.random.default_rng(0).integers(0, facts.vocab_size, (1, length))
@@ -153,26 +153,26 @@ def measure(made: Path, checkpoint: str) -> list[dict[str, Any]]:
         cache = backend.new_cache(1, length)
         logits.append(backend.prefix(cache, slice(0, 1), calls["prefix_ms"][0], want_logits=True).logits[0])
     for _ in range(ROUNDS):
-        for backend, held in zip(opened, times, strict=True):
+        for backend, taken in zip(opened, times, strict=True):
             cache = backend.new_cache(1, length)
             for key, (call, role) in calls.items():
                 begin = time.perf_counter()
                 getattr(backend, role)(cache, slice(0, 1), call)
-                held[key].append(1000 * (time.perf_counter() - begin))
+                taken[key].append(1000 * (time.perf_counter() - begin))
     return [
         {
             "spelling": name,
             "precision": settings.get(int8.PRECISION, "0"),
-            **{key: round(statistics.median(values), 2) for key, values in held.items()},
+            **{key: round(statistics.median(values), 2) for key, values in taken.items()},
             "error": float(f"{np.abs(mine - logits[0]).max() / np.abs(logits[0]).max():.3g}"),
             "same": float((mine.argmax(-1) == logits[0].argmax(-1)).mean()),
         }
-        for (name, settings), held, mine in zip(spellings, times, logits, strict=True)
+        for (name, settings), taken, mine in zip(spellings, times, logits, strict=True)
     ]
 
 
 def opened_with(artifact: Path, settings: Mapping[str, str]) -> OrtBackend:
-    """The backend with these session options, whatever the probe says."""
+    """The backend with these session options, whatever the probe finds."""
     usual = int8.session_entries
     int8.session_entries = lambda manifest: dict(settings)
     try:
@@ -182,7 +182,7 @@ def opened_with(artifact: Path, settings: Mapping[str, str]) -> OrtBackend:
 
 
 def window(ids: Array, start: int, kv_len: int) -> Window:
-    """A call over `ids` from position `start` on that asks for its last rows."""
+    """A call over `ids` from position `start` on, with logits of its last positions."""
     rows = ids.shape[1]
     asked = np.arange(rows - min(STEP, rows), rows)[None]
     return Window(

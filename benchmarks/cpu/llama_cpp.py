@@ -55,7 +55,7 @@ def compare(args: argparse.Namespace, base: dict[str, int]) -> dict[str, Any]:
 
 def _seconds(args: argparse.Namespace, prompt: str, length: int, gen: int, block: int) -> float:
     """The seconds that llama.cpp reports for one prompt."""
-    canvas = str(-(-length // block) * block)  # it takes a canvas of whole blocks
+    canvas = str(-(-length // block) * block)  # llama.cpp accepts only whole blocks
     command = [str(args.llama_cpp), "-m", str(args.gguf), "-p", prompt]
     command += ["-ub", canvas, "-b", canvas, "-c", canvas]
     command += ["--temp", "0", "-t", args.threads.split(",")[0], "--diffusion-algorithm", "4"]

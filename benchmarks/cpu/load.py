@@ -9,8 +9,8 @@ at a time (1 slot), on all cores and on one thread, measured in turn, --repeats 
 Each client sends its next request when it has its answer. Medians.
 
 Faults: requests that are good, streamed, abandoned at a random moment, malformed, too large, too long, with
-fields out of range, or fuzzed, by 16 clients (faults.py). Every good answer must equal the model's answer
-alone; the server must stay alive, with its slots free and its memory back at the start.
+fields out of range, or fuzzed, by 16 clients (faults.py). Every good answer must equal the model's unbatched
+answer; the server must stay alive, free all its slots and not grow in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ONE_THREAD = "one at a time, one thread"
 
 
 async def throughput(url: str, prompts: list[str], clients: int, count: int) -> dict[str, float]:
-    """`count` answers by so many clients at once: tokens per second, and seconds per answer."""
+    """`count` answers by concurrent clients: tokens and answers per second, and ms per answer."""
     taken: list[float] = []
     tokens, waiting = 0, iter([prompts[i % len(prompts)] for i in range(count)])
 
@@ -81,9 +81,9 @@ def measure(
         for repeat in range(repeats + 1):  # the first round warms up
             for clients in CLIENTS:
                 for name, server in servers.items():
-                    made = asyncio.run(throughput(server.url, prompts, clients, count if repeat else 8))
+                    sample = asyncio.run(throughput(server.url, prompts, clients, count if repeat else 8))
                     if repeat:
-                        samples.setdefault((name, clients), []).append(made)
+                        samples.setdefault((name, clients), []).append(sample)
     finally:
         for server in servers.values():
             server.stop()
@@ -111,12 +111,12 @@ def main() -> None:
     )
     parser.add_argument("artifact", type=Path, help="the directory that an export wrote")
     parser.add_argument("--prompts", type=Path, required=True, help="a file with one prompt per line")
-    parser.add_argument("--slots", type=int, default=16, help="of the batched server (default 16)")
+    parser.add_argument("--slots", type=int, default=16, help="slots of the batched server (default 16)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds (default 3)")
-    parser.add_argument("--count", type=int, default=64, help="answers of a round (default 64)")
-    parser.add_argument("--faults", type=int, default=0, help="instead, this many hostile requests")
-    parser.add_argument("--seed", type=int, default=0, help="of the hostile requests")
-    parser.add_argument("--lanes", type=int, default=2, help="of the batched server (default 2)")
+    parser.add_argument("--count", type=int, default=64, help="answers per round (default 64)")
+    parser.add_argument("--faults", type=int, default=0, help="send this many hostile requests instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the hostile requests (default 0)")
+    parser.add_argument("--lanes", type=int, default=2, help="lanes of the batched server (default 2)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     prompts = [line.strip() for line in examples.lines_of(args.prompts)]

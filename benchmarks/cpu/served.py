@@ -1,4 +1,4 @@
-"""A server in a process of its own, and requests to it."""
+"""A server in its own process, and requests to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    """`dllm-trt serve` in a process of its own."""
+    """`dllm-trt serve` in its own process."""
 
     def __init__(self, artifact: Path, slots: int, *options: str) -> None:
         command = [
@@ -38,13 +38,13 @@ class Server:
         )
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
-        found = re.search(r"http://\S+?/v1", line)
-        if found is None:
+        address = re.search(r"http://\S+?/v1", line)
+        if address is None:
             raise SystemExit(f"error: the server did not start: {line.strip()}")
-        self.url = found[0]
+        self.url = address[0]
 
     def memory(self) -> float:
-        """Resident MiB."""
+        """Resident memory, MiB."""
         text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
 

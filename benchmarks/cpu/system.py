@@ -49,7 +49,7 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "batch": (1, 2, 4, 8),
     "threads": (1, 2),
 }
-TOKENS_A_STEP = 2
+TOKENS_PER_STEP = 2
 
 
 def main() -> None:
@@ -59,13 +59,15 @@ def main() -> None:
     parser.add_argument(
         "--artifact",
         type=Path,
-        help="an fp32 artifact (default: a random one of 140 M parameters, made on the way)",
+        help="an fp32 artifact (default: a random one of 140 M parameters)",
     )
     parser.add_argument(
-        "--parts", default="variants,scaling", help=f"of {', '.join(PARTS)} (default variants,scaling)"
+        "--parts",
+        default="variants,scaling",
+        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling)",
     )
     parser.add_argument(
-        "--threads", default="1,2", help="of a matrix product, for the variants: one run each (default 1,2)"
+        "--threads", default="1,2", help="thread counts for the variants, one run each (default 1,2)"
     )
     parser.add_argument(
         "--repeats", type=int, default=2, help="interleaved runs of the variants, after a warm-up (default 2)"
@@ -74,19 +76,21 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON results"
     )
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's llama-diffusion-cli")
-    parser.add_argument("--gguf", type=Path, help="the artifact's model for it")
-    parser.add_argument("--prompts", type=Path, help="of llama-cpp: a prompt per line")
+    parser.add_argument("--gguf", type=Path, help="the artifact's model as a GGUF file, for llama.cpp")
+    parser.add_argument(
+        "--prompts", type=Path, help="with --parts llama-cpp: a file with one prompt per line"
+    )
     args = parser.parse_args()
     parts = args.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         raise SystemExit(f"error: --parts: {unknown[0]}: expected some of {', '.join(PARTS)}.")
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
+        scratch = Path(temporary)
         if "llama-cpp" in parts:
             write(args.output / "system-llama-cpp.json", llama_cpp.compare(args, BASE))
         if {"variants", "scaling"} & set(parts):
-            artifact, quantised = artifacts(args.artifact, made)
+            artifact, quantised = artifacts(args.artifact, scratch)
         if "variants" in parts:
             for threads in args.threads.split(","):
                 variants(artifact, quantised, int(threads), args.repeats, args.output)
@@ -95,16 +99,16 @@ def main() -> None:
             write(args.output / "system-scaling.json", report)
 
 
-def artifacts(given: Path | None, made: Path) -> tuple[Path, list[Path]]:
-    """An fp32 artifact, and quantised ones of the same checkpoint. Their quality is not asked: random weights
-    have none to lose."""
-    checkpoint, artifact = str(made / "checkpoint"), given or made / "fp32"
-    if given is None:
+def artifacts(fp32: Path | None, scratch: Path) -> tuple[Path, list[Path]]:
+    """An fp32 artifact, and quantised ones of the same checkpoint. The quality gate is off: random
+    weights have no quality to lose."""
+    checkpoint, artifact = str(scratch / "checkpoint"), fp32 or scratch / "fp32"
+    if fp32 is None:
         run("tools/random_checkpoint.py", "--preset", "llada-140m", checkpoint)
         run("-m", "export", "--checkpoint", checkpoint, "--out", str(artifact), "--verify", "no")
     else:
-        checkpoint = json.loads((given / "manifest.json").read_text(encoding="utf-8"))["source"]["checkpoint"]
-    quantised = [made / scheme for scheme in ("w8a8", "int4")]
+        checkpoint = json.loads((fp32 / "manifest.json").read_text(encoding="utf-8"))["source"]["checkpoint"]
+    quantised = [scratch / scheme for scheme in ("w8a8", "int4")]
     for out in quantised:
         run(
             "-m",
@@ -133,18 +137,18 @@ def variants(artifact: Path, quantised: list[Path], threads: int, repeats: int, 
         "--block-length",
         "32",
         "--tokens-per-step",
-        str(TOKENS_A_STEP),
+        str(TOKENS_PER_STEP),
         "--count",
         "1",
     )
-    beside = [word for path in quantised for word in ("--beside", str(path))]
+    others = [word for path in quantised for word in ("--beside", str(path))]
     run(
         "-m",
         "trt_runtime.cli",
         "bench",
         str(artifact),
         *sizes,
-        *beside,
+        *others,
         "--repeats",
         str(repeats),
         "--threads",
@@ -161,7 +165,7 @@ def variants(artifact: Path, quantised: list[Path], threads: int, repeats: int, 
 
 
 def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
-    """A point for each size of each sweep and each artifact."""
+    """One point per size of each sweep and per artifact."""
     rates = {threads: peaks(threads) for threads in SWEEPS["threads"]}
     opened: dict[int, dict[str, OrtBackend]] = {}
     points = []
@@ -190,8 +194,8 @@ def scaling(fp32: Path, w8a8: Path) -> dict[str, Any]:
 
 
 def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Median ms of a prefix pass and a refine step, and the tokens per second that they make of a whole
-    answer."""
+    """Median ms of a prefix pass and a refine step, and the tokens per second of a whole answer that
+    follow from them."""
     length, times = at["prompt"] + at["gen_length"], {name: ([], []) for name in backends}
     rng = np.random.default_rng(0)
     caches = {name: backend.new_cache(at["batch"], length) for name, backend in backends.items()}
@@ -207,21 +211,21 @@ def forwards(backends: dict[str, OrtBackend], at: dict[str, int]) -> dict[str, d
                     call(caches[name], slice(0, at["batch"]), window)
                     if turn:  # the first warms up
                         times[name][kind].append(1000 * (time.perf_counter() - begin))
-    steps, blocks = -(-at["block"] // TOKENS_A_STEP), -(-at["gen_length"] // at["block"])
-    found = {}
+    steps, blocks = -(-at["block"] // TOKENS_PER_STEP), -(-at["gen_length"] // at["block"])
+    figures = {}
     for name, kinds in times.items():
         prefix, refine = (statistics.median(kind) for kind in kinds)
         seconds = blocks * (prefix + (steps - 1) * refine) / 1000
-        found[name] = {
+        figures[name] = {
             "prefix_ms": prefix,
             "refine_ms": refine,
             "tokens_per_second": at["batch"] * at["gen_length"] / seconds,
         }
-    return found
+    return figures
 
 
 def window_of(canvas: np.ndarray, start: int, end: int, prompt: int, block: int) -> Window:
-    """Rows start to end of every canvas; statistics are asked for the first block after the prompt."""
+    """A call over positions start to end of every canvas, with statistics for the first block."""
     batch, length = canvas.shape
     positions = np.tile(np.arange(start, end), (batch, 1))
     asked = np.tile(np.arange(prompt, prompt + block) - start, (batch, 1))
@@ -233,17 +237,17 @@ def window_of(canvas: np.ndarray, start: int, end: int, prompt: int, block: int)
 def rooflines(
     facts: ModelFacts, at: dict[str, int], rates: dict[str, float], quantised: bool
 ) -> dict[str, float]:
-    """The least ms that this machine's own rates allow for the two forwards: linear layers in the artifact's
-    numbers, attention in fp32."""
-    length, found = at["prompt"] + at["gen_length"], {}
+    """The minimum ms of both forwards at this machine's measured rates: linear layers in the artifact's
+    number format, attention in fp32."""
+    length, limits = at["prompt"] + at["gen_length"], {}
     for kind, rows in (("prefix", length), ("refine", at["block"])):
         everything = at["batch"] * roofline.flops(facts, rows, length, at["block"])
         linear = at["batch"] * roofline.flops(facts, rows, 0, at["block"])
         compute = linear / rates["int8" if quantised else "fp32"] + (everything - linear) / rates["fp32"]
-        embedding = 4 * facts.vocab_size * facts.hidden_size  # rows of it are looked up, the rest is not read
+        embedding = 4 * facts.vocab_size * facts.hidden_size  # only looked-up rows are read
         read = (roofline.weight_bytes(facts) - embedding) / rates["bandwidth"]
-        found[f"{kind}_roofline_ms"] = 1000 * max(compute, read)
-    return found
+        limits[f"{kind}_roofline_ms"] = 1000 * max(compute, read)
+    return limits
 
 
 if __name__ == "__main__":

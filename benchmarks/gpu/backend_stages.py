@@ -16,13 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import (
-    STATISTICS,
-    measure,
-    memory,
-    outputs,
-    tokens_per_second,
-)
+from comparison import STATISTICS, measure, memory, outputs, tokens_per_second
 
 from trt_runtime.artifact import manifest as manifests
 
@@ -40,8 +34,8 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
 
     if not settings.is_twin and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         note(
-            skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: onnxruntime-gpu is "
-            f"needed"
+            skipped=f"onnxruntime {onnxruntime.__version__} here has no CUDA provider: install "
+            f"onnxruntime-gpu"
         )
         return
     before, begin = memory(settings), time.perf_counter()
@@ -59,13 +53,13 @@ def ort(settings: Any, note: Callable[..., None]) -> None:
 
 
 def _package(settings: Any) -> str | None:
-    """TensorRT, or else TensorRT-RTX, where it is installed and takes this GPU (the twin: TensorRT-RTX alone,
-    which builds without one)."""
+    """TensorRT, else TensorRT-RTX, if installed and if it supports this GPU (the twin: only TensorRT-RTX,
+    which builds without a GPU)."""
     from trt_runtime.backends.tensorrt import store
 
     modules = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
     package = next(
-        (name for name, held in modules.items() if any(importlib.util.find_spec(module) for module in held)),
+        (name for name, imports in modules.items() if any(map(importlib.util.find_spec, imports))),
         None,
     )
     if package == "tensorrt-rtx" and not settings.is_twin:
@@ -89,22 +83,22 @@ def build(settings: Any, note: Callable[..., None]) -> None:
         max_length=settings.canvases[-1],
         block_length=settings.block_length,
     )
-    said: list[str] = []
+    messages: list[str] = []
     begin = time.perf_counter()
-    made = store.build(settings.artifact, Path(settings.work) / "engines", config, said.append)
-    facts = json.loads((made / store.FILE_NAME).read_text(encoding="utf-8"))
+    directory = store.build(settings.artifact, Path(settings.work) / "engines", config, messages.append)
+    facts = json.loads((directory / store.FILE_NAME).read_text(encoding="utf-8"))
     note(
         build_seconds=round(time.perf_counter() - begin, 1),
         versions={package: store.load(package).__version__},
-        said=said,
+        said=messages,
         attention=facts["attention"],
-        engine_bytes=sum(file.stat().st_size for file in made.glob("*.engine")),
+        engine_bytes=sum(file.stat().st_size for file in directory.glob("*.engine")),
     )
 
 
 def tensorrt(settings: Any, note: Callable[..., None]) -> None:
-    """The engines that were built: parity, speeds, memory, and what could not be recorded as a CUDA graph
-    (the twin runs none)."""
+    """The built engines: parity, speeds, memory, and how many calls could not be recorded as CUDA graphs (the
+    twin runs none)."""
     from trt_runtime import backends
 
     package, engines = _package(settings), Path(settings.work) / "engines"
@@ -112,7 +106,7 @@ def tensorrt(settings: Any, note: Callable[..., None]) -> None:
         note(skipped="the twin runs no engine" if settings.is_twin else "TensorRT is not installed here")
         return
     if not list(engines.glob("*/engine.json")):
-        note(skipped="no engines: the stage 'build' did not make them")
+        note(skipped="no engines: the stage 'build' wrote none")
         return
     before, begin = memory(settings), time.perf_counter()
     backend = backends.open_backend(package, settings.artifact, engines=engines)
@@ -146,12 +140,12 @@ def tensorrt86(settings: Any, note: Callable[..., None]) -> None:
     job = [str(runner), "python3", str(script), str(artifact), *numbers]
     done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"under the packed Python: {done.stderr.strip()[-1500:]}")
+        raise SystemExit(f"TensorRT 8.6 under the packed Python failed: {done.stderr.strip()[-1500:]}")
     note(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _legacy_artifact(settings: Any) -> Path:
-    """An artifact for TensorRT 8.6, and next to it legacy.npz with what ONNX Runtime makes of it."""
+    """An artifact for TensorRT 8.6, and next to it legacy.npz with its outputs on ONNX Runtime."""
     import random_checkpoint
 
     from trt_runtime.backends.ort import open_ort

@@ -1,5 +1,5 @@
-"""What every backend of report.py is measured by: parity with PyTorch, milliseconds of each forward, tokens
-per second."""
+"""Measurements of every backend in report.py: parity with PyTorch, milliseconds per forward, tokens per
+second."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def outputs(backend: Backend, settings: Any) -> dict[str, Stats]:
     }
 
 
-def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
-    """Against PyTorch in fp32 and in the artifact's dtype, whose own distance from fp32 is the yardstick.
+def parity(measured: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
+    """Distances from PyTorch in fp32 and in the artifact's dtype, whose own distance from fp32 is the scale.
 
-    Distances are the largest differences of logarithms of probabilities and of entropies, in nats: with
-    random weights probabilities are small, and their differences would say nothing. Passed: nothing is
-    further from fp32 than three times what PyTorch's is.
+    Distances are the largest differences of log probabilities and of entropies, in nats: with random weights
+    the probabilities are too small to compare directly. Passed: every distance from fp32 is at most three
+    times PyTorch's own.
     """
     file = Path(settings.work) / "torch.npz"
     if not file.is_file():
-        return {"skipped": "no outputs of PyTorch: its stage did not run"}
-    held, result = np.load(file), {}
-    for role, stats in made.items():
+        return {"skipped": "no outputs of PyTorch: the stage 'torch' did not run"}
+    arrays, result = np.load(file), {}
+    for role, stats in measured.items():
         row: dict[str, Any] = {}
         for name in STATISTICS:
             wide, same, mine = (
                 _nats(name, item)
                 for item in (
-                    held[f"fp32 {role} {name}"],
-                    held[f"{settings.dtype} {role} {name}"],
+                    arrays[f"fp32 {role} {name}"],
+                    arrays[f"{settings.dtype} {role} {name}"],
                     getattr(stats, name),
                 )
             )
@@ -61,9 +61,9 @@ def parity(made: dict[str, Stats], settings: Any, tag: str) -> dict[str, Any]:
                 "from_torch": _apart(mine, same),
                 "torch_from_fp32": _apart(same, wide),
             }
-        row["tokens_as_fp32"] = float((stats.token == held[f"fp32 {role} token"]).mean())
+        row["tokens_as_fp32"] = float((stats.token == arrays[f"fp32 {role} token"]).mean())
         row["torch_tokens_as_fp32"] = float(
-            (held[f"{settings.dtype} {role} token"] == held[f"fp32 {role} token"]).mean()
+            (arrays[f"{settings.dtype} {role} token"] == arrays[f"fp32 {role} token"]).mean()
         )
         floor = 1e-3 if settings.dtype == "fp32" else 5e-3
         row["passed"] = all(
@@ -84,7 +84,7 @@ def _nats(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def speeds(backend: Backend, settings: Any, note: Callable[..., None]) -> list[dict[str, Any]]:
-    """Milliseconds of a refine step and a prefix pass at each canvas and batch, as a caller sees them, and
+    """Milliseconds of a refine step and a prefix pass at each canvas and batch, in wall time, and their
     shares of the roofline."""
     rows: list[dict[str, Any]] = []
     for canvas in settings.canvases:
@@ -99,7 +99,7 @@ def speeds(backend: Backend, settings: Any, note: Callable[..., None]) -> list[d
 
 
 def _call_ms(call: Callable[..., Stats], cache: Cache, window: Window, repeats: int) -> float:
-    """Median wall time of a call, which returns when its results are there; four before it warm up."""
+    """Median wall time in ms of a synchronous call, after four warm-up calls."""
     taken = []
     for _ in range(repeats + 4):
         begin = time.perf_counter()
@@ -109,23 +109,23 @@ def _call_ms(call: Callable[..., Stats], cache: Cache, window: Window, repeats: 
 
 
 def shares(manifest: Manifest, settings: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The roofline of this machine (its measured copy and product rates) over what was measured."""
+    """The roofline at this machine's measured copy and product rates, and its ratio to the measured times."""
     limits = measured_ceilings(settings)
     if limits is None:
         return {}
     device = devices.DeviceSpec("measured", 1 << 40, 0, limits[0], limits[1], limits[1])
     work = roofline.Work(row["batch"], row["canvas"], settings.block_length)
-    made = {}
+    ratios = {}
     for name, size in (("prefix", row["canvas"]), ("refine", settings.block_length)):
         floor = roofline.seconds(manifest.model, work, device, rows=size)
-        made[f"{name}_roofline_ms"] = 1000 * floor if floor else None
-        made[f"{name}_share"] = 1000 * floor / row[f"{name}_ms"] if floor else None
-    return made
+        ratios[f"{name}_roofline_ms"] = 1000 * floor if floor else None
+        ratios[f"{name}_share"] = 1000 * floor / row[f"{name}_ms"] if floor else None
+    return ratios
 
 
 def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict[str, Any]:
-    """The loop itself: one prompt on the longest canvas, dual cache, a fixed schedule of whole forwards a
-    block."""
+    """The decoding loop: one prompt on the longest canvas, dual cache, a fixed schedule with a whole number
+    of forwards per block."""
     canvas, gen = settings.canvases[-1], settings.gen_length
     full, _ = windows(backend.manifest, 1, canvas, settings.block_length, seed=2)
     prompt = np.where(full.input_ids[0] == backend.manifest.decoding.mask_token_id, 5, full.input_ids[0])[
@@ -151,29 +151,29 @@ def tokens_per_second(backend: Backend, settings: Any, repeats: int = 3) -> dict
 
 
 def at_the_schedule(row: dict[str, Any], settings: Any) -> float:
-    """Tokens a second that the times of single calls amount to at exactly the schedule's tokens per forward
-    (batch 1)."""
+    """Tokens per second at batch 1, computed from the times of single calls and the schedule's tokens per
+    forward."""
     forwards = settings.block_length / settings.tokens_per_forward
     return settings.block_length / ((row["prefix_ms"] + (forwards - 1) * row["refine_ms"]) / 1000)
 
 
 def measure(backend: Backend, settings: Any, note: Callable[..., None], tag: str) -> None:
-    """Parity, speeds and tokens per second of a backend. A backend that is wrong is measured all the same,
-    and its stage fails."""
-    held = parity(outputs(backend, settings), settings, tag)
-    note(parity=held)
+    """Parity, speeds and tokens per second of a backend. A wrong backend is still measured, but its stage
+    fails."""
+    verdict = parity(outputs(backend, settings), settings, tag)
+    note(parity=verdict)
     rows = speeds(backend, settings, note)
     longest = next(row for row in rows if row["canvas"] == settings.canvases[-1] and row["batch"] == 1)
     note(
         tokens_per_second=tokens_per_second(backend, settings),
         tokens_per_second_at_schedule=at_the_schedule(longest, settings),
     )
-    if not held.get("passed", True):
-        raise SystemExit(f"{tag} is further from PyTorch in fp32 than rounding explains: {held}")
+    if not verdict.get("passed", True):
+        raise SystemExit(f"{tag} is further from PyTorch in fp32 than rounding explains: {verdict}")
 
 
 def memory(settings: Any) -> int | None:
-    """Bytes in use on the GPU, by anything."""
+    """Bytes in use on the GPU, by all processes; None for the twin."""
     if settings.is_twin:
         return None
     free, total = torch.cuda.mem_get_info()

@@ -19,8 +19,8 @@ INNER = 64  # launches of a small kernel between two events
 
 
 def milliseconds(work: Callable[[], Any], repeats: int, device: str, inner: int = 1) -> float:
-    """The median time of a call, after three that warm up; by the GPU's own events where there is one, around
-    `inner` calls that are queued at once, so that the host's launching does not count."""
+    """The median ms of a call, after three that warm up. On a GPU it is timed by events around `inner` queued
+    calls, so that launch overhead does not count."""
     for _ in range(3):
         work()
     taken = []
@@ -42,8 +42,8 @@ def milliseconds(work: Callable[[], Any], repeats: int, device: str, inner: int 
 
 
 def ceilings(settings: Any, note: Any) -> None:
-    """What the memory and the matrix units really give: a large copy (bytes read and written), large products
-    of random numbers."""
+    """The measured limits of memory and matrix units: a large copy (bytes read and written), large products
+    of random matrices."""
     device = settings.device
     count, size = (1 << 22, 512) if settings.is_twin else (1 << 31, 8192)
     ms = _copy_ms(count, settings)
@@ -63,11 +63,11 @@ def _copy_ms(count: int, settings: Any) -> float:
 def measured_ceilings(settings: Any) -> tuple[float, float] | None:
     """Copy GB/s and bf16 TFLOPS of the ceilings stage, if it ran."""
     file = Path(settings.out) / "ceilings.json"
-    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "copy" not in held or "matmul_bf16" not in held:
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "copy" not in results or "matmul_bf16" not in results:
         return None
-    matmul = held["matmul_fp32" if settings.dtype == "fp32" else "matmul_bf16"]
-    return held["copy"]["gb_per_s"], matmul["tflops"]
+    matmul = results["matmul_fp32" if settings.dtype == "fp32" else "matmul_bf16"]
+    return results["copy"]["gb_per_s"], matmul["tflops"]
 
 
 def kernels(settings: Any, note: Any) -> None:
@@ -93,11 +93,11 @@ def _torch_statistics(logits: torch.Tensor, mask: int) -> tuple[torch.Tensor, ..
 
 
 def _logits(settings: Any, vocab: int, rows: int) -> torch.Tensor:
-    """Random logits with ties and a mask that is often best."""
-    made = torch.randn(rows, vocab, device=settings.device) * 4
-    made[::4] = made[::4].round()
-    made[::3, vocab - 2] = 40.0
-    return made
+    """Random logits [rows, vocab] with ties; the mask token is often the best."""
+    logits = torch.randn(rows, vocab, device=settings.device) * 4
+    logits[::4] = logits[::4].round()
+    logits[::3, vocab - 2] = 40.0
+    return logits
 
 
 def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
     rows, mask = (8, vocab - 2) if settings.is_twin else (rows, vocab - 2)
     copies = [
         _logits(settings, vocab, rows) for _ in range(1 if settings.is_twin else 8)
-    ]  # together larger than an L2
+    ]  # together larger than the L2 cache
     logits, turn = copies[0], itertools.cycle(copies)
     got = [value.cpu().numpy() for value in row_statistics.launch(logits, mask)]
     expected = row_statistics.reference(logits.cpu().numpy(), mask)
@@ -117,7 +117,7 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
     other = milliseconds(
         lambda: _torch_statistics(next(turn), mask), settings.repeats, settings.device, INNER
     )
-    made = {
+    figures = {
         "vocab": vocab,
         "rows": rows,
         "ms": ms,
@@ -128,10 +128,10 @@ def _row_statistics(settings: Any, vocab: int, rows: int) -> dict[str, Any]:
         "torch_error": max(float(np.abs(a - b).max()) for a, b in zip(got[1:3], by_torch[1:3], strict=True)),
     }
     if limits := measured_ceilings(settings):
-        made["share_of_copy"] = made["gb_per_s"] / limits[0]
-    if not made["tokens_equal"] or made["error"] > 1e-5:
-        raise SystemExit(f"the kernel row_statistics is wrong: {made}")
-    return made
+        figures["share_of_copy"] = figures["gb_per_s"] / limits[0]
+    if not figures["tokens_equal"] or figures["error"] > 1e-5:
+        raise SystemExit(f"the kernel row_statistics is wrong: {figures}")
+    return figures
 
 
 def _commit(settings: Any) -> dict[str, Any]:
@@ -153,14 +153,14 @@ def _commit(settings: Any) -> dict[str, Any]:
             )
             for i in range(8)
         ]
-        held = steps.commit_arrays(rules, 32)
-        arrays = (ids, token, confidence, held.plan, held.value, held.state, held.committed)
+        state = steps.commit_arrays(rules, 32)
+        arrays = (ids, token, confidence, state.plan, state.value, state.state, state.committed)
         tensors = [torch.from_numpy(array.copy()).to(settings.device) for array in arrays]
         commit.launch(*tensors, mask)
-        steps.commit(ids, token, confidence, held, mask)
+        steps.commit(ids, token, confidence, state, mask)
         wrong += sum(
             int((tensors[i].cpu().numpy() != array).sum())
-            for i, array in ((0, ids), (5, held.state), (6, held.committed))
+            for i, array in ((0, ids), (5, state.state), (6, state.committed))
         )
         if case == 0:
             ms = milliseconds(
@@ -180,17 +180,17 @@ def _ahead_of_time(settings: Any) -> dict[str, Any]:
     from trt_runtime.backends import cuda
 
     device, vocab, rows = cuda.CudaDevice(), settings.vocabularies[0], 32
-    made = row_statistics.compiled(vocab, vocab - 2, device.facts.compute_capability)
-    kernel, logits = device.kernel(made.ptx.encode(), made.name), _logits(settings, vocab, rows)
+    compiled = row_statistics.compiled(vocab, vocab - 2, device.facts.compute_capability)
+    kernel, logits = device.kernel(compiled.ptx.encode(), compiled.name), _logits(settings, vocab, rows)
     kinds = {"token": np.int64, "confidence": np.float32, "runner_up": np.float32, "entropy": np.float32}
     shapes = {name: (np.dtype(kind), (rows,)) for name, kind in kinds.items()}
     arena = device.arena(cuda.Arena.size_of(shapes))
-    held, at, used = arena.place(shapes)
+    results, addresses, used = arena.place(shapes)
     torch.cuda.synchronize()
-    kernel.queue(rows, made.threads, made.shared, [logits.data_ptr(), *at.values()])
+    kernel.queue(rows, compiled.threads, compiled.shared, [logits.data_ptr(), *addresses.values()])
     device.download(arena.host[:used], arena.device.address)
     device.synchronize()
     expected = row_statistics.reference(logits.cpu().numpy(), vocab - 2)
-    if (held["token"] != expected[0]).any() or np.abs(held["confidence"] - expected[1]).max() > 1e-5:
+    if (results["token"] != expected[0]).any() or np.abs(results["confidence"] - expected[1]).max() > 1e-5:
         raise SystemExit("the kernel row_statistics, compiled ahead of time, is wrong")
     return {"rows": rows, "vocab": vocab, "equal": True, "gpu": device.facts.name}

@@ -1,16 +1,16 @@
-"""What this GPU does with our graphs, stage by stage: parity, speed against eager PyTorch, and the share of
-the machine's own limits.
+"""Parity and speed of our graphs on this GPU, stage by stage, compared with eager PyTorch and with the
+machine's own limits.
 
     make gpu-report                            # on a GPU machine; works without network and without TensorRT
     python benchmarks/gpu/report.py --twin     # each stage's CPU twin, a tiny model: checks the script only
 
-Each stage is a process of its own; one that fails or runs out of its time says so, and the others go on.
-Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hashes of what was run, parity,
-times, shares of the machine's limits, and what failed and why. It is on the disk after every stage, and may
-be sent as it is (docs/how-to/deploy-on-gpus.md); `benchmarks/reports/gpu.py` merges several. Building engines
-is a stage of its own with its own time, after all that needs none. The model fits the GPU: 8 B parameters
-from 40 GiB on, else 1.5 B. Needs what NEEDED lists; ONNX Runtime with CUDA, cuda-bindings and TensorRT are
-used where they can be imported.
+Each stage runs in its own process; a stage that fails or times out is reported, and the others continue.
+Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hashes of the artifacts, parity,
+times, shares of the machine's limits, and failures with their reasons. The file is written after every stage
+and can be shared as it is (docs/how-to/deploy-on-gpus.md); `benchmarks/reports/gpu.py` merges several.
+Engines are built in a stage with its own time limit, after all stages that need no engine. The model fits the
+GPU: 8 B parameters from 40 GiB on, else 1.5 B. Requires the packages in NEEDED; uses ONNX Runtime with CUDA,
+cuda-bindings and TensorRT where they can be imported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from reports import gpu as reports  # noqa: E402
 from settings import TWIN, Settings, gpu_name, has_gpu, memory_gib, preset_for  # noqa: E402
 
-# the most telling first: when time runs out, the last are left
+# most informative first: when time runs out, the last ones are skipped
 STAGES = (
     "environment",
     "ceilings",
@@ -52,7 +52,7 @@ STAGES = (
 OWN_TIME = (
     "build",
     "tensorrt",
-)  # not of the total: an engine of 17 GB takes minutes to build, and what it gives is wanted even then
+)  # outside the total time: an engine of 17 GB takes minutes to build, and its results are always wanted
 NEEDED = (
     "torch",
     "transformers",
@@ -77,16 +77,18 @@ def _options() -> argparse.ArgumentParser:
     option("--output", type=Path, default=results, help="the report's directory (default benchmarks/results)")
     option("--stages", default=",".join(STAGES), help=f"stages to run (default all: {','.join(STAGES)})")
     option("--twin", action="store_true", help="run the CPU twin of every stage")
-    preset = "the random checkpoint, of tools/random_checkpoint.py (default: the largest that the GPU takes)"
+    preset = "a preset of tools/random_checkpoint.py (default: the largest that fits the GPU)"
     option("--preset", help=preset)
-    work = "a directory for checkpoint, artifact and engines, which is kept (default: a temporary one)"
+    work = "a directory for checkpoint, artifact and engines, kept afterwards (default: a temporary one)"
     option("--work", type=Path, help=work)
     option("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
     option("--stage-seconds", type=int, default=240, help="time limit per stage (default 240)")
-    total = "time limit of all stages together, without those of engines (default 480)"
+    total = "time limit of all stages together, except those of engines (default 480)"
     option("--total-seconds", type=int, default=480, help=total)
-    option("--build-seconds", type=int, default=1200, help="time limit of building engines (default 1200)")
-    option("--stage", help=argparse.SUPPRESS)  # the child: run one stage of the settings on standard input
+    option("--build-seconds", type=int, default=1200, help="time limit for building engines (default 1200)")
+    option(
+        "--stage", help=argparse.SUPPRESS
+    )  # in the child process: run one stage; settings come on standard input
     return parser
 
 
@@ -123,7 +125,7 @@ def main() -> None:
 
 
 def _check(stages: list[str], is_twin: bool) -> None:
-    """End with a message if these stages cannot run here."""
+    """Exit with an error if these stages cannot run here."""
     if unknown := [name for name in stages if name not in STAGES]:
         raise SystemExit(f"error: unknown stage '{unknown[0]}': expected some of {', '.join(STAGES)}.")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
@@ -139,14 +141,14 @@ def _check(stages: list[str], is_twin: bool) -> None:
 
 
 class Report:
-    """The one file: what each stage found, so far."""
+    """The report file: the results of the stages so far."""
 
     def __init__(self, out: Path, settings: Settings) -> None:
         name = "twin" if settings.is_twin else _slug(gpu_name())
         self.file, self.stages, self.settings = out / f"gpu-report-{name}.json", dict[str, Any](), settings
 
-    def add(self, name: str, held: dict[str, Any]) -> None:
-        self.stages[name] = held
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        self.stages[name] = result
         artifacts = {
             path.parent.name: _hashes(path)
             for path in sorted(Path(self.settings.work).glob("*/manifest.json"))
@@ -163,7 +165,7 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, held in self.stages.items() if "failed" in held]
+        return [name for name, result in self.stages.items() if "failed" in result]
 
     def text(self) -> str:
         if "machine" not in self.stages.get("environment", {}):
@@ -172,7 +174,7 @@ class Report:
 
 
 def _hashes(manifest: Path) -> dict[str, str]:
-    """What was run, by file."""
+    """SHA-256 of each file of an artifact."""
     return {
         name: facts["sha256"]
         for name, facts in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
@@ -184,7 +186,7 @@ def _slug(text: str) -> str:
 
 
 def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
-    """One stage in a process of its own, with at most so many seconds: its result, or why there is none."""
+    """Run one stage in its own process for at most `most` seconds; returns its result, or why it has none."""
     file, begin = Path(settings.out) / f"{name}.json", time.perf_counter()
     if most < 5:
         print(f"{name:12} {0:7.1f} s  no time was left", flush=True)
@@ -202,30 +204,30 @@ def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
         start_new_session=True,
     )
     try:
-        _, said = process.communicate(json.dumps(asdict(settings)), timeout=most)
-        trouble = f"{said.strip()[-2000:]} (exit status {process.returncode})" if process.returncode else ""
+        _, errors = process.communicate(json.dumps(asdict(settings)), timeout=most)
+        trouble = f"{errors.strip()[-2000:]} (exit status {process.returncode})" if process.returncode else ""
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # what it started too
+        os.killpg(process.pid, signal.SIGKILL)  # its children too
         process.communicate()
         trouble = f"took longer than {most:.0f} s"
-    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    held |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | (
+    result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    result |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | (
         {"failed": trouble} if trouble else {}
     )
-    state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else held.get("skipped") or "done"
-    print(f"{name:12} {held['seconds']:7.1f} s  {state}", flush=True)
-    return held
+    state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else result.get("skipped") or "done"
+    print(f"{name:12} {result['seconds']:7.1f} s  {state}", flush=True)
+    return result
 
 
-def child(name: str, given: dict[str, Any]) -> None:
-    """Run a stage here. What it notes on the way is on disk at once (`note`)."""
+def child(name: str, options: dict[str, Any]) -> None:
+    """Run a stage in this process. Its calls of `note` write partial results to disk at once."""
     import backend_stages
     import kernels
     import setup_stages
     import torch_stages
 
     settings = Settings(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     )
     functions = {
         "environment": setup_stages.environment,
@@ -239,14 +241,14 @@ def child(name: str, given: dict[str, Any]) -> None:
         "tensorrt": backend_stages.tensorrt,
         "tensorrt86": backend_stages.tensorrt86,
     }
-    held: dict[str, Any] = {
-        "settings": {k: v for k, v in given.items() if k not in ("work", "out", "tensorrt86")}
+    result: dict[str, Any] = {
+        "settings": {k: v for k, v in options.items() if k not in ("work", "out", "tensorrt86")}
     }
     file = Path(settings.out) / f"{name}.json"
 
     def note(**values: Any) -> None:
-        held.update(values)
-        write(file, held)
+        result.update(values)
+        write(file, result)
 
     try:
         functions[name](settings, note)
@@ -255,10 +257,10 @@ def child(name: str, given: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def write(file: Path, held: dict[str, Any]) -> None:
-    """As a whole or not at all: a stage may be killed at any time."""
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write a file atomically: a stage may be killed at any time."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
 
 

@@ -1,4 +1,4 @@
-"""What report.py measures: the settings, their twin without a GPU, and the model that a GPU takes."""
+"""Settings of report.py, their CPU twin, and the model that fits a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LARGE_FROM = 40  # GiB: the reference runs the model in fp32
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. tokens_per_forward: of the fixed schedule. repeats: timed calls of each kind."""
+    """What is measured. tokens_per_forward: rate of the fixed schedule. repeats: timed calls of each kind."""
 
     work: str
     out: str
@@ -70,14 +70,14 @@ def gpu_name() -> str:
 
 
 def memory_gib() -> float:
-    """Of the GPU; 0 without one."""
+    """Memory of the GPU in GiB; 0 without a GPU."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def preset_for(gib: float) -> str:
-    """The model that a GPU of so much memory takes, PyTorch's fp32 included: 8 B parameters are 32 GB then,
-    1.5 B are 6 GB (where even these do not fit, the reference of parity runs on the host:
-    gpu_speed.torch_eager)."""
+    """The model that fits a GPU with this much memory, PyTorch's fp32 copy included: 8 B parameters take 32
+    GB, 1.5 B take 6 GB (where not even these fit, the parity reference runs on the host:
+    torch_stages.torch_eager)."""
     return "llada-8b" if gib >= LARGE_FROM else "llada-1.5b"

@@ -26,8 +26,8 @@ from trt_runtime.decoding.backend import Cache, Window
 
 
 def torch_eager(settings: Any, note: Callable[..., None]) -> None:
-    """Eager PyTorch with the same caches and the same loop (the reference backend): what the others are
-    compared with."""
+    """Eager PyTorch with the same caches and the same loop (the reference backend): the baseline of the other
+    stages."""
     from export.parity.reference import TorchBackend
 
     begin = time.perf_counter()
@@ -47,8 +47,8 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
     wide = outputs(_widened(backend, settings, note), settings)
     arrays = {
         f"{tag} {role} {name}": getattr(stats, name)
-        for tag, made in ((settings.dtype, same), ("fp32", wide))
-        for role, stats in made.items()
+        for tag, stats_of_role in ((settings.dtype, same), ("fp32", wide))
+        for role, stats in stats_of_role.items()
         for name in (*STATISTICS, "token")
     }
     np.savez(Path(settings.work) / "torch.npz", **arrays)
@@ -56,7 +56,7 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
 
 
 def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
-    """The same in fp32: what parity is measured from. On the host where the GPU does not hold it."""
+    """The same backend in fp32, the reference of parity; on the host if the GPU has too little memory."""
     from export.parity.reference import TorchBackend
 
     needed = 4.5 * backend.manifest.model.parameters
@@ -64,13 +64,13 @@ def _widened(backend: Any, settings: Any, note: Callable[..., None]) -> Any:
         backend.network.module.float()
         backend.dtype = torch.float32
         return backend
-    note(fp32_on="the host: the GPU's memory does not hold the model in fp32")
+    note(fp32_on="the host: the model in fp32 does not fit the GPU's memory")
     return TorchBackend(settings.artifact, device="cpu", dtype="fp32")
 
 
 class _StaticCache:
-    """Stands in for a transformers cache with addresses that never change: rows are written by a tensor of
-    indices."""
+    """Replaces a transformers cache; its addresses never change, and positions are written through a tensor
+    of indices."""
 
     def __init__(
         self, buffers: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, own_rows_only: bool
@@ -86,8 +86,8 @@ class _StaticCache:
 
 
 def torch_graph(settings: Any, note: Callable[..., None]) -> None:
-    """PyTorch's own fast forms at batch 1: the same forwards as CUDA graphs, eager and compiled. The twin
-    runs them uncaptured."""
+    """PyTorch's fast paths at batch 1: the same forwards as CUDA graphs, eager and compiled. The twin runs
+    them without capture."""
     from export.parity.reference import TorchBackend
 
     backend = TorchBackend(settings.artifact, device=settings.device)
@@ -95,7 +95,7 @@ def torch_graph(settings: Any, note: Callable[..., None]) -> None:
     for form in ("graph", "compiled graph"):
         if form == "compiled graph":
             if settings.is_twin:
-                note(compiled={"skipped": "torch.compile is left out of the twin"})
+                note(compiled={"skipped": "the twin does not run torch.compile"})
                 continue
             network = torch.compile(backend.network.module.model, dynamic=False)
         row: dict[str, Any] = {"form": form, "canvas": canvas, "batch": 1}
@@ -116,21 +116,21 @@ def torch_graph(settings: Any, note: Callable[..., None]) -> None:
 def _static(
     backend: Any, network: Any, cache: Cache, window: Window, *, own_rows_only: bool
 ) -> Callable[[], torch.Tensor]:
-    """A forward over fixed tensors, down to the token and confidence of the rows asked for."""
+    """A forward over fixed tensors that returns token and confidence of the requested positions."""
     at = {
         name: torch.from_numpy(getattr(window, name)).to(backend.device)
         for name in ("input_ids", "position_ids", "logit_rows")
     }
     keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
     mask = torch.zeros((1, 1, window.input_ids.shape[1], keys), dtype=backend.dtype, device=backend.device)
-    held = _StaticCache(cache.buffers, at["position_ids"][0], own_rows_only)
+    static = _StaticCache(cache.buffers, at["position_ids"][0], own_rows_only)
 
     def forward() -> torch.Tensor:
         hidden = network(
             input_ids=at["input_ids"],
             position_ids=at["position_ids"],
             attention_mask=mask,
-            past_key_values=held,
+            past_key_values=static,
             use_cache=False,
         ).last_hidden_state
         logits = backend.network.logits(hidden[:, at["logit_rows"][0]])

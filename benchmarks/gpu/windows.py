@@ -1,5 +1,5 @@
-"""Inputs that every backend of report.py is given, by NumPy alone: the packed Python of TensorRT 8.6 has
-no torch."""
+"""Inputs of every backend in report.py, built with NumPy alone: the packed Python of TensorRT 8.6 has no
+torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trt_runtime.decoding.backend import Window
 
 
 def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int = 0) -> tuple[Window, Window]:
-    """A prefix pass and a refine step over random tokens, the second half of the canvas masks; the block
-    begins it."""
+    """A prefix pass and a refine step over random tokens. The second half of the canvas is masked; the block
+    is its beginning."""
     rng, mask = np.random.default_rng(seed), manifest.decoding.mask_token_id
     allowed = np.setdiff1d(np.arange(min(manifest.model.vocab_size, 50_000)), [mask])
     start = canvas // 2

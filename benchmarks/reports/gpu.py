@@ -40,7 +40,7 @@ def main() -> None:
         "reports",
         nargs="*",
         type=Path,
-        help="files that make gpu-report wrote (default: those under benchmarks/results)",
+        help="files written by make gpu-report (default: those under benchmarks/results)",
     )
     parser.add_argument(
         "--document",
@@ -48,13 +48,12 @@ def main() -> None:
         default=ROOT / "docs" / "benchmarks.md",
         help="the document with the two marks",
     )
-    parser.add_argument("--print", action="store_true", help="print the tables, and change no document")
+    parser.add_argument("--print", action="store_true", help="print the tables; change no document")
     args = parser.parse_args()
     files = args.reports or sorted((ROOT / "benchmarks" / "results").glob("gpu-report-*.json"))
     if not files:
         raise SystemExit(
-            "error: benchmarks/results: no gpu-report-*.json there: run 'make gpu-report' on a GPU machine "
-            "first."
+            "error: benchmarks/results: no gpu-report-*.json: run 'make gpu-report' on a GPU machine first."
         )
     reports = [read(file) for file in files]
     text = "\n\n".join([*([merged(reports)] if len(reports) > 1 else []), *map(table, reports)])
@@ -72,30 +71,31 @@ def main() -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The stages of a report, by name. Exits with a line for what is none."""
+    """The stages of a report, by name. Exits with an error for a file that is not a report."""
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        if held.get("format") != FORMAT or held.get("format_version") != VERSION:
-            raise ValueError(f"its format is {held.get('format')!r}, version {held.get('format_version')!r}")
-        stages: dict[str, Any] = held["stages"]
-        stages["environment"]["machine"]["versions"]  # what every table begins with
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report.get("format") != FORMAT or report.get("format_version") != VERSION:
+            raise ValueError(
+                f"its format is {report.get('format')!r}, version {report.get('format_version')!r}"
+            )
+        stages: dict[str, Any] = report["stages"]
+        stages["environment"]["machine"]["versions"]  # every table needs it
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(
-            f"error: {file}: is no report of 'make gpu-report' ({error}): give one, or make one on a GPU "
+            f"error: {file}: not a report of 'make gpu-report' ({error}): pass one that it wrote on a GPU "
             f"machine."
         ) from error
     return stages
 
 
 def device_of(results: dict[str, Any]) -> str:
-    """What was measured, in words."""
+    """The measured device, in words."""
     environment = results["environment"]
     return environment.get("gpu", {}).get("name") or f"no GPU (the CPU twin), {environment['machine']['cpu']}"
 
 
 def merged(reports: list[dict[str, Any]]) -> str:
-    """One row a GPU and variant. What was measured with another model stands in another row, never in one
-    comparison."""
+    """One row per GPU and variant. Different models are in different rows and are never compared."""
     lines = [
         "| device | model | variant | refine step ms | share of roofline | prefix pass ms | share | "
         "tokens/s | parity |",
@@ -122,28 +122,28 @@ def merged(reports: list[dict[str, Any]]) -> str:
 
 
 def longest(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and figures of every variant that was measured, at batch 1 on the longest canvas."""
-    found = []
+    """Name and figures of every measured variant, at batch 1 on the longest canvas."""
+    measured = []
     for stage, key, name in ROWS:
-        held = results.get(stage, {})
+        result = results.get(stage, {})
         if key:
-            row = held.get(key, {})
+            row = result.get(key, {})
         else:
             row = next(
                 (
                     row
-                    for row in held.get("speeds", [])
-                    if row["batch"] == 1 and row["canvas"] == held["settings"]["canvases"][-1]
+                    for row in result.get("speeds", [])
+                    if row["batch"] == 1 and row["canvas"] == result["settings"]["canvases"][-1]
                 ),
                 {},
             )
             row = row | {
-                "tokens_per_second_at_schedule": held.get("tokens_per_second_at_schedule"),
-                "loop": held.get("tokens_per_second"),
+                "tokens_per_second_at_schedule": result.get("tokens_per_second_at_schedule"),
+                "loop": result.get("tokens_per_second"),
             }
         if row.get("refine_ms") is not None:
-            found.append((name, row))
-    return found
+            measured.append((name, row))
+    return measured
 
 
 def table(results: dict[str, Any]) -> str:

@@ -47,7 +47,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where system-*.json lie"
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="the directory with system-*.json",
     )
     parser.add_argument(
         "--document",
@@ -63,7 +66,7 @@ def main() -> None:
     scaling = args.results / "system-scaling.json"
     if not runs or not scaling.is_file():
         raise SystemExit(
-            f"error: {args.results}: no system-variants-*.json and system-scaling.json there: run 'make "
+            f"error: {args.results}: no system-variants-*.json or no system-scaling.json: run 'make "
             f"bench' first."
         )
     grown = json.loads(scaling.read_text(encoding="utf-8"))
@@ -72,7 +75,7 @@ def main() -> None:
             *(variants(threads, run) for threads, run in runs.items()),
             "![tokens per second of every variant](system.png)",
             growth(grown),
-            "![forwards beside the roofline](system-scaling.png)",
+            "![forwards compared with the roofline](system-scaling.png)",
         ]
     )
     insert(args.document, BEGIN, END, text)
@@ -82,7 +85,7 @@ def main() -> None:
 
 
 def name_of(row: dict[str, Any]) -> tuple[str, str]:
-    """Backend and way of decoding, in words."""
+    """Backend and decoding options, in words."""
     label, _, variant = row["variant"].rpartition(" ")
     return _BACKENDS.get(label, label), _VARIANTS.get(variant, variant)
 
@@ -213,7 +216,7 @@ def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "dllm-trt"  # so that the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "dllm-trt"  # the same figures give the same file
     import matplotlib.pyplot as plt
 
     return plt

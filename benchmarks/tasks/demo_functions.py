@@ -1,7 +1,7 @@
 """Offline tasks over the demo model's language, for `dllm-trt eval`: its own task, a needle in a long order,
 and multiple choice by likelihood.
 
-The orders are drawn as in tools/demo_task.py, held out from training, and the same for a seed.
+The orders are those of tools/demo_prompts.py: held out from training and the same on every run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COUNT, CHOICES = 500, 4
 
 
 def plans(**options: Any) -> dict[str, Dataset]:
-    """Orders, and the plans that they mean."""
+    """Orders and their plans."""
     rows = [
         {"order": e.prompt, "plan": json.dumps(e.plan), "answer": e.answer}
         for e in demo_prompts.held_out(COUNT)
@@ -31,8 +31,7 @@ def plans(**options: Any) -> dict[str, Dataset]:
 
 
 def needles(**options: Any) -> dict[str, Dataset]:
-    """Orders of which one step's goods are asked for: the pair of thing and colour that stands in one step
-    alone."""
+    """Orders with the thing and colour of one of their steps, which the answer must name together."""
     rows = []
     for row in plans()["test"]:
         steps = [step for step in json.loads(row["plan"]) if "item" in step]
@@ -43,18 +42,18 @@ def needles(**options: Any) -> dict[str, Dataset]:
 
 
 def choices(**options: Any) -> dict[str, Dataset]:
-    """The right answer among some in which one word was replaced by another of its kind."""
+    """The right answer among others in which words were replaced by other words of their kind."""
     rows = []
     kinds = (demo_task.ITEMS, demo_task.COLORS, demo_task.ROOMS, demo_task.PEOPLE, demo_task.TOOLS)
     for row in plans()["test"]:
         rng = random.Random(row["order"])
-        made = {row["answer"]}
-        while len(made) < CHOICES:
+        answers = {row["answer"]}
+        while len(answers) < CHOICES:
             kind = rng.choice(kinds)
-            found = [word for word in kind if f'"{word}"' in row["answer"]]
-            if found:
-                made.add(row["answer"].replace(f'"{rng.choice(found)}"', f'"{rng.choice(kind)}"', 1))
-        offered = sorted(made, key=lambda answer: rng.random())
+            replaceable = [word for word in kind if f'"{word}"' in row["answer"]]
+            if replaceable:
+                answers.add(row["answer"].replace(f'"{rng.choice(replaceable)}"', f'"{rng.choice(kind)}"', 1))
+        offered = sorted(answers, key=lambda answer: rng.random())
         rows.append({"order": row["order"], "choices": offered, "right": offered.index(row["answer"])})
     return {"test": Dataset.from_list(rows)}
 
@@ -67,7 +66,7 @@ def needle_is_found(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     """Whether one step of the answer names both."""
     try:
         steps = json.loads(results[0])
-        found = any({doc["item"], doc["color"]} <= set(step.values()) for step in steps)
+        is_named = any({doc["item"], doc["color"]} <= set(step.values()) for step in steps)
     except (ValueError, TypeError, AttributeError):
-        found = False
-    return {"found": float(found)}
+        is_named = False
+    return {"found": float(is_named)}

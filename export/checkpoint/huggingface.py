@@ -96,10 +96,10 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
     if (
         parent := Path(name).parent
     ).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
-        held = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+        neighbours = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
         raise DllmError(
             f"{name}: no such directory; in {parent} "
-            f"{'lies ' + ', '.join(held[:8]) if held else 'lies none'}. "
+            f"{'lies ' + ', '.join(neighbours[:8]) if neighbours else 'lies none'}. "
             f"For the hub's repository of this name, give {name}@main."
         )
     try:
@@ -186,17 +186,19 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_adapter(path: Path) -> None:
     """Raise DllmError for a directory with files of an adapter: transformers applies it, an export of the
     weights beside it would not."""
-    if found := [name for name in ADAPTER if (path / name).is_file()]:
+    if adapter_files := [name for name in ADAPTER if (path / name).is_file()]:
         here = (
             ""
             if not (path / SINGLE).is_file() and not (path / INDEX).is_file()
             else (
-                f", or move {' and '.join(found)} elsewhere to export the weights beside it without the "
+                f", or move {' and '.join(adapter_files)} elsewhere to export the weights beside it without "
+                f"the "
                 f"adapter"
             )
         )
         raise DllmError(
-            f"{path}: {found[0]} is of an adapter (LoRA), whose weights are not part of the model yet: "
+            f"{path}: {adapter_files[0]} is of an adapter (LoRA), whose weights are not part of the model "
+            f"yet: "
             f"{MERGE}{here}."
         )
 
@@ -260,13 +262,13 @@ def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        held = _header(path / shard)
+        in_shard = _header(path / shard)
         expected = {name for name, file in weight_map.items() if file == shard}
-        if difference := sorted(expected ^ set(held)):
+        if difference := sorted(expected ^ set(in_shard)):
             raise DllmError(
                 f"{path / shard}: {INDEX} and the shard disagree on {some(difference)}: download both again."
             )
-        tensors |= held
+        tensors |= in_shard
     return tensors, set(shards)
 
 
@@ -288,7 +290,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-            held = {
+            tensors = {
                 name: _stored(path, name, entry, 8 + length, size)
                 for name, entry in header.items()
                 if name != "__metadata__"
@@ -298,7 +300,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             raise DllmError(
                 f"{path}: its safetensors header is damaged ({said}): download it again."
             ) from error
-    ordered = sorted((stored.offset, stored.offset + stored.size, name) for name, stored in held.items())
+    ordered = sorted((stored.offset, stored.offset + stored.size, name) for name, stored in tensors.items())
     ends = [(8 + length, 8 + length, "the header"), *ordered, (size, size, "the end of the file")]
     for (_, end, name), (begin, _, other) in pairwise(ends):
         if begin < end:
@@ -310,7 +312,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: {begin - end} bytes between {name} and {other} belong to no tensor: download it "
                 f"again."
             )
-    return held
+    return tensors
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -51,26 +51,26 @@ def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> F
     """What has to be added to config.json so that all three are known. `given`: the mask token, as its text
     or its id, which comes before what the checkpoint says. Raises DllmError, which says how to give it, where
     nothing names the mask or an end token."""
-    found, tokenizer = Found(), _Tokenizer(checkpoint.path)
+    names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
     if given is not None:
-        found.ids[MASK] = _given(given, tokenizer, vocab_size)
-        if named is not None and named != found.ids[MASK]:
-            found.notes.append(
-                f"the mask token is {found.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is "
+        names.ids[MASK] = _given(given, tokenizer, vocab_size)
+        if named is not None and named != names.ids[MASK]:
+            names.notes.append(
+                f"the mask token is {names.ids[MASK]}, as --mask-token says; {MASK} of the checkpoint is "
                 f"{named!r}"
             )
     else:
         check_agreed(config, generation_config, f"{checkpoint.path / 'config.json'}")
     if given is None and named is not None and config.get(MASK) is None:
-        found.ids[MASK] = named
-        found.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
+        names.ids[MASK] = named
+        names.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
     for key in missing(config, generation_config):
-        if key not in found.ids:
-            found.ids[key], said = _of_tokenizer(key, tokenizer, found, checkpoint)
-            found.notes.append(f"config.json has no {key}: it is {said}")
-    return found
+        if key not in names.ids:
+            names.ids[key], said = _of_tokenizer(key, tokenizer, names, checkpoint)
+            names.notes.append(f"config.json has no {key}: it is {said}")
+    return names
 
 
 class _Tokenizer:
@@ -86,8 +86,8 @@ class _Tokenizer:
 
     def masks(self) -> str:
         """Which tokens look like one, for a message."""
-        held = {} if self.opened is None else self.opened.added_tokens
-        like = [f"{text} ({token})" for token, text in held.items() if "mask" in text.lower()]
+        added = {} if self.opened is None else self.opened.added_tokens
+        like = [f"{text} ({token})" for token, text in added.items() if "mask" in text.lower()]
         return (
             f"; in its tokenizer there {'are' if len(like) > 1 else 'is'} {', '.join(like[:5])}"
             if like
@@ -114,14 +114,14 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
     return token
 
 
-def _of_tokenizer(key: str, tokenizer: _Tokenizer, found: Found, checkpoint: Checkpoint) -> tuple[Any, str]:
+def _of_tokenizer(key: str, tokenizer: _Tokenizer, names: Found, checkpoint: Checkpoint) -> tuple[Any, str]:
     """The id under a key that no configuration names, and a word on where it comes from."""
     name = key.removesuffix("_id")
     token = None if tokenizer.opened is None else tokenizer.opened.special_id(name)
     if token is not None:
         return token, f"{token}, the tokenizer's {name}"
     if key == PAD:  # nothing is computed with it
-        ends = found.ids.get(END) or checkpoint.generation_config.get(END) or checkpoint.config.get(END)
+        ends = names.ids.get(END) or checkpoint.generation_config.get(END) or checkpoint.config.get(END)
         return (
             ends[0] if isinstance(ends, list) and ends else ends
         ), "the end token, as the tokenizer names no pad_token"

@@ -31,7 +31,7 @@ from trt_runtime.optional import import_optional
 from trt_runtime.system import atomic, commands
 
 from . import record
-from .record import Call
+from .record import RecordedCall
 
 _FILES = Path(__file__).with_name("files")
 _PROMPTS = (7, 12, 9)  # tokens of the random prompts: ragged rows
@@ -53,7 +53,7 @@ class KitConfig:
 
 def write(
     artifact: Path, out: Path, config: KitConfig, note: Callable[[str], object] = lambda text: None
-) -> list[Call]:
+) -> list[RecordedCall]:
     """Write the kit to a new directory. Returns the recorded calls. Raises DllmError."""
     manifest = manifests.load(artifact)
     if not manifest.dims.writes_caches:
@@ -73,11 +73,11 @@ def write(
         calls = record.decode(backend, config.prompts or prompts(manifest), decoding(manifest), config.count)
         backend.close()
         theirs = _reference(twin, calls, config, note)
-    with atomic.sealed(out, overwrite=False) as made:
-        write_graphs(artifact, manifest, calls[0].capacity, made, link=config.link)
-        _save(made, calls, "windows", "expected")
+    with atomic.sealed(out, overwrite=False) as directory:
+        write_graphs(artifact, manifest, calls[0].capacity, directory, link=config.link)
+        _save(directory, calls, "windows", "expected")
         if theirs is not None:
-            _save(made, theirs, None, "expected-pytorch")
+            _save(directory, theirs, None, "expected-pytorch")
         dtype = manifest.model.dtype
         facts = {
             "artifact": artifact.resolve().name,
@@ -86,11 +86,11 @@ def write(
             "calls": len(calls),
             "dllm-trt": __version__,
         }
-        (made / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        (made / "settings.sh").write_text(settings(calls, dtype), encoding="utf-8")
+        (directory / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (directory / "settings.sh").write_text(settings(calls, dtype), encoding="utf-8")
         for file in sorted(_FILES.iterdir()):
             if file.is_file():
-                shutil.copy(file, made / file.name)
+                shutil.copy(file, directory / file.name)
     return calls
 
 
@@ -138,7 +138,7 @@ def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *
             (os.link if link else shutil.copyfile)((artifact / name).resolve(), out / name)
 
 
-def settings(calls: list[Call], dtype: str) -> str:
+def settings(calls: list[RecordedCall], dtype: str) -> str:
     """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how
     far each output may be off."""
     lines = [
@@ -149,10 +149,10 @@ def settings(calls: list[Call], dtype: str) -> str:
         ours = [call for call in calls if call.role == role]
         seen = {name: np.array([call.inputs[name].shape for call in ours]) for name in ours[0].inputs}
         for kind, shapes in (
-            ("MIN", {name: held.min(0) for name, held in seen.items()}),
-            ("OPT", {name: held.max(0) for name, held in seen.items()}),
-            ("MAX", {name: held.max(0) for name, held in seen.items()}),
-            ("FIRST", {name: held[0] for name, held in seen.items()}),
+            ("MIN", {name: values.min(0) for name, values in seen.items()}),
+            ("OPT", {name: values.max(0) for name, values in seen.items()}),
+            ("MAX", {name: values.max(0) for name, values in seen.items()}),
+            ("FIRST", {name: values[0] for name, values in seen.items()}),
         ):
             lines.append(
                 _array(
@@ -172,7 +172,7 @@ def _array(name: str, values: Iterator[str]) -> str:
     return f"{name}=({' '.join(map(shlex.quote, values))})"
 
 
-def _save(out: Path, calls: list[Call], inputs: str | None, outputs: str) -> None:
+def _save(out: Path, calls: list[RecordedCall], inputs: str | None, outputs: str) -> None:
     numbers = dict.fromkeys(contract.ROLES, 0)
     for call in calls:
         name = f"{call.role}-{numbers[call.role]:04}.npz"
@@ -184,8 +184,8 @@ def _save(out: Path, calls: list[Call], inputs: str | None, outputs: str) -> Non
 
 
 def _reference(
-    artifact: Path, calls: list[Call], config: KitConfig, note: Callable[[str], object]
-) -> list[Call] | None:
+    artifact: Path, calls: list[RecordedCall], config: KitConfig, note: Callable[[str], object]
+) -> list[RecordedCall] | None:
     """The same calls on PyTorch; None where it is not asked for, or not there."""
     if config.reference is False:
         return None
@@ -200,8 +200,8 @@ def _reference(
             ) from error
         note(f"PyTorch's outputs are not recorded: {error}")
         return None
-    made = [
-        Call(
+    recorded = [
+        RecordedCall(
             call.role,
             call.inputs,
             record.replayed(backend, call.role, call.inputs, want_logits=contract.LOGITS in call.outputs),
@@ -209,4 +209,4 @@ def _reference(
         for call in calls
     ]
     backend.close()
-    return made
+    return recorded

@@ -18,15 +18,15 @@ from trt_runtime.backends.tensorrt.store import CAPACITY_STEP
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.rules import check_prompt, rules_of
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.measure import tolerances
-from trt_runtime.decoding.rules import check_prompt, rules_of
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A call of a graph by the names of its contract. inputs: caches in float32, the rest int64. outputs:
     what the backend gave, token int64, the rest float32 (logits where they were asked for)."""
 
@@ -53,7 +53,7 @@ class Recording(Backend):
             wanted,
         )
         self.counts = dict.fromkeys(contract.ROLES, 0)
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self.inner.new_cache(batch, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
@@ -69,20 +69,22 @@ class Recording(Backend):
         stats = self.inner.forward(role, cache, slots, window, want_logits=with_logits)
         if is_wanted:
             small = {item.name: getattr(window, item.name) for item in fields(window)}
-            held = small | caches
-            inputs = {spec.name: held[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
+            arrays = small | caches
+            inputs = {spec.name: arrays[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
             self.calls.append(
-                Call(role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims))
+                RecordedCall(
+                    role, inputs, outputs_of(stats, self.inner.read_cache(cache, slots), self.manifest.dims)
+                )
             )
         return stats
 
 
 def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> dict[str, Array]:
     """The outputs of a graph by their names, from what a backend gives."""
-    made = {name: getattr(stats, name) for name in contract.STATISTICS}
+    outputs = {name: getattr(stats, name) for name in contract.STATISTICS}
     if stats.logits is not None:
-        made[contract.LOGITS] = stats.logits
-    return made | dict(
+        outputs[contract.LOGITS] = stats.logits
+    return outputs | dict(
         zip(
             contract.returned_names(dims),
             (caches[name] for name in contract.cache_names("cache", dims)),
@@ -118,7 +120,9 @@ def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logi
     return outputs_of(stats, after, backend.manifest.dims)
 
 
-def decode(backend: Backend, prompts: Rows[list[int]], config: GenerationConfig, count: int) -> list[Call]:
+def decode(
+    backend: Backend, prompts: Rows[list[int]], config: GenerationConfig, count: int
+) -> list[RecordedCall]:
     """Decode prompts as one batch, and return `count` calls of each role (or all, if there are fewer), spread
     over the decoding."""
     whole = Recording(backend)
@@ -142,7 +146,7 @@ def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig)
     ).run()
 
 
-def allowed(calls: Iterable[Call], dtype: str) -> dict[str, float]:
+def allowed(calls: Iterable[RecordedCall], dtype: str) -> dict[str, float]:
     """How far apart two correct computations may be, output by output: the table of
     trt_runtime/measure/tolerances.py, relative ones by the largest value."""
     largest: dict[str, float] = {}

@@ -29,7 +29,7 @@ from trt_runtime.artifact import contract
 from trt_runtime.decoding.backend import Backend
 
 from . import kit
-from .record import Array, Call, allowed, decode, replayed
+from .record import Array, RecordedCall, allowed, decode, replayed
 
 _KINDS = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 
@@ -51,19 +51,19 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Names, element types and shapes (-1 where free); bf16 caches come in float32."""
-        made = TensorMetadata()
+        metadata = TensorMetadata()
         for spec in contract.inputs(self.role, self.backend.manifest.dims):
-            made.add(
+            metadata.add(
                 spec.name,
                 _KINDS.get(spec.dtype, np.float32),
                 [axis if isinstance(axis, int) else -1 for axis in spec.axes],
             )
-        return made
+        return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> OrderedDict[str, Array]:
         """One call over a cache of its own."""
         begin = time.perf_counter()
-        made = replayed(
+        outputs = replayed(
             self.backend,
             self.role,
             {name: np.array(value) for name, value in feed_dict.items()},
@@ -72,10 +72,10 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         self.inference_time = (
             time.perf_counter() - begin
         )  # with the caches' way in and out: a time for debugging, not for a table
-        return OrderedDict(made)
+        return OrderedDict(outputs)
 
 
-def feeds(calls: Iterable[Call], role: str, dtype: str) -> list[dict[str, Array]]:
+def feeds(calls: Iterable[RecordedCall], role: str, dtype: str) -> list[dict[str, Array]]:
     """What runners of a role are given: the calls' inputs, caches in the dtype of the graph (of bf16 in
     float32)."""
     kind = np.float16 if dtype == "fp16" else np.float32
@@ -98,8 +98,8 @@ def differences(
     with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it tells of every tensor on standard output
         results = Comparator.run(runners, data_loader=given)
     first, *others = results.items()
-    for name, made in others:
-        for number, (mine, theirs) in enumerate(zip(made, first[1], strict=True)):
+    for name, outputs in others:
+        for number, (mine, theirs) in enumerate(zip(outputs, first[1], strict=True)):
             pairs = ((key, np.asarray(mine[key]), np.asarray(theirs[key])) for key in theirs if key in mine)
             yield (
                 name,
@@ -136,8 +136,8 @@ def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, di
                 OnnxrtRunner(session, name="OnnxrtRunner"),
             ]
             limits = allowed([call for call in calls if call.role == role], dtype)
-            for name, _, number, found in differences(runners, feeds(calls, role, dtype)):
-                for key, value in found.items():
+            for name, _, number, difference in differences(runners, feeds(calls, role, dtype)):
+                for key, value in difference.items():
                     if key != "token" and value / limits[key] >= worst.get(name, (-1.0, ""))[0]:
                         worst[name] = (value / limits[key], f"{key} of {role} call {number}")
     measured: dict[str, Any] = {

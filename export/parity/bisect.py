@@ -37,9 +37,9 @@ class Ranges:
     where: str = ""
 
     def note(self, where: str, tensor: torch.Tensor) -> None:
-        found = float(tensor.detach().abs().max())
-        if found > self.largest or not math.isfinite(found):
-            self.largest, self.where = found, where
+        largest = float(tensor.detach().abs().max())
+        if largest > self.largest or not math.isfinite(largest):
+            self.largest, self.where = largest, where
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,13 @@ def _hooked(modules: dict[str, torch.nn.Module], noted: Noted) -> Iterator[None]
     came out."""
 
     def hook(name: str) -> Callable[..., None]:
-        def told(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
-            noted(name, module, given[0] if given else made, made[0] if isinstance(made, tuple) else made)
+        def told(module: torch.nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            noted(
+                name,
+                module,
+                given[0] if given else output,
+                output[0] if isinstance(output, tuple) else output,
+            )
 
         return told
 
@@ -92,12 +97,12 @@ def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
         if isinstance(module, torch.nn.Linear)
     }
 
-    def note(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
+    def note(name: str, module: torch.nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
         if isinstance(module, torch.nn.Linear):
             ranges.note(f"{name} (input)", given)
-            ranges.note(f"{name} (output)", made)
+            ranges.note(f"{name} (output)", output)
         else:
-            ranges.note(name, made)
+            ranges.note(name, output)
 
     with _hooked({**linear, **_layers(reference)}, note):
         yield
@@ -132,11 +137,11 @@ def compare(
         if role == "refine":
             kinds.append(("refine step, refine graph", refine, every, expected["refine"]))
         for kind, call, keep, wanted in kinds:
-            made = engine.run(cache, slots, call, [*names, contract.LOGITS])
+            outputs = engine.run(cache, slots, call, [*names, contract.LOGITS])
             tables[kind] = [
                 _row(
                     name,
-                    made[name].astype(np.float32).reshape(wanted[name].shape),
+                    outputs[name].astype(np.float32).reshape(wanted[name].shape),
                     wanted[name],
                     keep,
                     facts.dtype,
@@ -153,8 +158,8 @@ def _residuals(
 ) -> dict[str, Array]:
     kept: dict[str, Array] = {}
 
-    def keep(name: str, module: torch.nn.Module, given: torch.Tensor, made: torch.Tensor) -> None:
-        kept[name] = made.numpy().copy()
+    def keep(name: str, module: torch.nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
+        kept[name] = output.numpy().copy()
 
     with _hooked(_layers(reference), keep):
         kept[contract.LOGITS] = reference.logits(cache, slots, call, own_rows_only=own_rows_only).numpy()
@@ -163,8 +168,8 @@ def _residuals(
 
 def difference(mine: Array, theirs: Array) -> float:
     """Largest difference over max(1, largest value); infinite where something is no number."""
-    found = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
-    return found if math.isfinite(found) else math.inf
+    largest = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
+    return largest if math.isfinite(largest) else math.inf
 
 
 def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> LayerDifference:

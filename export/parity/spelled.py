@@ -24,18 +24,18 @@ _TINY = 1e-20  # a scale of numbers that are all zeros
 
 def spelled(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model over the same weights. Raises KeyError for an operator that is not known here."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    graph, held = made.graph, {tensor.name: tensor for tensor in made.graph.initializer}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph, tensors = copy.graph, {tensor.name: tensor for tensor in copy.graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        nodes += _RULES[node.op_type](node, held, graph) if node.domain == MICROSOFT else [node]
+        nodes += _RULES[node.op_type](node, tensors, graph) if node.domain == MICROSOFT else [node]
     del graph.node[:]
     graph.node.extend(nodes)
-    return made
+    return copy
 
 
-def _integer(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
+def _integer(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
     """MatMulIntegerToFloat: y = (a - zero) @ b * (a_scale * b_scale); a uint8 [T, K], b int8 [K, N]."""
     a, b, a_scale, b_scale, zero = node.input[:5]
     names = _Names(node)
@@ -50,19 +50,19 @@ def _integer(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphPro
     ]
 
 
-def _blocks(node: NodeProto, held: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
+def _blocks(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
     """MatMulNBits of accuracy level 4: x [T, K] is rounded to 8 bits in blocks, each with the scale of its
     largest number; the weight is (b - middle) * scale in the same blocks."""
     x, stored, scales = node.input[:3]
     facts = {item.name: item.i for item in node.attribute}
     inputs, block, bits = facts["K"], facts["block_size"], facts["bits"]
     names, number = _Names(node), -(-facts["K"] // facts["block_size"])
-    weight = held[stored]
+    weight = tensors[stored]
     weight.data_type = (
         TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
     )  # the same bytes, the first number in the lower half
     weight.dims[:] = [facts["N"], number * block]
-    scale = held[scales]
+    scale = tensors[scales]
     scale.dims[:] = [facts["N"], number]
 
     def constant(name: str, value: Any) -> str:

@@ -89,7 +89,7 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
     ]
     with layers.watched(reference, worst.ranges):
         theirs = [_torch_run(reference, *call[:2]) for call in calls]
-    made: dict[str, list[Run]] = {}
+    runs: dict[str, list[Run]] = {}
     for role in contract.ROLES:
         engine = OrtBackend(
             artifact,
@@ -97,14 +97,14 @@ def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]
             model_bytes=exposed(artifact, role, [contract.LOGITS]),
             threads=quality.threads_of(reference.manifest.model.parameters),
         )
-        made[role] = [_ort_run(engine, *call[:2]) for call in calls]
+        runs[role] = [_ort_run(engine, *call[:2]) for call in calls]
         if role == "prefix":
             engine.close()
     for i, (_, _, valid) in enumerate(calls):
         for role in contract.ROLES:
-            worst.add(role, made[role][i], theirs[i], valid)
+            worst.add(role, runs[role][i], theirs[i], valid)
         worst.same = max(
-            worst.same, layers.difference(made["prefix"][i].logits * valid, made["refine"][i].logits * valid)
+            worst.same, layers.difference(runs["prefix"][i].logits * valid, runs["refine"][i].logits * valid)
         )
     return worst, engine
 
@@ -144,9 +144,9 @@ def window(ids: Array, start: int, kv_len: Array) -> Window:
 def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> Run:
     slots, length = slice(0, 2), full.input_ids.shape[1]
     cache = engine.new_cache(2, length)
-    made = engine.run(cache, slots, full, [contract.LOGITS, *contract.STATISTICS])
-    first = made[contract.LOGITS]
-    _check_statistics(made, engine.manifest)
+    outputs = engine.run(cache, slots, full, [contract.LOGITS, *contract.STATISTICS])
+    first = outputs[contract.LOGITS]
+    _check_statistics(outputs, engine.manifest)
     written = [array.astype(np.float32) for array in cache.buffers.arrays.values()]
     if engine.role == "prefix":
         return Run(first, written, first, [])
@@ -154,20 +154,20 @@ def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> Run:
     return Run(first, written, second, [array.astype(np.float32) for array in cache.buffers.arrays.values()])
 
 
-def _check_statistics(made: dict[str, Array], manifest: Manifest) -> None:
+def _check_statistics(outputs: dict[str, Array], manifest: Manifest) -> None:
     """A graph's statistics must be those of its own logits, the mask token left out. Raises DllmError."""
-    logits = made[contract.LOGITS].astype(np.float64)
+    logits = outputs[contract.LOGITS].astype(np.float64)
     weights_of = np.exp(logits - logits.max(-1, keepdims=True))
     probability = weights_of / weights_of.sum(-1, keepdims=True)
     entropy = -(probability * np.log(np.maximum(probability, 1e-300))).sum(-1)
     probability[..., manifest.decoding.mask_token_id] = -1
     best = np.sort(probability, -1)
-    proposed = np.take_along_axis(probability, made["token"][..., None], -1)[..., 0]
+    proposed = np.take_along_axis(probability, outputs["token"][..., None], -1)[..., 0]
     pairs = {
         "token": (proposed, best[..., -1]),
-        "confidence": (made["confidence"], best[..., -1]),
-        "runner_up": (made["runner_up"], best[..., -2]),
-        "entropy": (made["entropy"], entropy),
+        "confidence": (outputs["confidence"], best[..., -1]),
+        "runner_up": (outputs["runner_up"], best[..., -2]),
+        "entropy": (outputs["entropy"], entropy),
     }
     for name, (mine, theirs) in pairs.items():
         if not np.allclose(mine, theirs, rtol=1e-3, atol=1e-4):
@@ -205,8 +205,8 @@ def compare_quantised(artifact: Path, manifest: Manifest) -> Worst:
     )
     expected = _runs(artifact, manifest, "refine", beside, calls, optimise=not for_cpu)
     for role in contract.ROLES:
-        made = _runs(artifact, manifest, role, graphs[role], calls)
-        for mine, theirs, (_, _, valid) in zip(made, expected, calls, strict=True):
+        runs = _runs(artifact, manifest, role, graphs[role], calls)
+        for mine, theirs, (_, _, valid) in zip(runs, expected, calls, strict=True):
             worst.add(role, mine, theirs, valid)
     return worst
 
@@ -227,6 +227,6 @@ def _runs(
         threads=quality.threads_of(manifest.model.parameters),
         optimise=optimise,
     )
-    made = [_ort_run(engine, *call[:2]) for call in calls]
+    runs = [_ort_run(engine, *call[:2]) for call in calls]
     engine.close()
-    return made
+    return runs

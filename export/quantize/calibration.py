@@ -68,24 +68,26 @@ def observe(artifact: Path, source: Source, canvases: Iterable[Canvas]) -> Calib
         model_bytes=ir.to_proto(graph).SerializeToString(),
         threads=quality.threads_of(_size(source)),
     )
-    asked, found = sorted(set(names.values())), dict[str, Array]()
+    asked, largest = sorted(set(names.values())), dict[str, Array]()
     for canvas in canvases:
         cache = backend.new_cache(1, len(canvas.ids))
-        made = backend.run(cache, slice(0, 1), quality.window_of(canvas, np.arange(len(canvas.ids))), asked)
-        found = {name: np.maximum(found.get(name, 0.0), made[name]) for name in asked}
+        outputs = backend.run(
+            cache, slice(0, 1), quality.window_of(canvas, np.arange(len(canvas.ids))), asked
+        )
+        largest = {name: np.maximum(largest.get(name, 0.0), outputs[name]) for name in asked}
     backend.close()
-    return Calibration({name: found[output] for name, output in names.items()}, columns(source))
+    return Calibration({name: largest[output] for name, output in names.items()}, columns(source))
 
 
 def columns(source: Source) -> dict[str, Array]:
     """The largest magnitude of each column of every layer's weight, [K] each."""
-    held, shapes = {}, weight_shapes(source.decoder)
+    maxima, shapes = {}, weight_shapes(source.decoder)
     for name in filter(is_linear, shapes):
         if is_layer(name):
             pieces = source.family.pieces(name)
             stored = FromCheckpoint(pieces[0].tensor, stored_of(source.checkpoint, pieces))
-            held[name] = np.max([np.abs(piece).max(0) for piece in stored.rows(shapes[name][1])], axis=0)
-    return held
+            maxima[name] = np.max([np.abs(piece).max(0) for piece in stored.rows(shapes[name][1])], axis=0)
+    return maxima
 
 
 def _size(source: Source) -> int:

@@ -141,7 +141,7 @@ def _prepare(
     how: QuantizeConfig,
     source: Source,
     kind: type[Scheme],
-    held: list[Example],
+    examples: list[Example],
     shown: Line,
 ) -> Prepared:
     """Run an fp32 twin of the checkpoint."""
@@ -158,7 +158,7 @@ def _prepare(
             f"{free / GIB:.0f} GiB are available: "
             "quantise on a larger machine" + ("." if kind.is_calibrated else ", or with --gate no.")
         )
-    split = min(_CALIBRATING, (len(held) + 1) // 2) if kind.is_calibrated else 0
+    split = min(_CALIBRATING, (len(examples) + 1) // 2) if kind.is_calibrated else 0
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.out.name}.twin-", dir=config.out.parent) as temporary:
         twin = Path(temporary) / "fp32"
@@ -168,9 +168,9 @@ def _prepare(
                 lambda total: lambda done: None,
             )
         model = _opened(twin)
-        expected = quality.expect(model, held[split:] or held, shown) if how.gate else None
+        expected = quality.expect(model, examples[split:] or examples, shown) if how.gate else None
         base = GenerationConfig().resolved(model.manifest)
-        decoded = quality.decode(model, held[:split], base, shown, "decoding prompts to calibrate on")
+        decoded = quality.decode(model, examples[:split], base, shown, "decoding prompts to calibrate on")
         facts_of, block = model.manifest.decoding, base.block_length
         model.close()
         if not kind.is_calibrated:

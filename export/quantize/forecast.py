@@ -82,8 +82,8 @@ def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
     config.json says."""
     if path.is_dir() and any(path.glob("*.safetensors")):
         try:
-            held: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype
-            return next(name for name, known in NUMPY_DTYPES.items() if known == held)
+            stored: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype
+            return next(name for name, known in NUMPY_DTYPES.items() if known == stored)
         except (DllmError, KeyError):  # an export would say so; a forecast needs config.json alone
             pass
     said = config.get("torch_dtype", config.get("dtype"))

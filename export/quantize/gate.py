@@ -152,21 +152,21 @@ def decode(
     what: str = "decoding prompts",
 ) -> list[Decoded]:
     """The examples, one at a time."""
-    made = []
+    decoded = []
     for example in progress.each(examples, what):
         row = model.sequence(example.prompt, config)
         Generator(model.backend, [row]).run()
         useful = row.prompt_length + row.num_useful
-        made.append(
+        decoded.append(
             Decoded(example, row.trace, row.canvas.copy(), row.prompt_length, useful, _text(model, row))
         )
-    return made
+    return decoded
 
 
 def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[Canvas]:
     """Of each decoding one canvas a ratio, the places in turn. Which positions are masked is drawn, the same
     each time."""
-    rng, made = np.random.default_rng(0), []
+    rng, drawn = np.random.default_rng(0), []
     for number, done in enumerate(decoded):
         blocks = max(1, -(-(done.useful_end - done.prompt_length) // block_length))
         for i, ratio in enumerate(RATIOS):
@@ -178,8 +178,8 @@ def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[C
             )
             ids = done.canvas.copy()
             ids[masked], ids[end:] = mask, mask
-            made.append(Canvas(ids, masked))
-    return made
+            drawn.append(Canvas(ids, masked))
+    return drawn
 
 
 def window_of(canvas: Canvas, rows: Array) -> Window:
@@ -260,8 +260,8 @@ def _log_probabilities(model: Model, canvas: Canvas) -> Array:
     logits = model.backend.prefix(cache, slice(0, 1), window_of(canvas, rows), want_logits=True).logits
     assert logits is not None
     shifted = logits[0] - logits[0].max(-1, keepdims=True)
-    made: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return made
+    logs: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logs
 
 
 def _forced(model: Model, done: Decoded, config: GenerationConfig) -> tuple[int, int, int]:

@@ -28,11 +28,11 @@ def find(name: str, target: str | None = None) -> type[Scheme]:
         raise unknown("scheme of quantisation", name, NAMES)
     if target is not None and target not in TARGETS:
         raise unknown("target of quantisation", target, TARGETS)
-    found = next((scheme for scheme in named if target in (None, scheme.target)), None)
-    if found is None:
+    match = next((scheme for scheme in named if target in (None, scheme.target)), None)
+    if match is None:
         others = ", ".join(scheme.name for scheme in SCHEMES if scheme.target == target)
         raise DllmError(
             f"{name} is for {named[0].target}, not for {target}: leave the target out, or quantise with "
             f"{others}."
         )
-    return found
+    return match

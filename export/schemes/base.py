@@ -41,7 +41,7 @@ class Calibration:
         sides = {side: getattr(self, side) for side in _SIDES}
         np.savez(
             directory / FILE_NAME,
-            **{f"{side}/{name}": array for side, held in sides.items() for name, array in held.items()},
+            **{f"{side}/{name}": array for side, arrays in sides.items() for name, array in arrays.items()},
         )
 
     @classmethod
@@ -49,8 +49,8 @@ class Calibration:
         """What `write` wrote. Raises DllmError."""
         path = artifact / FILE_NAME
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
-                arrays = [(*name.split("/", 1), held[name]) for name in held.files]
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as file_arrays:
+                arrays = [(*name.split("/", 1), file_arrays[name]) for name in file_arrays.files]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DllmError(f"{path}: cannot be read ({error}): export it again or copy it again.") from error
         return cls(*({name: array for where, name, array in arrays if where == side} for side in _SIDES))

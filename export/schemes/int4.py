@@ -41,15 +41,15 @@ class Int4(Scheme):
         """Unsigned around 8 (or 128), which is the operator's own zero."""
         bits = _bits(name)
         whole, scales = blocks.rounded(rows, shape, BLOCK, bits)
-        held = blocks.packed(whole + 8) if bits == 4 else (whole.view("uint8") ^ 128)
-        return {f"int{bits}": held, "scale": scales}
+        packed = blocks.packed(whole + 8) if bits == 4 else (whole.view("uint8") ^ 128)
+        return {f"int{bits}": packed, "scale": scales}
 
     def linear(
         self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
     ) -> ir.Value:
         stored = weight(f"{name}.int{_bits(name)}")
         outputs, inputs = self.shapes[name]
-        made = op.MatMulNBits(
+        product = op.MatMulNBits(
             x,
             stored,
             weight(f"{name}.scale"),
@@ -61,7 +61,7 @@ class Int4(Scheme):
             _domain=MICROSOFT,
             _version=1,
         )
-        return made if bias is None else op.Add(made, bias)
+        return product if bias is None else op.Add(product, bias)
 
     def head(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> ir.Value:
         return self.linear(op, x, name, weight)

@@ -75,10 +75,10 @@ class Int4Blocks(_QDQ):
     def linear(
         self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
     ) -> ir.Value:
-        held = op.DequantizeLinear(
+        dequantised = op.DequantizeLinear(
             weight(f"{name}.int4"), weight(f"{name}.scale"), axis=1, block_size=self.block
         )
-        return op.Gemm(*(value for value in (x, held, bias) if value is not None), transB=1)
+        return op.Gemm(*(value for value in (x, dequantised, bias) if value is not None), transB=1)
 
 
 class _Static(_QDQ):
@@ -110,9 +110,11 @@ class _Static(_QDQ):
         scale = self.scale(largest / self.largest)
         whole /= scale.astype(np.float32).reshape(-1, 1)
         kind = self.zero.dtype
-        made = np.clip(np.rint(whole) if kind == np.int8 else whole, -self.largest, self.largest).astype(kind)
+        stored = np.clip(np.rint(whole) if kind == np.int8 else whole, -self.largest, self.largest).astype(
+            kind
+        )
         return {
-            self.stored: made,
+            self.stored: stored,
             "scale": scale,
             "input_scale": self.scale(self.smoothed(name).max() / self.largest),
         }
@@ -128,8 +130,8 @@ class _Static(_QDQ):
         own = weight(f"{name}.input_scale")
         x = op.DequantizeLinear(op.QuantizeLinear(x, own, self._zero), own, self._zero)
         axis = {"axis": 0} if self.per_output else {}
-        held = op.DequantizeLinear(weight(f"{name}.{self.stored}"), weight(f"{name}.scale"), **axis)
-        return op.Gemm(*(value for value in (x, held, bias) if value is not None), transB=1)
+        dequantised = op.DequantizeLinear(weight(f"{name}.{self.stored}"), weight(f"{name}.scale"), **axis)
+        return op.Gemm(*(value for value in (x, dequantised, bias) if value is not None), transB=1)
 
 
 class Fp8(_Static):

@@ -49,19 +49,19 @@ class W8A8(Scheme):
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         """[K, N], which is how MatMulIntegerToFloat takes it."""
         outputs, inputs = shape
-        held, scale, at = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32), 0
+        weights, scale, at = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32), 0
         for piece in rows:
             there = slice(at, at := at + len(piece))
             scale[there] = np.maximum(np.abs(piece).max(1) / 127, np.float32(_TINY))
-            held[:, there] = np.rint(piece / scale[there, None]).astype(np.int8).T
-        return {"int8": held, "scale": scale}
+            weights[:, there] = np.rint(piece / scale[there, None]).astype(np.int8).T
+        return {"int8": weights, "scale": scale}
 
     def linear(
         self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer, bias: ir.Value | None = None
     ) -> ir.Value:
-        made, scale = self._multiply(op, x, name, weight)
-        made = op.Mul(made, scale)
-        return made if bias is None else op.Add(made, bias)
+        product, scale = self._multiply(op, x, name, weight)
+        product = op.Mul(product, scale)
+        return product if bias is None else op.Add(product, bias)
 
     def head(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> ir.Value:
         return self.linear(op, x, name, weight)
@@ -81,7 +81,7 @@ class W8A8(Scheme):
             self._rounded[x] = self._round(op, x)
         rounded, scale = self._rounded[x]
         one, zero_point = self._constants["one"], self._constants["zero_point"]
-        made = op.MatMulIntegerToFloat(
+        product = op.MatMulIntegerToFloat(
             rounded,
             weight(f"{name}.int8"),
             one,
@@ -90,7 +90,7 @@ class W8A8(Scheme):
             _domain=MICROSOFT,
             _version=1,
         )
-        return made, scale
+        return product, scale
 
     def _round(self, op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         largest = op.ReduceMax(op.Abs(x), [-1], keepdims=0)

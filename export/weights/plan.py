@@ -120,11 +120,11 @@ class _Layout:
             )
         (stored,) = source.stored
         if stored.dtype != NUMPY_DTYPES[dtype]:
-            found = DTYPE_OF.get(stored.dtype, stored.dtype.name)
+            own_dtype = DTYPE_OF.get(stored.dtype, stored.dtype.name)
             raise DllmError(
-                f"{stored.file.parent}: tensor {source.name} is {found}, and --weights link cannot convert "
-                f"it to {dtype}: "
-                f"export with DTYPE={found}, or with --weights copy."
+                f"{stored.file.parent}: tensor {source.name} is {own_dtype}, and --weights link cannot "
+                f"convert "
+                f"it to {dtype}: export with DTYPE={own_dtype}, or with --weights copy."
             )
         if stored.offset % 8:
             raise DllmError(
@@ -179,10 +179,10 @@ def plan(
 def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
     """Raise DllmError unless the pieces of a weight make up its shape; those of one that is stored whole have
     that shape."""
-    found = source.stored[0].shape
-    if (found != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
+    stored_shape = source.stored[0].shape
+    if (stored_shape != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
         several = f"{len(source.stored)} tensors from {source.name} on hold {source.size} elements"
-        said = f"tensor {source.name} has shape {list(found)}" if len(source.stored) == 1 else several
+        said = f"tensor {source.name} has shape {list(stored_shape)}" if len(source.stored) == 1 else several
         raise DllmError(
             f"{checkpoint.path}: {said}, config.json asks for {list(shape)}: config and weights are not of "
             f"one model."
@@ -213,9 +213,9 @@ def _quantized(
         )
     if is_covered:
         outputs, inputs = shape
-        made = Quantized(scheme, name, (outputs, inputs), stored)
+        quantized = Quantized(scheme, name, (outputs, inputs), stored)
         for suffix, part in scheme.parts(name, (outputs, inputs)).items():
-            yield f"{name}.{suffix}", part.dtype, part.shape, Made(partial(made.take, suffix))
+            yield f"{name}.{suffix}", part.dtype, part.shape, Made(partial(quantized.take, suffix))
 
 
 def _scaled(stored: FromCheckpoint, factor: Array, dtype: np.dtype[Any]) -> Array:

@@ -166,14 +166,14 @@ class FromCheckpoint(TensorSource):
         if piece.dtype == ml_dtypes.bfloat16:  # the upper half of a float32
             wide = (piece.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         with np.errstate(over="ignore"):
-            made = wide.astype(np.float32, copy=False).astype(target, copy=False)
+            narrow = wide.astype(np.float32, copy=False).astype(target, copy=False)
         if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
             raise DllmError(
                 f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): "
                 f"export with "
                 "DTYPE=bf16 (--dtype bf16)."
             )
-        return made
+        return narrow
 
     def is_at(self, path: Path, offset: int, dtype: str) -> bool:
         return all(stored.file.samefile(path) for stored in self.stored) or super().is_at(path, offset, dtype)

@@ -28,14 +28,14 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
         )
     if not missing or not surplus:
         return ""
-    found = max(
+    best = max(
         _changes(names, missing, surplus),
         key=lambda change: len(set(change[1].values()) & set(surplus)),
         default=None,
     )
-    if found is None:
+    if best is None:
         return ""
-    said, change = found
+    said, change = best
     renamed = [name for name in missing if change[name] in set(surplus)]
     left = sorted(set(surplus) - set(change.values()))
     if 2 * len(renamed) < len(missing):

@@ -1,5 +1,5 @@
-"""The benchmark of the whole system: variants beside one another, scaling beside the roofline, llama.cpp
-through a stand-in, and what is made of it."""
+"""The benchmark of the whole system: variants in one table, scaling compared with the roofline,
+llama.cpp through a stand-in, and the generated tables and plots."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from export.pipeline import ExportConfig
 from export.quantize import export as quantize
 from export.quantize.export import QuantizeConfig
 from trt_runtime.cli import main as cli
+from trt_runtime.model import load
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "cpu")]
 import system
@@ -67,8 +68,8 @@ def variants(demo_artifact, w8a8, tmp_path_factory):
 
 
 def test_quantised_and_reference_rows_stand_beside_the_artifacts(variants):
-    held = json.loads(variants.read_text())
-    rows = {row["variant"]: row for row in held["rows"]}
+    report = json.loads(variants.read_text())
+    rows = {row["variant"]: row for row in report["rows"]}
     assert list(rows) == [
         "ort vanilla",
         "ort dual",
@@ -83,8 +84,8 @@ def test_quantised_and_reference_rows_stand_beside_the_artifacts(variants):
     assert rows["ort vanilla"]["refine_ms"] is None and all(
         row["tokens_per_second"] > 0 for row in rows.values()
     )
-    assert set(held["peak_memory_mib"]) == {"ort", "ort w8a8", "torch fp32", "torch bf16"}
-    assert held["peak_memory_mib"]["torch fp32"] > held["peak_memory_mib"]["ort"]
+    assert set(report["peak_memory_mib"]) == {"ort", "ort w8a8", "torch fp32", "torch bf16"}
+    assert report["peak_memory_mib"]["torch fp32"] > report["peak_memory_mib"]["ort"]
 
 
 def test_beside_takes_the_same_model_only(demo_artifact, w8a8, tmp_path, capsys):
@@ -137,7 +138,7 @@ def test_forwards_grow_with_what_they_compute(scaling):
 
 def test_the_roofline_counts_every_multiplication(demo_artifact):
     """Layer by layer, number by number: the last layer's queries, MLP and the head on the block alone."""
-    facts = system.load(demo_artifact).manifest.model
+    facts = load(demo_artifact).manifest.model
     at = {"prompt": 40, "gen_length": 16, "block": 8, "batch": 3, "threads": 1}
     hidden, mlp, wide = facts.hidden_size, facts.intermediate_size, facts.num_heads * facts.head_dim
     linear = attention = 0
@@ -161,8 +162,8 @@ def test_the_roofline_counts_every_multiplication(demo_artifact):
 
 
 def test_peaks_are_rates_of_this_machine():
-    found = system.peaks(1)
-    assert set(found) == {"fp32", "int8", "bandwidth"} and all(1e8 < rate < 1e14 for rate in found.values())
+    rates = system.peaks(1)
+    assert set(rates) == {"fp32", "int8", "bandwidth"} and all(1e8 < rate < 1e14 for rate in rates.values())
 
 
 def test_windows_ask_for_the_first_block():
@@ -209,9 +210,9 @@ def test_llama_cpp_runs_beside_the_artifact(demo_artifact, tmp_path, steps, monk
     )
     monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *asked])
     system.main()
-    made = json.loads((tmp_path / "out" / "system-llama-cpp.json").read_text())
-    assert made["tokens_per_second"]["llama.cpp"] == pytest.approx(80)
-    assert made["tokens_per_second"]["dual, threshold 0.9"] > made["tokens_per_second"]["vanilla"] > 0
+    report = json.loads((tmp_path / "out" / "system-llama-cpp.json").read_text())
+    assert report["tokens_per_second"]["llama.cpp"] == pytest.approx(80)
+    assert report["tokens_per_second"]["dual, threshold 0.9"] > report["tokens_per_second"]["vanilla"] > 0
     first = (tmp_path / "asked").read_text().splitlines()[0].split()
     assert (
         first[first.index("--diffusion-steps") + 1] == "128" and int(first[first.index("-ub") + 1]) % 32 == 0
@@ -224,21 +225,27 @@ def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text,
     monkeypatch.setattr(
         sys, "argv", ["system.py", "--artifact", str(demo_artifact), *llama(tmp_path, text, status)]
     )
-    with pytest.raises(SystemExit, match=f"ended with {status} and told no time"):
+    with pytest.raises(SystemExit, match=f"ended with {status} and reported no time"):
         system.main()
 
 
 def test_missing_files_and_parts_are_named(tmp_path):
-    def said(*options):
+    def errors_of(*options):
         return subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / "cpu" / "system.py", "--output", tmp_path / "out", *options],
+            [
+                sys.executable,
+                ROOT / "benchmarks" / "cpu" / "system.py",
+                "--output",
+                tmp_path / "out",
+                *options,
+            ],
             capture_output=True,
             text=True,
             check=False,
         ).stderr
 
-    assert said("--parts", "speed").startswith("error: --parts: speed: expected some of")
-    assert "--llama-cpp is None" in said("--parts", "llama-cpp")
+    assert errors_of("--parts", "speed").startswith("error: --parts: speed: expected some of")
+    assert "--llama-cpp is None" in errors_of("--parts", "llama-cpp")
 
 
 def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, monkeypatch):

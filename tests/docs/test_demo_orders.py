@@ -1,5 +1,4 @@
-"""The orders that documents give the demo model: it answers each of them right, and the answers that
-documents show are right."""
+"""The demo model answers every order in the documents correctly, and the answers shown there are correct."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ _ORDER = re.compile(rf"\b{_STEP}(?:(?:{_JOINTS}){_STEP})*")
 
 
 def orders_of(text: str) -> list[str]:
-    """Every order of a text, whatever stands around it, its lines joined."""
+    """Every order in a text, also across line breaks."""
     return [order for order in _ORDER.findall(re.sub(r"\s+", " ", text)) if order.count(" ") > 2]
 
 
@@ -48,7 +47,7 @@ def orders_of(text: str) -> list[str]:
 def test_every_order_is_answered_right(path, model):
     text = path.read_text(encoding="utf-8")
     for order in orders_of(text):
-        plan = demo_task.plan_of(order)  # an order that the task does not have raises
+        plan = demo_task.plan_of(order)  # raises for an order outside the task
         for cache in ("none", "dual"):
             answer = model.generate([order], rt.GenerationConfig(cache=cache))[0].text
             assert demo_task.is_right(answer, plan), (order, cache, answer)
@@ -63,7 +62,7 @@ def test_the_answers_that_the_tutorial_shows_are_right():
 
 
 def test_orders_are_found_and_understood():
-    """In each document that shows some; and what is drawn is read back."""
+    """Each document with orders is searched, and `plan_of` inverts `draw`."""
     orders = {
         path.relative_to(ROOT).as_posix(): orders_of(path.read_text(encoding="utf-8")) for path in SOURCES
     }

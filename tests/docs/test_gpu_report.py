@@ -1,5 +1,4 @@
-"""`make gpu-report`: the CPU twin of every stage, one that fails, and the table and plot made of the
-results."""
+"""`make gpu-report`: the CPU twin of every stage, one that fails, and the table and plot of the results."""
 
 from __future__ import annotations
 
@@ -40,19 +39,19 @@ def results(tmp_path_factory):
 
 def stages_of(folder) -> dict:
     (file,) = folder.glob("*.json")
-    held = json.loads(file.read_text())
+    report = json.loads(file.read_text())
     assert (
         file.name == "gpu-report-twin.json"
-        and held["format"] == "dllm-trt gpu report"
-        and held["format_version"] == 1
+        and report["format"] == "dllm-trt gpu report"
+        and report["format_version"] == 1
     )
-    return held["stages"]
+    return report["stages"]
 
 
 def test_every_stage_has_a_twin(results):
     """In one file, with the machine, the versions and the hashes of what was run."""
-    held = stages_of(results / "good")
-    assert list(held) == [
+    stages = stages_of(results / "good")
+    assert list(stages) == [
         "environment",
         "ceilings",
         "kernels",
@@ -64,19 +63,23 @@ def test_every_stage_has_a_twin(results):
         "build",
         "tensorrt",
     ]
-    assert not [name for name, made in held.items() if "failed" in made]
-    assert held["ort"]["parity"]["passed"] and held["ort"]["parity"]["refine"]["tokens_as_fp32"] == 1.0
-    assert len(held["ort"]["speeds"]) == 4 and all(row["refine_share"] > 0 for row in held["ort"]["speeds"])
+    assert not [name for name, result in stages.items() if "failed" in result]
+    assert stages["ort"]["parity"]["passed"] and stages["ort"]["parity"]["refine"]["tokens_as_fp32"] == 1.0
+    assert len(stages["ort"]["speeds"]) == 4 and all(
+        row["refine_share"] > 0 for row in stages["ort"]["speeds"]
+    )
     assert (
-        held["ort"]["tokens_per_second"]["nfe"]
-        == held["ort"]["tokens_per_second_looking_every_4"]["nfe"]
+        stages["ort"]["tokens_per_second"]["nfe"]
+        == stages["ort"]["tokens_per_second_looking_every_4"]["nfe"]
         == 6
     )
-    assert held["kernels"]["row_statistics"][0]["tokens_equal"] and held["kernels"]["commit"]["cases"] == 5
-    assert held["tensorrt86"]["exported"] == "legacy, fp16" and held["build"]["engine_bytes"] > 100_000
     assert (
-        held["environment"]["machine"]["instruction_sets"] is not None
-        and "no engine" in held["tensorrt"]["skipped"]
+        stages["kernels"]["row_statistics"][0]["tokens_equal"] and stages["kernels"]["commit"]["cases"] == 5
+    )
+    assert stages["tensorrt86"]["exported"] == "legacy, fp16" and stages["build"]["engine_bytes"] > 100_000
+    assert (
+        stages["environment"]["machine"]["instruction_sets"] is not None
+        and "no engine" in stages["tensorrt"]["skipped"]
     )
     artifacts = json.loads((results / "good" / "gpu-report-twin.json").read_text())["artifacts"]
     assert len(artifacts["artifact"]["refine.onnx"]) == 64
@@ -101,13 +104,13 @@ def test_a_stage_that_fails_says_so_and_stops_no_other(results):
     (work / "artifact" / "manifest.json").write_text(json.dumps(manifest))
     done = _run(REPORT, "--twin", "--output", results / "bad", "--work", work, "--stages", "ort,environment")
     assert done.returncode == 1 and "failed: ort; the other stages' results are in" in done.stderr
-    made = stages_of(results / "bad")
+    stages = stages_of(results / "bad")
     assert (
-        "further from PyTorch in fp32 than rounding explains" in made["ort"]["failed"]
-        and made["ort"]["tokens_per_second"]
+        "further from PyTorch in fp32 than rounding explains" in stages["ort"]["failed"]
+        and stages["ort"]["tokens_per_second"]
     )
     assert (
-        "failed" not in made["environment"]
+        "failed" not in stages["environment"]
         and "| ONNX Runtime |" in done.stdout
         and "`ort`: parity FAILED" in done.stdout
     )
@@ -127,11 +130,11 @@ def test_engines_have_a_time_of_their_own_and_nobody_waits_for_them(results, tmp
         "--total-seconds",
         "1",
     )
-    made = stages_of(tmp_path)
+    stages = stages_of(tmp_path)
     assert (
         done.returncode == 0
-        and made["ort"]["skipped"] == "no time was left"
-        and made["build"]["engine_bytes"] > 100_000
+        and stages["ort"]["skipped"] == "no time was left"
+        and stages["build"]["engine_bytes"] > 100_000
     )
     done = _run(
         REPORT,
@@ -198,11 +201,11 @@ def test_reports_become_a_table_and_a_plot_and_are_merged(results, tmp_path):
 
 def test_wrong_use_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    for command, said in (
+    for command, message in (
         ((REPORT, "--output", tmp_path), "PyTorch sees no GPU here"),
         ((REPORT, "--twin", "--stages", "x"), "unknown stage 'x'"),
-        ((RENDER, tmp_path / "x.json"), "is no report of 'make gpu-report'"),
-        ((RENDER, tmp_path / "none.json"), "is no report"),
+        ((RENDER, tmp_path / "x.json"), "not a report of 'make gpu-report'"),
+        ((RENDER, tmp_path / "none.json"), "not a report"),
     ):
         done = _run(*command, CUDA_VISIBLE_DEVICES="")
-        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,5 +1,5 @@
-"""The scripts that carry TensorRT 8.6 to a machine without network: their syntax, and what unpacking says of
-its pieces."""
+"""The scripts that carry TensorRT 8.6 to a machine without network: their syntax, and the checks of
+unpacking."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RUN = b'#!/bin/sh\necho "ran $*"\n'
 
 
 def _archive(name: str = "run") -> bytes:
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w:xz") as archive:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(RUN), 0o755
         archive.addfile(info, io.BytesIO(RUN))
-    return held.getvalue()
+    return packed.getvalue()
 
 
 def _write_pieces(folder, archive: bytes, count: int = 3) -> None:
@@ -51,7 +51,7 @@ def _run(*command, **options) -> subprocess.CompletedProcess[str]:
 
 
 def _refusal(*command, **options) -> str:
-    """The one line in which a command refuses."""
+    """The one error line of a command that fails."""
     done = _run(*command, **options)
     assert done.returncode != 0 and done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -87,10 +87,10 @@ def test_a_machine_without_xz_unpacks_with_python(pieces, tmp_path):
     assert (tmp_path / "target" / "run").read_bytes() == RUN
 
 
-@pytest.mark.parametrize("given", [[], ["pieces"], ["pieces", "target", "more"]], ids=len)
-def test_two_arguments_are_asked_for(given, tmp_path):
-    line = _refusal("bash", UNPACK, *given, cwd=tmp_path)
-    assert f"got {len(given)} arguments, expected two" in line and "PIECES_DIR TARGET_DIR" in line
+@pytest.mark.parametrize("arguments", [[], ["pieces"], ["pieces", "target", "more"]], ids=len)
+def test_two_arguments_are_asked_for(arguments, tmp_path):
+    line = _refusal("bash", UNPACK, *arguments, cwd=tmp_path)
+    assert f"got {len(arguments)} arguments, expected two" in line and "PIECES_DIR TARGET_DIR" in line
 
 
 def test_packing_asks_for_one_argument(tmp_path):
@@ -122,11 +122,11 @@ def test_the_list_of_sums_must_be_there_and_name_the_pieces_in_order(pieces, tmp
     sums = pieces / "SHA256SUMS"
     lines = sums.read_text().splitlines(keepends=True)
     sums.write_text(lines[0] + lines[2])
-    assert "names 'tensorrt86.tar.xz.02' where tensorrt86.tar.xz.01 must stand" in _refusal(
+    assert "lists 'tensorrt86.tar.xz.02', expected tensorrt86.tar.xz.01" in _refusal(
         "bash", UNPACK, pieces, tmp_path / "t"
     )
     sums.write_text("0" * 64 + "  ../tensorrt86.tar.xz.00\n")
-    assert "where tensorrt86.tar.xz.00 must stand" in _refusal("bash", UNPACK, pieces, tmp_path / "t")
+    assert "expected tensorrt86.tar.xz.00" in _refusal("bash", UNPACK, pieces, tmp_path / "t")
     sums.write_text("")
     assert "is empty" in _refusal("bash", UNPACK, pieces, tmp_path / "t")
     sums.unlink()
@@ -137,13 +137,16 @@ def test_a_list_cut_short_leaves_no_half_a_tree(pieces, tmp_path):
     sums = pieces / "SHA256SUMS"
     sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:2]))
     done = _run("bash", UNPACK, pieces, tmp_path / "target")
-    assert done.returncode != 0 and "the pieces join to no whole archive" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode != 0
+        and "the joined pieces are not a complete archive" in done.stderr.splitlines()[-1]
+    )
     assert list((tmp_path / "target").iterdir()) == [] and list(tmp_path.glob("target.*")) == []
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path):
     _write_pieces(tmp_path / "pieces", _archive("other"))
-    assert "holds no program 'run'" in _refusal("bash", UNPACK, tmp_path / "pieces", tmp_path / "target")
+    assert "has no program 'run'" in _refusal("bash", UNPACK, tmp_path / "pieces", tmp_path / "target")
 
 
 def test_a_full_target_is_left_alone(pieces, tmp_path):

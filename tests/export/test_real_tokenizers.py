@@ -23,67 +23,24 @@ def dream(tmp_path_factory):
     return path, export_quietly(path, path.parent / "artifact", dtype="bf16", weights="link")
 
 
+# fmt: off
+PIECES = [  # prose, code, digits, many scripts, white space, special and half special tokens
+    "the ", "Hello", " world", "def f(x):\n", "    return ", "x ** 2", "\t", "\r\n", "\n\n", "  ",
+    "it's", "I'LL", "100", "3.14159", "٣٤", "ß", "größe", "đem", "é", "世界", "日本語", "한국어", "🙂",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467", "नमस्ते", "שלום", "\xa0", "\u2028", "\u200b", "ﬁ",
+    "Ⅷ", "½", "!?", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|fim_pad|>", "<|im_", "end|>",
+    "<tool_call>", '{"a": [1, 2]}', "https://a.b/c?d=e", "#include <x>\n", "/* ", "\\n", "_",
+    "\x00", "\x7f", "Ġ", "Ã¶", "aAbB", " ", ".",
+]
+# fmt: on
+
+
 def _texts(tokenizer, count):
     """Varied texts: prose, code, digits, many scripts, white space, special and half special tokens,
     conversations."""
     rng = random.Random(0)
-    pieces = [
-        "the ",
-        "Hello",
-        " world",
-        "def f(x):\n",
-        "    return ",
-        "x ** 2",
-        "\t",
-        "\r\n",
-        "\n\n",
-        "  ",
-        "it's",
-        "I'LL",
-        "100",
-        "3.14159",
-        "٣٤",
-        "ß",
-        "größe",
-        "đem",
-        "e\u0301",
-        "世界",
-        "日本語",
-        "한국어",
-        "🙂",
-        "👩‍👩‍👧",
-        "नमस्ते",
-        "שלום",
-        "\u00a0",
-        "\u2028",
-        "\u200b",
-        "ﬁ",
-        "Ⅷ",
-        "½",
-        "!?",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|mask|>",
-        "<|fim_pad|>",
-        "<|im_",
-        "end|>",
-        "<tool_call>",
-        '{"a": [1, 2]}',
-        "https://a.b/c?d=e",
-        "#include <x>\n",
-        "/* ",
-        "\\n",
-        "_",
-        "\x00",
-        "\x7f",
-        "Ġ",
-        "Ã¶",
-        "aAbB",
-        " ",
-        ".",
-    ]
     for i in range(count):
-        text = "".join(rng.choices(pieces, k=rng.randint(1, 24)))
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 24)))
         if i % 10 == 0:
             text = tokenizer.render_chat(
                 [{"role": "user", "content": text}], add_generation_prompt=bool(i % 20)

@@ -1,4 +1,4 @@
-"""Calls of a backend, by hand."""
+"""Hand-written calls of a backend."""
 
 from __future__ import annotations
 

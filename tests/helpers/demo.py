@@ -1,4 +1,4 @@
-"""One order of the demo model, and the plan that is right."""
+"""One order for the demo model, and its right plan."""
 
 from __future__ import annotations
 

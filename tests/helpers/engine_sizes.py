@@ -1,4 +1,4 @@
-"""Sizes of engines that are large enough for every recorded case."""
+"""Engine sizes that are large enough for every recorded case."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Naive restatements of the decoding rules, with loops and lists: what the vectorised code is compared
-with."""
+"""Naive implementations of the decoding rules, with loops and lists: the reference of the vectorised code."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ def quota(masked: int, steps: int) -> list[int]:
 
 
 def ranked(confidence: Sequence[float], masked: Sequence[bool]) -> list[int]:
-    """Masked positions, most confident first; of equals the lower position first."""
+    """Masked positions, most confident first; ties go to the lower position."""
     return sorted((i for i, m in enumerate(masked) if m), key=lambda i: (-confidence[i], i))
 
 
@@ -38,8 +37,7 @@ def factor(confidence: Sequence[float], masked: Sequence[bool], value: float) ->
 
 
 def decaying_quota(masked: int, steps: int, first: int) -> list[int]:
-    """Dream's schedule, by its words: time runs evenly from 1 to 0.001; each step takes the share of it that
-    passes."""
+    """Dream's schedule: time runs evenly from 1 to 0.001, and each step takes the share of it that passes."""
     counts, left = [], masked
     for i in range(first, steps):
         now, then = (1 - (1 - 1e-3) * k / steps for k in (i, i + 1))
@@ -57,7 +55,7 @@ def bounded_threshold(
 
 
 def kept_tokens(probability: Sequence[float], top_p: float, top_k: int | None) -> set[int]:
-    """Tokens that top_p and then top_k keep: from the best on until their sum is above top_p; of these the k
+    """Tokens that top_p and then top_k keep: from the best on until their sum exceeds top_p, then only the k
     best."""
     order = sorted(range(len(probability)), key=lambda token: (-probability[token], token))
     kept, total = [], 0.0

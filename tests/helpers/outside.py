@@ -1,5 +1,4 @@
-"""What somebody else's package adds: tests/data/outside, which looks like an installed one (dist-info with
-entry points)."""
+"""A third-party package: tests/data/outside, which looks like an installed one (dist-info with entry points)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ OUTSIDE = ROOT / "tests" / "data" / "outside"
 
 @contextmanager
 def added(registry: Registry, item, name: str) -> Iterator[None]:
-    """While it lasts, a registry has an item under a name."""
+    """Register an item under a name for the duration of the context."""
     registry.register(item, name)
     try:
         yield
@@ -27,8 +26,8 @@ def added(registry: Registry, item, name: str) -> Iterator[None]:
 
 
 def command(*words: object, cwd=ROOT, installed: bool = True) -> subprocess.CompletedProcess[str]:
-    """A Python command in a process that finds the package: as an installed one, or else its modules in the
-    current directory."""
+    """Run a Python command with the third-party package on its path (`installed`), or only the current
+    directory."""
     path = os.pathsep.join([str(ROOT), *([str(OUTSIDE)] if installed else [])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Where the checkout and its checkpoints lie, and exports of them without a word."""
+"""Paths of the checkout and its checkpoints, and exports without output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def export_quietly(checkpoint: Path, out: Path, **options) -> Path:
     return out
 
 
-def refused(path, out, *said: str, **options) -> None:
-    """The export fails with one line that says all of `said`, and leaves nothing beside `out`."""
+def refused(path, out, *parts: str, **options) -> None:
+    """The export fails with one line that contains all `parts`, and leaves nothing at or next to `out`."""
     with pytest.raises(DllmError) as error:
         export_quietly(path, out, **options)
     message = str(error.value)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in parts), message
     assert "\n" not in message
     assert not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]

@@ -1,7 +1,7 @@
-"""Run by test_plugins_tensorrt.py in a process of its own: our plugin, driven as TensorRT drives one.
+"""Run by test_plugins_tensorrt.py in its own process: calls our plugin as TensorRT does.
 
-The package `tensorrt.plugin` and the bindings are real (their libraries are stubs); expressions of shapes are
-Python objects here. Prints as JSON what TensorRT would be told.
+The package `tensorrt.plugin` and the bindings are real (their libraries are stubs); shape expressions are
+Python objects here. Prints the plugin's answers as JSON.
 """
 
 import json
@@ -41,14 +41,14 @@ class Tensor:
 
 class Registry:
     def __init__(self):
-        self.held = {}
+        self.creators = {}
 
     def register_creator(self, creator, namespace):
-        self.held[creator.name, creator.plugin_version, namespace] = creator
+        self.creators[creator.name, creator.plugin_version, namespace] = creator
         return True
 
     def get_creator(self, *key):
-        return self.held[key]
+        return self.creators[key]
 
 
 def package():
@@ -56,8 +56,8 @@ def package():
     trt.__path__ = [real.__path__[0]]
     trt.__dict__.update(
         {
-            name: held
-            for name, held in vars(real).items()
+            name: value
+            for name, value in vars(real).items()
             if not name.startswith("__") or name == "__version__"
         }
     )
@@ -70,11 +70,15 @@ def package():
 
 
 def described(trt, shape, kind):
-    held = trt.DynamicPluginTensorDesc()
-    held.desc = trt.PluginTensorDesc()
-    held.desc.dims, held.desc.type, held.desc.format = shape, kind, trt.TensorFormat.LINEAR
-    held.min, held.opt, held.max = ([rows, *shape[1:]] for rows in (1, 32, 64))
-    return held
+    description = trt.DynamicPluginTensorDesc()
+    description.desc = trt.PluginTensorDesc()
+    description.desc.dims, description.desc.type, description.desc.format = (
+        shape,
+        kind,
+        trt.TensorFormat.LINEAR,
+    )
+    description.min, description.opt, description.max = ([rows, *shape[1:]] for rows in (1, 32, 64))
+    return description
 
 
 def main(vocab, mask_token_id, compute_capability):
@@ -85,8 +89,8 @@ def main(vocab, mask_token_id, compute_capability):
     added = []
 
     class Network:
-        def add_plugin(self, made, aot):
-            added.append((made, aot))
+        def add_plugin(self, factory, aot):
+            added.append((factory, aot))
 
     try:
         tensorrt_plugins.plugin_layer(Network(), trt, compute_capability)(Tensor(), mask_token_id)
@@ -114,7 +118,7 @@ def main(vocab, mask_token_id, compute_capability):
                 "aot": aot,
                 "refused": refused,
                 "kinds": [str(kind) for kind in kinds],
-                "shapes": [[axis.text for axis in held] for held in shapes],
+                "shapes": [[axis.text for axis in shape] for shape in shapes],
                 "launch": texts,
                 "extra": len(extra),
                 "name": name.decode() if isinstance(name, bytes) else name,

@@ -1,10 +1,10 @@
-"""Layers of TensorRT-RTX in the place of a plugin."""
+"""Layers of TensorRT-RTX that replace a plugin."""
 
 from __future__ import annotations
 
 
 def ordinary_layers(network):
-    """In the place of the plugin: layers of its types and shapes."""
+    """A replacement for the plugin: layers with outputs of its types and shapes."""
     import tensorrt_rtx as rtx
 
     def make(logits, mask_token_id):

@@ -18,8 +18,8 @@ import pyte
 
 
 class Terminal:
-    """A screen of `columns` x `lines`. `feed` takes what a program writes; `text` is everything that can be
-    seen, scrolled up too."""
+    """A screen of `columns` x `lines`. `feed` takes what a program writes; `text` is everything visible,
+    including what scrolled out."""
 
     def __init__(self, columns=60, lines=10):
         self.screen = pyte.HistoryScreen(columns, lines, history=100_000, ratio=0.5)
@@ -65,7 +65,7 @@ class Session:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def resize(self, columns, lines):
-        """What a window manager does: the terminal first, then the program is told."""
+        """Resize as a window manager does: the terminal first, then the program is notified."""
         self.terminal.screen.resize(lines, columns)
         self._set_size(columns, lines)
 
@@ -76,7 +76,7 @@ class Session:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def until(self, condition, seconds=60):
-        """Feed the terminal until `condition(terminal)`, or until the program ends where there is none."""
+        """Feed the terminal until `condition(terminal)`, or without a condition until the program ends."""
         deadline = time.monotonic() + seconds
         while not (condition and condition(self.terminal)):
             ready = select.select([self.master], [], [], 0.1)[0]
@@ -91,7 +91,7 @@ class Session:
         assert condition is None or condition(self.terminal), self.terminal.text()
 
     def end(self):
-        """Wait for the end; the exit status."""
+        """Wait for the program to end; returns its exit status."""
         self.until(None)
         os.close(self.master)
         return self.process.wait(60)

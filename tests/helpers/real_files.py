@@ -1,4 +1,4 @@
-"""The published files under tests/data/real, unpacked where they are stored smaller. See the README there."""
+"""The published files under tests/data/real, unpacked where stored compressed. See the README there."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def dream_vocabulary() -> dict[str, bytes]:
         json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, indent=2, sort_keys=True)
         + "\n"
     )
-    made = {"merges.txt": merges, "vocab.json": vocabulary.encode()}
-    assert {name: hashlib.sha256(data).hexdigest() for name, data in made.items()} == _SHA256
-    return made
+    files = {"merges.txt": merges, "vocab.json": vocabulary.encode()}
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == _SHA256
+    return files
 
 
 def config_of(name: str) -> dict:

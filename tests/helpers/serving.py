@@ -1,4 +1,4 @@
-"""A server for the tests: in a thread, or as a process; and what asks it."""
+"""A server for the tests, in a thread or as a process; and its clients."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def until(condition, seconds=5):
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it did not come about")
+    raise AssertionError(f"the condition did not hold within {seconds} s")
 
 
 def chat(client, prompt=PROMPT, **options):
@@ -69,7 +69,7 @@ def chat(client, prompt=PROMPT, **options):
 
 
 def process_of(demo_artifact, *options, program=None):
-    """A server as a process, and its address; `program`: Python that is run in the place of the command."""
+    """A server as a process, and its address; `program`: Python code to run instead of the command."""
     command = [
         sys.executable,
         *(["-m", "trt_runtime.cli"] if program is None else ["-c", program]),
@@ -91,9 +91,9 @@ def process_of(demo_artifact, *options, program=None):
         text=True,
         env=os.environ | {"DLLM_API_KEY": ""},
     )
-    for line in process.stderr:  # what Ray says comes before
-        if found := re.match(r"http://\S+?/v1", line):
-            return process, found[0].removesuffix("/v1")
+    for line in process.stderr:  # Ray logs lines before it
+        if address := re.match(r"http://\S+?/v1", line):
+            return process, address[0].removesuffix("/v1")
     raise AssertionError("the server did not start")
 
 

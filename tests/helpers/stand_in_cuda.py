@@ -1,8 +1,7 @@
 """A stand-in for CUDA: the functions of cuda-python that trt_runtime.backends.cuda uses, over host memory.
 
-Work that was queued runs only at a synchronisation, so that a result which is read too early is wrong. Fresh
-memory is full of NaN. Addresses are checked against what was allocated. A capture refuses to wait and to
-allocate.
+Queued work runs only at a synchronisation, so a result that is read too early is wrong. Fresh memory is full
+of NaN. Addresses are checked against the allocations. A capture refuses to wait and to allocate.
 """
 
 from __future__ import annotations
@@ -124,8 +123,8 @@ class Cuda:
         return (self.Code.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream):
-        held, self.captured = self.captured, None
-        return self.Code.cudaSuccess, held
+        graph, self.captured = self.captured, None
+        return self.Code.cudaSuccess, graph
 
     def cudaGraphInstantiate(self, graph, flags):
         return self.Code.cudaSuccess, list(graph)
@@ -141,7 +140,7 @@ class Cuda:
             self._queued(work)
         return (self.Code.cudaSuccess,)
 
-    # what the machine is
+    # the machine
     def cudaGetDeviceCount(self):
         return self.Code.cudaSuccess, self.devices
 
@@ -154,7 +153,7 @@ class Cuda:
     def cudaDriverGetVersion(self):
         return self.Code.cudaSuccess, 13000
 
-    # kernels: an entry's name stands for a Python function of addresses
+    # kernels: an entry's name selects a Python function of addresses
     def cuModuleLoadData(self, image):
         assert image.endswith(b"\0")
         return self.Code.cudaSuccess, image
@@ -172,7 +171,7 @@ class Cuda:
 
 
 def commit_kernel(mask_token_id):
-    """What plugins/commit.py computes, over addresses: its reference."""
+    """The reference of plugins/commit.py, over addresses."""
     from trt_runtime.decoding import device_commit as steps
 
     def run(batch, ids, token, confidence, plan, value, state, committed, rows, columns):

@@ -63,7 +63,7 @@ class Context:
         ):
             return False
         if self.cuda.captured is not None and not self.is_settled:
-            return False  # TensorRT asks for a run after a change of shapes before a capture
+            return False  # TensorRT requires a run between a change of shapes and a capture
         for name in engine.inputs:
             if name.startswith("cache_") and name.replace("cache_", "updated_") in engine.kinds:
                 assert self.addresses[name.replace("cache_", "updated_")] == self.addresses[name], (
@@ -85,13 +85,16 @@ class Context:
 
 
 class Engine:
-    """A deserialised engine: `text` is what the stand-in builder wrote, the graph's path and the shapes of
-    each profile."""
+    """A deserialised engine: the graph's path and the shapes of each profile, as the stand-in builder wrote
+    them."""
 
     def __init__(self, cuda: Cuda, graph: str, profiles: list[dict]) -> None:
         self.cuda, self.profiles, self.num_optimization_profiles = cuda, profiles, len(profiles)
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 4  # the CPU copies caches, and says so
+        options.intra_op_num_threads, options.log_severity_level = (
+            1,
+            4,
+        )  # the CPU copies caches and warns about it
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(Path(graph).parent)
         )
@@ -118,7 +121,7 @@ class Engine:
         return 1000 * (index + 1)
 
     def create_execution_context(self, options):
-        """By an allocation strategy, or, as TensorRT-RTX has it, by a runtime configuration."""
+        """From an allocation strategy or, for TensorRT-RTX, a runtime configuration."""
         context = Context(self)
         if isinstance(options, RuntimeConfig):
             assert options.strategy.name == "USER_MANAGED" and options.cache is not None
@@ -137,7 +140,7 @@ class Engine:
 
 
 class RuntimeCache:
-    """What TensorRT-RTX compiled: a byte for every context that ran with it."""
+    """A cache of compiled kernels: one byte per context that ran with it."""
 
     def __init__(self):
         self.data = b""

@@ -91,8 +91,7 @@ class Context86(Context):
 
 
 def tensorrt86(cuda: Cuda, rtx):
-    """The same as TensorRT 8.6 has it: types by constraints, int32 for int64, no progress, contexts by their
-    older names."""
+    """A package `tensorrt` of version 8.6. `rtx`: tensorrt_rtx_bindings."""
     package = tensorrt(cuda, rtx)
     newer_runtime, newer_builder, newer_parser = package.Runtime, package.Builder, package.OnnxParser
 

@@ -85,8 +85,8 @@ class ParserRefitter:
 
 
 def pieces(reader):
-    """What a stream reader gives: as TensorRT reads, a header, then the whole, in as many calls as the reader
-    needs."""
+    """The content of a stream reader, read as TensorRT does: a header, then everything, in as many calls as it
+    takes."""
     header = reader.read(16, 0)
     assert len(header) == 16 and reader.seek(0, reader.where.SET)
     while piece := reader.read(1 << 40, 0):
@@ -184,7 +184,7 @@ def tensorrt(cuda: Cuda, rtx):
 
 
 def tensorrt_rtx(cuda: Cuda, rtx):
-    """The same as TensorRT-RTX: it records CUDA graphs by itself."""
+    """The same for TensorRT-RTX, which records CUDA graphs by itself."""
     package = tensorrt(cuda, rtx)
     package.CudaGraphStrategy, package.__version__ = rtx.CudaGraphStrategy, "1.7.1.116"
     return package

@@ -1,8 +1,8 @@
-"""A program for a terminal: shows the answer of a stand-in model, whose tokens are texts of a file (a JSON
-list), block after block.
+"""A terminal program that streams the answer of a stand-in model block by block; the tokens are the texts of a
+file (a JSON list).
 
-python streamer.py TOKENS.json BLOCK: reads a line from standard input before forward 20, for whoever wants to
-resize the terminal then.
+python streamer.py TOKENS.json BLOCK: reads a line from standard input before forward 20, so that a
+test can resize the terminal there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Small checkpoints in a family's official layout, for tests: random weights, optionally changed on the
-way."""
+"""Small checkpoints in a family's official layout, for tests: random weights, optionally
+edited."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def write_checkpoint(
     change: Callable[[Tensors], object] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint directory. `model` changes the model, `config` only what config.json says of it; `change`
-    may edit the tensors; `shards` > 1 writes an index."""
+    """A checkpoint directory. `model` changes the model, `config` only config.json; `change` may edit the
+    tensors; `shards` > 1 writes an index."""
     path.mkdir(parents=True)
     real = {**family.tiny_config(), **(model or {})}
     (path / "config.json").write_text(json.dumps({**real, **(config or {})}))
@@ -56,15 +56,15 @@ def write_checkpoint(
     names, weight_map = sorted(tensors), {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        held = names[i::shards]
-        save_file({name: tensors[name] for name in held}, path / file)
-        weight_map |= dict.fromkeys(held, file)
+        shard = names[i::shards]
+        save_file({name: tensors[name] for name in shard}, path / file)
+        weight_map |= dict.fromkeys(shard, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return path
 
 
 def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str = "fp32") -> Path:
-    """A checkpoint of any size that takes no room on the disk: every weight is zero."""
+    """A checkpoint of any size that takes no disk space: every weight is zero."""
     sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
     from random_checkpoint import write_safetensors
 

@@ -1,4 +1,4 @@
-"""A stand-in for the module that Triton's Python backend gives its models."""
+"""A stand-in for the module that Triton's Python backend provides to its models."""
 
 TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 

@@ -81,8 +81,8 @@ def _jetson(
     *,
     reads_whole: bool,
 ) -> DeviceSpec:
-    made = _gpu(name, capability, gib, bandwidth, rate16, rate32, reserved=4)
-    return replace(made, shared=True, reads_whole=reads_whole)
+    gpu = _gpu(name, capability, gib, bandwidth, rate16, rate32, reserved=4)
+    return replace(gpu, shared=True, reads_whole=reads_whole)
 
 
 # Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7) memory of data-centre

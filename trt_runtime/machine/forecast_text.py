@@ -13,9 +13,9 @@ FORECAST = (
 )
 
 
-def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
+def describe(facts: ModelFacts, forecast: dict[str, Any], *, verdicts: bool) -> str:
     """A report as text."""
-    work, disk, how = made["work"], made["disk"], made["quantised"]
+    work, disk, how = forecast["work"], forecast["disk"], forecast["quantised"]
     kind = f", {how['scheme']} for {how['target']}" if how else ""
     lines = [
         f"{facts.family}, {_count(facts.parameters)} parameters, {facts.dtype}{kind}; "
@@ -23,7 +23,7 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
         "",
         f"{'memory':30}{'weights':>12}{'cache':>12}{'activations':>13}{'statistics':>12}{'total':>12}",
     ]
-    for name, parts in made["memory"].items():
+    for name, parts in forecast["memory"].items():
         lines.append(
             f"{name:30}{size_text(parts['weights']):>12}{size_text(parts['cache']):>12}"
             f"{size_text(parts['activations']):>13}"
@@ -35,33 +35,33 @@ def describe(facts: ModelFacts, made: dict[str, Any], *, verdicts: bool) -> str:
         f"disk: artifact {size_text(disk['artifact'])} "
         f"({'quantised' if linked is None else f'{size_text(linked)} with --weights link'})",
     ]
-    if made["build_memory"] is not None:
+    if forecast["build_memory"] is not None:
         lines[-1] += (
             f", engines {size_text(disk['engines, shared'])} (shared) or "
             f"{size_text(disk['engines, split'])} (split); building an engine takes "
-            f"about three times the weights, {size_text(made['build_memory'])}, of memory"
+            f"about three times the weights, {size_text(forecast['build_memory'])}, of memory"
         )
     lines += [
         "",
         f"{'forecast, at the roofline':26}{'memory':>12}{'prefix pass ms':>16}{'refine step ms':>16}  fits",
     ]
-    for name, row in made["devices"].items():
+    for name, row in forecast["devices"].items():
         fitting = [label for label, fits in row["fits"].items() if fits]
         lines.append(
             f"{name:26}{size_text(row['memory']):>12}{_ms(row['prefix_pass_seconds']):>16}"
             f"{_ms(row['refine_step_seconds']):>16}"
             f"  {', '.join(fitting) or 'nothing'}"
         )
-    lines += ["", *(made["verdicts"] if verdicts else []), f"({FORECAST}{_measured(made)})"]
+    lines += ["", *(forecast["verdicts"] if verdicts else []), f"({FORECAST}{_measured(forecast)})"]
     return "\n".join(lines)
 
 
-def _measured(made: dict[str, Any]) -> str:
+def _measured(forecast: dict[str, Any]) -> str:
     """What the forecast for this machine's CPU stands on."""
     rates = next(
         (
             row["rates"]
-            for row in made["devices"].values()
+            for row in forecast["devices"].values()
             if row["rates"]["measured"] and row["rates"]["fp32"]
         ),
         None,
@@ -70,7 +70,7 @@ def _measured(made: dict[str, Any]) -> str:
         return ""
     eight = (
         f", 8-bit products estimated at {rates['8 bit'] / rates['fp32']:.1f} times that"
-        if made["quantised"]
+        if forecast["quantised"]
         else ""
     )
     return (

@@ -123,23 +123,7 @@ def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dic
         is_reference = opened_model.backend.name == REFERENCE
         chosen = {name: variants[name] for name in names} if is_reference else own
         entries |= {f"{label} {name}": (opened_model, config) for name, config in chosen.items()}
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
-    with progress.task("", len(entries) * (options.repeats + 1)) as task:
-        for repeat in range(options.repeats + 1):  # the first round warms up and is dropped
-            for name, (entry, config) in entries.items():
-                task.doing(
-                    f"measuring {name}, round {repeat} of {options.repeats}"
-                    if repeat
-                    else f"warming up {name}"
-                )
-                sample = (
-                    _measure(entry, prompts, config)
-                    if repeat
-                    else _measure(entry, prompts[:1], _one_block(config))
-                )
-                task.advance()
-                if repeat:
-                    samples[name].append(sample)
+    samples = _interleaved(entries, prompts, options.repeats, progress)
     rows = [_row(name, taken) for name, taken in samples.items()]
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / max(rows[0]["tokens_per_second"], 1e-9)
@@ -171,6 +155,31 @@ def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dic
         "rows": rows,
         "peak_memory_mib": memory,
     }
+
+
+def _interleaved(
+    entries: dict[str, tuple[Model, GenerationConfig]],
+    prompts: list[Prompt],
+    repeats: int,
+    progress: Progress,
+) -> dict[str, list[dict[str, float]]]:
+    """Run every entry in turn, `repeats` times after a warm-up round; returns the samples of each."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in entries}
+    with progress.task("", len(entries) * (repeats + 1)) as task:
+        for repeat in range(repeats + 1):  # the first round warms up and is dropped
+            for name, (entry, config) in entries.items():
+                task.doing(
+                    f"measuring {name}, round {repeat} of {repeats}" if repeat else f"warming up {name}"
+                )
+                sample = (
+                    _measure(entry, prompts, config)
+                    if repeat
+                    else _measure(entry, prompts[:1], _one_block(config))
+                )
+                task.advance()
+                if repeat:
+                    samples[name].append(sample)
+    return samples
 
 
 def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[str, Model]:

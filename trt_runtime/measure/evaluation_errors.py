@@ -47,12 +47,12 @@ def in_one_line(*, run_unsafe_code: bool) -> Iterator[None]:
 
 def _told(error: BaseException, run_unsafe_code: bool) -> DllmError:
     chain = list(chain_of(error))
-    if own := next((held for held in chain if isinstance(held, DllmError)), None):
+    if own := next((link for link in chain if isinstance(link, DllmError)), None):
         return own
-    texts = [str(held) for held in chain]
+    texts = [str(link) for link in chain]
     if any("marked as unsafe" in text or "HF_ALLOW_CODE_EVAL" in text for text in texts):
         return DllmError(_UNSAFE + "set HF_ALLOW_CODE_EVAL=1 as well.") if run_unsafe_code else unsafe()
-    return next((told for held in chain if (told := _known(held))), None) or DllmError(
+    return next((told for link in chain if (told := _known(link))), None) or DllmError(
         f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): mend the task, or "
         f"leave it out of --tasks."
     )

@@ -32,13 +32,13 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers in it. Raises DllmError, also where
     there is none."""
     try:
-        held = path.read_bytes()
-        if held.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in held[:4096]:
+        data = path.read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4096]:
             raise DllmError(
                 f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON "
                 f"object a line."
             )
-        lines = split_lines(held.decode("utf-8-sig"))
+        lines = split_lines(data.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DllmError(
             f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
@@ -64,14 +64,17 @@ def _example(line: str, where: str) -> Example:
     if not line.lstrip().startswith("{"):
         return Example(line, None)
     try:
-        held = json.loads(line)
+        fields = json.loads(line)
     except ValueError as error:
         raise DllmError(
             f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.'
         ) from error
-    if not isinstance(held, dict):
+    if not isinstance(fields, dict):
         raise DllmError(f'{where}: expected an object {{"prompt": "...", "answer": "..."}}.')
-    prompt, answers = held.get("prompt"), held.get("answers", [held["answer"]] if "answer" in held else None)
+    prompt, answers = (
+        fields.get("prompt"),
+        fields.get("answers", [fields["answer"]] if "answer" in fields else None),
+    )
     is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if not (isinstance(prompt, str) or is_ids) or (
         answers is not None

@@ -91,7 +91,7 @@ def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piec
     call: list[Piece] = []
     for i, at in enumerate(masked):
         for piece in np.split(at, range(fit, len(at), fit)):
-            longest = max(len(piece), *(len(held) for _, held in call)) if call else len(piece)
+            longest = max(len(piece), *(len(other) for _, other in call)) if call else len(piece)
             if call and (len(call) == most or (len(call) + 1) * longest > fit):
                 yield call
                 call = []

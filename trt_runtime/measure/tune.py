@@ -113,49 +113,49 @@ class Tuner:
 
     def _baseline(self) -> Trial:
         options = {"policy": "fixed", "cache": "dual", "block_length": self.base.block_length}
-        made, answers = self._decode(options)
+        trial, answers = self._decode(options)
         self.examples = [
             replace(example, answers=(answer,)) if example.answers is None else example
             for example, answer in zip(self.examples, answers, strict=True)
         ]
-        made.right = self._right(answers)
-        self.tell(self._line(made))
-        return made
+        trial.right = self._right(answers)
+        self.tell(self._line(trial))
+        return trial
 
     def _best(self, wanted: list[dict[str, Any]]) -> Trial:
         """Try each, and return the fastest of all trials within the bound."""
         for options in wanted:
-            made, answers = self._decode(options)
-            made.right = self._right(answers)
-            self.trials.append(made)
-            self.tell(self._line(made))
+            trial, answers = self._decode(options)
+            trial.right = self._right(answers)
+            self.trials.append(trial)
+            self.tell(self._line(trial))
         return max([self.baseline, *filter(self.is_within, self.trials)], key=lambda trial: trial.speed)
 
     def _final(self) -> Trial:
         """The fastest few again, in turn."""
-        held = sorted(filter(self.is_within, self.trials), key=lambda trial: -trial.speed)[:_FINALISTS]
-        held.append(self.baseline)  # so that the speedup is taken side by side
-        seconds = [[self._decode(trial.options)[0].seconds for trial in held] for _ in range(_ROUNDS)]
-        for i, trial in enumerate(held):
+        finalists = sorted(filter(self.is_within, self.trials), key=lambda trial: -trial.speed)[:_FINALISTS]
+        finalists.append(self.baseline)  # so that the speedup is taken side by side
+        seconds = [[self._decode(trial.options)[0].seconds for trial in finalists] for _ in range(_ROUNDS)]
+        for i, trial in enumerate(finalists):
             trial.seconds = statistics.median(times[i] for times in seconds)
         self.tell(f"the fastest again, in turn, medians of {_ROUNDS}:")
-        for trial in held:
+        for trial in finalists:
             self.tell(self._line(trial))
-        return max(held, key=lambda trial: trial.speed)
+        return max(finalists, key=lambda trial: trial.speed)
 
     def _decode(self, options: dict[str, Any]) -> tuple[Trial, list[str]]:
         config = replace(self.base, **options)
         begin = time.perf_counter()
         results = [self.model.generate([example.prompt], config)[0] for example in self.examples]
         seconds = time.perf_counter() - begin
-        made = Trial(
+        trial = Trial(
             options,
             0,
             seconds,
             sum(result.num_useful for result in results),
             sum(result.nfe for result in results),
         )
-        return made, [result.text or "" for result in results]
+        return trial, [result.text or "" for result in results]
 
     def _right(self, answers: list[str]) -> int:
         return sum(
@@ -212,6 +212,6 @@ def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None
     that was tuned, if it may have been replaced meanwhile. Raises DllmError where it was."""
     manifests.update(
         artifact,
-        lambda held: replace(held, decoding=replace(held.decoding, tuned=options)),
+        lambda current: replace(current, decoding=replace(current.decoding, tuned=options)),
         since=since or manifests.load(artifact),
     )

@@ -12,14 +12,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def load(role):
-    """One feed a recorded call. Caches come in the dtype of the graph; NumPy has no bfloat16, so those come as
-    torch tensors."""
+    """One feed a recorded call. Caches come in the dtype of the graph; NumPy has no bfloat16, so those come
+    as torch tensors."""
     dtype = json.loads((HERE / "facts.json").read_text())["dtype"]
     for file in sorted((HERE / "windows").glob(f"{role}-*.npz")):
-        with np.load(file) as held:
+        with np.load(file) as arrays:
             yield {
-                name: _cast(held[name], dtype) if name.startswith("cache_") else held[name]
-                for name in held.files
+                name: _cast(arrays[name], dtype) if name.startswith("cache_") else arrays[name]
+                for name in arrays.files
             }
 
 

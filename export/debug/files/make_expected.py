@@ -19,16 +19,18 @@ def main():
             files = sorted((HERE / folder).glob(f"{role}-*.npz"))
             if not files:
                 continue
-            made = []
+            iterations = []
             for file in files:
-                with np.load(file) as held:
-                    made.append(
-                        IterationResult(OrderedDict((key, held[key]) for key in held.files), runner_name=name)
+                with np.load(file) as arrays:
+                    iterations.append(
+                        IterationResult(
+                            OrderedDict((key, arrays[key]) for key in arrays.files), runner_name=name
+                        )
                     )
             results = RunResults()
-            results[name] = made
+            results[name] = iterations
             results.save(str(HERE / f"expected-{role}{ending}.json"))
-            print(f"expected-{role}{ending}.json: {len(made)} calls")
+            print(f"expected-{role}{ending}.json: {len(iterations)} calls")
 
 
 if __name__ == "__main__":

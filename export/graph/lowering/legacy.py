@@ -44,12 +44,14 @@ def valid_keys(
     op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
 ) -> list[ir.Value]:
     size_of_window = size(op, window, 1)
-    held = op.Range(0, size(op, cache, 2), 1)  # [C]
+    slots = op.Range(0, size(op, cache, 2), 1)  # [C]
     written = op.Add(
         write_index, op.Range(0, size_of_window, 1)
     )  # [B, S]: the rows of the cache that the window will stand in
-    is_other = op.Or(op.Less(held, write_index), op.GreaterOrEqual(held, op.Add(write_index, size_of_window)))
-    return [op.And(op.Less(held, kv_len), is_other), op.Less(written, kv_len)]
+    is_other = op.Or(
+        op.Less(slots, write_index), op.GreaterOrEqual(slots, op.Add(write_index, size_of_window))
+    )
+    return [op.And(op.Less(slots, kv_len), is_other), op.Less(written, kv_len)]
 
 
 def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:

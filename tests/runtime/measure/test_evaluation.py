@@ -198,7 +198,9 @@ def test_the_command_with_offline_tasks(demo_artifact, tmp_path):
         and report["figures"]["nfe"] > 100
         and report["figures"]["tokens_per_forward"] > 1.5
     )
-    assert "demo_plan" in done.stdout and "tokens per forward" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        "demo_plan" in done.stdout and "tokens per forward" in done.stdout and "Traceback" not in done.stderr
+    )
 
 
 def test_wrong_use_is_one_line(demo_artifact, capsys):

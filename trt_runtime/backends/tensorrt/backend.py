@@ -21,7 +21,7 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends import cuda
 from trt_runtime.backends.commit_kernel import CommitKernel
 from trt_runtime.backends.tensorrt import store
-from trt_runtime.backends.tensorrt.caches import Buffers, CacheLayout
+from trt_runtime.backends.tensorrt.caches import CacheLayout, DeviceBuffers
 from trt_runtime.backends.tensorrt.calls import Call, Calls
 from trt_runtime.backends.tensorrt.engines import Engines, RTXEngines
 from trt_runtime.backends.tensorrt.recorded import Recorder
@@ -75,7 +75,7 @@ class TensorRTBackend(Backend):
         records = cuda_graphs and self.manifest.dims.writes_caches
         self._recorder = Recorder(self._engines, self._device, self.directory, is_on=records)
         self._new_rows = self._allocate_new_rows()
-        self._pool: dict[tuple[int, int], Buffers] = {}
+        self._pool: dict[tuple[int, int], DeviceBuffers] = {}
         self._commit = self._commit_kernel(built_for["plugins"].get("commit"))
 
     @property

@@ -93,9 +93,9 @@ def serialised(
     """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none).
     Raises DllmError."""
     logger = Logger(trt)
-    builder = trt.Builder(logger.made)
+    builder = trt.Builder(logger.native)
     network = builder.create_network(network_flags(trt))
-    parser = trt.OnnxParser(network, logger.made)
+    parser = trt.OnnxParser(network, logger.native)
     if not parser.parse(with_capacity(job.graph, job.capacity), str(job.graph)):
         said = "; ".join(
             str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors))
@@ -265,13 +265,13 @@ def _layers(network: Any) -> Iterator[Any]:
 
 
 class Logger:
-    """TensorRT's logger (`made`): keeps the last error and prints nothing, for errors become a DllmError."""
+    """TensorRT's logger (`native`): keeps the last error and prints nothing, because errors become a DllmError."""
 
     def __init__(self, trt: Any) -> None:
         outer = self
         self.last = ""
 
-        class Made(trt.ILogger):  # type: ignore[misc]
+        class NativeLogger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
@@ -282,7 +282,7 @@ class Logger:
                 ):
                     outer.last = message
 
-        self.made = Made()
+        self.native = NativeLogger()
 
 
 def _monitor(trt: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ _HOST_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # Nu
 
 
 @dataclass
-class Buffers:
+class DeviceBuffers:
     """The caches of a model by name; and its recorded steps by what they depend on, the latest last (None:
     the step ran once)."""
 
@@ -50,18 +50,18 @@ class CacheLayout:
     def slot_bytes(self) -> int:
         return self.manifest.model.num_kv_heads * self.capacity * self.position_bytes
 
-    def allocate(self, batch: int) -> Buffers:
+    def allocate(self, batch: int) -> DeviceBuffers:
         """Zeroed caches of `batch` slots."""
         names = contract.cache_names("cache", self.manifest.dims)
-        return Buffers({name: self.device.allocate(batch * self.slot_bytes) for name in names})
+        return DeviceBuffers({name: self.device.allocate(batch * self.slot_bytes) for name in names})
 
-    def addresses(self, buffers: Buffers, slots: slice) -> dict[str, int]:
+    def addresses(self, buffers: DeviceBuffers, slots: slice) -> dict[str, int]:
         """Where the first of `slots` begins in each cache."""
         return {
             name: memory.address + slots.start * self.slot_bytes for name, memory in buffers.caches.items()
         }
 
-    def read(self, buffers: Buffers, slots: slice) -> dict[str, Any]:
+    def read(self, buffers: DeviceBuffers, slots: slice) -> dict[str, Any]:
         """The caches of `slots` in float32 [slots, H, capacity, D], by name."""
         arrays = {name: self._host_array(slots) for name in buffers.caches}
         for name, address in self.addresses(buffers, slots).items():
@@ -69,7 +69,7 @@ class CacheLayout:
         self.device.synchronize()
         return {name: widened(array, self.manifest.model.dtype) for name, array in arrays.items()}
 
-    def write(self, buffers: Buffers, slots: slice, arrays: Mapping[str, Any]) -> None:
+    def write(self, buffers: DeviceBuffers, slots: slice, arrays: Mapping[str, Any]) -> None:
         """Put what `read` gives into the caches."""
         addresses, sources = self.addresses(buffers, slots), {}
         for name, array in arrays.items():
@@ -78,7 +78,7 @@ class CacheLayout:
         self.device.synchronize()  # until then the arrays must not be freed
 
     def write_window(
-        self, buffers: Buffers, slots: slice, window: Window, new: list[cuda.DeviceMemory]
+        self, buffers: DeviceBuffers, slots: slice, window: Window, new: list[cuda.DeviceMemory]
     ) -> None:
         """Copy the keys and values of a window into the caches, at each row's write_index: engines of the
         legacy lowering leave that to their caller. new: a buffer [B, H, S, D] per cache."""

@@ -70,7 +70,7 @@ class Engines:
         )
         self.capacity: int = built_for["capacity"]
         self.logger = builder.Logger(trt)
-        self._runtime = trt.Runtime(self.logger.made)
+        self._runtime = trt.Runtime(self.logger.native)
         self.all = [self._open(name, listed, built_for) for name, listed in built_for["profiles"].items()]
         self._scratch = device.allocate(
             max(_scratch_bytes(entry, i) for entry in self.all for i in range(len(entry.profiles)))
@@ -139,8 +139,8 @@ class Engines:
     def _refit(self, opened: Any, role: str) -> None:
         """Put the artifact's weights into an engine that was built without."""
         graph = self.artifact / self.manifest.graphs[role].file
-        refitter = self.trt.Refitter(opened, self.logger.made)
-        filler = self.trt.OnnxParserRefitter(refitter, self.logger.made)
+        refitter = self.trt.Refitter(opened, self.logger.native)
+        filler = self.trt.OnnxParserRefitter(refitter, self.logger.native)
         data = builder.with_capacity(graph, self.capacity)
         if not filler.refit_from_bytes(data, str(graph)) or not refitter.refit_cuda_engine():
             raise DllmError(

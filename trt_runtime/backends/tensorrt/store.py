@@ -321,7 +321,7 @@ def _hash(text: str) -> str:
 
 def _inspected(file: Path, trt: Any) -> str:
     """What the builder made of each layer, as JSON."""
-    runtime = trt.Runtime(builder.Logger(trt).made)
+    runtime = trt.Runtime(builder.Logger(trt).native)
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
