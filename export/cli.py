@@ -138,8 +138,7 @@ def _verified(
         say(
             args,
             f"not verified: it would take about {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are "
-            f"available: run "
-            f"'{commands.command('verify', out)}' on a larger machine, or add --verify yes",
+            f"available: run '{commands.command('verify', out)}' on a larger machine, or add --verify yes",
         )
         return True, None
     return verify(out, None, say=lambda line: say(args, line), progress=progress_of(args))

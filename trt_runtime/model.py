@@ -184,9 +184,8 @@ class Model:
         if rules.sampler.needs_logits and not self.backend.gives_logits:
             raise DllmError(
                 f"temperature is {config.temperature}, top_p {config.top_p}, top_k {config.top_k}, but this "
-                f"artifact returns "
-                f"statistics only on {self.backend.name}: leave them out, or export it again with "
-                f"HEAD=logits (--head logits)."
+                f"artifact returns statistics only on {self.backend.name}: leave them out, or export it "
+                "again with HEAD=logits (--head logits)."
             )
         rows = []
         for i, prompt in enumerate(prompts):

@@ -43,8 +43,7 @@ def html_of(result: Result) -> str:
         parts.append(f'<span style="{_BLOCK}" title="block {number}">{tokens}</span>')
     said = (
         f"{result.num_useful} tokens, {result.nfe} forwards, {result.tokens_per_forward:.2f} tokens per "
-        f"forward, "
-        f"{result.seconds:.2f} s; colour: confidence, from red (0) to green (1)"
+        f"forward, {result.seconds:.2f} s; colour: confidence, from red (0) to green (1)"
     )
     return (
         f'<div style="{_PAGE}">{"".join(parts)}</div><div style="opacity: 0.75; font-size: '

@@ -114,8 +114,7 @@ class Registry(Generic[T]):
             except (ImportError, AttributeError) as error:
                 raise DllmError(
                     f"the {self.kind} '{point.name}' of an installed package cannot be imported ({error}): "
-                    f"install that package again, "
-                    "or remove it."
+                    "install that package again, or remove it."
                 ) from error
 
 

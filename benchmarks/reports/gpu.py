@@ -154,11 +154,10 @@ def table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit "
-        f"{str(environment['commit'])[:10]}. "
-        f"Random {settings['preset']}, {settings['dtype']}, canvas {settings['canvases'][-1]}, block "
-        f"{settings['block_length']}, batch 1; "
-        f"tokens/s at {settings['tokens_per_forward']} tokens per forward, from the times of single calls, "
-        f"and of the loop itself.",
+        f"{str(environment['commit'])[:10]}. Random {settings['preset']}, {settings['dtype']}, canvas "
+        f"{settings['canvases'][-1]}, block {settings['block_length']}, batch 1; tokens/s at "
+        f"{settings['tokens_per_forward']} tokens per forward, from the times of single calls, and of the "
+        "loop itself.",
         "",
     ]
     lines += _speeds(results)

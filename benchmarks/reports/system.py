@@ -95,8 +95,7 @@ def variants(threads: int, run: dict[str, Any]) -> str:
     versions, where = run["machine"]["versions"], run["machine"]["cpu"]
     lines = [
         f"{threads} thread{'' if threads == 1 else 's'}; {where}, onnxruntime {versions['onnxruntime']}, "
-        f"torch {versions['torch']}; medians of "
-        f"{run['settings']['repeats']} rounds:",
+        f"torch {versions['torch']}; medians of {run['settings']['repeats']} rounds:",
         "",
         "| | decoding | tokens/s | against PyTorch fp32 dual | against PyTorch bf16 dual | ms a prefix pass "
         "| ms a refine step | peak MiB |",
@@ -151,9 +150,8 @@ def growth(report: dict[str, Any]) -> str:
     rates = report["rates"]["1"]
     lines += [
         "",
-        f"The roofline's rates, measured in the same run on one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s "
-        f"in fp32, {rates['int8'] / 1e9:.0f} Gop/s in u8 x s8, "
-        f"{rates['bandwidth'] / 1e9:.0f} GB/s of a copy.",
+        f"The roofline's rates, measured in the same run on one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s in "
+        f"fp32, {rates['int8'] / 1e9:.0f} Gop/s in u8 x s8, {rates['bandwidth'] / 1e9:.0f} GB/s of a copy.",
     ]
     return "\n".join(lines)
 

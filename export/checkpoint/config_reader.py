@@ -215,8 +215,7 @@ class ConfigReader:
         if unknown:
             raise DllmError(
                 f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not "
-                f"known to this family. If this "
-                f"does not change what the model computes, export with "
+                "known to this family. If this does not change what the model computes, export with "
                 f"{' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
             )
         return noted

@@ -123,8 +123,7 @@ def _unreachable(name: str, error: Exception) -> DllmError:
     said = str(error).splitlines()[0] if str(error) else "no message"
     return DllmError(
         f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: {said}): check "
-        f"the name and the "
-        "network, or download it yourself and give its directory."
+        "the name and the network, or download it yourself and give its directory."
     )
 
 
@@ -192,14 +191,12 @@ def _refuse_adapter(path: Path) -> None:
             if not (path / SINGLE).is_file() and not (path / INDEX).is_file()
             else (
                 f", or move {' and '.join(adapter_files)} elsewhere to export the weights beside it without "
-                f"the "
-                f"adapter"
+                "the adapter"
             )
         )
         raise DllmError(
             f"{path}: {adapter_files[0]} is of an adapter (LoRA), whose weights are not part of the model "
-            f"yet: "
-            f"{MERGE}{here}."
+            f"yet: {MERGE}{here}."
         )
 
 
@@ -255,10 +252,9 @@ def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         here = sorted(file.name for file in path.glob("*.safetensors"))
         raise DllmError(
-            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} "
-            f"lists are; safetensors files that are "
-            f"there: {some(here) if here else 'none'}. Download what is missing; if the index is stale (it "
-            f"came with other files), replace it."
+            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} lists "
+            f"are; safetensors files that are there: {some(here) if here else 'none'}. Download what is "
+            "missing; if the index is stale (it came with other files), replace it."
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:

@@ -42,8 +42,7 @@ def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any]
     if own is not None and other is not None and own != other:
         raise DllmError(
             f"{where}: {MASK} is {config[MASK]!r}, generation_config.json says {generation_config[MASK]!r}: "
-            f"take both files from one "
-            "checkpoint, or say which is right with --mask-token."
+            "take both files from one checkpoint, or say which is right with --mask-token."
         )
 
 

@@ -98,8 +98,7 @@ def completed(
     if mask is not None and mask != decoding.mask_token_id and not mask_is_given:
         raise DllmError(
             f"{FILE_NAME}: its mask token is {mask}, config.json says {decoding.mask_token_id}: take both "
-            f"from one checkpoint, or say "
-            "which is right with --mask-token."
+            "from one checkpoint, or say which is right with --mask-token."
         )
     added, eos = tokenizer.added_tokens, tokenizer.special_id("eos_token")
     pads = [
@@ -177,8 +176,7 @@ def _listed(checkpoint: Path, config: dict[str, Any]) -> dict[int, dict[str, Any
         if not str(token).isdigit() or not flags:
             raise DllmError(
                 f"{checkpoint}: the added token {token!r} is {entry!r}, expected an id with 'content' and "
-                f"flags: download "
-                "tokenizer_config.json again."
+                "flags: download tokenizer_config.json again."
             )
         listed[int(token)] = entry
     return listed

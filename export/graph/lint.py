@@ -1,7 +1,7 @@
 """What a graph may not contain: the rules that keep one graph correct on ONNX Runtime and on TensorRT.
 
-Each rule has a reason measured on a real parser: see docs/explanation/architecture.md. A graph that breaks one would
-build and compute something else, so the export fails instead.
+Each rule has a reason measured on a real parser: see docs/explanation/architecture.md. A graph that breaks
+one would build and compute something else, so the export fails instead.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ def export(
             if missed := list(measured.failures()):
                 raise DllmError(
                     f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; "
-                    f"take another scheme, or "
-                    "--gate no if you know better."
+                    "take another scheme, or --gate no if you know better."
                 )
             note(f"quality beside the model as it was: {measured}")
             facts = replace(facts, quality=measured.as_dict())
@@ -113,8 +112,7 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
     if config.dtype not in kind.dtypes:
         raise DllmError(
             f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
-            f"dtype is {config.dtype}: "
-            f"export with DTYPE={kind.dtypes[0]}."
+            f"dtype is {config.dtype}: export with DTYPE={kind.dtypes[0]}."
         )
     if config.weights != "copy":
         raise DllmError(

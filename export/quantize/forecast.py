@@ -38,8 +38,7 @@ def quantised(
     if dtype not in kind.dtypes:
         raise DllmError(
             f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
-            f"--dtype is {dtype}: leave "
-            f"--dtype out, or give {kind.dtypes[0]}."
+            f"--dtype is {dtype}: leave --dtype out, or give {kind.dtypes[0]}."
         )
     family, _, decoder = pipeline.understood(config, where)
     stored = _stored(Path(name), config, family, decoder)

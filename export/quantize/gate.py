@@ -132,10 +132,9 @@ class Quality:
         )
         return (
             f"KL {self.kl_mean:.2g} nats on {self.masked_rows} masked rows (largest {self.kl_largest:.2g}); "
-            f"of {self.commits} commits "
-            f"{100 * self.same_token:.1f} % the same token, {100 * self.same_commit:.1f} % in the same "
-            f"forward; "
-            f"{100 * self.same_answer:.0f} % of {self.examples} answers unchanged{right}"
+            f"of {self.commits} commits {100 * self.same_token:.1f} % the same token, "
+            f"{100 * self.same_commit:.1f} % in the same forward; {100 * self.same_answer:.0f} % of "
+            f"{self.examples} answers unchanged{right}"
         )
 
 

@@ -58,7 +58,6 @@ def _check_rows(pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
             end = stop
         if end != checkpoint.tensors[name].shape[0]:
             raise DllmError(
-                f"{checkpoint.path}: tensor {name} has {checkpoint.tensors[name].shape[0]} rows, the "
-                f"weights of this config take them up to "
-                f"{end}: config and weights are not of one model."
+                f"{checkpoint.path}: tensor {name} has {checkpoint.tensors[name].shape[0]} rows, the weights "
+                f"of this config take them up to {end}: config and weights are not of one model."
             )

@@ -115,22 +115,19 @@ class _Layout:
         if len(source.stored) > 1:
             raise DllmError(
                 f"{source.stored[0].file.parent}: {name} is stored as {len(source.stored)} tensors, which "
-                f"--weights link cannot join: export with "
-                "--weights copy."
+                "--weights link cannot join: export with --weights copy."
             )
         (stored,) = source.stored
         if stored.dtype != NUMPY_DTYPES[dtype]:
             own_dtype = DTYPE_OF.get(stored.dtype, stored.dtype.name)
             raise DllmError(
                 f"{stored.file.parent}: tensor {source.name} is {own_dtype}, and --weights link cannot "
-                f"convert "
-                f"it to {dtype}: export with DTYPE={own_dtype}, or with --weights copy."
+                f"convert it to {dtype}: export with DTYPE={own_dtype}, or with --weights copy."
             )
         if stored.offset % 8:
             raise DllmError(
                 f"{stored.file}: tensor {source.name} lies at byte {stored.offset}, which --weights link "
-                f"cannot use (multiples of 8): "
-                "export with --weights copy."
+                "cannot use (multiples of 8): export with --weights copy."
             )
         self.weights.append(
             Weight(

@@ -170,8 +170,7 @@ class FromCheckpoint(TensorSource):
         if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
             raise DllmError(
                 f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): "
-                f"export with "
-                "DTYPE=bf16 (--dtype bf16)."
+                "export with DTYPE=bf16 (--dtype bf16)."
             )
         return narrow
 

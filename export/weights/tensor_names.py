@@ -44,14 +44,12 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
     if len(renamed) == len(missing) and not left:
         return (
             f"{said} ({example}); all {len(names)} tensors fit but for that. Save them under their own "
-            f"names: read each file with "
-            "safetensors.torch.load_file, rename, write it with save_file."
+            "names: read each file with safetensors.torch.load_file, rename, write it with save_file."
         )
     return (
         f"{said} ({example}), and even so {len(missing) - len(renamed)} tensors are missing and {len(left)} "
-        f"are not part of this model "
-        f"({some([name for name in missing if name not in renamed] + left)}): save the model's own "
-        f"state_dict under its own names."
+        f"are not part of this model ({some([name for name in missing if name not in renamed] + left)}): "
+        "save the model's own state_dict under its own names."
     )
 
 

@@ -124,10 +124,8 @@ def test_the_real_template_of_llada_names_its_end_of_turn(tmp_path):
     decoding = manifests.load(export_quietly(path, tmp_path / "a", dtype="bf16", weights="link")).decoding
     assert decoding.eos_token_ids == (126081, 126348) and decoding.pad_token_id == 126081
     prompt = Tokenizer(tmp_path / "a" / "tokenizer").render_chat([{"role": "user", "content": " Hi "}])
-    assert (
-        prompt
-        == "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+    user, assistant = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+    assert prompt == f"<|startoftext|>{user}Hi<|eot_id|>{assistant}"
 
 
 def test_the_mask_of_a_real_small_llada_is_its_tokenizers(tmp_path):

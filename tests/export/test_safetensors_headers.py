@@ -1,4 +1,5 @@
-"""Headers of safetensors files that lie: each is refused in one line, and none is believed that safetensors refuses."""
+"""Headers of safetensors files that lie: each is refused in one line, and none is believed that safetensors
+refuses."""
 
 from __future__ import annotations
 

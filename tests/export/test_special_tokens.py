@@ -1,4 +1,5 @@
-"""Special tokens that config.json, generation_config.json or only the tokenizer name: the mask, end tokens, padding."""
+"""Special tokens that config.json, generation_config.json or only the tokenizer name: the mask, end tokens,
+padding."""
 
 from __future__ import annotations
 

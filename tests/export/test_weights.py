@@ -168,7 +168,8 @@ def test_memory_stays_small_whatever_the_size(tmp_path, mode):
 import sys
 from pathlib import Path
 from export.pipeline import ExportConfig, export
-export(ExportConfig({str(path)!r}, Path({str(tmp_path / "out")!r}), dtype="bf16", weights={mode!r}), lambda total: lambda done: None)
+config = ExportConfig({str(path)!r}, Path({str(tmp_path / "out")!r}), dtype="bf16", weights={mode!r})
+export(config, lambda total: lambda done: None)
 print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
     done = subprocess.run(
@@ -208,15 +209,12 @@ def test_graphs_of_full_size_models_pass_the_checker_by_path(tmp_path, preset, l
 def test_rotation_tables_and_powers_are_the_same_on_every_processor(sets):
     code = (
         "import hashlib; import numpy as np; from export.schemes import portable; r = "
-        "np.random.default_rng(0).random(1 << 16, np.float32) * 9;"
-        "print(hashlib.sha256(portable.power(r, 0.5).tobytes() + portable.power(r, "
-        "0.3).tobytes()).hexdigest());"
-        " from dataclasses import replace; from export import families; from export.weights import plan as "
-        "weights; from export.families.base import ConfigReader;"
-        "f = families.find('llada'); c = f.decoder(ConfigReader(f.tiny_config(), 'c'));"
-        "print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, 96, "
-        "128)"
-        " for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, "
+        "np.random.default_rng(0).random(1 << 16, np.float32) * 9;print(hashlib.sha256(portable.power(r, "
+        "0.5).tobytes() + portable.power(r, 0.3).tobytes()).hexdigest()); from dataclasses import replace; "
+        "from export import families; from export.weights import plan as weights; from export.families.base "
+        "import ConfigReader;f = families.find('llada'); c = f.decoder(ConfigReader(f.tiny_config(), "
+        "'c'));print(*(hashlib.sha256(t.tobytes()).hexdigest() for base in (1e4, 5e5, 1e6) for size in (64, "
+        "96, 128) for t in weights.rope_tables(replace(c, attention=replace(c.attention, rope_theta=base, "
         "head_dim=size), max_length=4096))))"
     )
     here = subprocess.run(

@@ -29,8 +29,8 @@ _STUB = "\n".join(
 
 
 def bindings_of(version, folder) -> dict[str, str]:
-    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test if they
-    cannot be downloaded or compiled."""
+    """The environment in which the bindings of a version import as `tensorrt_bindings`. Skips the test if
+    they cannot be downloaded or compiled."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler for the stub libraries")
     command = [

@@ -1,4 +1,4 @@
-"""A third-party package: tests/data/outside, which looks like an installed one (dist-info with entry points)."""
+"""A third-party package: tests/data/outside, which looks installed (dist-info with entry points)."""
 
 from __future__ import annotations
 

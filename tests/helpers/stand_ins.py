@@ -85,8 +85,8 @@ class ParserRefitter:
 
 
 def pieces(reader):
-    """The content of a stream reader, read as TensorRT does: a header, then everything, in as many calls as it
-    takes."""
+    """The content of a stream reader, read as TensorRT does: a header, then everything, in as many calls as
+    it takes."""
     header = reader.read(16, 0)
     assert len(header) == 16 and reader.seek(0, reader.where.SET)
     while piece := reader.read(1 << 40, 0):

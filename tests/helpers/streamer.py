@@ -1,5 +1,5 @@
-"""A terminal program that streams the answer of a stand-in model block by block; the tokens are the texts of a
-file (a JSON list).
+"""A terminal program that streams the answer of a stand-in model block by block; the tokens are the texts of
+a file (a JSON list).
 
 python streamer.py TOKENS.json BLOCK: reads a line from standard input before forward 20, so that a
 test can resize the terminal there.

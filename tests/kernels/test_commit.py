@@ -23,7 +23,8 @@ from plugins import commit
 from trt_runtime.decoding import device_commit as steps
 from trt_runtime.decoding.policies.base import CommitRule
 rng, MASK, wrong, rows, stopped, committed = np.random.default_rng(1), 126336, 0, 0, 0, 0
-for columns, extra, batch, repeats in [(1, 0, 3, 10), (8, 0, 16, 14), (32, 0, 16, 6), (32, 9, 16, 4), (33, 3, 8, 4), (100, 1, 4, 2)]:
+shapes = [(1, 0, 3, 10), (8, 0, 16, 14), (32, 0, 16, 6), (32, 9, 16, 4), (33, 3, 8, 4), (100, 1, 4, 2)]
+for columns, extra, batch, repeats in shapes:
     for _ in range(repeats):
         ids = rng.integers(0, 1000, (batch, columns + extra))
         ids[rng.random(ids.shape) < rng.choice([0.1, 0.6, 1.0])] = MASK
@@ -35,10 +36,20 @@ for columns, extra, batch, repeats in [(1, 0, 3, 10), (8, 0, 16, 14), (32, 0, 16
             confidence[rng.integers(batch), rng.integers(columns)] = rng.choice([np.nan, np.inf])
         if rng.random() < 0.4:
             token[rng.integers(batch), rng.integers(columns)] = MASK
-        rules = [CommitRule(rng.choice(["fixed", "threshold", "factor"]), int(rng.integers(1, columns + 1)), float(rng.choice([0.25, 0.5, 0.9, 1.5])),
-                            int(rng.integers(0, 40)), int(rng.integers(1, 12)), int(rng.integers(0, 4))) for _ in range(batch)]
+        rules = [
+            CommitRule(
+                rng.choice(["fixed", "threshold", "factor"]),
+                int(rng.integers(1, columns + 1)),
+                float(rng.choice([0.25, 0.5, 0.9, 1.5])),
+                int(rng.integers(0, 40)),
+                int(rng.integers(1, 12)),
+                int(rng.integers(0, 4)),
+            )
+            for _ in range(batch)
+        ]
         held = steps.plan_of(rules, columns)
-        mine = [torch.from_numpy(array.copy()) for array in (ids, token, confidence, held.plan, held.value, held.state, held.committed)]
+        arrays = (ids, token, confidence, held.plan, held.value, held.state, held.committed)
+        mine = [torch.from_numpy(array.copy()) for array in arrays]
         for _ in range(3):
             commit.launch(*mine, MASK)
             commit.reference(ids, token, confidence, held, MASK)

@@ -40,7 +40,8 @@ for vocab, count, repeats in json.loads(sys.argv[2]):
         got = [value.numpy() for value in row_statistics.launch(torch.from_numpy(logits), mask)]
         expected = row_statistics.reference(logits, mask)
         wrong += int((got[0] != expected[0]).sum()) + int((got[0] == mask).sum())
-        worst = max(worst, *(float(np.abs(mine - theirs).max()) for mine, theirs in zip(got[1:3], expected[1:3])))
+        pairs = zip(got[1:3], expected[1:3])
+        worst = max(worst, *(float(np.abs(mine - theirs).max()) for mine, theirs in pairs))
         worst = max(worst, float((np.abs(got[3] - expected[3]) / np.maximum(1, expected[3])).max()))
         rows += count
 logits = np.zeros((3, 5000), np.float32)

@@ -210,9 +210,8 @@ def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
     if quantization is not None and quantization.target == ORT_CPU:
         raise DllmError(
             f"{where}: is quantised ({quantization.scheme}) with ONNX Runtime's own operators, which run on "
-            f"a CPU: "
-            f"for a GPU export it with "
-            "--quantize fp8, int8-sq, or int4 --target tensorrt, or without --quantize."
+            "a CPU: for a GPU export it with --quantize fp8, int8-sq, or int4 --target tensorrt, or without "
+            "--quantize."
         )
 
 

@@ -24,8 +24,7 @@ def summary(result: Result) -> str:
         f"[{result.num_useful} tokens, {result.nfe} forwards "
         f"({_plural(result.prefix_passes, 'prefix pass', 'es')}, "
         f"{_plural(result.refine_steps, 'refine step', 's')}), {result.tokens_per_forward:.2f} tokens per "
-        f"forward, {result.seconds:.2f} s, "
-        f"{result.num_useful / max(result.seconds, 1e-9):.0f} tokens/s]"
+        f"forward, {result.seconds:.2f} s, {result.num_useful / max(result.seconds, 1e-9):.0f} tokens/s]"
     )
 
 

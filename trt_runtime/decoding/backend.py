@@ -247,7 +247,6 @@ class Backend(ABC):
             if not np.isfinite(getattr(stats, name)).all():
                 raise BackendError(
                     f"the model returned a {name} that is no number: the weights are damaged or overflow in "
-                    f"this dtype: "
-                    "check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+                    "this dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
                 )
         return stats

@@ -96,8 +96,8 @@ class GenerationConfig:
     it).
     policy: which masked positions a forward commits, by the name of a policy (policies/registry.py), or
         'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
-    speculate: steps of a block that one call may verify, with the tokens that one step per call would give; for
-    what draws nothing.
+    speculate: steps of a block that one call may verify, with the tokens that one step per call would give;
+    for what draws nothing.
     refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first
         alone); other blocks begin with a refine step over the block before, the block and so many positions
         on either side.
@@ -287,8 +287,7 @@ class GenerationConfig:
             takers = [policy.name for policy in POLICIES.all() if policy.takes_steps()]
             raise DllmError(
                 f"steps is {self.steps} with policy '{self.policy}' and {self._num_blocks} blocks: expected "
-                f"at least one step per "
-                f"block, and one of {', '.join(takers)}."
+                f"at least one step per block, and one of {', '.join(takers)}."
             )
 
     @property

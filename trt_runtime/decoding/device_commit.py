@@ -77,8 +77,7 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
     if (arrays.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
             "the model returned a confidence that is no number: the weights are damaged or overflow in this "
-            "dtype: check them with "
-            "'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+            "dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
     if (arrays.state[:, 1] == PROPOSED_MASK).any():
         raise DllmError(

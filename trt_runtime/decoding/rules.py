@@ -73,15 +73,13 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
             *([f"lower gen_length to {room}"] if room > 0 else []),
         ]
         raise DllmError(
-            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than "
-            f"the model's "
-            f"{model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
+            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the "
+            f"model's {model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
         )
     if mask in ids and not config.infill:
         raise DllmError(
             f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) "
-            f"to have the gaps "
-            "filled, or take it out."
+            "to have the gaps filled, or take it out."
         )
     if config.gen_length == 0 and mask not in ids:
         raise DllmError("gen_length is 0 and the prompt has no mask token: there is nothing to generate.")

@@ -93,8 +93,7 @@ def _known(error: BaseException) -> DllmError | None:
     ):
         return DllmError(
             f"the task's data cannot be downloaded ({_short(text)}): check its name, the network and "
-            f"HF_HUB_OFFLINE, or take a task whose "
-            "data are here (--include-path)."
+            "HF_HUB_OFFLINE, or take a task whose data are here (--include-path)."
         )
     return None
 

@@ -42,8 +42,7 @@ def longest_canvas(
     if length < min(_LEAST, facts.max_length):
         raise DllmError(
             f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and "
-            f"{free / 2**20:,.0f} MiB are free: give fewer --slots, "
-            "or a --max-length that is short enough."
+            f"{free / 2**20:,.0f} MiB are free: give fewer --slots, or a --max-length that is short enough."
         )
     return min(length, facts.max_length)
 

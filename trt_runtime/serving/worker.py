@@ -145,8 +145,7 @@ class Worker:
             if job.sequence.length > self.max_length:
                 raise DllmError(
                     f"prompt and answer are {job.sequence.length} tokens, this server takes "
-                    f"{self.max_length}: shorten the prompt, "
-                    "or lower max_tokens."
+                    f"{self.max_length}: shorten the prompt, or lower max_tokens."
                 )
         with self._lock:
             if len(self._open | self._held) + len(jobs) > self.slots + self.most_queued:

@@ -1,5 +1,5 @@
-"""Data, filters and metrics of the offline twins of the tasks that docs/how-to/evaluate-and-tune.md runs: the same shape,
-the demo model's language."""
+"""Data, filters and metrics of the offline twins of the tasks that docs/how-to/evaluate-and-tune.md runs: the
+same shape, the demo model's language."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""model.py of a Triton Inference Server model repository: the same worker behind Triton's Python backend, decoupled.
+"""model.py of a Triton Inference Server model repository: the same worker behind Triton's Python backend,
+decoupled.
 
-`dllm-trt triton-repo` copies this file. Input PROMPT (a text); optional OPTIONS (JSON: the fields of GenerationConfig). Responses: TEXT, what was
-finished since the last one, FINISHED, and NFE; the last one carries Triton's final flag.
+`dllm-trt triton-repo` copies this file. Input PROMPT (a text); optional OPTIONS (JSON: the fields of
+GenerationConfig). Responses: TEXT, what was finished since the last one, FINISHED, and NFE; the last one
+carries Triton's final flag.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class TritonPythonModel:
         path = f"{args['model_repository']}/{args['model_version']}/artifact"
         self.model = load(path, settings["backend"], **settings["options"])
         longest = longest_of(self.model, settings["slots"], settings["max_length"])
-        self.worker = Worker(self.model, Metrics(), slots=settings["slots"], max_length=longest, most_queued=1 << 20)
+        self.worker = Worker(
+            self.model, Metrics(), slots=settings["slots"], max_length=longest, most_queued=1 << 20
+        )
         self.worker.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -77,8 +81,11 @@ def _text(tensor: Any) -> str:
 
 
 def _send(sender: Any, text: str, update: Update) -> None:
-    tensors = [pb_utils.Tensor("TEXT", np.array([text.encode()], np.object_)), pb_utils.Tensor("FINISHED", np.array([update.finished])),
-               pb_utils.Tensor("NFE", np.array([update.nfe], np.int32))]  # fmt: skip
+    tensors = [
+        pb_utils.Tensor("TEXT", np.array([text.encode()], np.object_)),
+        pb_utils.Tensor("FINISHED", np.array([update.finished])),
+        pb_utils.Tensor("NFE", np.array([update.nfe], np.int32)),
+    ]
     sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
 
 

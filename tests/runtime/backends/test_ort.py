@@ -92,7 +92,8 @@ import numpy, onnxruntime, tokenizers, trt_runtime as rt
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 begin = peak()
 model = rt.load(sys.argv[1], threads=1)
-result = model.generate([[5] * 40], rt.GenerationConfig(gen_length=32, block_length=16, threshold=0.9, stop_at_eos=False))[0]
+config = rt.GenerationConfig(gen_length=32, block_length=16, threshold=0.9, stop_at_eos=False)
+result = model.generate([[5] * 40], config)[0]
 print([begin, peak(), result.prefix_passes, result.refine_steps])
 """
     done = subprocess.run(

@@ -238,7 +238,10 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
         (["--factor", "2"], "factor goes with policy factor"),
         (["--steps", "20", "--policy", "factor"], "one of threshold, fixed"),
         (["--steps", "8"], "at least one step per block"),
-        (["--alg-temp", "0.5"], "alg_temp goes with policy entropy or maskgit_plus or topk_margin, got policy 'threshold'"),
+        (
+            ["--alg-temp", "0.5"],
+            "alg_temp goes with policy entropy or maskgit_plus or topk_margin, got policy 'threshold'",
+        ),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--steps", "2", "--policy", "fixed"], "at least one step per block"),

@@ -44,7 +44,8 @@ import numpy, onnxruntime, tokenizers
 from trt_runtime.decoding.backend import Window
 from trt_runtime.backends.ort import OrtBackend
 def held():
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("Rss")}
+    lines = [line for line in open("/proc/self/status") if line.startswith("Rss")]
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 def step(batch, rows):
     row = numpy.tile(numpy.arange(rows), (batch, 1))
     zero = numpy.zeros(batch, numpy.int64)
@@ -56,7 +57,8 @@ opened = held()
 cache = backend.new_cache(4, 2000)
 for name in cache.buffers.arrays:
     cache.buffers.arrays[name][:] = 1
-print([opened["RssAnon"] - begin["RssAnon"], opened["RssFile"] - begin["RssFile"], held()["RssAnon"] - opened["RssAnon"]])
+anonymous, in_files = opened["RssAnon"] - begin["RssAnon"], opened["RssFile"] - begin["RssFile"]
+print([anonymous, in_files, held()["RssAnon"] - opened["RssAnon"]])
 """
 
 
@@ -216,7 +218,9 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     )
     assert roofline.opening_bytes(facts, roofline.MEMORY_LAYOUTS[0], orin) == 0
     said = plan.verdict(facts, work, orin, shared)
-    assert said.startswith("does not fit") and "keeps the engine's whole file in addition to its weights" in said
+    assert (
+        said.startswith("does not fit") and "keeps the engine's whole file in addition to its weights" in said
+    )
     assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(
         facts, work, devices.DEVICES["orin-64g"], shared
     ).startswith("fits")

@@ -142,4 +142,6 @@ def test_no_more_steps_are_made_than_can_be_needed(golden_artifact):
         (got,) = model.generate([[5, 6, 7]], config)
         assert (got.tokens, got.nfe) == (expected.tokens, expected.nfe)
         steps = len(made)
-        assert got.refine_steps <= steps <= most * 2 and (config.policy != "fixed" or steps == got.refine_steps)
+        assert got.refine_steps <= steps <= most * 2 and (
+            config.policy != "fixed" or steps == got.refine_steps
+        )

@@ -15,9 +15,9 @@ from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.policies.base import BlockState, RowStats, select_holding_back, without_confidence
 from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.speculation import Speculating
-from trt_runtime.decoding.rules import rules_of
 from trt_runtime.model import Model
 
 WORDS, LENGTH = 5, 16

@@ -11,9 +11,9 @@ import pytest
 from trt_runtime.decoding.cache_plan import Suffix
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.decoding.rules import rules_of
 
 
 class Recorded:

@@ -11,12 +11,12 @@ import pytest
 
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator, Wanted
+from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.scheduler import Scheduler
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
 from trt_runtime.measure import replay
-from trt_runtime.decoding.rules import rules_of
 from trt_runtime.model import load
 
 

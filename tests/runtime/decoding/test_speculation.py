@@ -8,11 +8,11 @@ from places import ROOT
 
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.speculation import Speculating
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
-from trt_runtime.decoding.rules import rules_of
 
 PROMPTS = ROOT / "checkpoints" / "llada-demo" / "prompts.txt"
 

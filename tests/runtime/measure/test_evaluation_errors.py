@@ -87,7 +87,7 @@ CODE = """
 def needs_package(**o):
     import no_such_package
 def needs_math(**o):
-    raise AssertionError("`sympy`, `math_verify` and `antlr4-python3-runtime==4.11` are required: pip install lm-eval[math]")
+    raise AssertionError("`sympy` and `antlr4-python3-runtime==4.11` are required: pip install lm-eval[math]")
 def raises(**o):
     raise ValueError("\\nfirst line\\nsecond line")
 def leaves(**o):

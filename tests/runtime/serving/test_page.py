@@ -20,11 +20,17 @@ from trt_runtime.serving.process import examples  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # how many cells are masked, and how many stand in the running block, after each change of the canvas
-WATCH = """new MutationObserver(() => (window.seen ??= []).push([document.querySelectorAll('.cell.mask').length,
-  document.querySelectorAll('.cell.running').length])).observe(document, {subtree: true, childList: true, attributes: true})"""
+WATCH = """new MutationObserver(() => (window.seen ??= []).push([
+  document.querySelectorAll('.cell.mask').length,
+  document.querySelectorAll('.cell.running').length,
+])).observe(document, {subtree: true, childList: true, attributes: true})"""
 # press the button as soon as the canvas is there
-STOP = """new MutationObserver((_, observer) => { if (document.querySelector('.cell.running')) { observer.disconnect();
-  document.getElementById('send').click(); } }).observe(document, {subtree: true, childList: true, attributes: true})"""
+STOP = """new MutationObserver((_, observer) => {
+  if (document.querySelector('.cell.running')) {
+    observer.disconnect();
+    document.getElementById('send').click();
+  }
+}).observe(document, {subtree: true, childList: true, attributes: true})"""
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,6 @@ class OrtCudaBackend(OrtSession):
         if heavy:
             said = ", ".join(f"{count} {name}" for name, count in sorted(heavy.items()))
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} would run {said} of the model on the CPU: its CUDA "
-                f"provider has no kernels for them: "
-                "install a newer onnxruntime-gpu."
+                f"ONNX Runtime {ort.__version__} would run {said} of the model on the CPU: its CUDA provider "
+                "has no kernels for them: install a newer onnxruntime-gpu."
             )

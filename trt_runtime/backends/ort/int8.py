@@ -55,11 +55,10 @@ def settings_for(scheme: str) -> dict[str, str]:
         needed = exact_with(name)
         if needed is None:
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor "
-                f"({name}: exact {exact(name):.0f}, got "
-                f"{computed(name, SETTINGS[0]):.0f}): this artifact would answer wrongly: use another "
-                f"version of onnxruntime, or an artifact that "
-                "is not quantised for the CPU."
+                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor ({name}: "
+                f"exact {exact(name):.0f}, got {computed(name, SETTINGS[0]):.0f}): this artifact would "
+                "answer wrongly: use another version of onnxruntime, or an artifact that is not quantised "
+                "for the CPU."
             )
         settings |= needed
     return settings

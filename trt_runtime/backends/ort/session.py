@@ -179,8 +179,7 @@ class OrtSession(Backend):
         if self.provider not in session.get_providers():  # it falls back to the CPU without a word
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} "
-                f"instead of CUDA: its "
-                "CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
+                "instead of CUDA: its CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
             )
         return session
 
@@ -204,8 +203,7 @@ class OrtSession(Backend):
         if self.provider not in ort.get_available_providers():
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} has no CUDA provider: {commands.pip()} uninstall "
-                f"onnxruntime, then "
-                f"{commands.install('ort-gpu')}."
+                f"onnxruntime, then {commands.install('ort-gpu')}."
             )
 
     def _check_graph(self, artifact: Path) -> None:
@@ -227,9 +225,8 @@ class OrtSession(Backend):
                 if actual.get(spec.name) != (spec.dtype, spec.axes):
                     raise DllmError(
                         f"{artifact}: the {self.role} graph has {spec.name} as {actual.get(spec.name)}, the "
-                        f"manifest says "
-                        f"{(spec.dtype, spec.axes)}: the artifact's files are not of one export: export it "
-                        f"again."
+                        f"manifest says {(spec.dtype, spec.axes)}: the artifact's files are not of one "
+                        "export: export it again."
                     )
 
     def _binding(self, cache: Cache, slots: slice, names: tuple[str, ...]) -> Any:

@@ -140,6 +140,5 @@ def check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
     if older := [capability for capability in capabilities if capability < least]:
         raise DllmError(
             f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is "
-            f"SM{older[0]}: export it with "
-            "--quantize int8-sq or int4 --target tensorrt."
+            f"SM{older[0]}: export it with --quantize int8-sq or int4 --target tensorrt."
         )

@@ -265,7 +265,8 @@ def _layers(network: Any) -> Iterator[Any]:
 
 
 class Logger:
-    """TensorRT's logger (`native`): keeps the last error and prints nothing, because errors become a DllmError."""
+    """TensorRT's logger (`native`): keeps the last error and prints nothing, because errors become a
+    DllmError."""
 
     def __init__(self, trt: Any) -> None:
         outer = self

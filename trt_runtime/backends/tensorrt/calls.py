@@ -95,8 +95,7 @@ class Calls:
             asked = "{} rows by {} positions, {} of them asked for".format(*shape)
             raise DllmError(
                 f"a {role} call of {asked}: no profile of the engines in {self._engines.directory.name} "
-                f"takes it: build them with a "
-                "larger --max-batch, --max-length, --block-length or --max-rows."
+                "takes it: build them with a larger --max-batch, --max-length, --block-length or --max-rows."
             )
         _, index, engine = min(fitting, key=lambda item: item[0])
         return engine, index
