@@ -9,7 +9,7 @@ from typing import Any
 
 from trt_runtime.errors import DllmError, shown
 
-# keys of nearly every Hugging Face config, which say nothing about the computation, or are read elsewhere
+# keys of nearly every Hugging Face config that do not affect the computation, or are read elsewhere
 _NEUTRAL = {
     "_name_or_path",
     "architectures",
@@ -26,8 +26,8 @@ _NEUTRAL = {
     "mask_token_id",
     "tokenizer_class",
 }
-# keys that compute nothing, whatever their value, in any family (regular expressions of whole keys): they are
-# ignored, with a note
+# keys that never affect the computation, in any family (regular expressions of whole keys): ignored, with a
+# note
 _COMPUTES_NOTHING = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -53,7 +53,7 @@ _COMPUTES_NOTHING = tuple(
         r"(id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params)",
         r"(loss_type|label_smoothing|learning_rate|weight_decay|max_grad_norm|warmup_\w+|"
         r"skip_checkpoint|unsloth_\w+)",
-        # what a forward returns besides, and how transformers runs it
+        # what a forward returns in addition, and how transformers runs it
         r"(return_dict|output_attentions|output_hidden_states|torchscript|chunk_size_feed_forward|"
         r"keys_to_ignore_at_inference)",
         r"(use_bfloat16|tf_legacy_loss|pretraining_tp|gguf_file|_commit_hash|_from_model_config|"
@@ -71,7 +71,7 @@ _COMPUTES_NOTHING = tuple(
         r"generation_config",
     )
 )
-# keys that may name another attention than softmax, unless their value is a kernel of it
+# keys that may name another attention than softmax, unless their value is a kernel for softmax attention
 _KERNEL_KEY = re.compile(r"_*(attn|attention)_(impl|backend|kernel|type)", re.IGNORECASE)
 _KERNEL = re.compile(
     r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|"
@@ -83,7 +83,7 @@ _PLAIN_ROPE: tuple[Any, ...] = (
     {"type": "default"},
     {"type": "default", "rope_type": "default"},
 )
-# keys that compute nothing at these values; another value stops the export
+# keys that do not affect the computation at these values; any other value stops the export
 _COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
     "causal": (False,),
@@ -101,15 +101,16 @@ _COMPUTES_NOTHING_AT: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigReader:
-    """config.json, read key by key: `finish` refuses what nobody asked for, so no key is silently dropped."""
+    """Reads config.json key by key; `finish` refuses keys that nothing has read, so that no key is silently
+    dropped."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where = config, where
         self._seen: set[str] = set(_NEUTRAL)
 
     def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """The value of `key`, which must be of `kind` (an int will do for a float); `default` where it is
-        absent or null."""
+        """The value of `key`, which must be of type `kind` (an int is accepted for a float); `default` if it
+        is absent or null."""
         self._seen.add(key)
         value: Any = self.config.get(key)
         if value is None:
@@ -128,14 +129,14 @@ class ConfigReader:
         return float(value) if kind is float else value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 (and below 2^31: no tensor axis is longer)."""
+        """A whole number from 1 (and below 2^31, the longest possible tensor axis)."""
         value: int = self.get(key, int, default)
         if not 1 <= value < 2**31:
             raise DllmError(f"{self.where}: {key} is {value}, expected a whole number from 1.")
         return value
 
     def rope_theta(self) -> float:
-        """The base of plain RoPE, under either of its names: rope_theta, or rope_parameters of newer
+        """The base of plain RoPE under either of its names: rope_theta, or rope_parameters of newer
         transformers."""
         parameters = self.get("rope_parameters", dict, {})
         inner = ConfigReader(parameters, f"{self.where}: rope_parameters") if parameters else self
@@ -172,12 +173,12 @@ class ConfigReader:
         self._seen.update(keys)
 
     def supply(self, values: Mapping[str, Any]) -> None:
-        """Values from elsewhere, in place of what the config says under their keys."""
+        """Set values from elsewhere, replacing what the config has under their keys."""
         self.config = {**self.config, **values}
 
     def token_ids(self, key: str, other: Mapping[str, Any]) -> tuple[int, ...]:
-        """One or several token ids under `key`; a value in `other` (generation_config.json) comes before the
-        config's."""
+        """One or several token ids under `key`; a value in `other` (generation_config.json) takes precedence
+        over the config's."""
         value = self.config.get(key) if other.get(key) is None else other[key]
         ids = value if isinstance(value, list) else [value]
         if not ids or any(
@@ -194,8 +195,8 @@ class ConfigReader:
         return ids[0]
 
     def finish(self, ignored: Collection[str]) -> list[str]:
-        """The keys that were ignored because they are known to compute nothing. Raises for a key that was
-        neither read nor ignored, unless its value is null."""
+        """The keys that were ignored because they never affect the computation. Raises DllmError for a key
+        that was neither read nor ignored, unless its value is null."""
         for key, harmless in _COMPUTES_NOTHING_AT.items():
             if key not in self._seen:
                 self.require(key, *harmless)
@@ -227,7 +228,7 @@ def _computes_nothing(key: str, value: Any) -> bool:
 
 
 def decoding_defaults(generation_config: Mapping[str, Any]) -> dict[str, int]:
-    """gen_length and block_length, where generation_config.json names them."""
+    """gen_length and block_length, if generation_config.json has them."""
     defaults = {
         key: generation_config[key]
         for key in ("gen_length", "block_length")

@@ -1,9 +1,9 @@
 """A Hugging Face checkpoint directory: config.json and safetensors (one file, or shards with an index),
 memory-mapped.
 
-The safetensors header is read here and not by the safetensors package because the byte offsets are needed:
-tensors are streamed, and may be used where they lie, without ever being loaded. Format: eight bytes of
-length, a JSON header, the data.
+The safetensors header is parsed here rather than by the safetensors package, because the byte offsets are
+needed: tensors are streamed, or used in place, without ever being loaded. Format: eight bytes of length, a
+JSON header, the data.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_MAX_HEADER = 100_000_000  # the format's own bound
+_MAX_HEADER = 100_000_000  # the limit of the format
 _MAX_RANK = 8
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor where it lies: `size` bytes at `offset` of `file`."""
+    """A stored tensor: `size` bytes at `offset` of `file`."""
 
     file: Path
     dtype: np.dtype[Any]
@@ -61,8 +61,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` is config.json; `generation_config` is generation_config.json, or empty. notes: what a user
-    should know of the files."""
+    """A checkpoint's files. config: config.json; generation_config: generation_config.json, or empty; notes:
+    what a user should know about the files."""
 
     path: Path
     config: dict[str, Any]
@@ -95,7 +95,7 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
         )
     if (
         parent := Path(name).parent
-    ).is_dir() and "@" not in name:  # a directory's name with a slip in it, rather than a hub id
+    ).is_dir() and "@" not in name:  # more likely a misspelt directory than a hub id
         neighbours = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
         raise DllmError(
             f"{name}: no such directory; in {parent} "
@@ -111,7 +111,7 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
         ) from error
     if (
         "HF_HUB_VERBOSITY" not in os.environ
-    ):  # its client logs every attempt as a warning; what failed is told once, as an error
+    ):  # its client logs every attempt as a warning; the failure is reported once, as an error
         from huggingface_hub.utils import logging as client
 
         client.set_verbosity_error()
@@ -128,8 +128,8 @@ def _unreachable(name: str, error: Exception) -> DllmError:
 
 
 def config_of(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """config.json and generation_config.json, and where the first came from: of a directory, or of a hub id,
-    whose weights are not downloaded (and of which config.json alone is read)."""
+    """config.json and generation_config.json, and the place of the first, of a directory or a hub id. From
+    the hub, only config.json is downloaded, and no weights."""
     path = Path(name)
     if path.is_dir() or not _HUB_ID.fullmatch(name):
         path = locate(name)[0]
@@ -145,7 +145,7 @@ def config_of(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def load(path: Path, revision: str | None = None) -> Checkpoint:
-    """Read the headers of a checkpoint directory. Raises DllmError for anything missing, cut short or
+    """Read the headers of a checkpoint directory. Raises DllmError for anything missing, truncated or
     contradictory."""
     _refuse_adapter(path)
     config = read_json(path / "config.json", "a checkpoint directory has config.json and *.safetensors")
@@ -154,7 +154,7 @@ def load(path: Path, revision: str | None = None) -> Checkpoint:
 
 
 def generation_config_of(path: Path) -> dict[str, Any]:
-    """generation_config.json of a checkpoint directory; empty where there is none."""
+    """generation_config.json of a checkpoint directory; empty if there is none."""
     file = path / "generation_config.json"
     return read_json(file) if file.is_file() else {}
 
@@ -173,7 +173,7 @@ def read_json(path: Path, advice: str = "download the file again") -> dict[str, 
 
 
 def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which a key that comes twice has one value."""
+    """A JSON object; a repeated key must have the same value."""
     read: dict[str, Any] = {}
     for key, value in pairs:
         if key in read and read[key] != value:
@@ -183,8 +183,8 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_adapter(path: Path) -> None:
-    """Raise DllmError for a directory with files of an adapter: transformers applies it, an export of the
-    weights beside it would not."""
+    """Raise DllmError for a directory with adapter files: transformers applies the adapter, an export of the
+    weights next to it would not."""
     if adapter_files := [name for name in ADAPTER if (path / name).is_file()]:
         here = (
             ""
@@ -201,8 +201,8 @@ def _refuse_adapter(path: Path) -> None:
 
 
 def _tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors of a directory, and notes. Which files hold them is decided as transformers does:
-    model.safetensors, and the index only where that is not there."""
+    """The tensors of a directory, and notes. As in transformers, model.safetensors is used if it exists, and
+    the index only otherwise."""
     has_single, has_index = (path / SINGLE).is_file(), (path / INDEX).is_file()
     if not has_single and not has_index:
         raise _no_weights(path)
@@ -238,7 +238,7 @@ def _no_weights(path: Path) -> DllmError:
 
 
 def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
-    """The tensors of the shards that the index lists, and the names of these."""
+    """The tensors of the shards that the index lists, and the shards' names."""
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DllmError(f"{path / INDEX}: has no weight_map: download the file again.")
@@ -275,7 +275,7 @@ def some(names: Sequence[str]) -> str:
 
 def _header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file. Raises DllmError for a header that the format does not allow: it is
-    a table of byte offsets, so nothing in it is believed."""
+    a table of byte offsets, so everything in it is checked."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -312,7 +312,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no key comes twice."""
+    """A JSON object without repeated keys."""
     read = dict(pairs)
     if len(read) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

@@ -1,5 +1,5 @@
-"""Which token is the mask, which ends a text, which fills up: of config.json or generation_config.json, else
-of the tokenizer, or given."""
+"""The mask, end and padding tokens: from config.json or generation_config.json, else from the tokenizer or
+the user."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ MASK, END, PAD = KEYS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class Found:
-    """Token ids that config.json does not hold (or not so), by its keys, and a note on where they come
-    from."""
+    """Token ids that config.json lacks or has wrong, by its keys, and notes on where they come from."""
 
     ids: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[str]:
-    """The keys that neither file names."""
+    """The keys that neither file has."""
     return [key for key in KEYS if config.get(key) is None and generation_config.get(key) is None]
 
 
 def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any], where: str) -> None:
-    """Raise DllmError where both files name a mask token, and not the same one: nothing says which the model
+    """Raise DllmError if both files name a mask token, and different ones: nothing says which one the model
     was trained with."""
     own, other = (
         [value] if type(value) is int else value for value in (config.get(MASK), generation_config.get(MASK))
@@ -47,9 +46,9 @@ def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any]
 
 
 def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> Found:
-    """What has to be added to config.json so that all three are known. `given`: the mask token, as its text
-    or its id, which comes before what the checkpoint says. Raises DllmError, which says how to give it, where
-    nothing names the mask or an end token."""
+    """What must be added to config.json so that all three tokens are known. given: the mask token, as text or
+    id, which takes precedence. Raises DllmError, saying how to give it, if nothing names the mask or an end
+    token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
@@ -73,7 +72,7 @@ def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> F
 
 
 class _Tokenizer:
-    """A checkpoint's tokenizer, opened where it is asked for: most checkpoints need none here."""
+    """A checkpoint's tokenizer, opened only if it is needed: most checkpoints do not need it here."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +83,7 @@ class _Tokenizer:
             return tokenizer_files.assemble(self.path, Path(temporary) / "tokenizer")
 
     def masks(self) -> str:
-        """Which tokens look like one, for a message."""
+        """The tokens that look like a mask token, for a message."""
         added = {} if self.opened is None else self.opened.added_tokens
         like = [f"{text} ({token})" for token, text in added.items() if "mask" in text.lower()]
         return (
@@ -114,12 +113,12 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
 
 
 def _of_tokenizer(key: str, tokenizer: _Tokenizer, names: Found, checkpoint: Checkpoint) -> tuple[Any, str]:
-    """The id under a key that no configuration names, and a word on where it comes from."""
+    """The id for a key that no configuration has, and where it comes from."""
     name = key.removesuffix("_id")
     token = None if tokenizer.opened is None else tokenizer.opened.special_id(name)
     if token is not None:
         return token, f"{token}, the tokenizer's {name}"
-    if key == PAD:  # nothing is computed with it
+    if key == PAD:  # it is not used in any computation
         ends = names.ids.get(END) or checkpoint.generation_config.get(END) or checkpoint.config.get(END)
         return (
             ends[0] if isinstance(ends, list) and ends else ends

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer, put into the artifact as tokenizer.json with its configuration and chat template.
 
-Most checkpoints have a tokenizer.json. Dream and other Qwen2 relatives may ship the slow tokenizer's files
-alone (vocab.json and merges.txt, beside Python code that is never run): their tokenizer.json is made here.
+Most checkpoints have a tokenizer.json. Dream and other relatives of Qwen2 may have only the slow tokenizer's
+files (vocab.json and merges.txt, next to Python code that is never run): their tokenizer.json is made here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ _BESIDE = (
     "additional_chat_templates",
 )
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-# how a slow byte-level BPE tokenizer splits a text before its merges, by the class that tokenizer_config.json
-# names
+# how a slow byte-level BPE tokenizer splits a text before its merges, by the class in tokenizer_config.json
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,8 +37,8 @@ _SPLITS = dict.fromkeys(("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast
 
 
 def note(checkpoint: Path) -> str:
-    """What to tell a user about a checkpoint whose tokenizer cannot be taken along; empty if there is nothing
-    to say."""
+    """What to tell a user about a checkpoint whose tokenizer cannot be exported; empty if there is nothing to
+    say."""
     if (checkpoint / FILE_NAME).is_file() or _is_slow(checkpoint):
         return ""
     if models := sorted(file.name for file in checkpoint.glob("*.model")):
@@ -52,7 +51,7 @@ def note(checkpoint: Path) -> str:
 
 
 def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
-    """Put the tokenizer of a checkpoint into `directory`, and open it. None if there is none. Raises
+    """Write the tokenizer of a checkpoint into `directory`, and open it. None if there is none. Raises
     DllmError."""
     if not (checkpoint / FILE_NAME).is_file() and not _is_slow(checkpoint):
         return None
@@ -68,7 +67,7 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
         _from_slow_files(checkpoint).save(str(directory / FILE_NAME))
     try:
         return Tokenizer(directory)
-    except DllmError as error:  # the artifact is not there yet: the checkpoint's file is meant
+    except DllmError as error:  # the artifact does not exist yet: the message names the checkpoint's file
         said = (
             str(error)
             .replace(str(directory), str(checkpoint))
@@ -80,14 +79,14 @@ def assemble(checkpoint: Path, directory: Path) -> Tokenizer | None:
 def completed(
     decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False
 ) -> DecodingFacts:
-    """The decoding facts with what else ends an answer among the end tokens: the token that ends a turn of
-    the chat template, and the tokens that a model was taught to fill the rest of an answer with (DiffuCoder's
-    <|dlm_pad|>): the tokenizer's pad token, and the one of config.json. They count where they are added
-    tokens (a careless pad_token_id of 0 names a word) and not the tokenizer's eos_token, of which
-    generation_config.json has the last word.
+    """The decoding facts, with further end tokens: the token that ends a turn of the chat template, and the
+    tokens that a model was trained to fill the rest of an answer with (DiffuCoder's <|dlm_pad|>), which are
+    the tokenizer's pad token and that of config.json. These count only if they are added tokens (a careless
+    pad_token_id of 0 is a word) and not the tokenizer's eos_token, for which generation_config.json is
+    decisive.
 
-    Raises DllmError for a tokenizer that is not this model's: ids beyond the vocabulary, or another mask
-    token, unless the mask was given.
+    Raises DllmError for a tokenizer of another model: ids beyond the vocabulary, or another mask token,
+    unless the user gave the mask.
     """
     if (most := tokenizer.max_id) >= vocab_size:
         raise DllmError(
@@ -143,8 +142,7 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[str, Any]) -> None:
-    """Added tokens, at the ids where the checkpoint has them: of tokenizer_config.json, or of the older
-    added_tokens.json."""
+    """The added tokens with their ids, from tokenizer_config.json or the older added_tokens.json."""
     listed = _listed(checkpoint, config)
     for token, entry in sorted(listed.items()):
         flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}

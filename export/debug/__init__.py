@@ -1,2 +1,2 @@
-"""Debugging engines with Polygraphy, the tool that TensorRT's users know: a kit of files for its command
-line, and runners for its Comparator."""
+"""Debugging engines with Polygraphy, NVIDIA's tool for TensorRT: a kit of files for its command line, and
+runners for its Comparator."""

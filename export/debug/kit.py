@@ -1,8 +1,8 @@
-"""A directory in which Polygraphy's command line works on an artifact at once: graphs, real calls, what they
-gave, shapes, tolerances, commands.
+"""A directory in which Polygraphy's command line works on an artifact at once: graphs, recorded calls with
+their outputs, shapes, tolerances, commands.
 
-Nothing of Polygraphy is imported here. The files under files/ are copied as they are; settings.sh and
-facts.json are made.
+Polygraphy is not imported here. The files under files/ are copied unchanged; settings.sh and facts.json are
+generated.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from . import record
 from .record import RecordedCall
 
 _FILES = Path(__file__).with_name("files")
-_PROMPTS = (7, 12, 9)  # tokens of the random prompts: ragged rows
+_PROMPTS = (7, 12, 9)  # lengths of the random prompts: ragged rows
 _GENERATED, _BLOCK = 24, 8
 
 
 @dataclass(frozen=True)
 class KitConfig:
-    """prompts: token ids; None draws some. count: recorded calls of each role. link: hard-link the weights.
-    reference: also record PyTorch's outputs (None: where it is installed). checkpoint: of the reference and
-    of a bf16 artifact's twin; None takes the manifest's."""
+    """prompts: token ids; None draws some. count: recorded calls per role. link: hard-link the weights.
+    reference: also record PyTorch's outputs (None: if it is installed). checkpoint: for the reference and for
+    a bf16 artifact's twin; None takes the manifest's."""
 
     prompts: list[list[int]] | None = None
     count: int = 3
@@ -96,7 +96,7 @@ def write(
 
 @contextmanager
 def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iterator[Path]:
-    """The artifact as ONNX Runtime computes it here: a bf16 one as its fp32 twin."""
+    """The artifact in a form that ONNX Runtime computes here: a bf16 one as its fp32 twin."""
     if manifest.model.dtype != "bf16":
         yield artifact
         return
@@ -110,7 +110,7 @@ def runnable(artifact: Path, manifest: Manifest, checkpoint: str | None) -> Iter
 
 
 def prompts(manifest: Manifest) -> list[list[int]]:
-    """Random prompts of unequal lengths, of ordinary tokens."""
+    """Random prompts of unequal lengths, from ordinary tokens."""
     special, rng = manifest.decoding.special_token_ids, np.random.default_rng(0)
     ordinary = np.array(
         [token for token in range(min(manifest.model.vocab_size, 4096)) if token not in special]
@@ -120,7 +120,7 @@ def prompts(manifest: Manifest) -> list[list[int]]:
 
 
 def decoding(manifest: Manifest) -> GenerationConfig:
-    """A short decoding with both caches, so that prefix passes and refine steps come."""
+    """A short decoding with both caches, so that there are prefix passes and refine steps."""
     length = min(_GENERATED, manifest.model.max_length - 1)
     return GenerationConfig(
         gen_length=length, block_length=min(_BLOCK, length), cache="dual", stop_at_eos=False
@@ -128,7 +128,7 @@ def decoding(manifest: Manifest) -> GenerationConfig:
 
 
 def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *, link: bool) -> None:
-    """Both graphs with the capacity written in, beside their weights."""
+    """Both graphs with a fixed capacity, next to their weights."""
     for role in contract.ROLES:
         (out / f"{role}.onnx").write_bytes(
             builder.with_capacity(artifact / manifest.graphs[role].file, capacity)
@@ -139,8 +139,8 @@ def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *
 
 
 def settings(calls: list[RecordedCall], dtype: str) -> str:
-    """settings.sh: for each role the least, usual and most of its shapes, those of the first call, and how
-    far each output may be off."""
+    """settings.sh: for each role the smallest, usual and largest shapes, those of the first call, and the
+    tolerance of each output."""
     lines = [
         "# Shapes of the recorded calls and tolerances (trt_runtime/measure/tolerances.py), for run.sh. "
         "Made by dllm-trt polygraphy."
@@ -186,7 +186,7 @@ def _save(out: Path, calls: list[RecordedCall], inputs: str | None, outputs: str
 def _reference(
     artifact: Path, calls: list[RecordedCall], config: KitConfig, note: Callable[[str], object]
 ) -> list[RecordedCall] | None:
-    """The same calls on PyTorch; None where it is not asked for, or not there."""
+    """The same calls on PyTorch; None if it is not asked for or not installed."""
     if config.reference is False:
         return None
     try:

@@ -1,8 +1,5 @@
-"""Real calls of a decoding, with the caches that they found and what they gave: what graphs and engines are
-compared on.
-
-Shape letters as in trt_runtime/artifact/contract.py.
-"""
+"""Recorded calls of a decoding, with the caches before and the outputs after them, on which graphs and
+engines are compared. Shape letters as in trt_runtime/artifact/contract.py."""
 
 from __future__ import annotations
 
@@ -27,8 +24,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call of a graph by the names of its contract. inputs: caches in float32, the rest int64. outputs:
-    what the backend gave, token int64, the rest float32 (logits where they were asked for)."""
+    """A call of a graph, by the names of its contract. inputs: caches in float32, the rest int64. outputs:
+    token int64, the rest float32 (logits if they were requested)."""
 
     role: str
     inputs: dict[str, Array]
@@ -40,8 +37,8 @@ class RecordedCall:
 
 
 class Recording(Backend):
-    """A backend that notes its calls: those whose numbers are in `wanted`, or only how many of each role
-    there were."""
+    """A backend that records its calls: those whose numbers are in `wanted`, or only how many of each role
+    there are."""
 
     name = "recording"
 
@@ -80,7 +77,7 @@ class Recording(Backend):
 
 
 def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> dict[str, Array]:
-    """The outputs of a graph by their names, from what a backend gives."""
+    """The outputs of a graph by name, from the statistics that a backend returns."""
     outputs = {name: getattr(stats, name) for name in contract.STATISTICS}
     if stats.logits is not None:
         outputs[contract.LOGITS] = stats.logits
@@ -106,8 +103,7 @@ def window_of(inputs: dict[str, Array]) -> Window:
 
 
 def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logits: bool) -> dict[str, Array]:
-    """A call on another backend, in a cache of its own that begins as the call found it: the outputs of the
-    graph."""
+    """A call on another backend, in a cache of its own with the same contents: the outputs of the graph."""
     caches = {name: value for name, value in inputs.items() if name.startswith("cache_")}
     batch, capacity = len(inputs["kv_len"]), next(iter(caches.values())).shape[2]
     cache, slots = backend.new_cache(batch, capacity), slice(0, batch)
@@ -123,7 +119,7 @@ def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logi
 def decode(
     backend: Backend, prompts: Rows[list[int]], config: GenerationConfig, count: int
 ) -> list[RecordedCall]:
-    """Decode prompts as one batch, and return `count` calls of each role (or all, if there are fewer), spread
+    """Decode prompts as one batch, and return `count` calls per role (or all, if there are fewer), spread
     over the decoding."""
     whole = Recording(backend)
     _run(whole, prompts, config)
@@ -147,8 +143,8 @@ def _run(backend: Recording, prompts: Rows[list[int]], config: GenerationConfig)
 
 
 def allowed(calls: Iterable[RecordedCall], dtype: str) -> dict[str, float]:
-    """How far apart two correct computations may be, output by output: the table of
-    trt_runtime/measure/tolerances.py, relative ones by the largest value."""
+    """How far apart two correct computations may be, per output: the table of
+    trt_runtime/measure/tolerances.py, with relative tolerances scaled by the largest value."""
     largest: dict[str, float] = {}
     for call in calls:
         for name, value in call.outputs.items():

@@ -1,11 +1,13 @@
-"""Runners for Polygraphy's Comparator: any backend of ours (ONNX Runtime, TensorRT, the PyTorch reference)
-beside its own runners. Needs the `debug` extra.
+"""Runners for Polygraphy's Comparator: any of our backends (ONNX Runtime, TensorRT, the PyTorch reference)
+next to its own runners. Needs the `debug` extra.
 
-    from polygraphy.comparator import Comparator Comparator.run([BackendRunner(backend, "refine"),
-    BackendRunner(reference, "refine")], data_loader=feeds(calls, "refine", "fp32"))
+    from polygraphy.comparator import Comparator
 
-A feed holds every input of a graph of the contract, caches too; what a runner gives are all of its outputs.
-Feeds are copied on the way in and out: one goes to all runners.
+    runners = [BackendRunner(backend, "refine"), BackendRunner(reference, "refine")]
+    Comparator.run(runners, data_loader=feeds(calls, "refine", "fp32"))
+
+A feed has every input of a graph of the contract, including the caches; a runner returns all of its outputs.
+Feeds are copied in and out, because one feed goes to all runners.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _KINDS = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 
 
 class BackendRunner(BaseRunner):  # type: ignore[misc]
-    """A backend that is open, in a role. want_logits: whether logits are among the outputs."""
+    """An open backend in one role. want_logits: whether logits are among the outputs."""
 
     def __init__(
         self, backend: Backend, role: str, name: str | None = None, *, want_logits: bool = False
@@ -47,10 +49,10 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         """The backend is open already."""
 
     def deactivate_impl(self) -> None:
-        """It stays open: its owner closes it."""
+        """Its owner closes it."""
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """Names, element types and shapes (-1 where free); bf16 caches come in float32."""
+        """Names, element types and shapes (-1 if dynamic); bf16 caches are float32."""
         metadata = TensorMetadata()
         for spec in contract.inputs(self.role, self.backend.manifest.dims):
             metadata.add(
@@ -61,7 +63,7 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> OrderedDict[str, Array]:
-        """One call over a cache of its own."""
+        """One call in a cache of its own."""
         begin = time.perf_counter()
         outputs = replayed(
             self.backend,
@@ -71,13 +73,13 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         )
         self.inference_time = (
             time.perf_counter() - begin
-        )  # with the caches' way in and out: a time for debugging, not for a table
+        )  # includes copying the caches in and out: for debugging, not a measurement
         return OrderedDict(outputs)
 
 
 def feeds(calls: Iterable[RecordedCall], role: str, dtype: str) -> list[dict[str, Array]]:
-    """What runners of a role are given: the calls' inputs, caches in the dtype of the graph (of bf16 in
-    float32)."""
+    """The inputs for runners of a role: the calls' inputs, with caches in the dtype of the graph (float32 for
+    bf16)."""
     kind = np.float16 if dtype == "fp16" else np.float32
     return [
         {
@@ -92,10 +94,10 @@ def feeds(calls: Iterable[RecordedCall], role: str, dtype: str) -> list[dict[str
 def differences(
     runners: list[BaseRunner], given: list[dict[str, Array]]
 ) -> Iterator[tuple[str, str, int, dict[str, float]]]:
-    """Run the runners over the same feeds, and compare each with the first one: its name, the first one's,
-    the number of the feed, and the largest difference of each output. Tokens are compared by whether they
-    differ."""
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it tells of every tensor on standard output
+    """Run the runners over the same feeds, and compare each with the first one. Yields its name, the first
+    one's name, the number of the feed, and the largest difference of each output; tokens are compared for
+    equality."""
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it prints every tensor
         results = Comparator.run(runners, data_loader=given)
     first, *others = results.items()
     for name, outputs in others:
@@ -115,9 +117,9 @@ def differences(
 
 
 def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, dict[str, Any], str]:
-    """Recorded calls of a decoding, both graphs, on three runners: the PyTorch reference, the artifact as our
-    backend runs it, and the artifact's graphs as Polygraphy's own OnnxrtRunner runs them. Whether all outputs
-    agree as far as they must, what was measured, and the first that does not."""
+    """Compare recorded calls of a decoding, for both graphs, on three runners: the PyTorch reference, our
+    backend, and Polygraphy's own OnnxrtRunner. Returns whether all outputs agree within tolerance, what was
+    measured, and the first difference."""
     manifest, dtype = engine.manifest, engine.manifest.model.dtype
     calls = decode(engine, kit.prompts(manifest), kit.decoding(manifest), 3)
     worst: dict[str, tuple[float, str]] = {}

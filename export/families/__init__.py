@@ -1,7 +1,7 @@
-"""Families: one file an architecture, found by its `model_type` (lower case). See
+"""Families: one file per architecture, found by its `model_type` (lower case). See
 docs/how-to/add-a-family.md.
 
-A family of an installed package is an entry point of the group `dllm_trt.families`: the model type, and a
+An installed package adds a family by an entry point of the group `dllm_trt.families`: the model type, and a
 Family.
 """
 
@@ -25,7 +25,7 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def names() -> list[str]:
-    """The model types that exist: the modules of this package, and those that installed packages add."""
+    """The known model types: the modules of this package, and those that installed packages add."""
     own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS]
     return sorted({*own, *FAMILIES.names()})
 

@@ -55,8 +55,8 @@ def hf_name(weight: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A checkpoint tensor, or its rows [start, stop) alone. The pieces of a weight stand one after the other
-    along its first axis."""
+    """A checkpoint tensor, or only its rows [start, stop). The pieces of a weight are concatenated along its
+    first axis."""
 
     tensor: str
     rows: tuple[int, int] | None = None
@@ -74,15 +74,15 @@ class Reference(Protocol):
     layers: Any
 
     def load(self, state: Mapping[str, Any], dtype: Any) -> None:
-        """Take the weights, tensors by the names of decoder.weight_shapes. Raises DllmError where they are
-        not those of the network."""
+        """Load the weights: tensors by the names of decoder.weight_shapes. Raises DllmError if they do not
+        match the network."""
 
     def hidden_states(self, input_ids: Any, position_ids: Any, mask: Any, cache: Any) -> Any:
-        """The residual stream after the final norm [B, S, hidden], of int64 [B, S] ids and positions and an
+        """The residual stream after the final norm [B, S, hidden], for int64 ids and positions [B, S] and an
         additive mask [B, 1, S, keys].
 
-        cache: has `update(key, value, layer)`, which is given a layer's keys (after RoPE) and values [B, H,
-        S, D], and returns those that it attends to.
+        cache: an object with `update(key, value, layer)`, which receives a layer's keys (after RoPE) and
+        values [B, H, S, D] and returns those to attend to.
         """
 
     def logits(self, hidden: Any) -> Any:
@@ -90,8 +90,8 @@ class Reference(Protocol):
 
 
 def transformers_reference(architecture: str, decoder: DecoderConfig, **config: Any) -> Reference:
-    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention; `config`: what its
-    configuration has besides."""
+    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention. config: further
+    fields of its configuration."""
     from . import transformers_network  # imports torch
 
     return transformers_network.TransformersNetwork(architecture, decoder, config)
@@ -100,10 +100,11 @@ def transformers_reference(architecture: str, decoder: DecoderConfig, **config: 
 class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
-    title: str  # what messages call it
+    title: str  # its name in messages
     allowed_surplus: Iterable[
         str
-    ] = ()  # regular expressions: tensors that a checkpoint may hold and the decoder does not use
+        # regular expressions: tensors that a checkpoint may contain although the decoder does not use them
+    ] = ()
 
     @abstractmethod
     def decoder(self, config: ConfigReader) -> DecoderConfig:
@@ -111,15 +112,15 @@ class Family(ABC):
 
     @abstractmethod
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
-        """The decoding facts."""
+        """How the model decodes."""
 
     @abstractmethod
     def tensor_name(self, weight: str) -> str:
         """The checkpoint's name of a decoder weight (decoder.weight_shapes), e.g. 'layers.3.q_proj'."""
 
     def pieces(self, weight: str) -> tuple[Piece, ...]:
-        """Where a decoder weight is stored: one tensor, unless a family's checkpoints have it in several, or
-        as rows of a larger one."""
+        """Where a decoder weight is stored: in one tensor, unless the family's checkpoints have it in several
+        tensors or as rows of a larger one."""
         return (Piece(self.tensor_name(weight)),)
 
     @abstractmethod
@@ -128,5 +129,5 @@ class Family(ABC):
 
     @abstractmethod
     def reference(self, decoder: DecoderConfig) -> Reference:
-        """The same network in PyTorch, by code that is not ours; imports torch. `transformers_reference`
-        serves where transformers has it."""
+        """The same network in PyTorch, from code that is not ours; imports torch. `transformers_reference`
+        provides it if transformers has the network."""

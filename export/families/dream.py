@@ -1,9 +1,9 @@
 """Dream (`model_type: Dream`): Dream-v0 7B Base and Instruct, Dream-Coder, DiffuCoder and fine-tuned
 relatives.
 
-A Qwen2.5 body under Qwen2's own tensor names, with full attention: biases on q, k and v alone, grouped KV
-heads, cos and sin cast to the model's dtype. Predicts token i from row i - 1 (logit_shift 1), as the
-autoregressive model it was made from.
+A Qwen2.5 network with Qwen2's own tensor names and full attention: biases on q, k and v only, grouped KV
+heads, cos and sin cast to the model's dtype. Row i - 1 predicts token i (logit_shift 1), as in the
+autoregressive model that it was made from.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LLaDA (`model_type: llada`): LLaDA-8B Base, Instruct, 1.5 and fine-tuned relatives.
 
-A Llama body under OLMo's names: plain MHA (or GQA by n_kv_heads), no biases, untied head, RoPE in full
-precision, mask token 126336. Predicts token i from row i (logit_shift 0). The upstream class defaults are
-GPT-2-like and wrong for every published checkpoint, so nothing falls back on them but mlp_ratio and
-n_kv_heads, as upstream computes these.
+A Llama network with OLMo's names: plain MHA (or GQA by n_kv_heads), no biases, untied head, RoPE in full
+precision, mask token 126336. Row i predicts token i (logit_shift 0). The upstream class defaults resemble
+GPT-2 and are wrong for every published checkpoint, so only mlp_ratio and n_kv_heads fall back to them,
+computed as upstream does.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Llada(Family):
         )
         config.require(
             "tie_word_embeddings", config.get("weight_tying", bool, False)
-        )  # transformers' name, which it may add
+        )  # transformers' name for it, which may be added
         hidden, heads = config.positive("d_model"), config.positive("n_heads")
         vocab = config.positive("vocab_size")
         return DecoderConfig(

@@ -1,7 +1,5 @@
-"""transformers' own decoder as the reference of a family: no line of its network is ours. Imports torch.
-
-Shape letters: B rows of the call, S rows of the window, D head_dim.
-"""
+"""transformers' own decoder as the reference of a family: none of the network's code is ours. Imports torch.
+Shape letters: B rows of the call, S rows of the window, D head_dim."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ class TransformersNetwork:
         return hf_name(weight)
 
     def load(self, state: Mapping[str, Any], dtype: Any) -> None:
-        """Each tensor is checked in by name and shape. Raises DllmError."""
+        """Load tensors by name and shape. Raises DllmError."""
         named = {self.weight_name(weight): tensor.to(dtype) for weight, tensor in state.items()}
         if self.decoder.tied_head:
             named[self.weight_name(HEAD)] = named[self.weight_name(EMBEDDING)]
@@ -63,7 +61,7 @@ class TransformersNetwork:
             ) from error
         rotary = self.module.model.rotary_emb = type(self.module.model.rotary_emb)(
             self._config
-        )  # its buffers were left empty by meta
+        )  # its buffers are empty after creation on the meta device
         attention = self.decoder.attention
         expected = attention.rope_theta ** -(torch.arange(0, attention.head_dim, 2) / attention.head_dim)
         if not torch.allclose(rotary.inv_freq.cpu(), expected, rtol=1e-4):

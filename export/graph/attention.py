@@ -41,15 +41,15 @@ class Attention:
         return key, self._heads(on, h, layer, "v_proj", self.num_kv_heads, rows)
 
     def queries(self, on: Context, h: ir.Value, layer: int, rows: Rows) -> ir.Value:
-        """Queries of h [T, hidden] after RoPE, and with what of 1 / sqrt(D) the lowering leaves to them: [B,
-        heads, rows, D]."""
+        """Queries of h [T, hidden] after RoPE, scaled by the part of 1 / sqrt(D) that the lowering leaves to
+        them: [B, heads, rows, D]."""
         factor, _ = on.lowering.scales(self.head_dim, on.dtype)
         return self._rotate(on, self._heads(on, h, layer, "q_proj", self.num_heads, rows), rows, factor)
 
     def attend(
         self, on: Context, query: ir.Value, layer: int, rows: Rows, keys: ir.Value, values: ir.Value
     ) -> ir.Value:
-        """What the queries make of keys and values [B, H, C, D]: [T, hidden]."""
+        """Attention of the queries to keys and values [B, H, C, D]: [T, hidden]."""
         _, scale = on.lowering.scales(self.head_dim, on.dtype)
         group = self.num_heads // self.num_kv_heads
         attended = on.lowering.attention(
@@ -67,8 +67,8 @@ class Attention:
         return on.op.Transpose(on.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
 
     def _rotate(self, on: Context, x: ir.Value, rows: Rows, factor: float | None = None) -> ir.Value:
-        """x [B, heads, rows, D] rotated to its positions, and times `factor` in float32. With rotary_float32
-        x goes up and comes back; casting only the table would not be the same."""
+        """x [B, heads, rows, D] rotated to its positions, and multiplied by `factor` in float32. With
+        rotary_float32, x is cast up and down again; casting only the table would not be the same."""
         cos, sin = on.table
         is_wide = self.rotary_float32
         turned = (

@@ -1,7 +1,5 @@
-"""What every part of the decoder builds its nodes with, and the names of weights.
-
-Shape letters: B batch, T rows of activations (B * rows of the window).
-"""
+"""What every part of the decoder builds its nodes with, and the names of weights. Shape letters: B batch, T
+rows of activations (B * rows of the window)."""
 
 from __future__ import annotations
 
@@ -22,12 +20,12 @@ Shapes = dict[str, tuple[int, ...]]  # of weights by name, [out, in]
 
 
 def layer_name(layer: int, name: str) -> str:
-    """Name of a weight of a layer: the names of the initializers and of every parity table."""
+    """The name of a layer's weight, used for initializers and in every parity table."""
     return f"layers.{layer}.{name}"
 
 
 def split_layer(weight: str) -> tuple[int, str] | None:
-    """(3, 'q_proj') of 'layers.3.q_proj'; None for a weight outside the layers."""
+    """(3, 'q_proj') for 'layers.3.q_proj'; None for a weight outside the layers."""
     head, _, rest = weight.partition(".")
     if head != "layers":
         return None
@@ -36,20 +34,19 @@ def split_layer(weight: str) -> tuple[int, str] | None:
 
 
 def is_layer(name: str) -> bool:
-    """Whether a weight is one of a layer's."""
+    """Whether a weight belongs to a layer."""
     return split_layer(name) is not None
 
 
 def is_linear(name: str) -> bool:
-    """Whether a weight is that of a linear layer, the head among them: parts give these names that end in
-    _proj."""
+    """Whether a weight is that of a linear layer, including the head: their names end in _proj."""
     return name == HEAD or name.endswith("_proj")
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the additive
-    mask they attend by."""
+    attention mask."""
 
     positions: ir.Value
     shape: ir.Value
@@ -58,9 +55,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Context:
-    """The graph that is being built. dtype: of activations and caches. weight: the initializer of a weight.
-    linears: spells linear layers.
-    table: cos and sin."""
+    """The graph being built. dtype: of activations and caches; weight: returns the initializer of a weight;
+    linears: builds linear layers; table: cos and sin."""
 
     op: OpBuilder
     lowering: Lowering
@@ -83,5 +79,5 @@ class Context:
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(ir.DataType.FLOAT))
 
     def narrow(self, x: ir.Value) -> ir.Value:
-        """A float32 value in the activations' dtype."""
+        """A float32 value cast to the activations' dtype."""
         return x if self.dtype == ir.DataType.FLOAT else self.op.Cast(x, to=int(self.dtype))

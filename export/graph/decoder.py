@@ -58,8 +58,8 @@ Caches = Pair | tuple[None, None]  # a graph that neither reads nor writes cache
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The network: what differs between families, as data and as parts. `max_length` positions have rotation
-    tables."""
+    """The network: what differs between families, as data and as parts. max_length: number of positions in
+    the rotation tables."""
 
     hidden_size: int
     num_layers: int
@@ -102,8 +102,8 @@ class GraphInputs:
 
 
 class Decoder:
-    """Builds the decoder into the graph behind `op`. `weight(name)` gives the initializer of a weight;
-    `linears` spells the linear layers."""
+    """Builds the decoder into the graph behind `op`. weight: returns the initializer of a weight; linears:
+    builds the linear layers."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Decoder:
         ]
 
     def build(self, window: GraphInputs, caches: list[Caches]) -> tuple[ir.Value, list[Pair]]:
-        """Logits [B*R, V] (float32) of the rows asked for, and the keys and values to return, a pair a
+        """Logits [B*R, V] (float32) of the requested rows, and the keys and values to return, a pair per
         layer."""
         op, returned = self.op, []
         embedding = self.weight(EMBEDDING)
@@ -143,7 +143,7 @@ class Decoder:
         write_index = window.write_index
         if (
             write_index is None and caches[0][0] is not None
-        ):  # Min is the spelling of a zero per row that TensorRT-RTX 1.7 builds
+        ):  # TensorRT-RTX 1.7 builds this form of one zero per row
             write_index = op.Min(window.kv_len, 0)
         for i, cache in enumerate(caches):
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
@@ -205,7 +205,7 @@ class Decoder:
     def _wanted(
         self, window: GraphInputs, cache: ir.Value | None
     ) -> tuple[Rows, Callable[[ir.Value], ir.Value]]:
-        """The rows asked for, and what picks them."""
+        """The requested rows, and the function that selects them."""
         op = self.op
         positions = op.GatherElements(window.position_ids, window.logit_rows, axis=1)
         shape, index = (
@@ -214,8 +214,8 @@ class Decoder:
         )
 
         def picked(x: ir.Value) -> ir.Value:
-            """Of x [B*S, K] the rows asked for [B*R, K]. Not by an index into B*S, whose row starts TensorRT
-            computes on the host."""
+            """The requested rows [B*R, K] of x [B*S, K]. Not by an index into B*S: TensorRT computes such row
+            offsets on the host."""
             return op.Reshape(
                 op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size]
             )

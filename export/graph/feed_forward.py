@@ -1,8 +1,7 @@
 """The feed-forward of a decoder layer: a part that owns its weights' names and shapes, and builds its nodes.
+Another form is a class of its own that a family puts into its DecoderConfig.
 
-Another form is a class of its own that a family puts into its DecoderConfig. Weights of linear layers have
-names that end in _proj: schemes of quantisation and parity tables know them by that.
-
+Names of linear layers' weights end in _proj: quantisation schemes and parity tables recognise them by that.
 Shape letters: T rows of activations, K hidden size.
 """
 
@@ -18,7 +17,7 @@ from .context import Context, Shapes, layer_name
 
 @dataclass(frozen=True)
 class FeedForward(ABC):
-    """hidden_size: of the residual stream. intermediate_size: of what stands between the linear layers, for
+    """hidden_size: width of the residual stream. intermediate_size: width between the linear layers, for
     forecasts of memory."""
 
     hidden_size: int
@@ -30,7 +29,7 @@ class FeedForward(ABC):
 
     @abstractmethod
     def build(self, on: Context, h: ir.Value, layer: int) -> ir.Value:
-        """The nodes: the normed residual stream h [T, K] -> what is added to it [T, K]."""
+        """The nodes: the normed residual stream h [T, K] -> its update [T, K]."""
 
 
 class SwiGLU(FeedForward):

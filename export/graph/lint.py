@@ -17,7 +17,7 @@ from trt_runtime.errors import DllmError
 from . import lowering as lowerings
 from .linears import MICROSOFT
 
-# ops that TensorRT cannot build, or whose shape outputs it cannot bound
+# ops that TensorRT cannot build, or whose output shapes it cannot bound
 _FORBIDDEN_OPS = {
     "NonZero",
     "MatMulInteger",
@@ -28,7 +28,7 @@ _FORBIDDEN_OPS = {
     "Scan",
     "ReduceLogSumExp",
 }
-# (op, attribute): the values that every target reads alike; the parser ignores or misreads others
+# (op, attribute): the values that all targets interpret alike; the parser ignores or misreads others
 _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
     ("Attention", "is_causal"): {0},
     ("Attention", "softcap"): {0.0},
@@ -44,15 +44,15 @@ _ATTRIBUTES: dict[tuple[str, str], set[Any]] = {
     ("TensorScatter", "mode"): {"linear"},
 }
 _ATTENTION_INPUTS = (
-    4  # query, key, value, mask: TensorRT ignores nonpad_kv_seqlen silently and refuses a past
+    4  # query, key, value, mask: TensorRT silently ignores nonpad_kv_seqlen and refuses a past
 )
 
 
 def check(
     model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()
 ) -> None:
-    """Raise DllmError naming every breach of the rules in a graph. `operators` of com.microsoft are allowed
-    in it."""
+    """Raise DllmError that lists every violation of the rules in a graph. operators: those of com.microsoft
+    that it may contain."""
     if breaches := list(find(model, role, dims, head, operators)):
         raise DllmError(
             f"the {role} graph breaks {len(breaches)} rules of the contract: " + "; ".join(breaches)
@@ -62,7 +62,7 @@ def check(
 def find(
     model: ir.Model, role: str, dims: contract.Dims, head: str, operators: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """A sentence for each breach."""
+    """One sentence per violation."""
     graph = model.graph
     opset = lowerings.find(dims.lowering).OPSET
     if dict(graph.opset_imports) != {"": opset} | ({MICROSOFT: 1} if operators else {}):

@@ -91,7 +91,7 @@ def _statistics(
 ) -> dict[str, ir.Value]:
     """Token, confidence, runner-up and entropy of the softmax of logits [B*R, V] (float32).
 
-    The mask token is never proposed, yet keeps its share of the softmax. The best three suffice for that: the
+    The mask token is never proposed, but keeps its share of the softmax. The best three tokens suffice: the
     proposal is the first of them that is not the mask, the runner-up the next.
     """
     shape = op.Shape(logit_rows)

@@ -1,1 +1,1 @@
-"""Proof: the PyTorch reference, and an artifact compared with it stage by stage."""
+"""Proof: the PyTorch reference, and the comparison of an artifact with it, stage by stage."""

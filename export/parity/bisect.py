@@ -1,7 +1,7 @@
 """Inside the network: the residual stream layer by layer, and the largest activations.
 
-`compare` bisects a failed verification: it runs the artifact's graphs with the residual stream after every
-layer exposed, beside the PyTorch reference, and the first layer that differs is where the fault lies.
+`compare` locates a failed verification: it runs the artifact's graphs with the residual stream after every
+layer exposed, and compares them with the PyTorch reference. The fault is in the first layer that differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Exposed = Callable[[Path, str, list[str], str], bytes]
 
 @dataclass
 class Ranges:
-    """The largest magnitude that an input or output of a linear layer took in the reference, and where."""
+    """The largest magnitude of any input or output of a linear layer in the reference, and where it
+    occurred."""
 
     largest: float = 0.0
     where: str = ""
@@ -44,8 +45,8 @@ class Ranges:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and values
-    that are no number."""
+    """A layer: largest difference over max(1, largest value), cosine, norm of ours over theirs, and the
+    number of values that are NaN or infinite."""
 
     name: str
     difference: float
@@ -60,8 +61,8 @@ Noted = Callable[[str, torch.nn.Module, torch.Tensor, torch.Tensor], None]
 
 @contextmanager
 def _hooked(modules: dict[str, torch.nn.Module], noted: Noted) -> Iterator[None]:
-    """While it lasts, `noted` is told of every forward of the modules: name, module, what went in and what
-    came out."""
+    """A context in which `noted` is called for every forward of the modules: name, module, input and
+    output."""
 
     def hook(name: str) -> Callable[..., None]:
         def told(module: torch.nn.Module, given: tuple[Any, ...], output: Any) -> None:
@@ -88,8 +89,8 @@ def _layers(reference: TorchBackend) -> dict[str, torch.nn.Module]:
 
 @contextmanager
 def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
-    """While it lasts, every linear layer of the reference notes what goes in and out, and every layer its
-    residual stream."""
+    """A context in which every linear layer of the reference records its inputs and outputs, and every layer
+    its residual stream."""
     linear = {
         decoder.layer_name(i, name): module
         for i, layer in enumerate(reference.network.layers)
@@ -111,10 +112,10 @@ def watched(reference: TorchBackend, ranges: Ranges) -> Iterator[None]:
 def compare(
     artifact: Path, reference: TorchBackend, calls: tuple[Window, Window, Array], exposed: Exposed
 ) -> dict[str, list[LayerDifference]]:
-    """Rows by kind of call (a prefix pass on either graph, a refine step): the residual stream after each
+    """Rows per kind of call (a prefix pass on either graph, a refine step): the residual stream after each
     layer, then the logits.
 
-    `calls`: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. `exposed` makes a graph
+    calls: a prefix pass, a refine step, and the valid rows of the first [B, L, 1]. exposed: makes a graph
     with more outputs.
     """
     full, refine, valid = calls
@@ -167,7 +168,7 @@ def _residuals(
 
 
 def difference(mine: Array, theirs: Array) -> float:
-    """Largest difference over max(1, largest value); infinite where something is no number."""
+    """Largest difference over max(1, largest value); infinite if any value is NaN or infinite."""
     largest = float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
     return largest if math.isfinite(largest) else math.inf
 
@@ -192,7 +193,7 @@ def _row(name: str, mine: Array, theirs: Array, keep: Array, dtype: str) -> Laye
 
 
 def table(rows: list[LayerDifference]) -> Iterator[str]:
-    """Lines of a table; the first layer that differs is marked."""
+    """The lines of a table; the first layer that differs is marked."""
     width = max(len(row.name) for row in rows)
     yield f"{'':{width}}  rel diff    cosine  norm ratio  NaN/Inf"
     first = next((row for row in rows if not row.passed), None)

@@ -1,9 +1,11 @@
-"""The PyTorch reference: the family's network by code that is not ours, as a backend of the same runtime.
+"""The PyTorch reference: the family's network from code that is not ours, as a backend of the same runtime.
 
-Its weights are read from the checkpoint itself, not from the artifact, and no line of its network is ours:
-what agrees with it was exported right. It is also the eager PyTorch baseline of the benchmarks.
+Its weights are read from the checkpoint itself, not from the artifact, and none of the network's code is
+ours: if an artifact agrees with it, it was exported correctly. It is also the eager PyTorch baseline of the
+benchmarks.
 
-Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, H KV heads, D head_dim.
+Shape letters: B rows of the call, S rows of the window, R rows with outputs, C capacity, H KV heads, D
+head_dim.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 @dataclass
 class _Writer:
-    """Stands in for a transformers cache: writes a window's keys and values, and says what the layer attends
-    to."""
+    """Replaces a transformers cache: writes a window's keys and values, and returns those that the layer
+    attends to."""
 
-    buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] a layer
-    write_index: list[int]  # [B], on the host: reading it back from a GPU in every layer would wait each time
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]  # [B, H, C, D] per layer
+    # [B], on the host: reading it from a GPU in every layer would synchronise each time
+    write_index: list[int]
     own_rows_only: bool
 
     def update(
@@ -54,11 +57,8 @@ class _Writer:
 
 
 class TorchBackend(Backend):
-    """The checkpoint behind an artifact, in eager PyTorch on a CPU or GPU.
-
-    checkpoint: its directory or hub id; None takes the one that the manifest names. dtype: None takes the
-    artifact's.
-    """
+    """The checkpoint behind an artifact, in eager PyTorch on a CPU or GPU. checkpoint: its directory or hub
+    id; None takes the one in the manifest. dtype: None takes the artifact's."""
 
     name = "torch"
 
@@ -73,8 +73,8 @@ class TorchBackend(Backend):
     ) -> None:
         facts = manifests.load(artifact)
         source = source_of(facts, checkpoint, artifact)
-        # how to decode is the checkpoint's word too; only ends and defaults are the artifact's, which knows
-        # the tokenizer
+        # the checkpoint also determines how to decode; only end tokens and defaults are the artifact's, which
+        # has the tokenizer
         decoding = replace(
             source.decoding, eos_token_ids=facts.decoding.eos_token_ids, defaults=facts.decoding.defaults
         )
@@ -134,7 +134,7 @@ class TorchBackend(Backend):
         return Stats(numpy[0], numpy[1], numpy[2], numpy[3], logits.cpu().numpy() if want_logits else None)
 
     def logits(self, cache: Cache, slots: slice, window: Window, *, own_rows_only: bool) -> torch.Tensor:
-        """float32 logits [B, R, V] of the rows asked for; the caches of `slots` are updated."""
+        """float32 logits [B, R, V] of the requested rows; the caches of `slots` are updated."""
         tensors = {
             name: torch.from_numpy(getattr(window, name)).to(self.device)
             for name in ("input_ids", "position_ids", "kv_len", "logit_rows")
@@ -152,8 +152,8 @@ class TorchBackend(Backend):
 
 
 def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...], str | None]:
-    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys ignored at
-    its export, and the mask token that was given."""
+    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys that its
+    export ignored, and the mask token that the user gave."""
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
@@ -171,7 +171,7 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, t
 
 
 def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
-    """The checkpoint behind an artifact, read. Raises DllmError if it is another one."""
+    """The checkpoint behind an artifact, read. Raises DllmError if it is a different one."""
     name, ignored_keys, mask_token = origin(manifest, checkpoint)
     source = pipeline.read(name, ignored_keys=ignored_keys, mask_token=mask_token)
     expected, got = (

@@ -1,9 +1,9 @@
-"""A graph that is quantised for the CPU, spelled out in standard operators and float arithmetic, which are
-right on every processor.
+"""A graph quantised for the CPU, rewritten in standard operators and float arithmetic, which are right on
+every processor.
 
-ONNX Runtime's own operators for products of 8 and 4 bits are fast, and wrong where a kernel's sums do not fit
-(trt_runtime/backends/int8.py). What they compute is written down here operator by operator; run without
-optimisation, it says what the artifact should give on this machine.
+ONNX Runtime's own operators for 8-bit and 4-bit products are fast, and wrong on processors where a kernel's
+sums overflow (trt_runtime/backends/ort/int8.py). Here each of them is expanded into what it should compute;
+run without optimisation, the expanded graph gives the right result on any machine.
 
 Shape letters: T tokens, K inputs, N outputs of a layer, G blocks of a row.
 """
@@ -19,11 +19,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ..graph.linears import MICROSOFT
 
-_TINY = 1e-20  # a scale of numbers that are all zeros
+_TINY = 1e-20  # the scale of numbers that are all zeros
 
 
 def spelled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the model over the same weights. Raises KeyError for an operator that is not known here."""
+    """A copy of the model over the same weights. Raises KeyError for an unknown operator."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph, tensors = copy.graph, {tensor.name: tensor for tensor in copy.graph.initializer}
@@ -52,7 +52,7 @@ def _integer(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.Graph
 
 def _blocks(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
     """MatMulNBits of accuracy level 4: x [T, K] is rounded to 8 bits in blocks, each with the scale of its
-    largest number; the weight is (b - middle) * scale in the same blocks."""
+    largest magnitude; the weight is (b - middle) * scale in the same blocks."""
     x, stored, scales = node.input[:3]
     facts = {item.name: item.i for item in node.attribute}
     inputs, block, bits = facts["K"], facts["block_size"], facts["bits"]
@@ -106,7 +106,7 @@ def _blocks(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphP
 
 
 class _Names:
-    """Names of values inside the spelling of one node."""
+    """Names of the values inside the expansion of one node."""
 
     def __init__(self, node: NodeProto) -> None:
         self.first = node.output[0]

@@ -1,7 +1,7 @@
-"""The artifact's graphs run on canvases of random tokens, beside the PyTorch reference or, if they are
-quantised, beside themselves spelled out.
+"""The artifact's graphs run on canvases of random tokens, and compared with the PyTorch reference or, if they
+are quantised, with the same graphs in standard operators.
 
-The artifact's own graphs are run, with the logits exposed as an output where they are none.
+The artifact's own graphs are run, with the logits exposed as an output where they are not one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Worst:
     ranges: layers.Ranges = field(default_factory=layers.Ranges)
 
     def add(self, role: str, mine: Run, theirs: Run, valid: Array) -> None:
-        """Take in a run of the graph of a role beside what is expected; `valid` [2, L, 1] are the rows that
+        """Add a run of the graph of a role, compared with the expected one. valid: [2, L, 1], the rows that
         count."""
         self.logits = max(self.logits, layers.difference(mine.logits * valid, theirs.logits * valid))
         caches = list(zip(mine.caches, theirs.caches, strict=True))
@@ -80,8 +80,8 @@ def exposed(artifact: Path, role: str, names: list[str], dtype: str = "fp32") ->
 
 
 def compare(artifact: Path, reference: TorchBackend) -> tuple[Worst, OrtBackend]:
-    """Both graphs against the reference on random canvases of two unequal rows: prefix passes, then a refine
-    step. One graph is open at a time: the weights of both would take twice the memory."""
+    """Both graphs compared with the reference on random canvases of two unequal rows: prefix passes, then a
+    refine step. One graph is open at a time: the weights of both would take twice the memory."""
     worst, rng = Worst(), np.random.default_rng(0)
     calls = [
         calls_of(reference.manifest, rng, min(24 + 7 * n, reference.manifest.model.max_length))
@@ -130,12 +130,12 @@ def calls_of(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Wi
     edited = rng.integers(0, facts.model.vocab_size, (2, min(4, length - start)))
     valid = (np.arange(length) < kv_len[:, None])[..., None]
     full = window(canvas, 0, kv_len)
-    full.position_ids[~valid[..., 0]] = 0  # what padding holds must not matter
+    full.position_ids[~valid[..., 0]] = 0  # the contents of padding must not matter
     return full, window(edited, start, kv_len), valid
 
 
 def window(ids: Array, start: int, kv_len: Array) -> Window:
-    """A call over `ids` [B, S] from position `start` on, asking for every row."""
+    """A call over `ids` [B, S] from position `start`, with outputs for every row."""
     batch, rows = ids.shape
     row = np.tile(np.arange(rows), (batch, 1))
     return Window(ids.astype(np.int64), row + start, np.full(batch, start), kv_len.astype(np.int64), row)
@@ -155,7 +155,8 @@ def _ort_run(engine: OrtBackend, full: Window, refine: Window) -> Run:
 
 
 def _check_statistics(outputs: dict[str, Array], manifest: Manifest) -> None:
-    """A graph's statistics must be those of its own logits, the mask token left out. Raises DllmError."""
+    """Check that a graph's statistics are those of its own logits without the mask token. Raises
+    DllmError."""
     logits = outputs[contract.LOGITS].astype(np.float64)
     weights_of = np.exp(logits - logits.max(-1, keepdims=True))
     probability = weights_of / weights_of.sum(-1, keepdims=True)
@@ -188,10 +189,10 @@ def _torch_run(reference: TorchBackend, full: Window, refine: Window) -> Run:
 
 
 def compare_quantised(artifact: Path, manifest: Manifest) -> Worst:
-    """Both graphs of a quantised artifact as this processor computes them. Beside what: of one for the CPU,
-    its graph spelled out in float arithmetic (export/parity/spelled.py); of one for TensorRT, whose graphs
-    have none of the CPU's integer operators, the other graph. Raises DllmError if a graph's statistics are
-    not those of its logits."""
+    """Both graphs of a quantised artifact as this processor computes them. For the CPU they are compared with
+    the same graph in standard operators and float arithmetic (export/parity/spelled.py); for TensorRT, whose
+    graphs have none of the CPU's integer operators, with each other. Raises DllmError if a graph's statistics
+    are not those of its logits."""
     assert manifest.quantization is not None
     worst, rng = Worst(), np.random.default_rng(0)
     calls = [calls_of(manifest, rng, min(24 + 7 * n, manifest.model.max_length)) for n in range(_CANVASES)]

@@ -1,1 +1,1 @@
-"""A quantised export: calibrate, write, judge before it is kept."""
+"""A quantised export: calibrate, write, and measure the quality before the artifact is kept."""

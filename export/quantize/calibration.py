@@ -1,11 +1,9 @@
-"""How large activations become in decoding: the largest magnitude of every input of every linear layer, over
+"""The range of activations in decoding: the largest magnitude of every input of every linear layer, over
 masked canvases.
 
-Canvases as decoding meets them (export/quantize/gate.py): blocks before the running one filled, the running
-one partly masked, all that follows masked. Clean text would not do: it holds no mask token, whose activations
-are like no other's.
-
-Shape letters: K inputs, N outputs of a layer.
+The canvases are those of decoding (export/quantize/gate.py): blocks before the current one filled, the
+current one partly masked, everything after it masked. Clean text would not do: it has no mask tokens, whose
+activations are unlike any other's. Shape letters: K inputs, N outputs of a layer.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from .gate import Canvas
 
 
 class Observing(Linears):
-    """Layers as they are, and beside them the largest magnitudes of what they are given, [K] each."""
+    """Unquantised layers that also return the largest magnitudes of their inputs, [K] each."""
 
     def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().begin(op, shapes)

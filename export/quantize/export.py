@@ -1,9 +1,9 @@
-"""Quantised exports: the model as it is decodes the user's prompts, calibrates what needs it, and judges the
-quantised one before that is kept.
+"""Quantised exports: the unquantised model decodes the user's prompts, provides the calibration, and is the
+standard that the quantised artifact is measured against before it is kept.
 
-1. an fp32 twin of the checkpoint, in a temporary directory, decodes the prompts           (quality.expect)
-2. where the scheme is calibrated, it is observed on masked canvases of some of them   (calibration.observe)
-3. the quantised artifact is written, and measured beside the twin before it takes its place (quality.measure)
+1. an fp32 twin of the checkpoint, in a temporary directory, decodes the prompts         (quality.expect)
+2. if the scheme needs calibration, the twin runs on masked canvases of some prompts     (calibration.observe)
+3. the quantised artifact is written, and measured before it is moved into place         (quality.measure)
 """
 
 from __future__ import annotations
@@ -35,16 +35,14 @@ from . import calibration
 from . import gate as quality
 from .gate import Expected, Quality
 
-_CALIBRATING = 32  # prompts at most
+_CALIBRATING = 32  # most prompts
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to quantise. scheme, target: quantization.find. data: a file of prompts (examples.read); match: how
-    answers are compared.
-
-    gate: whether the result must pass; without it nothing is measured, and the manifest says so.
-    """
+    """How to quantise. scheme, target: see schemes.find. data: a file of prompts (examples.read); match: how
+    answers are compared. gate: whether the result must pass; without it nothing is measured, and the manifest
+    says so."""
 
     scheme: str
     target: str | None = None
@@ -55,7 +53,7 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the model as it was had to say: what a scheme is calibrated with, and what is expected of the
+    """What the unquantised model provides: the calibration of a scheme, and the expectations for the
     quantised model."""
 
     calibration: Calibration | None = None
@@ -70,8 +68,8 @@ def export(
     note: Callable[[str], object] = lambda text: None,
     shown: Line = SILENT,
 ) -> Manifest:
-    """Write a quantised artifact at `config.out`; `note` is told the quality, `shown` says how far the gate
-    is. Raises DllmError, also where the gate is not passed, and then leaves nothing."""
+    """Write a quantised artifact at `config.out`. note: called with the quality; shown: shows the progress.
+    Raises DllmError, also if the gate is not passed, and then leaves nothing behind."""
     kind = schemes.find(how.scheme, how.target)
     _check(config, how, kind)
     source = pipeline.read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
@@ -142,7 +140,7 @@ def _prepare(
     examples: list[Example],
     shown: Line,
 ) -> Prepared:
-    """Run an fp32 twin of the checkpoint."""
+    """Run an fp32 twin of the checkpoint on the prompts."""
     if not (how.gate or kind.is_calibrated):
         return Prepared()
     facts = pipeline.facts_of_source(source, "fp32")
@@ -188,7 +186,7 @@ def _dtype_here(config: ExportConfig) -> str:
 def _measure(
     directory: Path, config: ExportConfig, scheme: Scheme, expected: Expected, match: str, shown: Line
 ) -> Quality:
-    """The artifact in `directory`, or, if it cannot run here, one like it in fp32."""
+    """Measure the artifact in `directory` or, if it cannot run here, an equivalent one in fp32."""
     if scheme.dtype == config.dtype:
         return _judged(directory, expected, match, shown)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:

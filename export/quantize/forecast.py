@@ -1,4 +1,4 @@
-"""What a quantised export of a checkpoint will hold, from its config.json: the same plan of weights as an
+"""What a quantised export of a checkpoint will contain, from its config.json: the same plan of weights as an
 export makes, without any weights."""
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CONFIG_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 def quantised(
     name: str, dtype: str | None, scheme: str, target: str | None
 ) -> tuple[ModelFacts, Quantization]:
-    """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, `weight_bytes` those of
-    weights.data, and the scheme. `dtype`: of the rest; None takes the one that an export would. Raises
-    DllmError."""
+    """The facts of a checkpoint (a directory or hub id) as `scheme` stores it, with `weight_bytes` of
+    weights.data, and the scheme. dtype: of everything else; None takes the one that an export would take.
+    Raises DllmError."""
     kind = schemes.find(scheme, target)
     config, generation_config, where = checkpoints.config_of(name)
     dtype = dtype or ("fp32" if kind.dtypes[0] == "fp32" else "bf16")
@@ -44,7 +44,7 @@ def quantised(
     stored = _stored(Path(name), config, family, decoder)
     nothing = defaultdict[str, Array](
         lambda: np.ones(1, np.float32)
-    )  # sizes do not depend on what was observed
+    )  # sizes do not depend on the calibration
     scheme_of = kind(dtype, Calibration(nothing, nothing) if kind.is_calibrated else None)
     planned = weights.plan(decoder, family, stored, dtype, scheme=scheme_of)
     facts = pipeline.checked_facts(config, generation_config, where, dtype)
@@ -54,7 +54,7 @@ def quantised(
 
 
 def _stored(path: Path, config: dict[str, Any], family: Family, decoder: DecoderConfig) -> Checkpoint:
-    """A checkpoint of the right shapes with no bytes behind them, in the dtype of the real one."""
+    """A checkpoint of the right shapes without data, in the dtype of the real one."""
     kind = NUMPY_DTYPES[_dtype(path, config, family.pieces(EMBEDDING)[0].tensor)]
     return Checkpoint(path, config, {}, _empty(path, kind, family, decoder))
 
@@ -62,8 +62,8 @@ def _stored(path: Path, config: dict[str, Any], family: Family, decoder: Decoder
 def _empty(
     path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig
 ) -> dict[str, StoredTensor]:
-    """Tensors of the shapes that the family's weights ask for: a weight in several pieces has an equal share
-    of its rows in each."""
+    """Tensors of the shapes that the family's weights need; the pieces of a weight have equal shares of its
+    rows."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, shape in weight_shapes(decoder).items():
         pieces = family.pieces(weight)
@@ -77,13 +77,13 @@ def _empty(
 
 
 def _dtype(path: Path, config: dict[str, Any], embedding: str) -> str:
-    """Of the embedding, which a CPU artifact keeps as it is: from its file where it is here, else as
-    config.json says."""
+    """The dtype of the embedding, which a CPU artifact keeps: from its file if it is here, else from
+    config.json."""
     if path.is_dir() and any(path.glob("*.safetensors")):
         try:
             stored: np.dtype[Any] = checkpoints.load(path).tensors[embedding].dtype
             return next(name for name, known in NUMPY_DTYPES.items() if known == stored)
-        except (DllmError, KeyError):  # an export would say so; a forecast needs config.json alone
+        except (DllmError, KeyError):  # an export would report it; a forecast needs config.json only
             pass
     said = config.get("torch_dtype", config.get("dtype"))
     return _CONFIG_DTYPES.get(said if isinstance(said, str) else "", "bf16")

@@ -1,12 +1,13 @@
-"""What quantising costs, measured against the model as it was: the gate that a quantised export must pass.
+"""The loss by quantisation, measured against the unquantised model: the gate that a quantised export must
+pass.
 
     canvases   masked at several ratios, with the block at several places of the answer: the
                Kullback-Leibler divergence on masked rows
-    commits    the model's own decoding, forced step by step: would the same tokens be proposed, and
+    commits    the unquantised model's decoding, forced step by step: are the same tokens proposed, and
                committed in the same forward?
-    answers    decoded freely: how many are right (where the examples say what is), and how many are unchanged
+    answers    decoded freely: how many are right (if the examples have right answers), and how many are unchanged
 
-First `expect` runs the model as it was, then `measure` the quantised one: never are both in memory.
+`expect` runs the unquantised model, then `measure` the quantised one: both are never in memory together.
 Shape letters: L length of a canvas, R masked rows of its block, V vocabulary.
 """
 
@@ -28,9 +29,9 @@ from trt_runtime.measure.examples import Example, is_right
 from trt_runtime.model import Model
 from trt_runtime.system.progress import SILENT, Progress
 
-RATIOS = (0.25, 0.5, 0.75, 1.0)  # of a block's positions that are masked
-PLACES = (0.0, 0.5, 1.0)  # of the block, from the answer's first to its last
-_MOST_ROWS = 1 << 28  # numbers of log-probabilities that are kept: 1 GiB
+RATIOS = (0.25, 0.5, 0.75, 1.0)  # fractions of a block's positions that are masked
+PLACES = (0.0, 0.5, 1.0)  # places of the block, from the answer's first to its last
+_MOST_ROWS = 1 << 28  # log-probabilities that are kept: 1 GiB
 _SMALL = 20_000_000  # parameters
 
 Array = np.ndarray[Any, Any]
@@ -38,8 +39,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Canvas:
-    """A canvas in the middle of a decoding, ids [L], and the masked positions of its running block [R]. What
-    follows is all masks."""
+    """A canvas in the middle of a decoding: ids [L], and the masked positions of its current block [R].
+    Everything after it is masked."""
 
     ids: Array
     masked: Array
@@ -47,8 +48,8 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An example as the model decoded it: its steps, its whole canvas, where the useful part of it ends, and
-    its text."""
+    """An example as the model decoded it: its steps, its whole canvas, the end of its useful part, and its
+    text."""
 
     example: Example
     steps: list[Step]
@@ -59,13 +60,13 @@ class Decoded:
 
     @property
     def useful(self) -> Array:
-        """Prompt and answer, without what stands behind its end."""
+        """Prompt and answer, without anything after the answer's end."""
         return self.canvas[: self.useful_end]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model gave before it was quantised. log_probabilities: float32 [R, V] a canvas."""
+    """What the model gave before it was quantised. log_probabilities: float32 [R, V] per canvas."""
 
     config: GenerationConfig
     decoded: list[Decoded]
@@ -75,8 +76,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured. Shares are of 1; `right` and `right_before` count the examples that say what is
-    right (`judged`)."""
+    """The measured quality. Shares are fractions of 1; `right` and `right_before` count the examples that
+    have a right answer (`judged`)."""
 
     examples: int
     canvases: int
@@ -94,12 +95,12 @@ class Quality:
 
     @property
     def allowed_losses(self) -> float:
-        """Right answers that may be lost: the bound in points, and one in any case, for a single answer says
-        nothing."""
+        """How many right answers may be lost: the bound in points, and always one, because a single answer
+        proves nothing."""
         return max(1.0, self.judged * tolerances.QUANTIZED_DROP / 100)
 
     def failures(self) -> Iterator[str]:
-        """A sentence for each bound that is missed: trt_runtime/measure/tolerances.py."""
+        """One sentence for each missed bound (trt_runtime/measure/tolerances.py)."""
         if not self.kl_mean <= tolerances.QUANTIZED_KL:
             yield f"KL on masked rows is {self.kl_mean:.3g} nats, allowed {tolerances.QUANTIZED_KL:g}"
         if not self.same_token >= tolerances.QUANTIZED_TOKENS:
@@ -139,7 +140,7 @@ class Quality:
 
 
 def threads_of(parameters: int) -> int | None:
-    """Small models run on one thread: more are slower. None: the backend's own choice."""
+    """Small models run on one thread, because more are slower. None: the backend's own choice."""
     return 1 if parameters < _SMALL else None
 
 
@@ -150,7 +151,7 @@ def decode(
     progress: Progress = SILENT,
     what: str = "decoding prompts",
 ) -> list[Decoded]:
-    """The examples, one at a time."""
+    """Decode the examples, one at a time."""
     decoded = []
     for example in progress.each(examples, what):
         row = model.sequence(example.prompt, config)
@@ -163,7 +164,7 @@ def decode(
 
 
 def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[Canvas]:
-    """Of each decoding one canvas a ratio, the places in turn. Which positions are masked is drawn, the same
+    """One canvas per decoding and ratio, at each place in turn. The masked positions are drawn, the same ones
     each time."""
     rng, drawn = np.random.default_rng(0), []
     for number, done in enumerate(decoded):
@@ -182,7 +183,7 @@ def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[C
 
 
 def window_of(canvas: Canvas, rows: Array) -> Window:
-    """A prefix pass over a canvas that asks for `rows`."""
+    """A prefix pass over a canvas, with outputs for `rows`."""
     ids = canvas.ids[None].astype(np.int64)
     length = ids.shape[1]
     return Window(
@@ -191,7 +192,7 @@ def window_of(canvas: Canvas, rows: Array) -> Window:
 
 
 def expect(model: Model, examples: Sequence[Example], progress: Progress = SILENT) -> Expected:
-    """Run the model as it is. Raises DllmError for a prompt that it cannot take."""
+    """Run the unquantised model. Raises DllmError for a prompt that it cannot take."""
     facts = model.manifest.decoding
     config = GenerationConfig().resolved(model.manifest)
     assert config.block_length is not None
@@ -207,7 +208,7 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
 
 
 def measure(model: Model, expected: Expected, match: str, progress: Progress = SILENT) -> Quality:
-    """The quantised model beside what was expected of it; `match` is how answers are compared
+    """Compare the quantised model with what is expected of it. match: how answers are compared
     (examples.MATCHES)."""
     divergence, best = _divergence(model, expected, progress)
     commits = [
@@ -243,7 +244,7 @@ def measure(model: Model, expected: Expected, match: str, progress: Progress = S
 
 
 def _divergence(model: Model, expected: Expected, progress: Progress) -> tuple[Array, Array]:
-    """KL of each masked row in nats, and whether its best token is the same."""
+    """The KL divergence of each masked row in nats, and whether its best token is the same."""
     divergence, same = [], []
     canvases = progress.each(expected.canvases, "gate: canvases")
     for canvas, before in zip(canvases, expected.log_probabilities, strict=True):
@@ -264,7 +265,7 @@ def _log_probabilities(model: Model, canvas: Canvas) -> Array:
 
 
 def _forced(model: Model, done: Decoded, config: GenerationConfig) -> tuple[int, int, int]:
-    """Commits of a decoding, those whose token is proposed again after the same history, and those that are
+    """The commits of a decoding: how many tokens are proposed again after the same history, and how many are
     committed again too."""
     row = model.sequence(done.example.prompt, config)
     generator, number, tokens, same = Generator(model.backend, [row]), 0, 0, 0

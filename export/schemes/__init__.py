@@ -1,5 +1,5 @@
-"""Quantised linear layers, a file a kind: w8a8 and int4 for ONNX Runtime on a CPU; fp8, int8-sq and int4 for
-TensorRT."""
+"""Quantised linear layers, one file per kind: w8a8 and int4 for ONNX Runtime on a CPU; fp8, int8-sq and int4
+for TensorRT."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ NAMES = tuple(dict.fromkeys(scheme.name for scheme in SCHEMES))
 
 
 def names_for(target: str | None) -> list[str]:
-    """The schemes of a target; of None all of them."""
+    """The names of a target's schemes; None: all of them."""
     return list(dict.fromkeys(scheme.name for scheme in SCHEMES if target in (None, scheme.target)))
 
 
 def find(name: str, target: str | None = None) -> type[Scheme]:
-    """A scheme by its name, and by its target where several have the name (None: the first). Raises
-    DllmError."""
+    """A scheme by name, and by target if several have the name (None: the first). Raises DllmError."""
     named = [scheme for scheme in SCHEMES if scheme.name == name]
     if not named:
         raise unknown("scheme of quantisation", name, NAMES)

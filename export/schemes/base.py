@@ -1,9 +1,9 @@
-"""What a scheme of quantised linear layers provides: what it stores of each weight, and how a layer is
-spelled with it.
+"""What a scheme of quantised linear layers provides: what it stores for each weight, and the nodes of a
+layer.
 
-A scheme is asked three things: `parts` (names, types and shapes of what it stores in a weight's place: from
-shapes alone, so that graphs can be built first), `quantize` (the parts, from the weight, rows at a time), and
-`linear` (the nodes). The decoder asks for layers by name and knows no scheme.
+A scheme has three methods: `parts` (names, types and shapes of what it stores in place of a weight, from
+shapes alone, so that graphs can be built first), `quantize` (the parts, from the weight, some rows at a
+time), and `linear` (the nodes). The decoder asks for layers by name and does not know the scheme.
 
 Shape letters: T tokens (rows of activations), K inputs, N outputs of a layer; its weight is [N, K].
 """
@@ -30,14 +30,14 @@ _SIDES = ("inputs", "weights")
 
 @dataclass(frozen=True)
 class Calibration:
-    """By layer, [K] each: the largest magnitude of its inputs over the calibration canvases, and of the
-    columns of its weight."""
+    """Per layer, [K] each: the largest magnitude of its inputs over the calibration canvases, and of its
+    weight's columns."""
 
     inputs: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
-        """Into an artifact, so that its weights can be made again and compared."""
+        """Write it into an artifact, so that the weights can be made again and compared."""
         sides = {side: getattr(self, side) for side in _SIDES}
         np.savez(
             directory / FILE_NAME,
@@ -46,7 +46,7 @@ class Calibration:
 
     @classmethod
     def read(cls, artifact: Path) -> Calibration:
-        """What `write` wrote. Raises DllmError."""
+        """Read what `write` wrote. Raises DllmError."""
         path = artifact / FILE_NAME
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as file_arrays:
@@ -65,28 +65,28 @@ class StoredPart:
 
 
 class Scheme(Linears, ABC):
-    """A way of quantising. `target` is one of manifest.TARGETS; `dtypes` are those of activations and caches
-    that it takes."""
+    """A way of quantising. target: one of manifest.TARGETS; dtypes: the supported types of activations and
+    caches."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     target: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     is_calibrated: ClassVar[bool] = False
-    covers_head: ClassVar[bool] = True  # else the head stays as it is
+    covers_head: ClassVar[bool] = True  # otherwise the head is not quantised
 
     def __init__(self, dtype: str, calibration: Calibration | None = None) -> None:
         self.dtype, self.calibration = dtype, calibration or Calibration()
 
     @abstractmethod
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
-        """What is stored in the place of a layer's weight [N, K]: suffix -> part."""
+        """What is stored in place of a layer's weight [N, K]: suffix -> part."""
 
     @abstractmethod
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
-        """The parts of a layer, from its weight in pieces of whole rows, float32 [n, K]."""
+        """The parts of a layer, computed from its weight in pieces of whole rows, float32 [n, K]."""
 
     def factors(self, name: str) -> tuple[Array | None, Array | None]:
-        """What the rows [N] and the columns [K] of a weight are multiplied with before anything else (a
-        vector: its elements, as rows)."""
+        """Factors for the rows [N] and the columns [K] of a weight, applied before anything else (for a
+        vector: to its elements, as rows)."""
         return None, None

@@ -1,8 +1,5 @@
-"""Weights in blocks along their inputs, each block with a scale of its own, chosen for the least squared
-error.
-
-Shape letters: N outputs, K inputs of a layer; G blocks of a row.
-"""
+"""Weights in blocks along their inputs, each with a scale of its own, chosen for the least squared error.
+Shape letters: N outputs, K inputs of a layer; G blocks per row."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ import numpy as np
 
 from .base import Array
 
-# what the largest magnitude of a block is rounded to, as a share of the range: clipping a few large numbers
-# buys finer steps for the rest
+# what the largest magnitude of a block is rounded to, as a fraction of the range: clipping a few large
+# numbers gives the others finer steps
 _SHARES = (0.85, 0.93, 1.0, 1.07, 1.15, 1.25)
 _TINY = 1e-20
 
 
 def count(inputs: int, block: int) -> int:
-    """G: blocks of a row, the last padded."""
+    """G: blocks per row, with the last one padded."""
     return -(-inputs // block)
 
 
@@ -30,8 +27,8 @@ def rounded(
     bits: int,
     stored: Callable[[Array], Array] = lambda scale: scale,
 ) -> tuple[Array, Array]:
-    """A weight [N, K] in signed whole numbers int8 [N, G, block] (zeros pad the last block), and their scales
-    float32 [N, G]. `stored` gives scales as they will be stored."""
+    """A weight [N, K] as signed whole numbers int8 [N, G, block] (the last block padded with zeros), and
+    their scales float32 [N, G]. stored: converts scales to the values that will be stored."""
     outputs, inputs = shape
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     blocks = count(inputs, block)
@@ -59,7 +56,7 @@ def rounded(
 
 
 def packed(whole: Array) -> Array:
-    """Numbers of four bits, two a byte along the last axis, the first in the lower half: uint8 [..., n /
+    """Numbers of four bits, two per byte along the last axis, the first in the lower half: uint8 [..., n /
     2]."""
     low, high = whole[..., 0::2].astype(np.uint8) & 15, whole[..., 1::2].astype(np.uint8) & 15
     return low | high << 4

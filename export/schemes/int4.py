@@ -1,7 +1,7 @@
-"""int4 for ONNX Runtime on a CPU: 4-bit weights in blocks, for memory; the head keeps 8 bits. Activations are
-rounded to 8 bits in blocks by the operator (MatMulNBits, accuracy level 4).
+"""int4 for ONNX Runtime on a CPU: 4-bit weights in blocks, to save memory; the head keeps 8 bits.
 
-Block decoding is bound by arithmetic on a CPU, so this saves memory, not time: w8a8 is the faster one.
+The operator (MatMulNBits, accuracy level 4) rounds activations to 8 bits in blocks. Block decoding is
+compute-bound on a CPU, so this saves memory and not time: w8a8 is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Int4(Scheme):
         }
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
-        """Unsigned around 8 (or 128), which is the operator's own zero."""
+        """Unsigned with zero at 8 (or 128), the operator's default zero point."""
         bits = _bits(name)
         whole, scales = blocks.rounded(rows, shape, BLOCK, bits)
         packed = blocks.packed(whole + 8) if bits == 4 else (whole.view("uint8") ^ 128)

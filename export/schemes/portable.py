@@ -1,4 +1,4 @@
-"""Numbers that come out the same on every processor, so that an artifact can be made again, and verified, on
+"""Arithmetic with the same result on every processor, so that an artifact can be made again, and verified, on
 another machine."""
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Schemes for TensorRT: QuantizeLinear and DequantizeLinear around the layers' own Gemm, which the builder
-fuses. The head stays as it is.
+fuses. The head is not quantised.
 
-fp8: weights and activations in float8 (e4m3) with one scale each; GPUs from SM89 on. int8-sq: SmoothQuant
-(arXiv 2211.10438): what is large in a channel of the activations is moved into the weights, the norm (or
-up_proj) before the layer dividing by it; then 8-bit weights with a scale an output, 8-bit activations with
-one scale.
-int4: 4-bit weights in blocks of 64, activations as they are.
+fp8: weights and activations in float8 (e4m3) with one scale each; GPUs from SM89.
+int8-sq: SmoothQuant (arXiv 2211.10438): large channels of the activations are scaled down and the weights up,
+by dividing the norm (or up_proj) before the layer; then 8-bit weights with a scale per output, 8-bit
+activations with one scale.
+int4: 4-bit weights in blocks of 64, activations not quantised.
 
 Scales of activations are static: they come from calibration canvases. They have the dtype of the activations,
-and weights are rounded by the scale as it is stored.
+and weights are rounded with the scale as it is stored.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from . import blocks, portable
 from .base import Array, Scheme, StoredPart
 
 _SCALES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-_TINY = 6.2e-5  # the smallest normal number of fp16: below it a scale would lose its digits
+_TINY = 6.2e-5  # the smallest normal fp16 number: smaller scales would lose digits
 _FP8_LARGEST, _INT8_LARGEST = 448.0, 127.0
-# of the smoothing, the paper's alpha: weights have a scale an output, activations one, and so need more of it
-# than a half
+# the paper's alpha of the smoothing: weights have a scale per output and activations only one, so activations
+# need more of it than half
 _STRENGTH = 0.75
-# what a layer's inputs come out of, and with that what can divide them: the norm's weight, or the rows of
-# up_proj
+# what computes a layer's inputs, and so what can divide them: the norm's weight, or the rows of up_proj
 _BEFORE = {"q_proj": "attention_norm", "k_proj": "attention_norm", "v_proj": "attention_norm",
            "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "down_proj": "up_proj"}  # fmt: skip
 
@@ -82,13 +81,13 @@ class Int4Blocks(_QDQ):
 
 
 class _Static(_QDQ):
-    """Activations with one scale a layer, from calibration."""
+    """Activations with one scale per layer, from calibration."""
 
     is_calibrated = True
     stored: str  # the type of weights and rounded activations
     zero: Array
     largest: float
-    per_output: bool  # whether weights have a scale an output
+    per_output: bool  # whether weights have a scale per output
 
     def smoothed(self, name: str) -> Array:
         """The largest magnitude of each input of a layer [K], after `factors`."""
@@ -155,8 +154,8 @@ class SmoothQuant(_Static):
         return None if rows is None else 1 / rows, columns
 
     def _divisor(self, layer: int, leaf: str | None) -> Array | None:
-        """What a norm's or up_proj's outputs are divided by [K]: max|X|^a / max|W|^(1 - a), over all layers
-        that read them."""
+        """The divisor of a norm's or up_proj's outputs [K]: max|X|^a / max|W|^(1 - a), over all layers that
+        read them."""
         readers = [layer_name(layer, name) for name, before in _BEFORE.items() if before == leaf]
         if not readers:
             return None

@@ -1,11 +1,11 @@
-"""w8a8 for ONNX Runtime on a CPU: 8-bit weights with a scale an output, activations rounded to 8 bit with a
-scale a token as they come.
+"""w8a8 for ONNX Runtime on a CPU: 8-bit weights with a scale per output, activations rounded to 8 bits with a
+scale per token at run time.
 
-    s = max|x| / 127 a token,  q = round(x / s) + 128,  y = s * (q - 128) @ W8 * scale
+    s = max|x| / 127 per token, q = round(x / s) + 128, y = s * (q - 128) @ W8 * scale
 
-Scales of a token, and no calibration: one outlier token then costs the others nothing. Activations are
-unsigned around 128 because u8 x s8 is what processors multiply fast; s8 x s8 is six times slower than float32
-in ONNX Runtime.
+With scales per token there is no calibration, and an outlier token does not affect the others. Activations
+are unsigned around 128 because processors multiply u8 x s8 fast; s8 x s8 is six times slower than float32 in
+ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..graph.linears import MICROSOFT, Initializer
 from .base import Array, Scheme, StoredPart
 
 _ZERO = 128
-_TINY = 1e-20  # a scale of a token that is all zeros
+_TINY = 1e-20  # the scale of a token that is all zeros
 
 
 class W8A8(Scheme):
@@ -47,7 +47,7 @@ class W8A8(Scheme):
         return {"int8": StoredPart("int8", (columns, rows)), "scale": StoredPart("fp32", (rows,))}
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
-        """[K, N], which is how MatMulIntegerToFloat takes it."""
+        """[K, N], the layout of MatMulIntegerToFloat."""
         outputs, inputs = shape
         weights, scale, at = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32), 0
         for piece in rows:
@@ -67,7 +67,7 @@ class W8A8(Scheme):
         return self.linear(op, x, name, weight)
 
     def gated(self, op: OpBuilder, h: ir.Value, names: tuple[str, str, str], weight: Initializer) -> ir.Value:
-        """The scale of up's tokens is left for the end: rounding a token does not ask for it."""
+        """The scale of up's tokens is applied at the end: rounding a token does not need it."""
         gate = self.linear(op, h, names[0], weight)
         up, scale = self._multiply(op, h, names[1], weight)
         down, own = self._multiply(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), names[2], weight)
@@ -76,8 +76,8 @@ class W8A8(Scheme):
     def _multiply(
         self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer
     ) -> tuple[ir.Value, ir.Value]:
-        """x @ W without the scales of tokens [T, N], and these [T, 1]."""
-        if x not in self._rounded:  # once for all layers that take x
+        """x @ W without the tokens' scales [T, N], and these scales [T, 1]."""
+        if x not in self._rounded:  # once for all layers that read x
             self._rounded[x] = self._round(op, x)
         rounded, scale = self._rounded[x]
         one, zero_point = self._constants["one"], self._constants["zero_point"]

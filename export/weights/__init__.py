@@ -1,1 +1,1 @@
-"""The weights: where each tensor comes from and lies, and the stream that puts it there."""
+"""The weights: where each tensor comes from, where it is stored, and the stream that writes it."""

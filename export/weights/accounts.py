@@ -1,4 +1,5 @@
-"""Every weight has its tensors, and every tensor its weight, or a place on the family's list."""
+"""The accounts of a checkpoint: every weight has its tensors, and every tensor belongs to a weight or is on
+the family's list of unused ones."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from . import tensor_names
 
 
 def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Checkpoint) -> None:
-    """Raise DllmError, with names, for tensors that are missing, left over, or taken in part. `pieces` of
+    """Raise DllmError, with names, for tensors that are missing, unused, or used in part. pieces: those of
     every weight."""
     wanted = list(dict.fromkeys(piece.tensor for each in pieces.values() for piece in each))
     there = set(checkpoint.tensors)
@@ -45,7 +46,7 @@ def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Che
 
 
 def _check_rows(pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
-    """Raise DllmError for a tensor of which some rows are taken by no weight, or by two."""
+    """Raise DllmError for a tensor of which some rows belong to no weight, or to two."""
     taken: dict[str, list[tuple[int, int]]] = {}
     for piece in pieces:
         if piece.rows is not None:

@@ -1,5 +1,5 @@
-"""Where every weight lies in an artifact. Made from shapes alone, so that graphs can be built before a byte
-is read."""
+"""Where every weight is stored in an artifact. Planned from shapes alone, so that graphs can be built before
+a byte is read."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ ALIGNMENT = 4096  # so that the file can be memory-mapped tensor by tensor
 
 
 class Quantized:
-    """What a scheme makes of one weight: all its parts when the first is asked for; each is given once, and
-    then held no longer."""
+    """What a scheme makes from one weight: all its parts when the first is requested. Each is handed out once
+    and then released."""
 
     def __init__(self, scheme: Scheme, name: str, shape: tuple[int, int], stored: FromCheckpoint) -> None:
         self.scheme, self.name, self.shape, self.stored = scheme, name, shape, stored
@@ -54,7 +54,7 @@ class Quantized:
         return self._made.pop(part)
 
     def _rows(self) -> Iterator[Array]:
-        """The weight in pieces, with the scheme's factors."""
+        """The weight in pieces, with the scheme's factors applied."""
         by_row, by_column = self.scheme.factors(self.name)
         at = 0
         for piece in self.stored.rows(self.shape[1]):
@@ -65,8 +65,8 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer: `size` bytes at `offset` of `file`, and where they come from. linked_to: the
-    checkpoint's file that `file` is."""
+    """One initializer: `size` bytes at `offset` of `file`, and their source. linked_to: the checkpoint's file
+    that `file` is."""
 
     name: str
     dtype: str
@@ -79,7 +79,7 @@ class Weight:
     linked_to: Path | None = None
 
     def external(self) -> ir.ExternalTensor:
-        """The initializer that refers to this weight without holding it."""
+        """The initializer that refers to this weight as external data."""
         return ir.ExternalTensor(
             self.file,
             self.offset,
@@ -90,12 +90,12 @@ class Weight:
         )
 
     def is_in(self, artifact: Path) -> bool:
-        """Whether the bytes at its place in an artifact are its source, converted."""
+        """Whether the bytes in an artifact are the converted source."""
         return self.source.is_at(artifact / self.file, self.offset, self.dtype)
 
 
 class _Layout:
-    """The places of weights in weights.data, one after the other."""
+    """The offsets of weights in weights.data, one after the other."""
 
     def __init__(self) -> None:
         self.weights: list[Weight] = []
@@ -110,7 +110,7 @@ class _Layout:
         self._end = -(-(self._end + size) // ALIGNMENT) * ALIGNMENT
 
     def link(self, name: str, shape: tuple[int, ...], source: FromCheckpoint, dtype: str) -> None:
-        """A weight that stays where the checkpoint has it. Raises DllmError where a graph cannot refer to it
+        """A weight that stays in the checkpoint's file. Raises DllmError if a graph cannot refer to it
         there."""
         if len(source.stored) > 1:
             raise DllmError(
@@ -152,7 +152,7 @@ def plan(
     mode: str = "copy",
     scheme: Scheme | None = None,
 ) -> list[Weight]:
-    """Where every weight will lie, those of linear layers as the parts that `scheme` makes of them. Raises
+    """The place of every weight; linear layers are stored as the parts that `scheme` makes of them. Raises
     DllmError, with names, for missing, surplus or misshapen tensors."""
     shapes = weight_shapes(config)
     pieces = {name: family.pieces(name) for name in shapes}
@@ -174,7 +174,7 @@ def plan(
 
 
 def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
-    """Raise DllmError unless the pieces of a weight make up its shape; those of one that is stored whole have
+    """Raise DllmError unless the pieces of a weight make up its shape; a weight stored in one piece must have
     that shape."""
     stored_shape = source.stored[0].shape
     if (stored_shape != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
@@ -194,14 +194,14 @@ def _quantized(
     config: DecoderConfig,
     dtype: str,
 ) -> Iterator[tuple[str, str, tuple[int, ...], TensorSource]]:
-    """Name, type, shape and source of what is stored for a weight. A tied head is stored beside the
+    """Name, type, shape and source of what is stored for a weight. A tied head is stored next to the
     embedding."""
     is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)
     is_covered = scheme.covers_head if is_head else decoder.is_linear(name)
     if not is_covered or name == decoder.EMBEDDING:
         factor, _ = scheme.factors(name)
         if name == decoder.EMBEDDING and scheme.target == ORT_CPU:
-            dtype = DTYPE_OF.get(stored.dtype, dtype)  # rows of it are widened as they are looked up
+            dtype = DTYPE_OF.get(stored.dtype, dtype)  # rows of it are cast up when they are looked up
         yield (
             name,
             dtype,
@@ -221,7 +221,7 @@ def _scaled(stored: FromCheckpoint, factor: Array, dtype: np.dtype[Any]) -> Arra
 
 
 def total_size(weights: Iterable[Weight]) -> int:
-    """Bytes that a stream of these weights goes through."""
+    """The bytes that a stream of these weights processes."""
     return sum(weight.size for weight in weights)
 
 

@@ -1,7 +1,6 @@
-"""Where the elements of a stored tensor come from: the checkpoint, a table, or what a scheme makes of a
-weight.
+"""Where the elements of a stored tensor come from: the checkpoint, a table, or a scheme.
 
-A source gives its elements in order, a piece at a time, so that memory stays at two pieces whatever the
+A source yields its elements in order, a piece at a time, so that memory stays at two pieces whatever the
 model's size.
 """
 
@@ -25,15 +24,14 @@ from ..families.base import Piece
 
 FP16_LARGEST = 65504.0
 _PIECE = 1 << 22  # bytes read at a time
-_CACHED = 1 << 19  # elements looked at at a time: they stay in the processor's cache
+_CACHED = 1 << 19  # elements processed at a time: they fit the processor's cache
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 DTYPE_OF = {known: name for name, known in NUMPY_DTYPES.items()}
-# what a stored tensor may hold: NumPy's type and ONNX's. int4: two numbers a byte, the first in the lower
-# half
+# the types of stored tensors, for NumPy and ONNX. int4: two numbers per byte, the first in the lower half
 STORED: dict[str, tuple[np.dtype[Any], ir.DataType]] = {
     "fp32": (NUMPY_DTYPES["fp32"], ir.DataType.FLOAT),
     "fp16": (NUMPY_DTYPES["fp16"], ir.DataType.FLOAT16),
@@ -49,12 +47,12 @@ Array = np.ndarray[Any, Any]
 
 
 def stored_of(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[StoredTensor, ...]:
-    """The pieces of a weight as they lie in the checkpoint's files."""
+    """The pieces of a weight in the checkpoint's files."""
     return tuple(_rows(checkpoint.tensors[piece.tensor], piece.rows) for piece in pieces)
 
 
 def _rows(stored: StoredTensor, rows: tuple[int, int] | None) -> StoredTensor:
-    """Rows [start, stop) of a tensor, which lie side by side."""
+    """Rows [start, stop) of a tensor, which are contiguous."""
     if rows is None:
         return stored
     start, stop = rows
@@ -73,15 +71,15 @@ class TensorSource(ABC):
 
     @abstractmethod
     def pieces(self) -> Iterator[Array]:
-        """The elements in order, flat, a piece at a time; a piece is good until the second after it."""
+        """The elements in order, flat, a piece at a time; a piece stays valid until the second one after
+        it."""
 
     def converted(self, piece: Array, dtype: str, maxima: Maximum) -> Array:
-        """A piece in the dtype that is stored; its largest magnitude is noted if it is of a checkpoint's
-        tensor."""
+        """A piece in the stored dtype; the largest magnitude of a checkpoint's tensor is recorded."""
         return piece
 
     def is_at(self, path: Path, offset: int, dtype: str) -> bool:
-        """Whether the bytes at a place of an artifact's file are these, converted."""
+        """Whether the bytes at an offset of an artifact's file are these elements, converted."""
         with open(path, "rb") as file:
             file.seek(offset)
             for piece in self.pieces():
@@ -93,14 +91,14 @@ class TensorSource(ABC):
 
 @dataclass
 class Maximum:
-    """The largest magnitude of the checkpoint tensors of a weight so far; None where there was none."""
+    """The largest magnitude so far of a weight's checkpoint tensors; None if there are none."""
 
     name: str
     largest: float | None = None
 
     def note(self, piece: Array) -> None:
-        """Raises DllmError for values that are no number. Without their sign, floating-point numbers are
-        ordered as their bits are: no conversion is needed to compare them."""
+        """Raises DllmError for NaN or infinite values. Without their sign, floating-point numbers are ordered
+        like their bits, so no conversion is needed to compare them."""
         kind = np.dtype(f"u{piece.dtype.itemsize}")
         magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
         bits = piece.view(kind)
@@ -114,8 +112,7 @@ class Maximum:
 
 @dataclass(frozen=True)
 class FromCheckpoint(TensorSource):
-    """One or several pieces of a checkpoint, one after the other; `name`: of the first tensor, for
-    messages."""
+    """One or several pieces of a checkpoint, one after the other. name: of the first tensor, for messages."""
 
     name: str
     stored: tuple[StoredTensor, ...]
@@ -126,7 +123,7 @@ class FromCheckpoint(TensorSource):
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return sum(math.prod(piece.shape) for piece in self.stored)
 
     def pieces(self) -> Iterator[Array]:
@@ -144,8 +141,8 @@ class FromCheckpoint(TensorSource):
                     yield piece
 
     def rows(self, columns: int) -> Iterator[Array]:
-        """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for values that are no
-        number."""
+        """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for NaN or infinite
+        values."""
         step = max(1, _PIECE // (4 * columns))
         for stored in self.stored:
             flat, outputs = stored.open(), math.prod(stored.shape) // columns
@@ -188,16 +185,16 @@ class Table(TensorSource):
         yield self.array.reshape(-1)
 
     def is_at(self, path: Path, offset: int, dtype: str) -> bool:
-        """But for the last bits of its frequencies (at most 1), as another machine or version computes
-        them."""
+        """Equal except for the last bits of its frequencies (at most 1), which another machine or version may
+        compute differently."""
         there = np.memmap(path, np.float32, "r", offset, self.array.shape)
         allowed = np.float32(2.0**-22) * (1 + np.arange(len(self.array), dtype=np.float32))[:, None]
-        return bool((np.abs(self.array - there) <= allowed).all())  # false for values that are no number
+        return bool((np.abs(self.array - there) <= allowed).all())  # false for NaN
 
 
 @dataclass(frozen=True)
 class Made(TensorSource):
-    """What is made when its turn comes."""
+    """An array that is computed when its turn comes."""
 
     make: Callable[[], Array] = field(repr=False)
 
@@ -206,7 +203,7 @@ class Made(TensorSource):
 
 
 def bytes_of(array: Array) -> memoryview:
-    """An array as it lies in a file."""
+    """An array as it is stored in a file."""
     return np.ascontiguousarray(array).view(np.uint8).data
 
 

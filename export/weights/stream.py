@@ -1,9 +1,8 @@
-"""The stream that puts the weights into an artifact.
+"""The stream that writes the weights into an artifact.
 
-It goes through the checkpoint in small pieces: conversion, hashing and the largest magnitudes happen in the
-same pass, every byte is written once, and memory stays at two pieces, whatever the model's size. Linked
-weights stay in the checkpoint's own files, which are hard-linked into the artifact and only read once, to
-hash them.
+It reads the checkpoint in small pieces: conversion, hashing and the largest magnitudes happen in the same
+pass, every byte is written once, and memory stays at two pieces, whatever the model's size. Linked weights
+stay in the checkpoint's own files, which are hard-linked into the artifact and only read once, to hash them.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from trt_runtime.artifact.manifest import FileFacts, Manifest
 from .plan import FILE_NAME, Weight
 from .sources import FP16_LARGEST, Maximum, bytes_of
 
-FP16_NEAR = FP16_LARGEST / 4  # from here on a layer's sums are likely to leave the range
+FP16_NEAR = FP16_LARGEST / 4  # above this, sums in a layer are likely to leave the range
 _PIECE = 1 << 22  # bytes read at a time
 
 
 @dataclass
 class StreamedWeights:
-    """What a stream left behind: facts of the files, and the largest magnitude of every checkpoint tensor, by
+    """The result of a stream: facts about the files, and the largest magnitude of every checkpoint tensor, by
     its weight."""
 
     files: dict[str, FileFacts] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
 
     def note(self, weight: Weight, largest: Maximum) -> None:
-        """A weight is done."""
+        """Record a finished weight."""
         if largest.largest is not None:
             self.maxima[weight.name] = max(self.maxima.get(weight.name, 0.0), largest.largest)
 
 
 def stream(weights: list[Weight], directory: Path, progress: Callable[[int], object]) -> StreamedWeights:
-    """Put the weights' files into `directory`; `progress` is told the bytes done. Raises DllmError for what
-    fp16 cannot hold."""
+    """Write the weights' files into `directory`. progress: called with the bytes done. Raises DllmError for
+    values that fp16 cannot represent."""
     written = StreamedWeights()
     shards = {weight.file: weight.linked_to for weight in weights if weight.linked_to is not None}
     for name, shard in shards.items():
@@ -68,12 +67,12 @@ def stream(weights: list[Weight], directory: Path, progress: Callable[[int], obj
 
 
 def holds_all(manifest: Manifest) -> bool:
-    """Whether weights.data holds the weights, and not the checkpoint's own files beside it."""
+    """Whether weights.data contains the weights, rather than the checkpoint's own files next to it."""
     return not any(name.endswith(".safetensors") for name in manifest.files)
 
 
 def near_fp16(maxima: Mapping[str, float]) -> str:
-    """A warning that names the largest weight near the end of fp16's range; empty if none is."""
+    """A warning that names the largest weight close to fp16's limit; empty if there is none."""
     near = {name: largest for name, largest in maxima.items() if largest > FP16_NEAR}
     if not near:
         return ""
@@ -85,7 +84,7 @@ def near_fp16(maxima: Mapping[str, float]) -> str:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hard-link a file; where that cannot be (another disk), copy it."""
+    """Hard-link a file, or copy it if that is impossible (another disk)."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -123,7 +122,7 @@ class _Hasher:
 def _hash_shard(
     path: Path, weights: list[Weight], written: StreamedWeights, progress: Callable[[int], object]
 ) -> FileFacts:
-    """Hash a whole safetensors file, and note the largest magnitudes of the tensors in it."""
+    """Hash a whole safetensors file, and record the largest magnitudes of its tensors."""
     ordered = sorted(weights, key=lambda weight: weight.offset)
     with _Hasher() as hasher:
         for weight in ordered:

@@ -1,5 +1,5 @@
-"""Why the tensors of a checkpoint have other names than a family's: an adapter that is not merged, or a
-prefix of whoever saved them."""
+"""Why a checkpoint's tensors have other names than the family's: an adapter that is not merged, or a prefix
+from the tool that saved them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Iterator, Sequence
 
 from ..checkpoint.huggingface import MERGE, some
 
-# what wrappers put into names: torch.compile, DataParallel, FSDP, activation checkpoints, peft
+# what wrappers add to names: torch.compile, DataParallel, FSDP, activation checkpointing, peft
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|"
     r"base_model)\."
 )
 _ADAPTER = re.compile(r"(?<![^.])(lora_\w+|base_layer|modules_to_save)\.")
-Change = dict[str, str]  # a family's name of a tensor -> the one it has here
+Change = dict[str, str]  # the family's name of a tensor -> its name here
 
 
 def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]) -> str:
-    """A sentence with the remedy; empty where the names are no case of these. `names`: of the family; of
-    these, `missing` are not held;
-    `surplus`: held, and not the family's."""
+    """A sentence with the remedy; empty if no known cause applies. names: the family's; missing: those of
+    them that the checkpoint lacks; surplus: names of the checkpoint that are not the family's."""
     if of_adapter := [name for name in surplus if _ADAPTER.search(name)]:
         return (
             f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged "
@@ -56,7 +55,7 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
 def _changes(
     names: Sequence[str], missing: Sequence[str], surplus: Sequence[str]
 ) -> Iterator[tuple[str, Change]]:
-    """Ways in which the names here may have come from the family's, with what to say of each."""
+    """Changes that may have turned the family's names into the ones here, each with its message."""
     for own, there in sorted(
         {pair for name in surplus for other in missing[:2] for pair in _beginnings(other, name)}
     ):
@@ -68,7 +67,7 @@ def _changes(
             )
         else:
             said = f"the names carry the prefix {there!r}"
-        for rest in (there, ""):  # of names that do not begin with `own`, as an lm_head
+        for rest in (there, ""):  # for names that do not begin with `own`, such as lm_head
             yield (
                 said,
                 {name: there + name[len(own) :] if name.startswith(own) else rest + name for name in names},
@@ -80,7 +79,7 @@ def _changes(
 
 
 def _beginnings(own: str, there: str) -> Iterator[tuple[str, str]]:
-    """What stands before the common end of two names, where that has at least two parts."""
+    """What precedes the common end of two names, if that has at least two parts."""
     mine, theirs, same = own.split("."), there.split("."), 0
     while same < min(len(mine), len(theirs)) and mine[-1 - same] == theirs[-1 - same]:
         same += 1

@@ -1,5 +1,5 @@
-"""Lowerings: how attention, rotation, norm and cache writes are spelled in ONNX. Same inputs, same meaning,
-same statistics.
+"""Lowerings: how attention, rotary embedding, norm and cache writes are expressed in ONNX. Same inputs, same
+meaning, same statistics.
 
 modern: opset 24, a single op for each (TensorRT 10.16+, TensorRT-RTX, ONNX Runtime 1.24+). The default.
 legacy: opset 17, decomposed (older runtimes; Python 3.10, whose newest ONNX Runtime is 1.23).
@@ -41,22 +41,22 @@ class Lowering(Protocol):
         self, op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         """`cache` [B, H, C, D] and the window's rows `new` [B, H, S, D] as one tensor [B, H, keys, D] to
-        attend to, and the tensor that the graph returns: the cache written at row `write_index` [B], or
-        `new`."""
+        attend to, and the tensor that the graph returns: the cache with `new` written at row `write_index`
+        [B], or `new` itself."""
 
     def valid_rows(self, op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
-        """Which rows of a window [B, S] are no padding: the first kv_len [B, 1] of each, whatever their
+        """Which rows of a window [B, S] are not padding: the first kv_len [B, 1] of each, whatever their
         positions."""
 
     def valid_keys(
         self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
     ) -> list[ir.Value]:
-        """Which rows of what `extend` gives a window [B, S] attends to, in pieces [B, keys] that follow one
-        another. write_index and kv_len are [B, 1]."""
+        """Which rows of the keys from `extend` a window [B, S] attends to, as consecutive pieces [B, keys].
+        write_index and kv_len are [B, 1]."""
 
     def scales(self, head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-        """How 1 / sqrt(D) is applied: what queries are multiplied by in float32 before they are rounded to
-        `dtype` (None: nothing), and the scale that is left to `attention`."""
+        """How 1 / sqrt(D) is applied: the factor for queries in float32 before they are rounded to `dtype`
+        (None: no factor), and the scale left to `attention`."""
 
     def attention(
         self,

@@ -1,7 +1,7 @@
-"""Legacy lowering, opset 17: everything decomposed, for runtimes that know none of the modern ops.
+"""Legacy lowering, opset 17: everything decomposed, for runtimes without the modern ops.
 
-No graph writes a cache: the window's keys and values are set behind the cache's rows, of which those of the
-window are masked, and returned. The runtime writes them.
+No graph writes a cache: the window's keys and values are appended to the cache's rows, of which the window's
+own are masked, and returned. The runtime writes them into the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def size(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
-    """Not by Shape's start and end, which the parser of TensorRT 8.6 takes and ignores."""
+    """Not by Shape's start and end attributes: the parser of TensorRT 8.6 accepts and ignores them."""
     return op.Gather(op.Shape(x), axis, axis=0)
 
 
@@ -47,7 +47,7 @@ def valid_keys(
     slots = op.Range(0, size(op, cache, 2), 1)  # [C]
     written = op.Add(
         write_index, op.Range(0, size_of_window, 1)
-    )  # [B, S]: the rows of the cache that the window will stand in
+    )  # [B, S]: the rows of the cache that the window will occupy
     is_other = op.Or(
         op.Less(slots, write_index), op.GreaterOrEqual(slots, op.Add(write_index, size_of_window))
     )
@@ -55,7 +55,7 @@ def valid_keys(
 
 
 def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-    """In 16 bits all of it in float32, before the queries are rounded: the factor itself has no 16-bit
+    """In 16 bits, all of it in float32 before the queries are rounded, because the factor is not a 16-bit
     number."""
     exact = head_dim**-0.5
     return (None, exact) if dtype == _FLOAT else (exact, 1.0)

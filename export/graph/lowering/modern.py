@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 OPSET = 24
-_EXACT_SCALE = 1 / 16  # of 16-bit attention: its root is a power of two
+_EXACT_SCALE = 1 / 16  # of 16-bit attention; its root is a power of two
 
 
 def size(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
@@ -23,13 +23,13 @@ def rotate(op: OpBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, position_id
 
 
 def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The cache, written in place where the buffers of input and output are one."""
+    """The cache, written in place if the buffers of input and output are the same."""
     written = op.TensorScatter(cache, new, write_index, axis=-2, mode="linear")
     return written, written
 
 
 def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
-    """By a running count: TensorRT-RTX 1.7 fails on a Range over a free size beside a cache write ("uses
+    """By a running count: TensorRT-RTX 1.7 fails on a Range over a dynamic size next to a cache write ("uses
     before defs")."""
     return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), 1), kv_len)
 
@@ -41,9 +41,9 @@ def valid_keys(
 
 
 def scales(head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
-    """TensorRT multiplies q and k by the root of the scale, rounded to their type: in 16 bits 128^-0.5 comes
-    out 0.29 % too low (bf16). The root of 1/16 is exact; what is left is multiplied in float32. Not a scale
-    of 1: TensorRT then sums fp16 attention in fp16."""
+    """TensorRT multiplies q and k by the root of the scale, rounded to their type: in bf16, 128^-0.5 comes
+    out 0.29 % too low. The root of 1/16 is exact; the rest is multiplied in float32. A scale of 1 would not
+    do: TensorRT then sums fp16 attention in fp16."""
     exact = head_dim**-0.5
     return (None, exact) if dtype == ir.DataType.FLOAT else (exact / _EXACT_SCALE, _EXACT_SCALE)
 
