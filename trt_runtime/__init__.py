@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-# ONNX Runtime sends usage data, and writes an identifier into the home directory, unless this is set before
-# it is imported
+# ONNX Runtime sends usage data and writes an identifier into the home directory, unless this is set before it
+# is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 TYPE_CHECKING = False  # the same in `typing`, whose import takes longer than all of this file

@@ -1,24 +1,24 @@
-"""The one exception that users see, and what its messages are made of."""
+"""The exceptions that users see, and helpers for their messages."""
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # imports nothing, so that the command line begins at once
+TYPE_CHECKING = False  # imports nothing, so that the command line starts at once
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
 class DllmError(Exception):
-    """Something the user can mend. The message says what is wrong, what was got, what was expected and what
-    to do."""
+    """An error that the user can fix. The message says what is wrong, what was given, what was expected and
+    what to do."""
 
 
 class BackendError(DllmError):
-    """A backend or its device failed in work that was asked for correctly: not the user's error, though what
-    to do about it may be said."""
+    """A backend or its device failed at correct work: not the user's error, although the message may say what
+    to do."""
 
 
 def check_counts(options: object, *names: str) -> None:
-    """Raise DllmError for an option of `held` that is given and below 1."""
+    """Raise DllmError for one of these options that is given and below 1."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -26,7 +26,7 @@ def check_counts(options: object, *names: str) -> None:
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value as it stands in a message, cut where it is long."""
+    """A value for a message, cut if it is long."""
     try:
         text = repr(value)
     except ValueError:  # of thousands of digits
@@ -35,7 +35,7 @@ def shown(value: object, most: int = 60) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str = "") -> DllmError:
-    """The error for a name outside a registry: the nearest known name, all that exist, and how to go on."""
+    """The error for an unknown name: the nearest known name, all known names, and how to go on."""
     import difflib
 
     names = sorted(known)

@@ -30,7 +30,7 @@ from trt_runtime.decoding.speculation import Speculating
 from trt_runtime.errors import DllmError
 from trt_runtime.result import Result, Update
 
-# Result and Update are imported from here by what was written for 0.1
+# Result and Update are imported from here by code written for 0.1
 __all__ = ["Model", "Prompt", "Result", "Update", "load"]
 Prompt = str | Rows[int] | Rows[Mapping[str, str]]
 
@@ -102,9 +102,9 @@ class Model:
     def stream(
         self, prompts: Rows[Prompt], config: GenerationConfig | None = None, *, raw: bool = False
     ) -> Iterator[Update]:
-        """Like `generate`, yielding an update for each row after each forward, or after the `steps_per_sync`
-        of the backend. Nothing runs before the first is taken. Raises DllmError where the model is closed in
-        between."""
+        """Like `generate`, but yields an update for each row after each forward, or after the backend's
+        `steps_per_sync`. Nothing runs before the first update is requested. Raises DllmError if the model is
+        closed in between."""
         self._check_open()
         return self._streamed(prompts, config, raw)
 
@@ -123,7 +123,7 @@ class Model:
                 yield self.update_of(wanted.sequence, block, since, wanted.slot)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt, as `generate` takes it."""
+        """Token ids of a prompt, in any form that `generate` accepts."""
         self._check_open()
         if not isinstance(prompt, str):
             return self._encode_list(prompt)
@@ -152,7 +152,7 @@ class Model:
         return [int(item) for item in items]
 
     def close(self) -> None:
-        """Free the model. Closing it again does nothing."""
+        """Free the model. Closing it twice does no harm."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
@@ -230,11 +230,12 @@ class Model:
         return self._sequences([prompt], config, raw)[0]
 
     def update_of(self, row: Sequence, block: tuple[int, int], since: int, slot: int = 0) -> Update:
-        """What a row's forwards after the first `since` brought; `block` is the block that was running."""
+        """What a row's forwards after the first `since` committed. block: the block that was being
+        decoded."""
         steps, first = row.trace[since:], row.prompt_length
         in_gaps = (
             row.block is not None and row.block[0] < first
-        )  # the answer is done, the prompt's gaps come last
+        )  # the answer is finished, the prompt's gaps come last
         settled = row.length if row.block is None or in_gaps else row.block[0]
         useful = first + row.num_useful
         settled = min(settled, useful)
@@ -256,26 +257,24 @@ class Model:
         )
 
     def text(self, ids: np.ndarray[Any, Any]) -> str:
-        """The text of token ids, special tokens left out. Raises DllmError without a tokenizer."""
+        """The text of token ids, without special tokens. Raises DllmError without a tokenizer."""
         return self._need_tokenizer().decode(ids.tolist())
 
     def piece(self, token: int) -> str:
-        """The text of one token, special tokens as they are written. Raises DllmError without a tokenizer."""
+        """The text of one token; special tokens as they are written. Raises DllmError without a tokenizer."""
         return self._need_tokenizer().piece(token)
 
     def _text(self, ids: np.ndarray[Any, Any], *, is_whole: bool = True) -> str | None:
-        """The text of token ids, of which more may come unless it `is_whole`; None without a tokenizer."""
+        """The text of token ids, to which more may be added unless it `is_whole`; None without a
+        tokenizer."""
         if self.tokenizer is None:
             return None
         return self.tokenizer.decode(ids.tolist()) if is_whole else self.tokenizer.settled(ids.tolist())
 
 
 def load(path: str | Path, backend: str = "ort", **options: Any) -> Model:
-    """Open an artifact directory on a backend ('ort', or 'torch' from a checkout). Options are the backend's
-    own.
-
-    Raises DllmError if the artifact is damaged, or the backend or its package is not there.
-    """
+    """Open an artifact directory on a backend ('ort', or 'torch' in a checkout). The options are the
+    backend's. Raises DllmError if the artifact is damaged, or the backend or its package is missing."""
     opened = open_backend(backend, Path(path), **options)
     try:
         return Model(Path(path), opened)

@@ -21,12 +21,12 @@ _TOKEN = "unicode-bidi: isolate; border-radius: 2px; color: inherit"
 
 
 def html_of(result: Result) -> str:
-    """The answer up to its end; with filled gaps in the prompt, the prompt before it."""
+    """The answer up to its end; if gaps in the prompt were filled, the prompt before it."""
     offset = len(result.canvas) - len(result.pieces)
     first = len(result.canvas) - len(result.tokens)
     forwards = _forwards(result)
     parts, end = [], first + result.num_useful
-    if not result.pieces:  # not of a model's own making
+    if not result.pieces:  # not written by the model
         parts.append(
             html.escape(result.text if result.text is not None else " ".join(map(str, result.tokens)))
         )
@@ -52,8 +52,8 @@ def html_of(result: Result) -> str:
 
 
 def _forwards(result: Result) -> dict[int, tuple[str, float | None]]:
-    """By position on the canvas: the forward that committed it, and how sure that was."""
-    # steps that were verified together took no forward of their own (speculation.py)
+    """For each position of the canvas: the forward that committed it, and its confidence."""
+    # steps that were verified together have no forward of their own (speculation.py)
     word = "forward" if len(result.trace) == result.nfe else "step"
     return {
         position: (f"{word} {number}", confidence)
@@ -63,7 +63,7 @@ def _forwards(result: Result) -> dict[int, tuple[str, float | None]]:
 
 
 def _token(piece: str, committed: tuple[str, float | None] | None) -> str:
-    """One token as an element; a token of the prompt (None) as it is."""
+    """One token as an element; a token of the prompt (None) without style."""
     text = html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece))
     if committed is None:
         return f'<span style="{_TOKEN}; opacity: 0.75">{text}</span>'

@@ -30,9 +30,7 @@ def import_optional(module: str, what: str, fix: str) -> Any:
             return importlib.import_module(_installed_name(module))
     except ImportError as error:
         raise DllmError(f"{what} needs a package that is missing ({error}): {fix}.") from error
-    except (
-        Exception
-    ) as error:  # of packages that do not fit one another, as pydantic's check of its other half
+    except Exception as error:  # of packages that do not fit one another, such as pydantic and pydantic-core
         if (broken := _package_of(error)) is None:
             raise
         said = " ".join(str(error).split())
@@ -43,7 +41,7 @@ def import_optional(module: str, what: str, fix: str) -> Any:
 
 
 def _installed_name(module: str) -> str:
-    """The name under which a module is imported here; a checkout's folder is put on the path if it is
+    """The name under which a module can be imported here; a checkout's folder is put on the path if
     needed."""
     tool = module.split(".", maxsplit=1)[0]
     if tool not in TOOLS:
@@ -57,7 +55,7 @@ def _installed_name(module: str) -> str:
 
 
 def _package_of(error: BaseException) -> str | None:
-    """The installed package whose code raised, None for code of this project."""
+    """The installed package whose code raised; None for code of this project."""
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
     _, separator, inside = raised.rpartition(f"{os.sep}site-packages{os.sep}")
     name = inside.split(os.sep)[0].removesuffix(".py") if separator else ""

@@ -22,12 +22,9 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Items by name. `kind`: the word for one in messages. `group`: of entry points. `expected`: what an item
-    is, in words; `fits` says whether one is that.
-
-    check: raises DllmError for an item that does not go with those that are there. A name that is taken is
-    refused.
-    """
+    """Items by name. kind: the word for an item in messages; group: of entry points; expected: what an item
+    is, in words; fits: whether something is an item; check: raises DllmError for an item that conflicts with
+    existing ones. A name that is taken is refused."""
 
     def __init__(
         self,
@@ -45,8 +42,8 @@ class Registry(Generic[T]):
             self.register(item)
 
     def register(self, item: T, name: str | None = None) -> T:
-        """Add an item by its `name` attribute, unless another name is given; returns it, so that it can
-        decorate a class. Raises DllmError."""
+        """Add an item under its `name` attribute, unless another name is given, and return it, so that it
+        works as a decorator. Raises DllmError."""
         name = name or getattr(item, "name", None)
         if not self._fits(item) or not isinstance(name, str):
             raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
@@ -60,11 +57,11 @@ class Registry(Generic[T]):
         return item
 
     def unregister(self, name: str) -> None:
-        """Take an item out again: for tests, which leave things as they were."""
+        """Remove an item; tests use this to restore the registry."""
         del self._items[name]
 
     def find(self, name: str) -> T:
-        """The item of a name. Raises DllmError for one that is unknown or cannot be imported."""
+        """The item of a name. Raises DllmError if it is unknown or cannot be imported."""
         if name not in self._items and ":" in name:
             return self._imported(name)
         if name not in self._items:
@@ -76,14 +73,14 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def installed(self, name: str) -> T:
-        """The item of a name that no module is imported for: where it comes from a client or a file. Raises
-        DllmError."""
+        """The item of a name, without importing a module that the name may give: for names from a client or a
+        file. Raises DllmError."""
         if name not in self.names():
             raise unknown(self.kind, name, self.names())
         return self._items[name]
 
     def names(self) -> list[str]:
-        """All names but those of modules, in the order in which they were registered."""
+        """All names except those of modules, in the order of registration."""
         self._load_entry_points()
         return [name for name in self._items if ":" not in name]
 
@@ -119,5 +116,5 @@ class Registry(Generic[T]):
 
 
 def of_classes(base: type[Any]) -> Callable[[Any], bool]:
-    """Whether an item is a class that extends `base`."""
+    """Whether an item is a subclass of `base`."""
     return lambda item: isinstance(item, type) and issubclass(item, base)

@@ -1,4 +1,4 @@
-"""What a generation gives: the result of a row, and its updates on the way."""
+"""The result of a generation, and the updates on the way."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ pass.
                Kullback-Leibler divergence on masked rows
     commits    the unquantised model's decoding, forced step by step: are the same tokens proposed, and
                committed in the same forward?
-    answers    decoded freely: how many are right (if the examples have right answers), and how many are unchanged
+    answers    decoded freely: how many are right (if the examples say so), and how many are unchanged
 
 `expect` runs the unquantised model, then `measure` the quantised one: both are never in memory together.
 Shape letters: L length of a canvas, R masked rows of its block, V vocabulary.

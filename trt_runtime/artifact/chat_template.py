@@ -1,7 +1,7 @@
-"""Chat templates: Jinja text that came with a checkpoint, rendered in a sandbox as transformers renders it.
+"""Chat templates: Jinja text that came with a checkpoint, rendered in a sandbox as transformers does.
 
-A template is untrusted: it sees plain strings, lists and dicts, and can change nothing outside itself. jinja2
-below 3.1.6 has known ways out of its sandbox.
+A template is untrusted: it sees plain strings, lists and dicts, and cannot change anything outside itself.
+jinja2 below 3.1.6 has known ways out of its sandbox.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def render(
         )
     return (
         begun if text.startswith(begun + _END) else begun.rstrip()
-    )  # what was trimmed is no part of the text
+    )  # what was trimmed is not part of the text
 
 
 def _rendered(
@@ -94,14 +94,14 @@ def _compiled(template: str) -> Any:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _generation_tag()]
     )
-    environment.filters["tojson"] = _tojson  # Jinja's own escapes HTML
+    environment.filters["tojson"] = _tojson  # Jinja's own version escapes HTML
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 
 
 def _generation_tag() -> Any:
-    """`{% generation %}`, which marks an answer for training: here its body stands for itself."""
+    """`{% generation %}`, which marks an answer for training; here its body is rendered as it is."""
     import jinja2.ext
 
     class Generation(jinja2.ext.Extension):  # type: ignore[misc]

@@ -1,6 +1,5 @@
-"""Whether an artifact's directory holds what its manifest says: listed files with their sizes and hashes,
-nothing else that is read, and graphs that take weights from listed files alone. Standard library only.
-"""
+"""Whether an artifact's directory contains what its manifest says: listed files with their sizes and hashes,
+no other files that are read, and graphs that refer to listed files only. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from trt_runtime.errors import DllmError
 FILE_NAME = "manifest.json"
 AGAIN = "export it again or copy it again"
 _STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
-_MICROSOFT = "com.microsoft"  # of ONNX Runtime's, which artifacts quantised for the CPU may use
-# what people and the Hub put beside an artifact's files, and no reader looks at
+_MICROSOFT = "com.microsoft"  # of ONNX Runtime, which artifacts quantised for the CPU may use
+# what people and the Hub put next to an artifact's files, and no reader opens
 _NOTES = ("readme*", "license*", "notice*", ".gitattributes", ".gitignore", ".git/*", ".cache/*", ".ds_store")
 
 
@@ -38,12 +37,9 @@ def check(
     check_hashes: bool,
     may_be_microsoft: bool,
 ) -> None:
-    """Raise DllmError unless the directory holds the listed files, and the graphs among them refer to nothing
-    else.
-
-    Files may be links, as in the Hub's cache: what they lead to is checked. may_be_microsoft: whether graphs
-    may hold ONNX Runtime's own operators.
-    """
+    """Raise DllmError unless the directory contains the listed files, and the graphs among them refer to
+    nothing else. Files may be links, as in the Hub's cache: their targets are checked. may_be_microsoft:
+    whether graphs may contain ONNX Runtime's own operators."""
     for name, facts in listed.items():
         _check_file(artifact, name, facts, check_hashes)
     for name in unlisted(artifact, set(listed)):
@@ -67,8 +63,8 @@ def sha256_of(path: Path) -> str:
 
 
 def unlisted(artifact: Path, listed: set[str]) -> Iterator[str]:
-    """Files that are there and not listed, but for the manifest, one that is just being written, and notes
-    that no reader looks at."""
+    """Files that exist and are not listed, except for the manifest, one that is being written, and notes that
+    no reader opens."""
     for name in found(artifact, _is_note):
         is_ours = name == FILE_NAME or (name.startswith(f".{FILE_NAME}.") and name.endswith(".tmp"))
         if name not in listed and not is_ours and not _is_note(name):
@@ -80,10 +76,9 @@ def _is_note(name: str) -> bool:
 
 
 def found(artifact: Path, passes_by: Callable[[str], bool] = lambda name: False) -> Iterator[str]:
-    """Every file under a directory, one by one as they are found; a directory may be a link, as in the Hub's
-    cache (also to a whole file
-    system: whoever wants the first file waits for no more). `passes_by`: directories, with a slash behind,
-    that are not looked into."""
+    """Yield every file under a directory as it is encountered. A directory may be a link, as in the Hub's
+    cache (even to a whole file system: a caller that wants one file does not wait for the rest). passes_by:
+    directories, with a trailing slash, that are skipped."""
     seen = set[tuple[int, int]]()  # so that a link to a directory above it ends
     for where, directories, names in os.walk(artifact, followlinks=True):
         try:
@@ -120,8 +115,8 @@ def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -
 
 
 def _check_references(path: Path, listed: Mapping[str, FileFacts], domains: tuple[str, ...]) -> None:
-    """A graph takes its weights from listed files, within their sizes, and has operators of these domains
-    alone."""
+    """Check that a graph takes its weights from listed files, within their sizes, and uses operators of these
+    domains only."""
     refers = graph_file.read(path)
     for file, offset, length in sorted(refers.data, key=str):
         if file not in listed:

@@ -26,9 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPARE_ROWS = (
-    64  # rows of a cache beyond the longest canvas, which a scheduler uses for rows that are idle or padded
-)
+SPARE_ROWS = 64  # rows of a cache beyond the longest canvas, which a scheduler uses for idle and padded rows
 ROLES = ("prefix", "refine")
 MODERN, LEGACY = LOWERINGS = ("modern", "legacy")
 HEADS = ("statistics", "logits")
@@ -40,8 +38,8 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type (a NumPy or ml_dtypes name) and axes (a letter where the size is free) of an input
-    or output."""
+    """Name, element type (a NumPy or ml_dtypes name) and axes (a letter for a dynamic size) of an input or
+    output."""
 
     name: str
     dtype: str
@@ -50,7 +48,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """What fixes a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the
+    """What determines a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the
     lowering."""
 
     num_layers: int
@@ -62,7 +60,7 @@ class Dims:
 
     @property
     def writes_caches(self) -> bool:
-        """Whether a graph writes the caches itself, in place; else it returns the window's rows."""
+        """Whether a graph writes the caches itself, in place; otherwise it returns the window's rows."""
         return self.lowering == MODERN
 
 
@@ -73,7 +71,7 @@ def cache_names(side: str, dims: Dims) -> list[str]:
 
 
 def returned_names(dims: Dims) -> list[str]:
-    """Names of the outputs that hold keys and values."""
+    """Names of the outputs with keys and values."""
     return cache_names("updated" if dims.writes_caches else "new", dims)
 
 

@@ -1,4 +1,4 @@
-"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text stays
+"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text is final
 whatever follows."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _PAIRS = {text[i : i + 2] for text in _CLEANED for i in range(len(text) - 1)}
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's): itself where it is
-    visible, else one from U+0100 on."""
+    """The character for each byte in a byte-level vocabulary (GPT-2's): the byte itself if it is visible,
+    else one from U+0100."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
@@ -52,18 +52,18 @@ class Detokenizer:
         return _clean(text) if self._cleans else text
 
     def settled(self, ids: Iterable[int]) -> str:
-        """What of that text stays as it is, whatever tokens follow: without the beginning of a character, and
-        without an end whose spaces may go with the next characters."""
+        """The part of that text that stays, whatever tokens follow: without an incomplete character, and
+        without an end whose spaces the next characters may remove."""
         text = self._raw(list(ids), skip_special=True).rstrip("\ufffd")
         return _clean(text[: _settled_length(text)]) if self._cleans else text
 
     def spelled(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens as they are written."""
+        """Text of token ids, with special tokens as they are written."""
         text = self._raw(list(ids), skip_special=False)
         return _clean(text) if self._cleans else text
 
     def piece(self, token: int) -> str:
-        """The text of one token, special tokens as they are written."""
+        """The text of one token; special tokens as they are written."""
         return self._raw([token], skip_special=False)
 
     def _raw(self, ids: list[int], *, skip_special: bool) -> str:
@@ -102,9 +102,10 @@ def _clean(text: str) -> str:
 
 
 def _settled_length(text: str) -> int:
-    """How much of a text before it is cleaned can be cleaned by itself: up to a place that no replacement can
-    span, now or after an earlier one took a space away. That is behind a character which nothing follows in
-    them, before one that is in none of them, or between two that are no space and not neighbours in any."""
+    """How much of a text can be cleaned independently of the rest: up to a place that no replacement can
+    span, now or after an earlier one removed a space. Such a place is after a character that nothing follows
+    in a replacement, before one that occurs in none, or between two that are not spaces and not neighbours in
+    any."""
     for end in range(len(text), 0, -1):
         before, after = text[end - 1], text[end : end + 1]
         if before not in _GOES_ON or (after and after not in _IN_CLEANED):

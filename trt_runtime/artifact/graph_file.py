@@ -1,8 +1,8 @@
 """What a graph file refers to: the files and ranges of its weights, and its operators. Read from the
-protobuf; no onnx package is needed.
+protobuf, without the onnx package.
 
-A graph decides by itself which files it takes weights from. A reader that trusts the manifest's hashes must
-know that it takes none but those.
+A graph itself names the files of its weights. A reader that trusts the manifest's hashes must know that it
+names no others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trt_runtime.errors import DllmError
 
-# message -> field number -> message: the parts of onnx.proto3 in which tensors and nodes can stand
+# message -> field number -> message: the parts of onnx.proto3 that can contain tensors and nodes
 _PARTS = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
@@ -38,7 +38,7 @@ class References:
 
 
 def read(path: Path) -> References:
-    """What the graph in a file refers to. Raises DllmError for what is no graph."""
+    """What the graph in a file refers to. Raises DllmError if it is not a graph."""
     references = References()
     try:
         _walk(memoryview(path.read_bytes()), "Model", references, 0)
@@ -76,7 +76,7 @@ def _walk(data: memoryview, kind: str, references: References, depth: int) -> No
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a message that have bytes: number, value."""
+    """The fields of a message that contain bytes: number, value."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

@@ -19,11 +19,11 @@ from trt_runtime.artifact.typed import finite, typed
 from trt_runtime.errors import DllmError, shown
 from trt_runtime.system import atomic
 
-__all__ = ["FILE_NAME", "FileFacts", "finite", "sha256_of"]  # besides what is defined here
+__all__ = ["FILE_NAME", "FileFacts", "finite", "sha256_of"]  # in addition to those defined here
 FORMAT = "dllm-trt"
 FORMAT_VERSION = 1
 GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
-ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # what a quantised artifact is for
+ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # targets of quantised artifacts
 _AGAIN = check.AGAIN
 _MEASURED = (
     "kl_mean",
@@ -32,7 +32,7 @@ _MEASURED = (
     "judged",
     "right",
     "right_before",
-)  # of quantization.quality, what readers show
+)  # of quantization.quality, as readers show it
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DecodingFacts:
 
     @property
     def special_token_ids(self) -> set[int]:
-        """The tokens that are no part of a text."""
+        """The tokens that are not part of a text."""
         return {self.mask_token_id, self.pad_token_id, *self.eos_token_ids}
 
 
@@ -137,16 +137,14 @@ class Manifest:
 
     @property
     def dims(self) -> contract.Dims:
-        """What fixes the inputs and outputs of its graphs."""
+        """What determines the inputs and outputs of its graphs."""
         sizes = (self.model.num_layers, self.model.num_kv_heads, self.model.head_dim, self.model.vocab_size)
         return contract.Dims(*sizes, contract.DTYPES[self.model.dtype], self.lowering)
 
 
 def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
-    """The manifest of an artifact directory, with every listed file checked for path and size.
-
-    `check_hashes` also reads every file and compares its SHA-256. Raises DllmError.
-    """
+    """The manifest of an artifact directory, with the path and size of every listed file checked.
+    check_hashes: also read every file and compare its SHA-256. Raises DllmError."""
     path = artifact / FILE_NAME
     if not path.is_file():
         raise DllmError(
@@ -216,7 +214,7 @@ def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
 
 
 def _check_notes(manifest: Manifest, where: str) -> None:
-    """What tuning and the gate noted, as far as readers use it."""
+    """Check what tuning and the gate recorded, as far as readers use it."""
     for key, value in manifest.decoding.tuned.items():
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise DllmError(
@@ -282,9 +280,9 @@ def write(manifest: Manifest, artifact: Path) -> None:
 
 
 def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Manifest) -> None:
-    """Note something in the manifest as it is now, one process after another. `since`: what the caller read
-    before; raises DllmError if the artifact was exported anew meanwhile, for what is to be noted then holds
-    for another one."""
+    """Change the current manifest, one process after another. since: what the caller read before; raises
+    DllmError if the artifact was exported again meanwhile, because the change would belong to another
+    artifact."""
     with atomic.locked(artifact):
         manifest = load(artifact)
         if manifest.files != since.files or manifest.model != since.model:
@@ -296,8 +294,8 @@ def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Man
 
 
 def foreign_files(artifact: Path) -> Iterator[str]:
-    """Files in an artifact's directory that neither an export wrote nor a reader overlooks; all of them if
-    the manifest is none."""
+    """Files in an artifact's directory that no export wrote and readers do not ignore; all of them if the
+    manifest is not one."""
     try:
         listed = set(
             parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files

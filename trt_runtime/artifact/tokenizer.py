@@ -15,14 +15,14 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 class Tokenizer:
-    """Text <-> token ids. `path` is the artifact's tokenizer directory."""
+    """Text <-> token ids. path: the artifact's tokenizer directory."""
 
     def __init__(self, path: Path) -> None:
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-            self._tokenizer.no_truncation()  # settings of a training run, which some files carry
+            self._tokenizer.no_truncation()  # training settings, which some files contain
             self._tokenizer.no_padding()
         except Exception as error:  # the package raises plain Exception
             raise DllmError(
@@ -47,12 +47,12 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
     def special_id(self, name: str) -> int | None:
-        """The id of a special token by its name ('mask_token'); None if there is none."""
+        """The id of a special token by its name ('mask_token'); None if it does not exist."""
         text = self._special.get(name)
         return self.id_of(text) if text else None
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its text; None if there is none."""
+        """The id of a token by its text; None if it does not exist."""
         try:
             token_id: int | None = self._tokenizer.token_to_id(token)
         except UnicodeEncodeError:  # lone surrogates: bytes that are not UTF-8
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> dict[int, str]:
-        """Tokens beside the vocabulary proper, special ones and others, by their ids."""
+        """Tokens in addition to the vocabulary, special ones and others, by their ids."""
         return {token: added.content for token, added in self._tokenizer.get_added_tokens_decoder().items()}
 
     def _adds_bos(self, config: Mapping[str, Any]) -> bool:
@@ -94,16 +94,16 @@ class Tokenizer:
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return self._detokenizer.decode(ids)
 
     def settled(self, ids: Iterable[int]) -> str:
-        """What of the text of token ids stays as it is, whatever tokens follow: a prefix of every decode() of
-        more."""
+        """The part of the text of token ids that stays, whatever tokens follow: a prefix of every decode() of
+        more tokens."""
         return self._detokenizer.settled(ids)
 
     def spelled(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens as they are written."""
+        """Text of token ids, with special tokens as they are written."""
         return self._detokenizer.spelled(ids)
 
     @property
@@ -113,18 +113,15 @@ class Tokenizer:
         return frozenset(token.content for token in added if token.special and token.content)
 
     def surely_exceeds(self, text: str, most: int) -> bool:
-        """Whether a text has more than `most` tokens, judged by its beginning alone; False where that does
-        not tell.
-
-        Tokens near the end of the beginning may be others in the whole text: they are not counted.
-        """
+        """Whether a text has more than `most` tokens, judged by its beginning; False if that does not tell.
+        Tokens near the end of the beginning may differ in the whole text and are not counted."""
         begin = text[: 8 * most + 4096]
         if len(begin) == len(text):
             return False
         return sum(end <= len(begin) - 256 for _, end in self._encoding(begin).offsets) > most
 
     def piece(self, token: int) -> str:
-        """The text of one token, special tokens as they are written."""
+        """The text of one token; special tokens as they are written."""
         return self._detokenizer.piece(token)
 
     def unknown_words(self, text: str) -> list[str]:
@@ -146,11 +143,9 @@ class Tokenizer:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template.
-
-        It ends where the model's answer begins (add_generation_prompt, the default), or with
-        continue_final_message right behind the text of the last message, which the model then goes on with.
-        """
+        """The prompt text of a conversation of {'role', 'content'} messages, by the model's own template. It
+        ends where the model's answer begins (add_generation_prompt, the default), or with
+        continue_final_message right after the text of the last message, which the model continues."""
         if self._template is None:
             raise DllmError(
                 "this model has no chat template: use 'generate --raw', which takes the prompt as it stands."
@@ -165,7 +160,7 @@ class Tokenizer:
         )
 
     def end_of_turn(self) -> int | None:
-        """The special token that the chat template puts behind an answer; None where it puts none."""
+        """The special token that the chat template writes after an answer; None if it writes none."""
         if self._template is None:
             return None
         question, answer = (
@@ -184,19 +179,19 @@ class Tokenizer:
         closing = [token for token in self.encode(after)[:1] if token in added and added[token].special]
         return (
             closing[0] if closing and closing != opening else None
-        )  # a token that opens a turn does not end one
+        )  # a token that starts a turn does not end one
 
     def _encoding(self, text: str) -> Any:
         try:
-            # not encode, which holds the interpreter's lock meanwhile
+            # not encode, which holds the interpreter's lock
             return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         except TypeError as error:  # lone surrogates: bytes that are not UTF-8
             raise DllmError(f"the prompt {text[:80]!r} is not valid Unicode: give it in UTF-8.") from error
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the configuration; where there are several, the one called
-    'default'."""
+    """The chat template: from a file of its own or from the configuration; if there are several, the one
+    called 'default'."""
     file = path / "chat_template.jinja"
     try:
         template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")

@@ -14,7 +14,7 @@ from trt_runtime.errors import DllmError
 
 
 def finite(text: str) -> float:
-    """A number of JSON, which knows no infinity: 1e400 is none, nor is NaN."""
+    """Parse a JSON number, which must be finite: 1e400 and NaN are refused."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is not finite")
@@ -51,7 +51,7 @@ def _dataclass(expected: Any, value: Any, where: str) -> Any:
             taken[item.name] = typed(hints[item.name], value[item.name], f"{where}: {item.name}")
     required = [
         f.name for f in fields(expected) if f.default is f.default_factory
-    ]  # both are the MISSING mark
+    ]  # both are the MISSING marker
     missing = [name for name in required if name not in taken]
     if missing:
         raise DllmError(f"{where}: lacks {', '.join(missing)}: {AGAIN}.")

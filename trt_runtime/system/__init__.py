@@ -1,2 +1,2 @@
-"""The operating system and the terminal: files replaced as a whole, how a command begins and ends, progress,
-commands to type."""
+"""The operating system and the terminal: atomic files, how commands begin and end, progress, and commands to
+suggest."""

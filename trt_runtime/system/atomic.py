@@ -1,8 +1,8 @@
 """Files and directories that several processes may write, and that a signal or a crash may interrupt. Linux;
 standard library only.
 
-A file is replaced as a whole or not at all; whoever reads it, changes it and writes it back holds a lock
-meanwhile. A directory is made beside its place, and takes it in one step.
+A file is replaced completely or not at all; a process that reads, changes and writes it back holds a lock
+meanwhile. A directory is built next to its destination and moved there in one step.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from types import FrameType
 from trt_runtime.errors import DllmError
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
-_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system or kernel that has no such rename
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system or kernel without this rename
 _ENDINGS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 
 
 def end_on_signals() -> None:
-    """Let the signals that end a process raise SystemExit, so that what was begun is cleaned up. Ignored ones
-    (nohup) stay ignored; outside the main thread nothing is done."""
+    """Let the signals that end a process raise SystemExit, so that unfinished work is cleaned up. Ignored
+    signals (nohup) stay ignored; outside the main thread nothing is done."""
     if threading.current_thread() is not threading.main_thread():
         return
     for name in _ENDINGS:
@@ -39,14 +39,14 @@ def end_on_signals() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    for name in _ENDINGS:  # a second one does not interrupt the cleaning up
+    for name in _ENDINGS:  # a second signal does not interrupt the cleanup
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file, or replace it, as a whole or not at all: also after a loss of power, and beside others
-    who write it."""
+    """Write or replace a file, completely or not at all, even after a power loss or with concurrent
+    writers."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -64,8 +64,8 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory; others who want it wait. Where the file system has no locks, none is
-    held."""
+    """Hold the lock of a directory; other processes that want it wait. On a file system without locks nothing
+    is locked."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
@@ -77,17 +77,14 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it
-    does not.
-
-    Whatever ends the process at whatever moment, `out` is the old directory or the new one, whole. What
-    earlier, killed processes left is removed. Raises DllmError if `out` appeared meanwhile and `overwrite` is
-    false.
-    """
+    """A temporary directory next to `out`, which replaces it when the block succeeds and is removed when it
+    fails. Whatever ends the process at whatever moment, `out` is the complete old directory or the complete
+    new one. Leftovers of killed processes are removed. Raises DllmError if `out` appeared meanwhile and
+    `overwrite` is false."""
     out = resolved(out)
     prefix = f".{out.name}.partial-"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.parent):  # so that nobody takes for abandoned what was just made
+    with locked(out.parent):  # so that nobody takes the new directory for abandoned
         _remove_abandoned(out.parent, prefix)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
@@ -104,7 +101,7 @@ def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def resolved(path: Path) -> Path:
-    """The path with its links followed. Raises DllmError for links that lead in a circle."""
+    """The path with its links resolved. Raises DllmError for circular links."""
     try:
         return path.resolve()
     except (RuntimeError, OSError) as error:  # Python before 3.13: RuntimeError
@@ -127,13 +124,12 @@ def _take_place(sealed: Path, out: Path, overwrite: bool) -> None:
             f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or "
             f"add --overwrite."
         )
-    _rename(sealed, out, _EXCHANGE)  # the old one now lies where it is removed
+    _rename(sealed, out, _EXCHANGE)  # the old directory is now where it gets removed
     _sync(out.parent)
 
 
 def _rename(source: Path, target: Path, flag: int) -> None:
-    """renameat2(2); where the file system has none, the same in steps that are undone if one of them
-    fails."""
+    """renameat2(2); on a file system without it, the same in steps that are undone if one of them fails."""
     number = _renameat2(source, target, flag)
     if number == 0:
         return
@@ -155,7 +151,7 @@ def _rename(source: Path, target: Path, flag: int) -> None:
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> int:
-    """0, or the number of the error."""
+    """0, or the error number."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -169,7 +165,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove temporary directories whose makers, which hold a lock on them, have died."""
+    """Remove temporary directories whose processes, which hold a lock on them, have died."""
     for path in parent.glob(f"{_escaped(prefix)}*"):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -190,7 +186,7 @@ def _escaped(name: str) -> str:
 
 
 def _sync(directory: Path) -> None:
-    """Let a rename in a directory survive a loss of power, where the file system can."""
+    """Make a rename in a directory survive a power loss, if the file system can."""
     with suppress(OSError):
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -200,7 +196,7 @@ def _sync(directory: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,7 +1,8 @@
-"""Commands to type, as they work for this installation: how to install what is missing, and what to run next.
+"""Commands for the user to type, in a form that works for this installation: how to install a missing
+package, and what to run next.
 
-A checkout is installed in place (`-e '.[serve]'`), a wheel by its name (`'dllm-trt[serve]'`); the program
-named is one that is there.
+A checkout is installed in place (`-e '.[serve]'`), a wheel by its name (`'dllm-trt[serve]'`); suggested
+programs exist here.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def install(*extras: str) -> str:
 
 
 def by_driver(kind: str) -> str:
-    """The same for TensorRT ('trt', 'rtx'), which comes in a form for each CUDA: by the major version that
-    the driver runs."""
+    """The same for TensorRT ('trt', 'rtx'), which has a package per CUDA version: by the major version that
+    the driver supports."""
     driver = driver_cuda()
     return install(f"{kind}-cu{12 if driver == 12 else 13}") + (
         "" if driver else f" (a driver of CUDA 12: {kind}-cu12)"
@@ -33,7 +34,7 @@ def by_driver(kind: str) -> str:
 
 
 def driver_cuda() -> int:
-    """The CUDA major version that the driver runs; 0 where there is none."""
+    """The CUDA major version that the driver supports; 0 if there is none."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -43,12 +44,12 @@ def driver_cuda() -> int:
 
 
 def package(*specs: str) -> str:
-    """The command that installs packages by their names."""
+    """The command that installs packages by name."""
     return f"{pip()} install {shlex.join(specs)}"
 
 
 def pip() -> str:
-    """pip for the Python that runs this, in a form that exists here."""
+    """pip for this Python, in a form that exists here."""
     here = Path(sys.executable).with_name("pip")
     if here.is_file():
         return _program(here)
@@ -72,7 +73,7 @@ def export(*words: str | Path) -> str:
 
 
 def checkout() -> Path | None:
-    """The checkout that this package lies in; None where it was installed from a wheel."""
+    """The checkout that contains this package; None if it was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
     return root if all((root / name).is_file() for name in ("pyproject.toml", "export/__init__.py")) else None
 
@@ -82,7 +83,7 @@ def _python() -> str:
 
 
 def _program(path: Path) -> str:
-    """A program as one would type it here: its name alone where that finds it."""
+    """A program as one would type it here: only its name if that is on the path."""
     on_path = shutil.which(path.name)
     if on_path and os.path.abspath(on_path) == os.path.abspath(path):
         return path.name
@@ -91,7 +92,7 @@ def _program(path: Path) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path below the current directory from there on, any other as it is."""
+    """A path below the current directory as a relative path, any other unchanged."""
     path, here = Path(os.path.abspath(path)), Path.cwd()
     return (
         str(path.relative_to(here)) if path.is_relative_to(here) and here != Path(here.anchor) else str(path)

@@ -48,7 +48,7 @@ class InstalledName:
 
 
 def know_installed_name(package: str) -> None:
-    """Called by the packages of a checkout: code that imports them by the installed name gets the same
+    """Called by the packages of a checkout: importing them by their installed names gives the same
     modules."""
     names = {finder.tool for finder in sys.meta_path if isinstance(finder, InstalledName)}
     if package in TOOLS and package not in names:

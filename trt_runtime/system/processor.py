@@ -1,5 +1,5 @@
-"""What the CPU is, as Linux tells it: its name, and the instruction sets that decide how fast products of
-numbers are."""
+"""The CPU as Linux reports it: its name, and the instruction sets that determine the speed of matrix
+products."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SETS = (
 
 
 def name() -> str:
-    """The model's name; the architecture's where the system gives none."""
+    """The model's name; the architecture's if the system gives none."""
     return _field("model name") or platform.machine()
 
 
 def instruction_sets() -> list[str]:
-    """Those of SETS that the processor has; empty where the system does not say."""
+    """Those of SETS that the processor has; empty if the system does not say."""
     flags = set((_field("flags") or _field("Features")).split())
     return [item for item in SETS if item in flags]
 

@@ -1,5 +1,7 @@
-"""How every command begins and ends: standard streams that exist, and errors that are one line. Imports
-nothing heavy, so that an interrupt during the imports of a command is one line too."""
+"""How every command begins and ends: usable standard streams, and errors of one line.
+
+Imports nothing heavy, so that an interrupt during the imports of a command is one line too.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,9 @@ def run(
     aftermath: str = "",
     advice: str = "check the path, the disk and the rights",
 ) -> int:
-    """Run a command; returns the exit status: 0 done, 1 a mismatch or an error, 2 wrong usage, 130
-    interrupted.
-
-    work: is given argv, and returns the status. aftermath: what an interrupt leaves, in words. advice: for an
-    error of the operating system.
-    """
+    """Run a command; returns the exit status: 0 success, 1 a mismatch or an error, 2 wrong usage, 130
+    interrupted. work: receives argv and returns the status. aftermath: what an interrupt leaves behind, in
+    words. advice: for errors of the operating system."""
     try:
         _open_standard_streams()
         status = work(argv)
@@ -39,7 +38,7 @@ def run(
         return status
     except SystemExit:
         raise
-    except BaseException as error:  # Rust's panics are no Exception
+    except BaseException as error:  # Rust's panics are not Exceptions
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
             return _interrupted(aftermath, is_process=argv is None)
         said = _said(error, advice)
@@ -51,7 +50,7 @@ def run(
 
 
 def _said(error: BaseException, advice: str) -> str | None:
-    """An error in one line; empty where nobody is left to read it; None for a fault of this program."""
+    """An error in one line; empty if nobody is left to read it; None for a bug of this program."""
     text, said = " ".join(str(error).split()), None
     if isinstance(error, BrokenPipeError):
         said = ""
@@ -83,13 +82,13 @@ def _said(error: BaseException, advice: str) -> str | None:
 
 
 def _ran_out(error: BaseException, text: str) -> bool:
-    """Whether a library says in its own words that there is no memory."""
+    """Whether a library's message says that memory ran out."""
     words = ("bad_alloc", "Failed to allocate memory", "can't allocate memory", "out of memory")
     return isinstance(error, Exception) and any(word.lower() in text.lower() for word in words)
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it came from."""
+    """An error and its causes."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -100,11 +99,9 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def importing(*, at_once: bool = False) -> Iterator[None]:
-    """Around heavy imports: a Ctrl-C inside them comes after them, for libraries in C++ abort where an
-    exception interrupts their import.
-
-    at_once: end the process instead; only where there is nothing to clean up yet.
-    """
+    """A context for heavy imports: a Ctrl-C inside it takes effect after it, because C++ libraries abort if
+    an exception interrupts their import. at_once: end the process instead; only if there is nothing to clean
+    up yet."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -126,8 +123,8 @@ def importing(*, at_once: bool = False) -> Iterator[None]:
 
 
 def gets_ctrl_c() -> bool:
-    """Whether a Ctrl-C raises KeyboardInterrupt here, so that it may be handled otherwise: in the main
-    thread, where nobody else handles it."""
+    """Whether Ctrl-C raises KeyboardInterrupt here, so that it may be handled differently: in the main
+    thread, if nobody else handles it."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -140,18 +137,18 @@ def _interrupted(aftermath: str, *, is_process: bool) -> int:
 
 
 def _ignore_ctrl_c() -> None:
-    """At the end of the process: what comes now has nothing left to stop."""
+    """At the end of the process: a Ctrl-C now has nothing left to stop."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _complain(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # closed, full or gone: the exit status says it
+    with contextlib.suppress(OSError, ValueError):  # closed, full or gone: the exit status reports it
         print(line, file=sys.stderr, flush=True)
 
 
 class _Closed(io.TextIOBase):
-    """Stands for a standard stream that was closed before the program began: using it is an error."""
+    """Replaces a standard stream that was closed before the program began; using it is an error."""
 
     def __init__(self, what: str, advice: str) -> None:
         self.what, self.advice = what, advice
@@ -173,8 +170,8 @@ class _Closed(io.TextIOBase):
 
 
 def _open_standard_streams() -> None:
-    """Put something in the place of standard streams that are closed, so that no file gets their numbers and
-    what libraries write there."""
+    """Replace closed standard streams, so that no file gets their descriptors and receives what libraries
+    write there."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)

@@ -1,5 +1,5 @@
-"""What takes long says how far it is: one line on standard error that is rewritten in place, where that is a
-terminal, and nothing elsewhere."""
+"""Progress of long tasks: one line on standard error, rewritten in place, if that is a terminal; nothing
+otherwise."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
-DELAY = 2.0  # seconds that a task may take before a line about it appears
-_REDRAW, _TICK = 0.1, 1.0  # seconds between two lines: at least, and at most
+DELAY = 2.0  # seconds before a task's line appears
+_REDRAW, _TICK = 0.1, 1.0  # seconds between two lines, at least and at most
 
 T = TypeVar("T")
 
 
 class Progress:
-    """The line of a program. Tasks may hold others: the innermost is shown. `quiet` shows none."""
+    """The progress line of a program. Tasks may be nested: the innermost is shown. quiet: show nothing."""
 
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False, delay: float = DELAY) -> None:
         self.out = out if out is not None else sys.stderr
@@ -28,8 +28,8 @@ class Progress:
 
     @contextmanager
     def task(self, what: str, total: int | None = None, *, unit: str = "") -> Iterator[Task]:
-        """A task that is under way inside the block. total: of what `advance` counts, in `unit`: 'B' for
-        bytes, '' for things."""
+        """A task that runs inside the block. total: what `advance` counts, in `unit`: 'B' for bytes, '' for
+        items."""
         task = self.begin(what, total, unit=unit)
         try:
             yield task
@@ -37,7 +37,7 @@ class Progress:
             task.end()
 
     def begin(self, what: str, total: int | None = None, *, unit: str = "") -> Task:
-        """A task that is under way until its `end`."""
+        """A task that runs until its `end`."""
         task = Task(self, what, total, unit)
         with self.lock:
             self.tasks.append(task)
@@ -46,20 +46,20 @@ class Progress:
         return task
 
     def each(self, items: Collection[T], what: str) -> Iterator[T]:
-        """The items, while how many of them are done is shown."""
+        """The items, with the number of finished ones shown."""
         with self.task(what, len(items)) as task:
             for item in items:
                 yield item
                 task.advance()
 
     def say(self, text: str, out: TextIO | None = None) -> None:
-        """Print a line of its own, above the progress."""
+        """Print a line of its own, above the progress line."""
         with self.lock:
             self.clear()
             print(text, file=out, flush=True)
 
     def clear(self) -> None:
-        """Take the line off the screen."""
+        """Remove the line from the screen."""
         with self.lock:
             if self.has_line:
                 self.out.write("\r\x1b[K")
@@ -67,7 +67,7 @@ class Progress:
                 self.has_line = False
 
     def draw(self, *, now: bool = False) -> None:
-        """Show the innermost task, if its time has come."""
+        """Show the innermost task, if it is time to."""
         if not self.is_shown:
             return
         with self.lock:
@@ -93,19 +93,19 @@ class Progress:
 
 
 class Task:
-    """Something under way: what, how much of it is done, and since when."""
+    """A running task: what it does, how much is done, and since when."""
 
     def __init__(self, progress: Progress, what: str, total: int | None, unit: str) -> None:
         self.progress, self.what, self.total, self.unit = progress, what, total, unit
         self.done, self.began, self.ended = 0, time.monotonic(), threading.Event()
 
     def doing(self, what: str) -> None:
-        """It goes on with this."""
+        """Set what the task does now."""
         self.what = what
         self.progress.draw()
 
     def end(self) -> None:
-        """It is done, or given up."""
+        """The task is finished or abandoned."""
         self.ended.set()
         with self.progress.lock:
             if self in self.progress.tasks:
@@ -113,12 +113,12 @@ class Task:
             self.progress.clear()
 
     def advance(self, done: int = 1) -> None:
-        """So much more is done."""
+        """Count further progress."""
         self.done += done
         self.progress.draw()
 
     def line(self, now: float) -> str:
-        """The task in a line, with the seconds since it began."""
+        """The task in one line, with the seconds since it began."""
         seconds = now - self.began
         if not self.total:
             return f"{self.what} ... {seconds:.0f} s"

@@ -32,8 +32,8 @@ Span = tuple[str, str]  # text, style
 
 @dataclass(frozen=True)
 class Cell:
-    """A character with what is combined with it, its width in columns, and how many characters of the text it
-    was made from."""
+    """A character with its combining characters, its width in columns, and the number of characters of the
+    text it was made from."""
 
     text: str
     style: str
@@ -66,15 +66,15 @@ def is_terminal(out: TextIO) -> bool:
 
 
 def bright() -> str:
-    """The style of what is new: in colour, unless the user wants none (no-color.org)."""
+    """The style of new text: coloured, unless the user wants no colour (no-color.org)."""
     return BOLD if os.environ.get("NO_COLOR") else BRIGHT
 
 
 def size_of(out: TextIO) -> tuple[int, int]:
-    """Columns and lines of the terminal behind `out`, as they are now."""
+    """Columns and lines of the terminal behind `out`, at this moment."""
     try:
         columns, lines = os.get_terminal_size(out.fileno())
-    except (OSError, ValueError, AttributeError):  # no file, or not a terminal
+    except (OSError, ValueError, AttributeError):  # not a file, or not a terminal
         columns, lines = 0, 0
     if not (columns and lines):
         columns, lines = shutil.get_terminal_size()
@@ -83,13 +83,13 @@ def size_of(out: TextIO) -> tuple[int, int]:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Inside the block, what is typed is not shown, where it would stand in the middle of what is drawn; it
-    waits to be read."""
+    """Inside the block, typed characters are not echoed, because they would appear in the middle of the
+    drawing; they stay readable."""
     try:
         number = sys.stdin.fileno()
         before = (
             termios.tcgetattr(number) if os.tcgetpgrp(number) == os.getpgrp() else None
-        )  # a job in the background would be stopped
+        )  # a background job would be stopped
     except (AttributeError, OSError, ValueError, termios.error):  # not a terminal
         before = None
     if before is None:
@@ -105,12 +105,12 @@ def unechoed() -> Iterator[None]:
 
 
 def clean(text: str) -> str:
-    """A text that moves no cursor: other control characters than newlines and tabs are replaced."""
+    """A text that moves no cursor: control characters other than newlines and tabs are replaced."""
     return "".join(c if c in "\n\t" or wcwidth(c) >= 0 else "\ufffd" for c in text.replace("\r", ""))
 
 
 def fitted(text: str, columns: int) -> str:
-    """The text on one line of at most so many columns, its end cut off."""
+    """The text on one line of at most so many columns, cut at the end."""
     kept, used = "", 0
     for character in clean(text).replace("\n", " ").replace("\t", " "):
         used += wcwidth(character)
@@ -142,7 +142,7 @@ def lay_out(spans: Iterable[Span], width: int) -> list[ScreenRow]:
                 column += cells[-1].width
                 if (
                     column >= width and len(cells) > 1
-                ):  # not in the last column, where terminals differ about what is combined
+                ):  # not in the last column, where terminals differ about combining characters
                     moved = cells[-1]
                     end -= moved.taken - 1
                     close(cells[:-1], True, moved)
