@@ -1,4 +1,4 @@
-"""Backends: what runs a graph. One table, of which nothing heavy is imported before a backend is opened."""
+"""Backends: what runs a graph. One table; nothing heavy is imported before a backend is opened."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def names() -> list[str]:
 
 
 def open_backend(name: str, artifact: Path, **options: Any) -> Backend:
-    """Open an artifact on a backend. Options are the backend's own (see its class); raises DllmError."""
+    """Open an artifact on a backend. The options are the backend's own (see its class). Raises DllmError."""
     spec = BACKENDS.find(name)
     module, _, cls = spec.opener.partition(":")
     opener = getattr(import_optional(module, f"the backend '{name}'", spec.install()), cls)

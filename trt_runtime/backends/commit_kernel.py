@@ -1,5 +1,5 @@
-"""The commit kernel of plugins/commit.py on a GPU: loaded from PTX that was compiled ahead of time, and the
-arrays it works on."""
+"""The commit kernel of plugins/commit.py on a GPU: loaded from PTX that was compiled ahead of time, with its
+arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {"plan": np.int32, "value": np.float64, "state": np.int32, "committed":
 
 @dataclass(frozen=True)
 class Running:
-    """A call's arrays in pinned memory, and where they lie on the device."""
+    """A call's arrays in pinned memory, and their addresses on the device."""
 
     arrays: CommitArrays
     addresses: dict[str, int]
@@ -28,8 +28,8 @@ class Running:
 
 
 class CommitKernel:
-    """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as
-    engine.json has them."""
+    """The kernel for blocks of up to `columns` positions. facts: entry, threads, shared and columns, as in
+    engine.json."""
 
     def __init__(self, device: cuda.CudaDevice, facts: dict[str, Any], ptx: bytes, max_batch: int) -> None:
         self.device, self.max_batch, self.columns, self._facts = (
@@ -42,8 +42,8 @@ class CommitKernel:
         self._arena = device.arena(cuda.Arena.size_of(self._tensors(max_batch, 2 * self.columns)))
 
     def begin(self, rules: Sequence[CommitRule], columns: int) -> Running:
-        """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks that
-        the kernel does not hold."""
+        """Queue the upload of a call's plan, for statistics [B, columns]. Raises DllmError for blocks larger
+        than the kernel supports."""
         most = max(rule.limit for rule in rules)
         if most > self.columns:
             raise DllmError(
@@ -58,7 +58,8 @@ class CommitKernel:
         return Running(CommitArrays(**arrays), addresses, used)
 
     def queue(self, running: Running, ids: int, rows: int, token: int, confidence: int) -> None:
-        """Queue a commit over windows [B, rows] at `ids` by statistics at `token` and `confidence`."""
+        """Queue a commit over windows [B, rows] at address `ids`, from statistics at `token` and
+        `confidence`."""
         batch, columns = running.arrays.committed.shape
         addresses = [ids, token, confidence, *(running.addresses[item.name] for item in fields(CommitArrays))]
         self._kernel.queue(batch, self._facts["threads"], self._facts["shared"], addresses, (rows, columns))

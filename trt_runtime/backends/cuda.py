@@ -24,7 +24,7 @@ import numpy.typing as npt
 from trt_runtime.errors import BackendError, DllmError
 from trt_runtime.system import commands
 
-ALIGNMENT = 256  # bytes: what TensorRT asks of every address it is given
+ALIGNMENT = 256  # bytes: the alignment that TensorRT requires of every address
 
 
 def _mend() -> str:
@@ -45,7 +45,7 @@ def _bindings() -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Device memory, zeroed when it was made, freed when the object goes."""
+    """Device memory: zeroed when allocated, freed with the object."""
 
     address: int
     size: int
@@ -62,8 +62,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a GPU is. compute_capability: 90 for 9.0. driver: the newest CUDA that its driver runs, as
-    '13.0'."""
+    """Facts about a GPU. compute_capability: 90 for 9.0. driver: the newest CUDA version that its driver
+    supports, like '13.0'."""
 
     name: str
     compute_capability: int
@@ -75,14 +75,14 @@ Tensors = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # name -> element ty
 
 @dataclass(frozen=True)
 class Arena:
-    """Small tensors: one piece of pinned memory and one of the device, with the same places in both."""
+    """Small tensors: one piece of pinned memory and one of the device, with the same offsets in both."""
 
     host: npt.NDArray[np.uint8]
     device: DeviceMemory
 
     def place(self, tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int], int]:
-        """Arrays in the pinned memory and addresses on the device for tensors of these shapes, and the bytes
-        in use."""
+        """Arrays in pinned memory and addresses on the device for tensors of these shapes, and the bytes in
+        use."""
         arrays, addresses, offset = {}, {}, 0
         for name, (dtype, shape) in tensors.items():
             size = dtype.itemsize * math.prod(shape)
@@ -93,12 +93,12 @@ class Arena:
 
     @staticmethod
     def size_of(tensors: Tensors) -> int:
-        """Bytes that `place` will need."""
+        """The bytes that `place` will need."""
         return sum(aligned(dtype.itemsize * math.prod(shape)) for dtype, shape in tensors.values())
 
 
 def bindings_major() -> int | None:
-    """The CUDA major version of cuda-bindings; None where it is not installed as a package."""
+    """The CUDA major version of cuda-bindings; None if it is not installed as a package."""
     try:
         return int(importlib.metadata.version("cuda-bindings").split(".")[0])
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -106,12 +106,12 @@ def bindings_major() -> int | None:
 
 
 def aligned(size: int) -> int:
-    """The next size at which something else may begin."""
+    """The next aligned offset."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _Owner:
-    """Something whose end frees a resource."""
+    """An object that frees a resource with its end."""
 
 
 class CudaDevice:
@@ -143,8 +143,8 @@ class CudaDevice:
         )
 
     def _remedy(self, error: BackendError) -> str:
-        """What to do where the GPU cannot be used: most often cuda-bindings is of a newer CUDA than the
-        driver runs."""
+        """What to do if the GPU cannot be used: most often cuda-bindings needs a newer CUDA than the driver
+        supports."""
         with contextlib.suppress(BackendError):
             driver, bindings = int(self._do("cudaDriverGetVersion")) // 1000, bindings_major()
             if "InsufficientDriver" in str(error) and bindings is not None and 0 < driver < bindings:
@@ -157,12 +157,13 @@ class CudaDevice:
         return _mend()
 
     def enter(self) -> None:
-        """Make this the device of the calling thread: CUDA keeps one for each. Every time: a thread's number
-        is used again by another."""
+        """Make this the device of the calling thread, which CUDA tracks per thread. Called every time,
+        because thread numbers are reused."""
         self._do("cudaSetDevice", self.index)
 
     def _do(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime; its result. Raises BackendError for an error code."""
+        """Call a function of the CUDA runtime and return its result. Raises BackendError for an error
+        code."""
         return self._checked(name, getattr(self._runtime, name)(*arguments))
 
     def _checked(self, name: str, answer: tuple[Any, ...]) -> Any:
@@ -195,24 +196,24 @@ class CudaDevice:
         return np.ctypeslib.as_array(memory)[:size]
 
     def arena(self, size: int) -> Arena:
-        """Room for small tensors on both sides."""
+        """Memory for small tensors on both sides."""
         return Arena(self.pinned(size), self.allocate(size))
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Queue a copy to the device. `array` is contiguous; pinned, it may change only after
+        """Queue a copy to the device. `array` must be contiguous; if it is pinned, it may change only after
         `synchronize`."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._do("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
 
     def download(self, array: npt.NDArray[Any], address: int) -> None:
-        """Queue a copy to the host; `array` holds it after `synchronize`."""
+        """Queue a copy to the host; `array` is complete after `synchronize`."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._do("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
 
     def copy_rows(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
     ) -> None:
-        """Queue a copy of `height` pieces of `width` bytes on the device, each a pitch behind the one
+        """Queue a copy of `height` pieces of `width` bytes on the device, each one pitch after the one
         before."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._do(
@@ -220,11 +221,11 @@ class CudaDevice:
         )
 
     def synchronize(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for everything that was queued."""
         self._do("cudaStreamSynchronize", self.stream)
 
     def record(self, work: Callable[[], None]) -> Graph:
-        """What `work` queues, recorded and not run. Nothing in it may wait or allocate."""
+        """Record what `work` queues, without running it. The work must not wait or allocate."""
         self._do(
             "cudaStreamBeginCapture",
             self.stream,
@@ -233,7 +234,7 @@ class CudaDevice:
         try:
             work()
         except BaseException:
-            with contextlib.suppress(BackendError):  # leave the stream usable, and tell of the first error
+            with contextlib.suppress(BackendError):  # leave the stream usable, and report the first error
                 self._do("cudaStreamEndCapture", self.stream)
             raise
         recorded = self._do("cudaStreamEndCapture", self.stream)
@@ -248,7 +249,7 @@ class CudaDevice:
         self._do("cudaGraphLaunch", graph.handle, self.stream)
 
     def kernel(self, ptx: bytes, entry: str) -> CudaKernel:
-        """A kernel of a PTX text, compiled by the driver for this GPU. Raises DllmError."""
+        """A kernel from a PTX text, compiled by the driver for this GPU. Raises DllmError."""
         self.enter()
         try:
             module = self._checked(

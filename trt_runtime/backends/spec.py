@@ -1,4 +1,4 @@
-"""What is known of a backend before it is opened: a row of the table of backends.
+"""What is known about a backend before it is opened: a row in the table of backends.
 
 A backend of your own is a BackendSpec in one file: an entry point of the group `dllm_trt.backends`, or
 `--backend my_module:SPEC`.
@@ -37,7 +37,7 @@ class Layout:
     reads_whole: bool = False
 
     def runs_quantized(self, quantized: Quantization, *, on_cpu: bool) -> bool:
-        """Whether the layout runs a quantised artifact on such a device."""
+        """Whether the layout runs a quantised artifact on a CPU or a GPU."""
         return quantized.target == self.quantized_for and on_cpu == self.on_cpu
 
 
@@ -65,7 +65,7 @@ class BackendSpec:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def device_of(self, options: Mapping[str, Any]) -> str:
-        """The device that these options ask for: 'cpu', or the name or number of a GPU."""
+        """The device that these options select: 'cpu', or the name or number of a GPU."""
         given = options.get("device")
         return str(given) if given is not None else self.devices[0] if self.devices else "0"
 

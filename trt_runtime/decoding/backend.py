@@ -35,8 +35,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Stats:
-    """Outputs of a call: token int64 [B, R], the others float32 [B, R]; logits float32 [B, R, V] where asked
-    for."""
+    """Outputs of a call: token int64 [B, R], the others float32 [B, R]; logits float32 [B, R, V] if
+    requested."""
 
     token: Ints
     confidence: Floats
@@ -61,12 +61,12 @@ class Cache:
 
 
 def widened(array: np.ndarray[Any, Any], dtype: str) -> Floats:
-    """Numbers of a cache in float32. dtype: of contract.DTYPES; bf16 stands in uint16."""
+    """Numbers of a cache in float32. dtype: of contract.DTYPES; bf16 is stored as uint16."""
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else array.astype(np.float32)
 
 
 def narrowed(array: Floats, dtype: str) -> np.ndarray[Any, Any]:
-    """The reverse, rounded to the nearest, ties to even."""
+    """The reverse, rounded to nearest, ties to even."""
     if dtype != "bf16":
         return array.astype({"fp32": np.float32, "fp16": np.float16}[dtype])
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
@@ -74,12 +74,9 @@ def narrowed(array: Floats, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
-    """`cache`, whose buffers go into `pool` when it is given up, by batch and capacity: memory of a GPU takes
-    long to get. The pool holds those of one cache.
-
-    Rows that were written before are masked until they are written again, so buffers need no zeros the second
-    time.
-    """
+    """`cache`, whose buffers return to `pool` when it is released, by batch and capacity, because allocating
+    GPU memory takes long. The pool keeps those of one cache. Rows written before stay masked until they are
+    written again, so reused buffers need no zeros."""
     key, buffers = (cache.batch, cache.capacity), cache.buffers
 
     def keep() -> None:
@@ -95,13 +92,11 @@ class Backend(ABC):
 
     name: ClassVar[str]
     manifest: Manifest
-    max_batch: int | None = None  # rows that a call takes; None: any number
+    max_batch: int | None = None  # rows per call; None: any number
 
     is_on_cpu: bool = False
-    is_concurrent: bool = False  # whether threads may call it at a time, each with caches of its own
-    steps_per_sync: int = (
-        1  # refine steps that are made before the host synchronises and sees what they committed
-    )
+    is_concurrent: bool = False  # whether several threads may call it, each with caches of its own
+    steps_per_sync: int = 1  # refine steps before the host synchronises and sees what they committed
 
     @property
     def steps_per_look(self) -> int:
@@ -114,32 +109,32 @@ class Backend(ABC):
 
     @property
     def gives_logits(self) -> bool:
-        """Whether a call can be asked for logits: always with --head logits, else where the backend has them
+        """Whether a call can return logits: always with --head logits, otherwise if the backend has them
         anyway."""
         return self.manifest.head == "logits"
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for `batch` rows of up to `capacity` positions. It lives as long as the object."""
+        """A cache for `batch` rows of up to `capacity` positions, which lives as long as the object."""
 
     def resized(self, cache: Cache, capacity: int) -> Cache | None:
-        """A cache with the same slots, their first rows and another capacity, where rows that are masked cost
-        time; None where they do not, or where engines fix the capacity. The old cache must not be used
+        """A cache with the same slots, their first rows and another capacity, if masked rows cost time on
+        this backend; None if they do not, or if engines have a fixed capacity. The old cache must not be used
         afterwards."""
         return None
 
     def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
-        """Give `slots` the rows of the slot `source`. False where the backend cannot."""
+        """Copy the rows of the slot `source` to `slots`. False if the backend cannot."""
         return False
 
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, Floats]:
-        """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names: for
-        comparisons. Raises DllmError where a backend cannot."""
+        """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names, for
+        comparisons. Raises DllmError if the backend cannot."""
         raise DllmError(f"the backend {self.name} does not show its caches.")
 
     def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Floats]) -> None:
-        """Put what `read_cache` gives into the cache, rounded to its dtype. Raises DllmError where a backend
-        cannot."""
+        """Write what `read_cache` returned into the cache, rounded to its dtype. Raises DllmError if the
+        backend cannot."""
         raise DllmError(f"the backend {self.name} does not take caches.")
 
     @abstractmethod
@@ -198,7 +193,7 @@ class Backend(ABC):
     def _refine_steps(
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
-        """On the host, step by step: what a device does by itself."""
+        """On the host, step by step, what a device does itself."""
         ids, arrays = window.input_ids.copy(), steps.commit_arrays(rules, window.logit_rows.shape[1])
         mask = self.manifest.decoding.mask_token_id
         for _ in range(steps.needed(rules, ids, mask, self.steps_per_sync)):

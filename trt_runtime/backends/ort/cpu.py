@@ -1,5 +1,5 @@
-"""ONNX Runtime on a CPU: caches are NumPy arrays, and several threads may call the session at a time, each
-with caches of its own."""
+"""ONNX Runtime on a CPU: caches are NumPy arrays, and several threads may call the session at the same time,
+each with caches of its own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class OrtBackend(OrtSession):
         return Cache(batch, capacity, _Arrays({name: np.zeros(shape, self._zero) for name in self._names}))
 
     def resized(self, cache: Cache, capacity: int) -> Cache:
-        """Attention on a CPU computes masked rows too, so a smaller cache is faster."""
+        """Attention on a CPU also computes masked rows, so a smaller cache is faster."""
         resized, kept = self.new_cache(cache.batch, capacity), min(capacity, cache.capacity)
         for name, array in cache.buffers.arrays.items():
             resized.buffers.arrays[name][:, :, :kept] = array[:, :, :kept]

@@ -24,7 +24,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.optional import import_optional
 from trt_runtime.system import commands
 
-# what must not fall to the CPU one node at a time, as kernels that a provider lacks do without a word
+# operators that must not run on the CPU: nodes without a kernel in the provider are moved there silently
 _HEAVY = {
     "Attention",
     "Cast",
@@ -36,7 +36,7 @@ _HEAVY = {
     "TopK",
     "Transpose",
 }
-_ROW_STEP = 64  # rows of a cache come in steps: CUDA's attention kernels want aligned masks
+_ROW_STEP = 64  # CUDA's attention kernels need aligned masks, so the rows of a cache are rounded up
 
 
 @dataclass
@@ -67,13 +67,14 @@ class OrtCudaBackend(OrtSession):
                 f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with "
                 f"--lowering modern."
             )
-        getattr(ort, "preload_dlls", lambda: None)()  # CUDA's libraries, where they are Python packages
+        # CUDA's libraries, if they are installed as Python packages
+        getattr(ort, "preload_dlls", lambda: None)()
 
     def _entries(self) -> dict[str, str]:
         return {"session.record_ep_graph_assignment_info": "1"}
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Of a rounded capacity; the memory of a cache that was given up is used again."""
+        """A cache of rounded capacity; the memory of a released cache is reused."""
         model = self.manifest.model
         capacity = -(-capacity // _ROW_STEP) * _ROW_STEP
         shape = (batch, model.num_kv_heads, capacity, model.head_dim)
@@ -105,7 +106,7 @@ class OrtCudaBackend(OrtSession):
     def _refine_steps(
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
-        """Tokens and statistics stay on the GPU, and the kernel commits there."""
+        """Tokens and statistics stay on the GPU, where the kernel commits."""
         batch, asked = window.logit_rows.shape
         kernel = self._kernel(batch, asked)
         device = kernel.device
@@ -145,7 +146,7 @@ class OrtCudaBackend(OrtSession):
         kernel = self._commit
         if kernel is None or kernel.max_batch < batch or kernel.columns < columns:
             tool = import_optional("plugins.commit", "steps_per_sync on CUDA", commands.install("kernels"))
-            batch, columns = max(batch, 8), max(columns, 32)  # not anew for each larger call
+            batch, columns = max(batch, 8), max(columns, 32)  # not compiled again for each larger call
             device = kernel.device if kernel is not None else cuda.CudaDevice()
             compiled = tool.compiled(
                 self.manifest.decoding.mask_token_id, columns, device.facts.compute_capability
@@ -160,9 +161,9 @@ class OrtCudaBackend(OrtSession):
         return kernel
 
     def _check_placement(self) -> None:
-        """Raise DllmError if a provider took CUDA's name and left work to the CPU."""
+        """Raise DllmError if the CUDA provider left work to the CPU."""
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
-            return  # ONNX Runtime before 1.24 does not say
+            return  # ONNX Runtime before 1.24 does not report it
         left: dict[str, int] = {}
         for part in self._session.get_provider_graph_assignment_info():
             for node in part.get_nodes():

@@ -25,31 +25,31 @@ from trt_runtime.artifact.manifest import TENSORRT, Manifest
 from trt_runtime.errors import DllmError
 
 PRECISION = "session.x64quantprecision"
-SETTINGS: tuple[dict[str, str], ...] = ({}, {PRECISION: "1"})  # tried in this order: the fast one first
+SETTINGS: tuple[dict[str, str], ...] = ({}, {PRECISION: "1"})  # tried in this order, the fast one first
 _K, _N, _BLOCK = 256, 32, 128
 _FLOAT, _UINT8, _INT8 = 1, 2, 3  # element types of ONNX
 _ROWS = (1, 2, 18)  # M: kernels differ with it
-_CLOSE = 1e-3  # relative: operators that round activations by themselves multiply by a rounded scale
+_CLOSE = 1e-3  # relative: operators that round activations themselves multiply by a rounded scale
 
 Array = np.ndarray[Any, Any]
 
 
 def session_entries(manifest: Manifest) -> dict[str, str]:
-    """Session options with which an artifact computes on this processor what its graph says. Raises DllmError
-    where there are none."""
+    """Session options with which this processor computes an artifact correctly. Raises DllmError if there are
+    none."""
     quantization = manifest.quantization
     if quantization is None:
         return {}
     if (
         quantization.target == TENSORRT
-    ):  # as it is written: joined into integer products, it would be rounded and summed otherwise
+    ):  # as written: fused into integer products, it would be rounded and summed differently
         return {"session.disable_quant_qdq": "1"}
     return settings_for(quantization.scheme)
 
 
 def settings_for(scheme: str) -> dict[str, str]:
-    """Session options with which a CPU scheme (`quantization.scheme` of the manifest) computes right here. A
-    scheme that this version does not know is held to all probes. Raises DllmError where nothing helps."""
+    """Session options with which a CPU scheme (`quantization.scheme` of the manifest) computes correctly
+    here. A scheme unknown to this version must pass all probes. Raises DllmError if no options help."""
     settings: dict[str, str] = {}
     for name in _PROBES_OF.get(scheme, tuple(PROBES)):
         needed = exact_with(name)
@@ -66,7 +66,7 @@ def settings_for(scheme: str) -> dict[str, str]:
 
 @functools.cache
 def exact_with(name: str) -> dict[str, str] | None:
-    """The first of SETTINGS with which a probe is exact on this processor; None if none is."""
+    """The first of SETTINGS with which a probe is exact on this processor; None if there is none."""
     return next((dict(options) for options in SETTINGS if is_exact(name, options)), None)
 
 
@@ -81,12 +81,12 @@ def exact(name: str) -> float:
 
 
 def computed(name: str, options: Mapping[str, str]) -> float:
-    """What this processor makes of `exact`."""
+    """What this processor computes for `exact`."""
     return float(next(iter(_runs(name, options)))[0][0, 0])
 
 
 def _runs(name: str, options: Mapping[str, str]) -> Iterable[tuple[Array, Array]]:
-    """What a probe gives for each number of rows, and what it should."""
+    """The result of a probe for each number of rows, and the expected one."""
     model, x, wanted = PROBES[name]()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3
@@ -96,12 +96,12 @@ def _runs(name: str, options: Mapping[str, str]) -> Iterable[tuple[Array, Array]
     for rows in _ROWS:
         take = np.arange(rows) % len(x)
         yield session.run(None, {"x": x[take]})[0], wanted[take]
-    # the row that M = 1 has not shown
+    # the row that M = 1 did not show
     yield session.run(None, {"x": x[1:2]})[0], wanted[1:2]
 
 
 def _integer() -> tuple[bytes, Array, Array]:
-    """w8a8: MatMulIntegerToFloat, u8 x s8, all numbers the largest that there are."""
+    """w8a8: MatMulIntegerToFloat, u8 x s8, with the largest magnitudes only."""
     x, weight = (
         np.full((2, _K), 255, np.uint8) * np.array([[1], [0]], np.uint8),
         np.tile(np.where(np.arange(_N) % 2, -127, 127), (_K, 1)).astype(np.int8),
@@ -113,7 +113,7 @@ def _integer() -> tuple[bytes, Array, Array]:
 
 def _blocks(bits: int) -> tuple[bytes, Array, Array]:
     """int4 and its head: MatMulNBits of accuracy level 4, which rounds activations to 8 bits (here they are
-    whole already)."""
+    whole numbers already)."""
     x = np.full((2, _K), 127, np.float32) * np.array([[1], [-1]], np.float32)
     signs = np.arange(_N) % 2 == 0
     whole = np.where(signs, (1 << bits) - 1, 0).astype(np.uint8)  # unsigned around the middle

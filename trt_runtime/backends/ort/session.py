@@ -25,27 +25,25 @@ from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.errors import BackendError, DllmError
 from trt_runtime.system import commands
 
-# a ModelProto that holds nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges
-# messages that stand one after the other, so a graph file with this behind it has one more output, and no
-# onnx package is needed
+# a ModelProto with nothing but graph { output { name: "logits", type: float tensor } }: protobuf merges
+# consecutive messages, so a graph file followed by this has one more output, and no onnx package is needed
 _LOGITS_OUTPUT = b"\x3a\x10\x62\x0e\x0a\x06logits\x12\x04\x0a\x02\x08\x01"
 _MODERN_FROM = (1, 24)  # opset 24
-_DATA = (".data", ".safetensors")  # files that graphs take weights from
-# by dtype: the type whose zeros stand in the caches (NumPy has no bfloat16), and the number of the element
-# type in ONNX
+_DATA = (".data", ".safetensors")  # the files of a graph's weights
+# by dtype: a NumPy type with the same zeros (NumPy has no bfloat16), and ONNX's number of the element type
 ELEMENTS = {"fp32": (np.float32, 1), "fp16": (np.float16, 10), "bf16": (np.uint16, 16)}
 
 
 @dataclass
 class Buffers(ABC):
-    """Caches [batch, H, C, D] of a device; and the IOBinding of each range of slots and set of outputs that
-    was used."""
+    """Caches [batch, H, C, D] on a device, and the IOBinding for each range of slots and set of outputs in
+    use."""
 
     bindings: dict[tuple[int, int, tuple[str, ...]], Any] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def address(self, name: str) -> int:
-        """Where the cache of a name begins."""
+        """The address of a cache."""
 
 
 class OrtSession(Backend):
@@ -62,7 +60,7 @@ class OrtSession(Backend):
     name = "ort"
     device: ClassVar[str]
     provider: ClassVar[str]
-    place: ClassVar[str]  # what ONNX Runtime calls the device's memory
+    place: ClassVar[str]  # ONNX Runtime's name for the device's memory
 
     def __init__(
         self,
@@ -112,14 +110,14 @@ class OrtSession(Backend):
         return Stats(**outputs)
 
     def run(self, cache: Cache, slots: slice, window: Window, names: list[str]) -> dict[str, Any]:
-        """One run of the graph, unchecked: the outputs called `names`. The caches of `slots` are updated in
+        """One unchecked run of the graph: the outputs called `names`. The caches of `slots` are updated in
         place."""
         binding = self._binding(cache, slots, tuple(names))
         for name in self._small_inputs:
             array = np.ascontiguousarray(getattr(window, name))
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name in (*([] if self.manifest.dims.writes_caches else self._returned), *names):
-            binding.bind_output(name, "cpu")  # anew: their shapes change
+            binding.bind_output(name, "cpu")  # bound again, because their shapes change
         self._execute(binding)
         outputs = binding.get_outputs()
         if not self.manifest.dims.writes_caches:
@@ -136,15 +134,16 @@ class OrtSession(Backend):
             ) from error
 
     def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
-        """The window's rows into the caches: what a graph of the legacy lowering leaves to its caller."""
+        """Write the window's rows into the caches, which graphs of the legacy lowering leave to the
+        caller."""
         raise DllmError(f"the legacy lowering does not run on {self.device}: export with --lowering modern.")
 
     def _entries(self) -> dict[str, str]:
-        """Options of the session that the device asks for."""
+        """Session options that the device needs."""
         return {}
 
     def _opened(self, artifact: Path, threads: int, model_bytes: bytes | None, optimise: bool) -> Any:
-        """The session. Raises DllmError."""
+        """The opened session. Raises DllmError."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         if not optimise:
@@ -176,7 +175,7 @@ class OrtSession(Backend):
                 f"{artifact}: ONNX Runtime {ort.__version__} cannot open the {self.role} graph "
                 f"({str(error).splitlines()[0]}): {advice}."
             ) from error
-        if self.provider not in session.get_providers():  # it falls back to the CPU without a word
+        if self.provider not in session.get_providers():  # it falls back to the CPU silently
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} "
                 "instead of CUDA: its CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
@@ -184,8 +183,8 @@ class OrtSession(Backend):
         return session
 
     def _linked_data(self, artifact: Path, options: Any) -> list[Any]:
-        """Hand over, memory-mapped, the weights whose files are links, as in the Hub's cache: ONNX Runtime
-        opens no file outside the directory. They have to live until the session is open."""
+        """Pass, memory-mapped, the weights whose files are links, as in the Hub's cache: ONNX Runtime opens
+        no file outside the directory. The maps must live until the session is open."""
         names = [
             name
             for name in self.manifest.files
@@ -199,7 +198,7 @@ class OrtSession(Backend):
         return maps
 
     def _check_provider(self) -> None:
-        """Raise DllmError where this ONNX Runtime has no provider for the device."""
+        """Raise DllmError if this ONNX Runtime has no provider for the device."""
         if self.provider not in ort.get_available_providers():
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} has no CUDA provider: {commands.pip()} uninstall "
@@ -207,7 +206,7 @@ class OrtSession(Backend):
             )
 
     def _check_graph(self, artifact: Path) -> None:
-        """The graph that was opened must be the one that the manifest describes."""
+        """Check that the opened graph is the one that the manifest describes."""
         dims, head = self.manifest.dims, self.manifest.head
         names = {
             "tensor(int64)": "int64",
@@ -230,7 +229,7 @@ class OrtSession(Backend):
                     )
 
     def _binding(self, cache: Cache, slots: slice, names: tuple[str, ...]) -> Any:
-        """The binding of a range of slots: each cache is one memory, bound as input and as output."""
+        """The binding for a range of slots: each cache is one memory, bound as input and as output."""
         buffers: Buffers = cache.buffers
         key = (slots.start, slots.stop, names)
         if key in buffers.bindings:
@@ -249,7 +248,7 @@ class OrtSession(Backend):
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, two hardware threads counted as one where the system says so."""
+    """Cores that this process may use; two hardware threads count as one if the system reports them."""
     allowed = os.sched_getaffinity(0)
     cores = set()
     for cpu in allowed:

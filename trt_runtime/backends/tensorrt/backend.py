@@ -60,10 +60,10 @@ class TensorRTBackend(Backend):
         self._device = cuda.CudaDevice(device)
         wanted = store.circumstances(self.manifest, self.name, trt, self._device.facts)
         self.directory = store.find(Path(engines), wanted, store.Needs(batch, length, steps_per_sync > 1))
-        # hashes come first
+        # hashes are checked first
         built_for = store.check(self.directory, {"files": wanted["files"], "version": wanted["version"]})
         if built_for.get("strip"):
-            manifests.load(artifact, check_hashes=True)  # its weights go into the engine
+            manifests.load(artifact, check_hashes=True)  # its weights are put into the engine
         self.capacity: int = built_for["capacity"]
         self._engines = self._opener(self.directory, artifact, self.manifest, trt, self._device, built_for)
         self.max_batch = max(
@@ -71,7 +71,7 @@ class TensorRTBackend(Backend):
         )
         self._caches = CacheLayout(self.manifest, self._device, self.capacity)
         self._calls = Calls(self._engines, self._device, trt)
-        # rows that the host counts (legacy lowering) go elsewhere each time and are not recorded
+        # rows written by the host (legacy lowering) have new addresses each time, so they are not recorded
         records = cuda_graphs and self.manifest.dims.writes_caches
         self._recorder = Recorder(self._engines, self._device, self.directory, is_on=records)
         self._new_rows = self._allocate_new_rows()
@@ -84,7 +84,7 @@ class TensorRTBackend(Backend):
         return self._recorder.unrecorded
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache of the engines' own capacity. Raises DllmError where that does not suffice."""
+        """A cache of the engines' fixed capacity. Raises DllmError if that is too small."""
         if capacity > self.capacity:
             raise DllmError(
                 f"a canvas of {capacity} tokens: the engines hold {self.capacity}: build them with "
@@ -163,7 +163,7 @@ class TensorRTBackend(Backend):
         self._device.upload(arena.device.address, arena.host[: call.input_bytes])
 
     def _execute(self, call: Call, context: Any, cache: Cache, slots: slice, window: Window) -> None:
-        """Queue one execution, between the inputs and the statistics on the GPU."""
+        """Queue one execution, after the upload of the inputs and before the download of the statistics."""
         if not context.execute_async_v3(self._device.stream):
             raise BackendError(f"TensorRT failed in the engine '{call.engine.name}': {self._last_message}")
         if not self.manifest.dims.writes_caches:
@@ -177,15 +177,15 @@ class TensorRTBackend(Backend):
         slots: slice,
         kind: tuple[Any, ...] | None,
     ) -> None:
-        """Queue the work of a call; `kind`: what of it, besides the call itself, makes it come again."""
+        """Queue the work of a call. kind: what besides the call identifies repeated work."""
         key = None if kind is None else (*call.key, *kind)
         self._recorder.queue(
             call, cache.buffers.steps, key, lambda context: self._bind(call, context, cache, slots), work
         )
 
     def _bind(self, call: Call, context: Any, cache: Cache, slots: slice) -> None:
-        """Set the shapes of the inputs and the address of every tensor: of caches that of the first slot, the
-        same in and out."""
+        """Set the shapes of the inputs and the address of every tensor; caches are the same for input and
+        output, from the first slot."""
         sizes = dict(zip("BSR", call.shape, strict=True)) | {"C": self.capacity}
         for spec in call.engine.inputs:
             shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
@@ -199,7 +199,8 @@ class TensorRTBackend(Backend):
                 raise BackendError(f"TensorRT refused the address of {name} ({self._last_message})")
 
     def _allocate_new_rows(self) -> list[cuda.DeviceMemory]:
-        """Where engines of the legacy lowering put the window's keys and values; nothing for the others."""
+        """Buffers for the window's keys and values, which engines of the legacy lowering return; nothing for
+        others."""
         if self.manifest.dims.writes_caches:
             return []
         profiles = [profile for engine in self._engines.all for profile in engine.profiles]
@@ -208,7 +209,7 @@ class TensorRTBackend(Backend):
         return [self._device.allocate(size) for _ in contract.returned_names(self.manifest.dims)]
 
     def _commit_kernel(self, facts: dict[str, Any] | None) -> CommitKernel | None:
-        """The kernel that engines built with --plugins come with."""
+        """The commit kernel of engines built with --plugins."""
         if facts is None:
             return None
         assert self.max_batch is not None
@@ -222,7 +223,7 @@ class TensorRTBackend(Backend):
 
 
 class TensorRTRTXBackend(TensorRTBackend):
-    """The same on TensorRT-RTX."""
+    """The same for TensorRT-RTX."""
 
     name: ClassVar[str] = "tensorrt-rtx"
     _opener: ClassVar[type[Engines]] = RTXEngines

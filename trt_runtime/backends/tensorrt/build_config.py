@@ -1,8 +1,8 @@
 """What to build: sizes, the engines and profiles of a layout, and which versions and GPUs can build it.
 
 Layouts: `shared` is one engine of the refine graph with a profile for prefix passes and one for refine steps,
-so that the weights are held once; `split` is an engine for each graph. The capacity of the cache is fixed in
-an engine (TensorRT's cache update requires it).
+so that the weights are stored once; `split` is an engine for each graph. An engine has a fixed capacity of
+the cache (TensorRT's cache update requires it).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ ENGINE_LAYOUTS = SHARED, SPLIT = ("shared", "split")
 # compute capabilities that TensorRT-RTX builds for
 SM_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 CAPACITY_STEP = (
-    64  # rows of the cache come in steps of this: slots then begin at addresses that TensorRT takes
+    # the rows of a cache are rounded up to a multiple of this, so that slots begin at addresses that TensorRT
+    # accepts
+    64
 )
 # the first version of each that imports opset 24's Attention, RotaryEmbedding, RMSNormalization and
 # TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
-_SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT that an option is written for
-SCHEME_FROM = {"fp8": 89}  # the first compute capability that has a scheme's arithmetic
+_SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT version with an option
+SCHEME_FROM = {"fp8": 89}  # the first compute capability with the arithmetic of a scheme
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 
@@ -61,7 +63,7 @@ class BuildConfig:
         return -(-self.max_length // CAPACITY_STEP) * CAPACITY_STEP
 
     def checked(self, manifest: Manifest) -> BuildConfig:
-        """This configuration, with the canvas bounded by the model's. Raises DllmError."""
+        """This configuration, with the canvas limited to the model's. Raises DllmError."""
         for name, value, known in (
             ("backend", self.backend, BACKENDS),
             ("layout", self.layout, ENGINE_LAYOUTS),
@@ -82,7 +84,7 @@ class BuildConfig:
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
                 raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX is not asked to.")
-        # a scheduler's slots are longer than the longest canvas by its spare rows
+        # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         block = min(self.block_length, length)
         return replace(
@@ -92,7 +94,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """An engine to build: its name, the role whose graph it is, and its profiles in order."""
+    """An engine to build: its name, its graph's role, and its profiles in order."""
 
     name: str
     role: str

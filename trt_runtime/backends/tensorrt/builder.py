@@ -1,4 +1,4 @@
-"""One ONNX graph -> the bytes of one TensorRT engine: parse, check that nothing was ignored, say what a
+"""One ONNX graph -> the bytes of one TensorRT engine: parse, check that nothing was ignored, apply what a
 version needs, build.
 
 What versions need is a table (WORKAROUNDS), not branches: each entry says where it applies and why.
@@ -24,7 +24,7 @@ _LATEST: Version = (999, 0)
 
 @dataclass(frozen=True)
 class Profile:
-    """A range of shapes: (least, usual, most) of B, S and R."""
+    """A range of shapes: (smallest, usual, largest) of B, S and R."""
 
     name: str
     batch: tuple[int, int, int]
@@ -33,11 +33,11 @@ class Profile:
 
     @property
     def largest(self) -> tuple[int, int, int]:
-        """The most of B, S and R."""
+        """The largest B, S and R."""
         return self.batch[2], self.rows[2], self.asked[2]
 
     def shapes(self, spec: TensorSpec, capacity: int) -> list[tuple[int, ...]]:
-        """The least, usual and most of an input's axes."""
+        """The smallest, usual and largest sizes of an input's axes."""
         bounds = []
         for i in range(3):
             sizes = {"B": self.batch[i], "S": self.rows[i], "R": self.asked[i], "C": capacity}
@@ -47,7 +47,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What to build of a graph. `edit` may change the parsed network (kernels in the place of layers)."""
+    """What to build from a graph. edit: may change the parsed network (kernels that replace layers)."""
 
     name: str
     graph: Path
@@ -63,7 +63,7 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class Workaround:
-    """What some versions of a package need: `apply(trt, network, settings, dtype)` where since <= version <
+    """What some versions of a package need: `apply(trt, network, settings, dtype)`, if since <= version <
     before."""
 
     why: str
@@ -83,14 +83,14 @@ def version_of(trt: Any) -> Version:
 
 
 def workarounds(package: str, trt: Any) -> list[Workaround]:
-    """The entries of the table that apply to a package as it is installed."""
+    """The entries of the table that apply to the installed package."""
     return [item for item in WORKAROUNDS if item.covers(package, version_of(trt))]
 
 
 def serialised(
     job: BuildJob, manifest: Manifest, package: str, trt: Any, timing: bytes | None = None
 ) -> tuple[Any, bytes | None]:
-    """The engine's bytes, and the timing cache's (`timing` is what an earlier build left, b"" for none).
+    """The bytes of the engine and of the timing cache (timing: that of an earlier build, b"" for none).
     Raises DllmError."""
     logger = Logger(trt)
     builder = trt.Builder(logger.native)
@@ -115,7 +115,7 @@ def serialised(
     if timing is not None and not settings.set_timing_cache(settings.create_timing_cache(timing), False):
         settings.set_timing_cache(
             settings.create_timing_cache(b""), False
-        )  # that one was of another GPU or version
+        )  # that one came from another GPU or version
     monitor = _monitor(trt, job.name)
     if monitor is not None:
         settings.progress_monitor = monitor
@@ -131,8 +131,7 @@ def serialised(
 
 
 def network_flags(trt: Any) -> int:
-    """Strongly typed where there is such a thing (TensorRT 10 on); before, explicit batch and types by the
-    workarounds."""
+    """Strongly typed from TensorRT 10; before, explicit batch, with types set by the workarounds."""
     known = trt.NetworkDefinitionCreationFlag
     flag = known.STRONGLY_TYPED if hasattr(known, "STRONGLY_TYPED") else known.EXPLICIT_BATCH
     return 1 << int(flag)
@@ -157,14 +156,13 @@ def _configure(job: BuildJob, specs: Sequence[TensorSpec], builder: Any, setting
 
 
 def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
-    """Raise DllmError for an input on which no output depends: that is how a parser ignores what it does not
-    understand."""
+    """Raise DllmError for an input that no output depends on: a sign that the parser ignored something."""
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     if inputs != expected:
         raise DllmError(f"{graph}: has the inputs {inputs}, the contract says {expected}: export it again.")
     maker = {layer.get_output(k).name: layer for layer in _layers(network) for k in range(layer.num_outputs)}
     read, waiting = set[str](), [network.get_output(i).name for i in range(network.num_outputs)]
-    while waiting:  # backwards from the outputs: layers that nothing needs do not count
+    while waiting:  # backwards from the outputs, because unused layers do not count
         name = waiting.pop()
         if name in read:
             continue
@@ -182,7 +180,7 @@ def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
 
 
 def with_capacity(graph: Path, capacity: int) -> bytes:
-    """The graph with the cache's capacity C written in: a cache update wants it static before it is
+    """The graph with a fixed capacity C of the cache, because a cache update needs it to be static when it is
     parsed."""
     try:
         import onnx
@@ -225,7 +223,7 @@ def _types_by_flags(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     kinds = (trt.float32, trt.float16)
     for layer in _layers(
         network
-    ):  # what the graph computes in float32 stays there: norms, the head, the statistics
+    ):  # what the graph computes in float32 stays in float32: norms, the head, the statistics
         types = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
         if types and types[0] in kinds and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
             layer.precision = types[0]
@@ -287,8 +285,8 @@ class Logger:
 
 
 def _monitor(trt: Any, name: str) -> Any:
-    """The builder's outermost phase as a line on a terminal; None before TensorRT 10, which cannot say how
-    far it is."""
+    """The builder's outermost phase as a line on a terminal; None before TensorRT 10, which does not report
+    progress."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 

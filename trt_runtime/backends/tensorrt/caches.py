@@ -1,8 +1,5 @@
-"""Where the keys and values of a model lie on the GPU: one buffer per cache, which engines read and write in
-place.
-
-Shape letters as in contract.py.
-"""
+"""The keys and values of a model on the GPU: one buffer per cache, which engines read and write in place.
+Shape letters as in contract.py."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ _HOST_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # Nu
 
 @dataclass
 class DeviceBuffers:
-    """The caches of a model by name; and its recorded steps by what they depend on, the latest last (None:
-    the step ran once)."""
+    """The caches of a model by name, and its recorded steps by key, the latest last (None: the step ran
+    once)."""
 
     caches: dict[str, cuda.DeviceMemory]
     steps: OrderedDict[Key, RecordedStep | None] = field(default_factory=OrderedDict)
@@ -34,8 +31,8 @@ class DeviceBuffers:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The layout [slots, H, capacity, D] of every cache. capacity: positions per slot, which is fixed when
-    engines are built."""
+    """The layout [slots, H, capacity, D] of every cache. capacity: positions per slot, fixed when engines are
+    built."""
 
     manifest: Manifest
     device: cuda.CudaDevice
@@ -56,7 +53,7 @@ class CacheLayout:
         return DeviceBuffers({name: self.device.allocate(batch * self.slot_bytes) for name in names})
 
     def addresses(self, buffers: DeviceBuffers, slots: slice) -> dict[str, int]:
-        """Where the first of `slots` begins in each cache."""
+        """The address of the first of `slots` in each cache."""
         return {
             name: memory.address + slots.start * self.slot_bytes for name, memory in buffers.caches.items()
         }
@@ -70,12 +67,12 @@ class CacheLayout:
         return {name: widened(array, self.manifest.model.dtype) for name, array in arrays.items()}
 
     def write(self, buffers: DeviceBuffers, slots: slice, arrays: Mapping[str, Any]) -> None:
-        """Put what `read` gives into the caches."""
+        """Write what `read` returned into the caches."""
         addresses, sources = self.addresses(buffers, slots), {}
         for name, array in arrays.items():
             sources[name] = np.ascontiguousarray(narrowed(array, self.manifest.model.dtype))
             self.device.upload(addresses[name], sources[name])
-        self.device.synchronize()  # until then the arrays must not be freed
+        self.device.synchronize()  # the arrays must not be freed before
 
     def write_window(
         self, buffers: DeviceBuffers, slots: slice, window: Window, new: list[cuda.DeviceMemory]

@@ -1,7 +1,7 @@
-"""A call of an engine: which engine and profile take it, and where its small tensors lie.
+"""A call of an engine: the engine and profile for it, and the addresses of its small tensors.
 
-Caches apart, every input and output of a call stands in one arena of pinned memory and its copy on the GPU,
-so that one transfer brings all of them. Shape letters as in contract.py.
+All inputs and outputs of a call except the caches are in one arena of pinned memory and its copy on the GPU,
+so that one transfer moves all of them. Shape letters as in contract.py.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Calls:
         self.inputs, self.outputs = self._arena(outputs=False), self._arena(outputs=True)
 
     def prepare(self, role: str, window: Window) -> Call:
-        """Choose an engine and a profile, and put the inputs into pinned memory. Raises DllmError where no
-        profile takes the call."""
+        """Choose an engine and a profile, and write the inputs into pinned memory. Raises DllmError if no
+        profile fits the call."""
         self._device.enter()
         batch, positions = window.input_ids.shape
         asked = window.logit_rows.shape[1]
@@ -78,12 +78,12 @@ class Calls:
 
     @staticmethod
     def _asked_for(role: str, most: int, positions: int, asked: int) -> int:
-        """Positions whose statistics are asked for, rounded up (the rest repeats position 0): with few
-        shapes, recorded steps come again."""
+        """The number of positions with statistics, rounded up (the rest repeats position 0): with fewer
+        shapes, recorded steps are reused more often."""
         return most if role == "refine" and most <= positions else min(1 << (asked - 1).bit_length(), most)
 
     def _choose(self, role: str, shape: Shape) -> tuple[OpenEngine, int]:
-        """The engine and the narrowest profile that take a call of `shape`."""
+        """The engine with the narrowest profile for a call of `shape`."""
         fitting = [
             (profile.rows[2], index, engine)
             for engine in self._engines.all
@@ -103,7 +103,7 @@ class Calls:
     def _small(
         self, specs: list[TensorSpec], engine: OpenEngine, shape: Shape
     ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Element type and shape of each tensor that is no cache. TensorRT 8 has int32 where the graph says
+        """Element type and shape of each tensor that is not a cache. TensorRT 8 has int32 where the graph has
         int64."""
         sizes = dict(zip("BSR", shape, strict=True))
         return {
@@ -128,5 +128,5 @@ class Calls:
 
 
 def is_cache(spec: TensorSpec) -> bool:
-    """Whether an input or output is a cache, not a small tensor."""
+    """Whether an input or output is a cache."""
     return "." in spec.name

@@ -47,10 +47,10 @@ class OpenEngine:
 
 
 class Engines:
-    """The engines of a directory, opened on a device. `built_for`: what engine.json says of them. Raises
+    """The engines of a directory, opened on a device. built_for: the facts of engine.json. Raises
     DllmError."""
 
-    records_itself = False  # whether the package records CUDA graphs by itself
+    records_itself = False  # whether the package records CUDA graphs itself
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Engines:
         return entry.contexts[index]
 
     def new_context(self, entry: OpenEngine, index: int, *, recorded: bool = False) -> Any:
-        """A context for a profile; `recorded`: for one call that comes again in the same shapes."""
+        """A context for a profile. recorded: for one call that is repeated in the same shapes."""
         context = self._bare_context(entry, recorded)
         if context is not None:
             _set_scratch(context, self._scratch)
@@ -96,7 +96,7 @@ class Engines:
         return context
 
     def close(self) -> None:
-        """Give the engines and their memory back; contexts that others hold must be gone."""
+        """Release the engines and their memory; contexts held by others must be gone."""
         for entry in self.all:
             entry.contexts.clear()
         del self.all, self._runtime, self._scratch
@@ -137,7 +137,7 @@ class Engines:
         return OpenEngine(name, role, listed, inputs, outputs, names, opened)
 
     def _refit(self, opened: Any, role: str) -> None:
-        """Put the artifact's weights into an engine that was built without."""
+        """Put the artifact's weights into an engine that was built without them."""
         graph = self.artifact / self.manifest.graphs[role].file
         refitter = self.trt.Refitter(opened, self.logger.native)
         filler = self.trt.OnnxParserRefitter(refitter, self.logger.native)
@@ -150,7 +150,7 @@ class Engines:
 
 
 class RTXEngines(Engines):
-    """The same of TensorRT-RTX: it records CUDA graphs itself, and its compiled kernels are kept beside the
+    """The same for TensorRT-RTX, which records CUDA graphs itself. Its compiled kernels are saved next to the
     engines for the next start."""
 
     records_itself = True
@@ -161,7 +161,7 @@ class RTXEngines(Engines):
         super().__init__(*given)
 
     def close(self) -> None:
-        """Save what was compiled, too; where that cannot be written, it is compiled again at the next
+        """Also save the compiled kernels; if that is impossible, they are compiled again at the next
         start."""
         for name, runtime_cache in self._caches.items():
             with suppress(OSError):
@@ -193,7 +193,7 @@ class RTXEngines(Engines):
         return self._configs[key]
 
     def _cache(self, name: str, runtime_config: Any) -> Any:
-        """What was compiled in earlier runs on this GPU, or nothing yet."""
+        """The kernels compiled in earlier runs on this GPU, or nothing yet."""
         runtime_cache, file = runtime_config.create_runtime_cache(), self._cache_file(name)
         if file.is_file() and not runtime_cache.deserialize(file.read_bytes()):
             _LOG.warning("%s: not read: of another version or damaged; kernels are compiled anew", file)
@@ -207,8 +207,8 @@ class RTXEngines(Engines):
 
 @contextmanager
 def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
-    """A reader that gives TensorRT the file piece by piece, so that the engine is never whole in host memory
-    beside its weights on the device. Before TensorRT 10.7, which knows none, the file's bytes."""
+    """A reader that gives TensorRT the file piece by piece, so that the whole engine is never in host memory
+    in addition to its weights on the device. Before TensorRT 10.7, which has no readers, the file's bytes."""
     if not hasattr(trt, "IStreamReaderV2"):
         yield file.read_bytes()
         return
@@ -234,7 +234,7 @@ def read_in_pieces(file: Path, trt: Any) -> Iterator[Any]:
 
 
 def _scratch_bytes(entry: OpenEngine, index: int) -> int:
-    """Working memory of a profile. Before TensorRT 10 an engine only knows that of all its profiles."""
+    """Working memory of a profile. Before TensorRT 10, an engine only reports that of all its profiles."""
     if hasattr(entry.engine, "get_device_memory_size_for_profile_v2"):
         return int(entry.engine.get_device_memory_size_for_profile_v2(index))
     return int(entry.engine.device_memory_size)

@@ -15,7 +15,7 @@ from typing import Any
 # the call that sets up a fused kernel: types of input, output and sums, addresses and sizes, then the scale
 _CALL = re.compile(rb"\.initialize\(DATA_TYPE_(\w+), DATA_TYPE_\w+, DATA_TYPE_(\w+), ([^()]{1,400})\)")
 _SCALE = re.compile(rb"(-?0x[0-9a-f.]+p[+-]?\d+)f")
-_NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # what TensorRT calls compiled ones
+_NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # TensorRT's names of compiled kernels
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class FusedKernel:
 
 
 def found(engine: Any) -> dict[FusedKernel, int]:
-    """Fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each stands
-    there. Empty: there is none."""
+    """The fused attention kernels in the bytes of an engine (bytes or any buffer), and how often each occurs.
+    Empty if there is none."""
     data = memoryview(engine)
     kernels: Counter[FusedKernel] = Counter()
     for call in _CALL.finditer(data):
@@ -54,7 +54,7 @@ def as_list(kernels: dict[FusedKernel, int]) -> list[dict[str, Any]]:
 
 
 def complaint(kernels: dict[FusedKernel, int], dtype: str, name: str) -> str:
-    """What a user should know of an engine's attention; empty if all is well. dtype: of the artifact."""
+    """What a user should know about an engine's attention; empty if all is well. dtype: of the artifact."""
     if dtype == "fp32":
         return ""  # no package has a fused kernel for it
     if not kernels:

@@ -1,8 +1,8 @@
-"""Steps recorded as CUDA graphs: a refine step of a shape that comes again is launched as a whole.
+"""Steps recorded as CUDA graphs: a refine step of a repeated shape is launched as a whole.
 
-The first time a step runs in the context that its profile shares. The second time it runs in a context of its
-own, whose shapes and addresses are set once, and is recorded; from then on the recording is launched.
-TensorRT-RTX records by itself: then the context is kept and no graph.
+The first time, a step runs in the context that its profile shares. The second time, it runs in a context of
+its own, whose shapes and addresses are set once, and is recorded; from then on the recording is launched.
+TensorRT-RTX records graphs itself: then only the context is kept.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from trt_runtime.backends.tensorrt.calls import Call
 from trt_runtime.backends.tensorrt.engines import Engines
 from trt_runtime.errors import BackendError
 
-Key = tuple[Any, ...]  # what a step depends on: its engine, profile, shape, slots and kind of work
+Key = tuple[Any, ...]  # what identifies a step: its engine, profile, shape, slots and kind of work
 Work = Callable[[Any], None]  # queues the step in a context
-_MOST_STEPS = 64  # of a cache that are kept with a context of their own
+_MOST_STEPS = 64  # steps per cache that keep a context of their own
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A context that nothing else uses, and the graph that was recorded in it (None: the package records by
-    itself, or nothing can be recorded)."""
+    """A context that nothing else uses, and the graph recorded in it (None: the package records graphs
+    itself, or recording failed)."""
 
     context: Any
     graph: cuda.Graph | None
@@ -54,8 +54,8 @@ class Recorder:
         bind: Callable[[Any], None],
         work: Work,
     ) -> None:
-        """Queue the work of a call. `steps`: those of the cache, by key, the latest last; `key`: None for
-        work that does not come again."""
+        """Queue the work of a call. steps: those of the cache, by key, the latest last; key: None for work
+        that is not repeated."""
         if key is None or not self._is_on or key not in steps:
             context = self._engines.context(call.engine, call.profile)
             bind(context)
@@ -74,8 +74,8 @@ class Recorder:
         self._forget_the_oldest(steps)
 
     def _record(self, call: Call, bind: Callable[[Any], None], work: Work) -> RecordedStep:
-        """Run a step in a context of its own, then record it: TensorRT asks for a run in the same shapes
-        before."""
+        """Run a step in a context of its own, then record it: TensorRT requires a run in the same shapes
+        first."""
         context = self._engines.new_context(call.engine, call.profile, recorded=True)
         bind(context)
         work(context)
@@ -98,5 +98,5 @@ class Recorder:
     def _forget_the_oldest(self, steps: OrderedDict[Key, RecordedStep | None]) -> None:
         with_context = [key for key, step in steps.items() if step is not None]
         for oldest in with_context[:-_MOST_STEPS]:
-            self._device.synchronize()  # it may be under way
+            self._device.synchronize()  # it may still be running
             del steps[oldest]

@@ -1,9 +1,8 @@
-"""Where engines are kept, how they are found again, and how they come to be. What builds one graph is
-builder.py.
+"""Where engines are stored, found and built. The builder of one graph is builder.py.
 
-Engines are a cache beside the artifact, never part of it: `OUT/<key>/NAME.engine` with an engine.json that
-says in words what the key stands for, so that a mismatch can be explained. An engine file can run code: its
-hash is checked before it is deserialised.
+Engines are a cache next to the artifact, never part of it: `OUT/<key>/NAME.engine` with an engine.json that
+lists what the key stands for, so that a mismatch can be explained. An engine file can run code: its hash is
+checked before it is deserialised.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.optional import import_optional
 from trt_runtime.system import atomic, commands
 
-# besides what is defined here
+# in addition to those defined here
 __all__ = [
     "CAPACITY_STEP",
     "ENGINE_LAYOUTS",
@@ -51,10 +50,9 @@ __all__ = [
     "replace",
 ]
 FILE_NAME, SUFFIX, TIMING = "engine.json", ".engine", "timing.cache"
-# bytes of an engine's file that are in host memory at a time while it is opened (from TensorRT 10.7 on)
+# bytes of an engine's file in host memory at a time while it is opened (from TensorRT 10.7)
 PIECE = 256 << 20
-# the modules that a backend's package may be called, and the kind of extra that installs it
-# (advice.by_driver)
+# the modules that a backend's package may have, and the extra that installs it (advice.by_driver)
 _MODULES = {
     "tensorrt": (("tensorrt",), "trt"),
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx"),
@@ -62,7 +60,7 @@ _MODULES = {
 
 
 def load(backend: str) -> Any:
-    """The package of a backend. Raises DllmError with what to install."""
+    """The package of a backend. Raises DllmError that says what to install."""
     modules, kind = _MODULES[backend]
     for name in modules:
         try:
@@ -77,7 +75,7 @@ def load(backend: str) -> Any:
 
 
 def circumstances(manifest: Manifest, backend: str, trt: Any, gpu: cuda.Facts | None) -> dict[str, Any]:
-    """What engines depend on beside their configuration: files, versions, and the GPU (None: built for named
+    """What engines depend on besides their configuration: files, versions, and the GPU (None: built for named
     targets)."""
     files = {
         name: facts.sha256
@@ -99,7 +97,8 @@ def describe(
     gpu: cuda.Facts | None = None,
     kernels: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All that an engine depends on, in words: what its key is made of. `kernels`: facts of the plugins."""
+    """Everything an engine depends on, in words: what its key is made from. kernels: facts about the
+    plugins."""
     return circumstances(manifest, config.backend, trt, gpu) | {
         "layout": config.layout,
         "targets": sorted(config.targets),
@@ -121,8 +120,8 @@ def key_of(description: dict[str, Any]) -> str:
 def build(
     artifact: Path, out: Path, config: BuildConfig, note: Callable[[str], object] = lambda text: None
 ) -> Path:
-    """The engines of an artifact, built, or found if they are there already. Returns their directory; `note`
-    is told what a user should know of engines that were built. Raises DllmError."""
+    """The directory with the engines of an artifact, which are built unless they exist. note: called with
+    what a user should know about built engines. Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     manifests.check_runs_on_gpu(manifest, str(artifact))
     config, trt = config.checked(manifest), load(config.backend)
@@ -183,8 +182,8 @@ def build(
 def _build_one(
     job: BuildJob, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
 ) -> dict[fused_attention.FusedKernel, int]:
-    """Build an engine into a file; returns what became of its attention. `timing`: the timing cache, which is
-    read and replaced."""
+    """Build an engine into a file; returns what its attention became. timing: the timing cache, which is read
+    and replaced."""
     learnt = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
     engine, learnt = builder.serialised(job, manifest, config.backend, trt, learnt)
     file.write_bytes(engine)
@@ -196,8 +195,8 @@ def _build_one(
 
 
 def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
-    """What the engines were built for. Raises DllmError, naming the field, if that is something else, or a
-    file was changed."""
+    """What the engines were built for. Raises DllmError, naming the field, if that differs from what is
+    wanted, or a file was changed."""
     built_for, files = _read(directory)
     for name, expected in description.items():
         if built_for.get(name) != json.loads(json.dumps(expected)):
@@ -218,7 +217,7 @@ def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a caller wants of engines: rows at a time, tokens of the longest canvas, and the commit kernel."""
+    """What a caller needs of engines: rows per call, tokens of the longest canvas, and the commit kernel."""
 
     batch: int = 1
     length: int = 1
@@ -227,17 +226,14 @@ class Needs:
 
 def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path:
     """The engines below `root` that fit `circumstances` and `needs`. Raises DllmError, saying what is there
-    instead.
-
-    Of several, those with kernels come first, then those for more rows at a time, then the shorter canvas.
-    """
+    instead. Preferred are engines with kernels, then for more rows, then for the shorter canvas."""
     needs, fitting, others = needs or Needs(), [], []
     for file in sorted(root.glob(f"*/{FILE_NAME}")):
         built_for, _ = _read(file.parent)
         targets, gpu = built_for.get("targets"), wanted.get("gpu")
         asked = dict(wanted)
         if targets and gpu and f"sm{gpu['compute_capability']}" in targets:
-            del asked["gpu"]  # built for a kind of GPU, and this is one
+            del asked["gpu"]  # built for a kind of GPU, which this one is
         differing = [name for name, value in asked.items() if built_for.get(name) != value]
         batch = max(
             (profile["batch"][2] for listed in built_for["profiles"].values() for profile in listed),
@@ -285,11 +281,9 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
 def _plugins(
     manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
 ) -> tuple[Callable[[Any, Any], None] | None, dict[str, Any], dict[str, str]]:
-    """What puts kernels into a parsed network, facts of all kernels with their hashes, and the files of those
-    the runtime launches.
-
-    TensorRT-RTX takes no plugins: its engines come with the commit kernel alone.
-    """
+    """The function that puts kernels into a parsed network, facts about all kernels with their hashes, and
+    the files of those that the runtime launches. TensorRT-RTX takes no plugins: its engines have the commit
+    kernel only."""
     mend = commands.install("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
     commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
@@ -320,7 +314,7 @@ def _hash(text: str) -> str:
 
 
 def _inspected(file: Path, trt: Any) -> str:
-    """What the builder made of each layer, as JSON."""
+    """The builder's report on each layer, as JSON."""
     runtime = trt.Runtime(builder.Logger(trt).native)
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     inspector = engine.create_engine_inspector()
