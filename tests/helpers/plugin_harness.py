@@ -1,4 +1,4 @@
-"""Run by test_plugins_tensorrt.py in its own process: calls our plugin as TensorRT does.
+"""Run by tests/kernels/test_tensorrt_plugins.py in its own process: calls our plugin as TensorRT does.
 
 The package `tensorrt.plugin` and the bindings are real (their libraries are stubs); shape expressions are
 Python objects here. Prints the plugin's answers as JSON.

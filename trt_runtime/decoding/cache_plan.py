@@ -61,7 +61,7 @@ class Suffix:
     decay: bool = False
 
     def of(self, count: int) -> Ints:
-        """Which of `count` masks, from the nearest on, are seen."""
+        """Which of `count` masks, from the nearest on, are visible."""
         if self.most is None or count <= self.most:
             return np.arange(count)
         if not self.most:
@@ -99,11 +99,11 @@ class Forward:
 
     @property
     def positions(self) -> Ints:
-        """Of the window's rows on the canvas [S]."""
+        """Canvas positions of the window's rows [S]."""
         return np.concatenate([np.arange(self.start, self.end), self.far])
 
     def logit_rows(self, shift: int) -> Ints:
-        """Rows of the window whose statistics belong to the candidates."""
+        """Rows of the window that have the candidates' statistics."""
         return np.maximum(np.searchsorted(self.positions, self.candidates) - shift, 0)
 
 
@@ -130,21 +130,22 @@ class RowView:
 
     @property
     def inside(self) -> Ints:
-        """Masks of the block."""
+        """The masks of the block."""
         return self.start + np.flatnonzero(self.is_masked[self.start : self.end])
 
     @property
     def masked(self) -> Ints:
-        """Masks of the block and of all before it: gaps of the prompt."""
+        """The masks of the block and of everything before it: gaps of the prompt."""
         return np.flatnonzero(self.is_masked[: self.end])
 
     @property
     def first_candidates(self) -> Ints:
-        """Of the masks of the block, those that its first forward is asked about."""
+        """The block's masks that its first forward may commit."""
         return self.inside[:1] if self.is_first_only else self.inside
 
     def after(self, suffix: Suffix) -> Ints:
-        """What is seen after the block: all that is no mask, and the masks that `suffix` chooses."""
+        """The visible part after the block: everything that is not a mask, and the masks that `suffix`
+        selects."""
         rest = np.arange(self.end, len(self.is_masked))
         if suffix.most is None:
             return rest
@@ -154,11 +155,9 @@ class RowView:
 
 @dataclass(frozen=True)
 class CachePlan(ABC):
-    """Chooses each next forward of a row. `refresh` and `suffix` as the user asked for them.
-
-    name: on the command line and in requests. keeps_cache: whether a forward reads what an earlier one wrote;
-    only then do options about refreshing apply.
-    """
+    """Chooses each next forward of a row. refresh, suffix: as the user gave them. name: on the command line
+    and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do the refresh
+    options apply."""
 
     name: ClassVar[str]
     keeps_cache: ClassVar[bool] = True
@@ -171,7 +170,7 @@ class CachePlan(ABC):
 
 
 class NoCache(CachePlan):
-    """Every forward is a pass over the canvas; gaps of the prompt are filled on the way."""
+    """Every forward is a pass over the canvas; gaps of the prompt are filled along the way."""
 
     name = "none"
     keeps_cache = False
@@ -181,8 +180,8 @@ class NoCache(CachePlan):
 
 
 class _BlockCache(CachePlan):
-    """A prefix pass at a block's start, or where the cache is not rebuilt a refine step around it; then
-    refine steps."""
+    """A prefix pass at a block's start, or a refine step around it if the cache is not rebuilt; then refine
+    steps."""
 
     kind: ClassVar[str]
     computes_suffix: ClassVar[bool]
@@ -195,14 +194,14 @@ class _BlockCache(CachePlan):
         near = self._near(row)
         if near is None:
             return prefix_pass(row, row.masked if row.fills_gaps else row.first_candidates, after)
-        # masks of a bounded suffix stand in other rows than before: all of them are made anew
+        # masks of a bounded suffix occupy other rows than before, so all of them are recomputed
         reach = len(after) if self.computes_suffix or self.suffix.most is not None else self.refresh.window
         return Forward(
             REFINE, REFINE_NEAR, near, row.end, row.first_candidates, after[:reach], row.end + len(after)
         )
 
     def _near(self, row: RowView) -> int | None:
-        """Where the window of a block's first forward begins, if that is no prefix pass."""
+        """Where the window of a block's first forward begins, if that is not a prefix pass."""
         is_next = row.before is not None and row.before[1] == row.start
         if not is_next or (self.refresh.every and row.number % self.refresh.every == 0):
             return None
@@ -211,7 +210,7 @@ class _BlockCache(CachePlan):
 
 
 class PrefixCache(_BlockCache):
-    """Keys and values before the block are kept."""
+    """Keys and values before the block are reused."""
 
     name = "prefix"
     kind = REFINE_SUFFIX
@@ -219,7 +218,7 @@ class PrefixCache(_BlockCache):
 
 
 class DualCache(_BlockCache):
-    """Keys and values before and after the block are kept."""
+    """Keys and values before and after the block are reused."""
 
     name = "dual"
     kind = REFINE_BLOCK
@@ -227,7 +226,7 @@ class DualCache(_BlockCache):
 
 
 def prefix_pass(row: RowView, candidates: Ints, after: Ints) -> Forward:
-    """A pass over all that is seen of the canvas, which rebuilds the cache."""
+    """A pass over the visible canvas, which rebuilds the cache."""
     return Forward(PREFIX, PREFIX_PASS, 0, row.end, candidates, after, row.end + len(after))
 
 

@@ -1,4 +1,4 @@
-"""How to generate: one frozen set of options, validated once at the edge against the facts of the model."""
+"""The options of a generation: one frozen set, validated once against the facts of the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from trt_runtime.errors import DllmError, shown
 
 DEFAULT_GEN_LENGTH, DEFAULT_BLOCK_LENGTH = 128, 32
 MAX_STEPS = 100_000
-MAX_SPECULATE = 256  # every one is a row of the cache
+MAX_SPECULATE = 256  # each occupies a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
 }  # fmt: skip
 
 
 def option_names() -> list[str]:
-    """Every option of a generation by its name, those of the registered policies among them."""
+    """Every option of a generation by name, including those of the registered policies."""
     return [
         *(item.name for item in fields(GenerationConfig) if item.name != "policy_options"),
         *registry.options(),
@@ -33,15 +33,12 @@ def option_names() -> list[str]:
 
 
 def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig:
-    """What a user gave by name, over what 'dllm-trt tune' noted in the manifest; not yet resolved. Raises
-    DllmError.
-
-    Whoever chooses a policy, or an option of another policy than the tuned one, gets none of the tuned
-    policy's options.
-    """
+    """The options that a user gave by name, over those that 'dllm-trt tune' recorded in the manifest; not yet
+    resolved. Raises DllmError. If the user chooses a policy, or an option of another policy than the tuned
+    one, the tuned policy's options do not apply."""
     tuned = dict(manifest.decoding.tuned)
     if isinstance(given.get("policy"), str):
-        POLICIES.find(given["policy"])  # one of a module of yours brings its options along
+        POLICIES.find(given["policy"])  # a policy in a module of the user's brings its options with it
     if strange := sorted(set(tuned) - set(option_names())):
         raise DllmError(
             f"the manifest's tuned options have '{strange[0]}', which this version does not know: update "
@@ -61,13 +58,12 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
 
 
 def effective_temperature(asked: float) -> float:
-    """Of a client or a task: what is above 0 and too small to draw with is a way to ask for the best token,
-    so it counts as 0."""
+    """The temperature of a client or a task: a value above 0 that is too small to sample with counts as 0."""
     return 0.0 if 0 < asked < MIN_TEMPERATURE else asked
 
 
 def check_options(given: Mapping[str, Any], policy: str) -> None:
-    """Raise DllmError for an option of another policy than this one. `given`: the options that the user
+    """Raise DllmError for an option of another policy than this one. given: the options that the user
     gave."""
     for name in sorted(_active(given) & set(registry.options())):
         takers = registry.takers(name)
@@ -76,7 +72,7 @@ def check_options(given: Mapping[str, Any], policy: str) -> None:
 
 
 def _active(given: Mapping[str, Any]) -> set[str]:
-    """The options that were given and do something: alg_temp 0, say, does not."""
+    """The given options that have an effect: alg_temp 0, for example, has none."""
     known = registry.options()
     return {
         name
@@ -160,14 +156,14 @@ class GenerationConfig:
         policy_options: Mapping[str, Value] | None = None,
         **options_by_name: Value,
     ) -> None:
-        """`options_by_name`: options of policies, as `threshold=0.8`. Raises TypeError for a name that no
+        """options_by_name: options of policies, such as `threshold=0.8`. Raises TypeError for a name that no
         policy declares."""
         if isinstance(policy, str) and ":" in policy:
             POLICIES.find(policy)  # so that its options are known
         known, of_policies = registry.options(), {**(policy_options or {}), **options_by_name}
         if strange := sorted(set(of_policies) - set(known)):
             raise TypeError(f"GenerationConfig has no option '{strange[0]}', nor has any policy.")
-        # a value that is the default says nothing, so configurations that decode alike are equal
+        # default values are dropped, so configurations that decode alike are equal
         own = {
             name: value
             for name, value in of_policies.items()
@@ -178,7 +174,7 @@ class GenerationConfig:
             object.__setattr__(self, item.name, values[item.name])
 
     def __getattr__(self, name: str) -> Value:
-        """An option of a policy, as `config.threshold`: as it was given, else its default."""
+        """An option of a policy, such as `config.threshold`: the given value, or its default."""
         known = {} if name.startswith("_") else registry.options()
         if name not in known:
             raise AttributeError(f"GenerationConfig has no option '{name}'")
@@ -214,7 +210,7 @@ class GenerationConfig:
         for item in options_of(policy):
             item.check(
                 getattr(self, item.name)
-            )  # its range may be another than that of other policies' option of the name
+            )  # its range may differ from that of another policy's option of the same name
         for name, value in self.policy_options.items():
             off = known[name].off
             if off is not None and value != off and name not in {item.name for item in options_of(policy)}:
@@ -309,5 +305,5 @@ class GenerationConfig:
         return PLANS.find(self.cache)(refresh, suffix)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:
-        """How proposals are made, for the model of `manifest`."""
+        """The sampler that makes proposals, for the model of `manifest`."""
         return Sampler(manifest.decoding.sampling, self.temperature, self.top_p, self.top_k)

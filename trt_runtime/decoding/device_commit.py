@@ -1,6 +1,7 @@
-"""Refine steps without a look in between: the commit as arrays, in NumPy, and what came of several steps.
+"""Refine steps without synchronising in between: the commit as arrays, in NumPy, and the result of several
+steps.
 
-A device makes the steps of a block by itself where every policy of a call can be written as data
+A device runs the steps of a block by itself if every policy of a call can be expressed as data
 (policies.CommitRule). The commit here is the reference of the GPU kernel plugins/commit.py, whose docstring
 is the contract, and what a CPU runs.
 
@@ -21,14 +22,14 @@ from trt_runtime.errors import BackendError, DllmError
 
 Int32s = npt.NDArray[np.int32]
 FIXED, THRESHOLD, FACTOR = 0, 1, 2
-NOT_FINITE, PROPOSED_MASK = -1, -2  # in the place of masks left: why a row stopped
+NOT_FINITE, PROPOSED_MASK = -1, -2  # stored instead of the number of masks left: why a row stopped
 _NAMES = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
 
 
 @dataclass(frozen=True)
 class Committed:
-    """What came of several refine steps: the windows' tokens [B, S], and the step [B, R], from 0, in which
-    each position of the block was committed (-1: in none of them)."""
+    """The result of several refine steps: the windows' tokens [B, S], and the step [B, R], from 0, in which
+    each position of the block was committed (-1: in none)."""
 
     ids: Ints
     step: Int32s
@@ -36,7 +37,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class CommitArrays:
-    """The arrays of a call, as the kernel takes them (plugins/commit.py)."""
+    """The arrays of a call, in the layout of the kernel (plugins/commit.py)."""
 
     plan: Int32s
     value: npt.NDArray[np.float64]
@@ -45,7 +46,7 @@ class CommitArrays:
 
 
 def commit_arrays(rules: Sequence[CommitRule], columns: int) -> CommitArrays:
-    """The arrays for a rule a row, before the first step."""
+    """The arrays for one rule per row, before the first step."""
     plan = [[_NAMES[rule.kind], rule.limit, rule.masks, rule.steps] for rule in rules]
     state = [[rule.number, 1] for rule in rules]
     value = np.array([rule.value for rule in rules], np.float64)
@@ -54,7 +55,7 @@ def commit_arrays(rules: Sequence[CommitRule], columns: int) -> CommitArrays:
 
 
 def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
-    """Steps to make before a look: no more than `most`, and no more than the row with the most to do can
+    """Steps to run before synchronising: at most `most`, and at most what the row with the most masks can
     need."""
     left = []
     for rule, row in zip(rules, ids, strict=True):
@@ -73,7 +74,7 @@ def _done(rule: CommitRule) -> int:
 
 
 def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Committed:
-    """The result, when the steps are made. Raises DllmError where a row stopped for a fault."""
+    """The result after the steps. Raises DllmError if a row stopped because of a fault."""
     if (arrays.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
             "the model returned a confidence that is no number: the weights are damaged or overflow in this "
@@ -88,7 +89,8 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
 
 
 def commit(ids: Ints, token: Ints, confidence: Floats, arrays: CommitArrays, mask_token_id: int) -> None:
-    """One commit for every row, in place: ids and held are changed. The rules of policies.py, on arrays."""
+    """One commit for every row, in place: `ids` and the arrays are changed. The rules of the policies, on
+    arrays."""
     for b in range(len(ids)):
         kind, limit, masks, total = arrays.plan[b].tolist()
         number, left = arrays.state[b].tolist()

@@ -34,9 +34,9 @@ class Generator:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def step(self, instead: Mapping[int, Written] | None = None) -> list[Wanted]:
-        """One forward for every unfinished row, or the several steps that its backend makes in one call.
-        Returns what was done for each. `instead`: what to write in place of a slot's own choice
-        (Sequence.commit)."""
+        """One forward for every unfinished row, or the several steps that its backend runs in one call.
+        Returns the steps of each. instead: what to write in place of a slot's own choice (Sequence.commit).
+        """
         wanted = wanted_of(dict(enumerate(self.sequences)))
         for group in groups(wanted, self.capacity, self.backend.max_batch):
             advance(self.backend, self.cache, group, assemble(group), instead)

@@ -1,5 +1,5 @@
-"""How a row decodes, resolved from the options of a generation and the facts of a model; and what a prompt
-must be."""
+"""How a row decodes, resolved from the options of a generation and the facts of a model; and what a valid
+prompt is."""
 
 from __future__ import annotations
 

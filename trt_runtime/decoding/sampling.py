@@ -1,8 +1,5 @@
-"""Proposals drawn from logits: LLaDA's Gumbel noise, and Dream's temperature with top-p and top-k. Pure
-NumPy.
-
-Shape letters: R candidates of one row of the batch, V vocabulary.
-"""
+"""Proposals sampled from logits: LLaDA's Gumbel noise, and Dream's temperature with top-p and top-k. Pure
+NumPy. Shape letters: R candidates of one row of the batch, V vocabulary."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class Sampler:
     def propose(
         self, logits: Floats, stats: RowStats, mask_token_id: int, rng: np.random.Generator
     ) -> RowStats:
-        """The statistics [R] of proposals drawn from logits [R, V]; `stats` are the graph's. The mask is
+        """The statistics [R] of proposals sampled from logits [R, V]; `stats` are the graph's. The mask is
         never proposed."""
         if self.kind == GUMBEL:
             kept = None
@@ -96,11 +93,8 @@ def filtered(
     logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int
 ) -> Floats:
     """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in
-    this order.
-
-    top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k keeps the k
-    best and their equals.
-    """
+    this order. top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k
+    keeps the k best and their ties."""
     wide = logits.astype(np.float64)
     if mask_token_id < wide.shape[-1]:
         wide[:, mask_token_id] = -np.inf
@@ -109,7 +103,7 @@ def filtered(
     if top_p < 1:
         order = np.argsort(-wide, axis=-1, kind="stable")
         ordered = _softmax(np.take_along_axis(wide, order, -1))
-        too_many = ordered.cumsum(-1) - ordered > top_p  # the sum before a token is above already
+        too_many = ordered.cumsum(-1) - ordered > top_p  # the sum of the tokens before is above top_p already
         np.put_along_axis(wide, order, np.where(too_many, -np.inf, np.take_along_axis(wide, order, -1)), -1)
     if top_k is not None and top_k < wide.shape[-1]:
         least = np.partition(wide, -top_k, axis=-1)[:, -top_k, None]

@@ -29,14 +29,14 @@ from trt_runtime.decoding.step import Wanted, advance, assemble, groups, slots_o
 from trt_runtime.errors import DllmError
 
 _STEP = 16  # rows by which a cache grows and shrinks
-_PATIENCE = 16  # requests placed while a smaller cache would do, before it shrinks
+_PATIENCE = 16  # requests placed while a smaller cache would do, before the cache shrinks
 _HELD_BACK = 4  # ticks that a row may wait so that more rows share its forward
-_MOST_IDLE = 0.5  # of a refine step's rows: beyond, runs of neighbours are cheaper
+_MOST_IDLE = 0.5  # fraction of a refine step's rows: above it, runs of neighbouring slots are cheaper
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request: queued (no slot), placed, or done. `served` is the tick of its last forward; `waited` the
+    """A request: queued (no slot), placed, or finished. served: the tick of its last forward; waited: the
     most ticks between two."""
 
     sequence: Sequence
@@ -74,8 +74,8 @@ class Scheduler:
         return not self.queue and not any(self.rows)
 
     def submit(self, sequence: Sequence, on_step: Callable[[Ticket], None] | None = None) -> Ticket:
-        """Queue a request. `on_step` is called after each of its forwards. Raises DllmError for a canvas that
-        no slot holds."""
+        """Queue a request. on_step: called after each of its forwards. Raises DllmError for a canvas that
+        fits no slot."""
         if sequence.length > self.max_length:
             raise DllmError(
                 f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the "
@@ -88,15 +88,15 @@ class Scheduler:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Take a request out; nothing if it is done."""
+        """Remove a request; does nothing if it is finished."""
         ticket.is_cancelled = not ticket.is_done or ticket.is_cancelled
         if ticket in self.queue:
             self.queue.remove(ticket)
         self._release(ticket)
 
     def tick(self) -> list[Ticket]:
-        """Place what waits, make one call (a forward, or several steps), and return the requests that it
-        moved; none if there is nothing to do."""
+        """Place waiting requests, make one call (a forward, or several steps), and return the requests that
+        it advanced; none if there is nothing to do."""
         self._place_waiting()
         wanted = wanted_of({slot: ticket.sequence for slot, ticket in enumerate(self.rows) if ticket})
         if not wanted:
@@ -115,7 +115,7 @@ class Scheduler:
         return moved
 
     def _place_waiting(self) -> None:
-        """Give free slots to requests in the order in which they came."""
+        """Give free slots to requests in the order of their arrival."""
         for slot in range(len(self.rows)):
             if self.rows[slot] is None and self.queue:
                 ticket = self.queue.popleft()
@@ -127,8 +127,8 @@ class Scheduler:
         return max(ticket.sequence.length for ticket in self.rows if ticket)
 
     def _fit(self) -> None:
-        """A request was placed: make the cache as long as those in slots need. It grows at once, and shrinks
-        when that is worth a copy."""
+        """After a request was placed: make the cache as long as the requests in slots need. It grows at once,
+        and shrinks when that is worth a copy."""
         blocks = max(ticket.sequence.rules.block_length or 0 for ticket in self.rows if ticket)
         needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
         self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
@@ -141,7 +141,7 @@ class Scheduler:
             self.rows[ticket.slot] = None
 
     def _group(self, wanted: list[Wanted]) -> list[Wanted]:
-        """The rows of this tick: the one whose turn it is, and those that share its call."""
+        """The rows of this tick: the next one, and those that share its call."""
         first = self._next(wanted)
         same = [row for row in wanted if row.forward.role == first.forward.role]
         if first.forward.role == REFINE and (apart := self._with_idle_rows(same, first)):
@@ -150,8 +150,8 @@ class Scheduler:
         return next(run for run in runs if any(row.slot == first.slot for row in run))
 
     def _next(self, wanted: list[Wanted]) -> Wanted:
-        """Whose turn it is: the row that waited longest, of those that want what most want unless it has
-        waited too long."""
+        """The next row: the one that waited longest, among those that want the most common forward unless
+        another has waited too long."""
         first = min(wanted, key=self._waiting_since)
         if self.tick_number - self._waiting_since(first)[0] > _HELD_BACK:
             return first
@@ -165,8 +165,8 @@ class Scheduler:
         return ticket.served, ticket.number
 
     def _with_idle_rows(self, same: list[Wanted], first: Wanted) -> list[Wanted]:
-        """Refine steps that share a call with idle rows in the slots between them; none where that does not
-        pay or cannot be."""
+        """Refine steps that share a call with idle rows in the slots between them; none if that does not pay
+        or is impossible."""
         size = max(row.rows for row in same if self._can_share(row, first))
         apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
         span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0

@@ -1,7 +1,7 @@
-"""One row: its canvas, its blocks, and what it wants of the next forward. No backend, no batch.
+"""One row: its canvas, its blocks, and the next forward it needs. No backend, no batch.
 
-Positions are absolute and half-open. A row goes through its blocks from left to right:
-prefix pass -> select -> (refine -> select)* until the block has no mask, then the next block.
+Positions are absolute, ranges half-open. A row goes through its blocks from left to right: prefix pass ->
+select -> (refine -> select)* until the block has no mask, then the next block.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the bl
 
 @dataclass(frozen=True)
 class Step:
-    """A forward that was made, for traces: its window, the positions it committed and their tokens.
-
-    `seen` is what the policy chose from: the candidates, their statistics, and the block's state.
-    """
+    """A finished forward, for traces: its window, and the positions and tokens that it committed. seen: what
+    the policy chose from, i.e. the candidates, their statistics, and the block's state."""
 
     kind: str
     start: int
@@ -44,23 +42,23 @@ class Step:
 
     @property
     def confidence(self) -> list[float | None]:
-        """Of the positions that were committed; None where it is not known here."""
+        """The confidence of the committed positions; None if it is not known here."""
         if self.seen is None:
             return [None] * len(self.positions)
         by_position = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
         return [by_position.get(position) for position in self.positions]
 
     def as_list(self) -> list[object]:
-        """The step as recorded cases spell it: [kind, start, length, positions, tokens]."""
+        """The step in the form of recorded cases: [kind, start, length, positions, tokens]."""
         return [self.kind, self.start, self.length, self.positions, self.tokens]
 
     def with_confidence(self) -> list[object]:
-        """The step as results spell it: what `as_list` has, and the confidence of each position."""
+        """The step in the form of results: `as_list` and the confidence of each position."""
         return [*self.as_list(), self.confidence]
 
 
 class Sequence:
-    """The state of one row. `canvas` is the prompt and gen_length mask tokens; `trace` grows by one step a
+    """The state of one row. canvas: the prompt and gen_length mask tokens; trace: grows by one step per
     forward."""
 
     def __init__(self, prompt: Ints, rules: Rules, seed: int = 0) -> None:
@@ -73,7 +71,7 @@ class Sequence:
         self.block: tuple[int, int] | None = None
         self.before: tuple[int, int] | None = None  # the block before
         self._number = -1  # of the block
-        self.num_free = 0  # steps of the trace that took no forward of their own (speculation.py)
+        self.num_free = 0  # steps of the trace without a forward of their own (speculation.py)
         self.state = BlockState(0, 0)
         self._open_block(self.prompt_length)
 
@@ -94,7 +92,7 @@ class Sequence:
         return len(self.trace) - self.num_free
 
     def fork(self) -> Sequence:
-        """A row that goes on from here by itself, with a trace of its own."""
+        """An independent copy that continues from here, with a trace of its own."""
         twin = copy.copy(self)
         twin.canvas, twin.trace = self.canvas.copy(), []
         return twin
@@ -128,18 +126,17 @@ class Sequence:
 
     @property
     def opens_block(self) -> bool:
-        """Whether the next forward is the block's first, or another of its kind: where the row before the
-        block predicts its first position, no later one can fill that, if `hold_back_eos` left it masked."""
+        """Whether the next forward is the block's first, or another of its kind: if the row before the block
+        predicts its first position, no later forward can fill that position when `hold_back_eos` left it
+        masked."""
         assert self.block is not None
         is_held = self.rules.hold_back_eos and self._has_first_commit and bool(self.is_masked[self.block[0]])
         return self.state.step == 0 or is_held
 
     def commit(self, forward: Forward, stats: RowStats, instead: Written | None = None) -> None:
-        """Let the policy choose among the candidates, write the proposals, and move on.
-
-        `instead`: positions and tokens to write in their place; the trace still says what the policy chose
-        (replay.follow).
-        """
+        """Let the policy choose among the candidates, write the proposals, and advance. instead: positions
+        and tokens to write in place of the policy's; the trace still records the policy's choice
+        (replay.follow)."""
         assert self.block is not None
         state = replace(
             self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates
@@ -155,8 +152,8 @@ class Sequence:
         self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
 
     def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
-        """The statistics that count [R], which candidates are committed [R], and whether that is the block's
-        first, whatever the policy."""
+        """The effective statistics [R], the candidates to commit [R], and whether that is the block's first
+        position, whatever the policy."""
         every = np.ones(len(stats.token), np.bool_)
         if not self.rules.hold_back_eos:
             return (
@@ -171,7 +168,7 @@ class Sequence:
         return stats, select_holding_back(self.rules.policy, stats, is_end, state), False
 
     def commit_rule(self, forward: Forward) -> CommitRule | None:
-        """The policy's choices in the running block as data, if a device can follow them from this forward
+        """The policy's choices in the current block as data, if a device can follow them from this forward
         on."""
         assert self.block is not None
         inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
@@ -185,7 +182,7 @@ class Sequence:
         return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
 
     def follow(self, positions: Ints, tokens: Ints) -> None:
-        """Take over what a device committed in one step of the running block."""
+        """Apply what a device committed in one step of the current block."""
         self._write(self.next_forward(), (positions.tolist(), tokens.tolist()), forced=self._is_forced)
 
     def _write(
@@ -196,7 +193,7 @@ class Sequence:
         seen: Seen | None = None,
         forced: bool = False,
     ) -> None:
-        """Write positions into the canvas, note the step with what was chosen, and move on."""
+        """Write positions into the canvas, record the step with what was chosen, and advance."""
         assert self.block is not None
         positions, tokens = written or chosen
         self.canvas[positions] = tokens
@@ -223,7 +220,8 @@ class Sequence:
         return self.rules.first_commit and self.rules.cache.keeps_cache
 
     def _open_block(self, start: int) -> None:
-        """The next block: first those of the generation, from left to right, then the gaps of the prompt."""
+        """Open the next block: first those of the generation, from left to right, then the gaps of the
+        prompt."""
         masked = np.flatnonzero(self.is_masked)
         limit, self.before, self._number = self.length, self.block, self._number + 1
         if not len(masked):
@@ -238,8 +236,8 @@ class Sequence:
         self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
 
     def _has_ended(self) -> bool:
-        """Whether an end-of-sequence token stands with no mask before it; what follows it is then filled with
-        it."""
+        """Whether there is an end-of-sequence token without a mask before it; everything after it is then
+        filled with it."""
         ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
         if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
             return False

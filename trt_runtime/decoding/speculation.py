@@ -27,8 +27,8 @@ from trt_runtime.errors import DllmError
 
 
 class Speculating(Generator):
-    """A Generator whose every call verifies up to `branches` steps of one row. Raises DllmError where the
-    backend takes fewer rows per call."""
+    """A Generator whose calls each verify up to `branches` steps of one row. Raises DllmError if the backend
+    accepts fewer rows per call."""
 
     def __init__(self, backend: Backend, sequences: Iterable[Sequence], branches: int) -> None:
         if backend.max_batch is not None and branches > backend.max_batch:
@@ -58,7 +58,8 @@ class Speculating(Generator):
         return wanted
 
     def _one_step(self, wanted: Wanted, instead: Written | None) -> None:
-        """One forward, after which all branches have its keys and values: copied, or else made in each."""
+        """One forward, after which all branches have its keys and values: copied, or else computed in
+        each."""
         first = wanted.slot * self.branches
         can_copy = self.backend.copy_slot(self.cache, first, slice(first, first))
         group = [replace(wanted, slot=first + i) for i in range(1 if can_copy else self.branches)]
@@ -84,7 +85,7 @@ class Speculating(Generator):
 
 
 def _drafts(row: Sequence, most: int) -> list[Sequence]:
-    """The row after its next steps in the running block, as its last statistics foretell them."""
+    """The row after its next steps in the current block, as predicted from its last statistics."""
     seen, drafts, last = row.trace[-1].seen if row.trace and row.state.step else None, list[Sequence](), row
     while seen is not None and len(drafts) < most:
         last = last.fork()
@@ -99,7 +100,7 @@ def _drafts(row: Sequence, most: int) -> list[Sequence]:
 
 
 def _of(seen: Seen, candidates: Ints) -> RowStats:
-    """The statistics of some of the candidates that were seen."""
+    """The statistics of some of the candidates."""
     at, stats = np.searchsorted(seen[0], candidates), seen[1]
     best = None if stats.best is None else stats.best[at]
     return RowStats(stats.token[at], stats.confidence[at], stats.runner_up[at], stats.entropy[at], best)

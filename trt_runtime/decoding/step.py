@@ -1,8 +1,6 @@
-"""One call for a group of rows: which rows can share it, its inputs, and what each row makes of its
-statistics.
-
-The loop (generator.py), continuous batching (scheduler.py) and speculation (speculation.py) all step rows by
-the functions of this file.
+"""One call for a group of rows: which rows can share it, its inputs, and what each row commits from its
+statistics. The loop (generator.py), continuous batching (scheduler.py) and speculation (speculation.py) all
+advance rows by the functions of this file.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from trt_runtime.decoding.sequence import Sequence, Written
 
 @dataclass(frozen=True)
 class Wanted:
-    """The forward that the row in a slot wants next."""
+    """The next forward of the row in a slot."""
 
     slot: int
     sequence: Sequence
@@ -38,7 +36,7 @@ class Wanted:
 
 
 def wanted_of(rows: Mapping[int, Sequence]) -> list[Wanted]:
-    """What every unfinished row wants next; `rows` by slot."""
+    """The next forward of every unfinished row; `rows` by slot."""
     return [Wanted(slot, row, row.next_forward()) for slot, row in rows.items() if not row.is_finished]
 
 
@@ -73,19 +71,19 @@ def advance(
 
 
 def forward(backend: Backend, cache: Cache, group: list[Wanted], window: Window) -> Stats:
-    """The statistics of one forward of a group; nothing is committed."""
+    """The statistics of one forward of a group; commits nothing."""
     want_logits = any(wanted.sequence.rules.sampler.needs_logits for wanted in group)
     return backend.forward(group[0].forward.role, cache, slots_of(group), window, want_logits=want_logits)
 
 
 def index_of(wanted: Wanted, group: list[Wanted]) -> int:
-    """Where a row of the group stands in its call."""
+    """The index of a row of the group in its call."""
     return wanted.slot - group[0].slot
 
 
 def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | None:
-    """The rules by which the backend may make several steps of a group in one call; None where it takes one
-    at a time, or a row has no rule."""
+    """The rules by which the backend may run several steps of a group in one call; None if it runs one at a
+    time, or a row has no rule."""
     if backend.steps_per_sync == 1:
         return None
     rules = [rule for wanted in group if (rule := wanted.sequence.commit_rule(wanted.forward)) is not None]
@@ -95,11 +93,9 @@ def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | N
 def _several_steps(
     backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]
 ) -> None:
-    """Several steps of the rows' blocks in one call; each row then follows its own, and ends where it would
-    have ended.
-
-    `window` has a row for every slot, the group's or not: rows that are not hold no mask, and commit nothing.
-    """
+    """Several steps of the rows' blocks in one call; each row then follows its own, and stops where it would
+    have stopped alone. window: has a row for every slot, including those of other rows, which have no mask
+    and commit nothing."""
     at = [index_of(wanted, group) for wanted in group]
     columns = np.arange(max(rule.limit for rule in rules))
     shift = group[0].sequence.rules.logit_shift
@@ -121,7 +117,7 @@ def _several_steps(
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:
     """Runs of at most `max_batch` neighbouring slots that can share one call: the same role, and windows that
-    can take one number of rows."""
+    can have the same number of rows."""
     for role in sorted({row.forward.role for row in wanted}, key=ROLES.index):
         group: list[Wanted] = []
         for row in (item for item in wanted if item.forward.role == role):
@@ -137,12 +133,11 @@ def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) ->
 
 
 def assemble(group: list[Wanted]) -> Window:
-    """The inputs of a call, int64. Rows shorter than the longest are padded at their end, beyond their
-    kv_len."""
+    """The inputs of a call, int64. Shorter rows are padded at their end, beyond their kv_len."""
     size = max(row.rows for row in group)
     wanted_rows = max(len(row.forward.candidates) for row in group)
     ids = np.zeros((len(group), size), np.int64)
-    # prefix graphs of earlier exports tell padding by its positions: it must not lie before kv_len
+    # prefix graphs of earlier exports recognise padding by its positions, which must not be below kv_len
     position_ids = np.tile(np.arange(size, dtype=np.int64), (len(group), 1))
     logit_rows = np.zeros((len(group), wanted_rows), np.int64)
     start = np.array([row.forward.start for row in group], np.int64)
@@ -155,8 +150,8 @@ def assemble(group: list[Wanted]) -> Window:
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
-    """The statistics of a row's candidates; with a temperature or filters, of proposals drawn from its
-    logits."""
+    """The statistics of a row's candidates; with a temperature or filters, those of proposals sampled from
+    its logits."""
     count, rules = len(wanted.forward.candidates), wanted.sequence.rules
     row = stats.row(index, count)
     if not rules.sampler.needs_logits:

@@ -1,9 +1,9 @@
-"""Policies beyond Fast-dLLM's own: how many positions a forward commits follows the model's certainty. Pure
-NumPy.
+"""Policies beyond Fast-dLLM's own: the number of positions that a forward commits follows the model's
+certainty. Pure NumPy.
 
-Each is one rule over the statistics of the graph, which its docstring states with its paper. Where a paper
-works on logits, on several blocks at a time or with stages, the docstring says what was made of it. Every one
-commits at least the most confident position.
+Each is one rule over the graph's statistics; its docstring states the rule and the paper, and what was
+adapted where a paper works on logits, on several blocks at a time or in stages. Every policy commits at least
+the most confident position.
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ Trials = tuple[Mapping[str, Value], ...]
 @dataclass(frozen=True)
 class EntropyBounded(Policy):
     """EB-sampler (arXiv 2505.24857): positions in order of entropy, as many as keep the sum of their
-    entropies less the largest within gamma.
-
-    That difference bounds how much the positions can depend on one another, and so what committing them
-    together can cost.
-    """
+    entropies minus the largest within gamma. That difference bounds how much the positions depend on one
+    another, and so the error of committing them together."""
 
     name: ClassVar[str] = "eb"
     is_joint: ClassVar[bool] = True
@@ -58,8 +55,8 @@ class EntropyBounded(Policy):
 
 @dataclass(frozen=True)
 class Margin(Policy):
-    """All positions whose best token is ahead of the second by the threshold, and the one where it is ahead
-    the most (arXiv 2502.06768)."""
+    """All positions whose best token leads the second by the threshold, and the one with the largest lead
+    (arXiv 2502.06768)."""
 
     name: ClassVar[str] = "margin"
     threshold: float = option(
@@ -145,11 +142,11 @@ class Hierarchy(Policy):
 
 @dataclass(frozen=True)
 class Prophet(Policy):
-    """Prophet (arXiv 2508.19982): one position a forward, until the model is sure of all: then everything at
-    once.
+    """Prophet (arXiv 2508.19982): one position per forward until the model is certain of all, then everything
+    at once.
 
-    It is sure when the mean gap between the two best logits is at least 7.5 in the first third of the block,
-    5 in the second, 2.5 in the last. (The gap of two logits is the logarithm of the ratio of their
+    It is certain when the mean gap between the two best logits is at least 7.5 in the first third of the
+    block, 5 in the second, 2.5 in the last. (The gap of two logits is the logarithm of the ratio of their
     probabilities. The paper measures progress over the generation and the gap over the answer.)
     """
 
@@ -202,5 +199,5 @@ class SlowFast(Policy):
 
 
 def _positions(state: BlockState, count: int) -> Ints:
-    """Of the candidates [R] on the canvas; without any, as if they stood side by side."""
+    """Canvas positions of the candidates [R]; without any, as if they were neighbours."""
     return np.arange(count) if state.positions is None else state.positions

@@ -1,7 +1,8 @@
-"""What a policy is: which masked positions to commit, from the statistics of a forward. Pure NumPy.
+"""What a policy is: it chooses the masked positions to commit, from the statistics of a forward. Pure NumPy.
+Shape legend: R candidates of one row of the batch.
 
-Shape legend: R candidates of one row of the batch. A policy sees one row at a time: rows of a batch may
-follow different policies, and no row can depend on its batch-mates.
+A policy sees one row at a time: rows of a batch may follow different policies, and no row can depend on its
+batch-mates.
 """
 
 from __future__ import annotations
@@ -25,11 +26,8 @@ _MOST_ENTROPY = 1e30  # finite, as scores are divided and added
 @dataclass(frozen=True)
 class RowStats:
     """Statistics [R] of one row: the proposed token, its probability, the next best probability, the entropy
-    in nats.
-
-    `best` is the probability of the best token where the proposal was drawn and may be another; None: it is
-    `confidence`.
-    """
+    in nats. best: the probability of the best token if the proposal was sampled and may be another; None: the
+    same as `confidence`."""
 
     token: Ints
     confidence: Floats
@@ -39,7 +37,7 @@ class RowStats:
 
     @property
     def margin(self) -> Floats:
-        """Probability of the best token less that of the second best."""
+        """Probability of the best token minus that of the second best."""
         return (self.confidence if self.best is None else self.best) - self.runner_up
 
 
@@ -65,11 +63,9 @@ class BlockState:
 
 @dataclass(frozen=True)
 class CommitRule:
-    """A policy's choice in a block as data, which a device can follow without the host (steps.py).
-
+    """A policy's choice in a block as data, which a device can follow without the host (device_commit.py).
     kind: fixed, threshold or factor. limit: positions of the block. masks, steps, number: of a fixed
-    schedule, the masks it began with, its steps, and how many of them are done.
-    """
+    schedule, the masks it began with, its steps, and how many of them are done."""
 
     kind: str
     limit: int
@@ -97,13 +93,13 @@ class Policy(ABC):
 
     @classmethod
     def made(cls, options: Mapping[str, Value], steps_per_block: int | None = None) -> Policy:
-        """The policy with `options` (others may be among them), and the steps of a block if it takes them."""
+        """The policy with `options` (which may include others), and the steps per block if it takes them."""
         own: dict[str, Any] = {item.name: options.get(item.name, item.default) for item in options_of(cls)}
         return cls(**own, **({"steps_per_block": steps_per_block} if cls.takes_steps() else {}))
 
     @classmethod
     def takes_steps(cls) -> bool:
-        """Whether the policy has a use for `steps`."""
+        """Whether the policy uses `steps`."""
         return "steps_per_block" in getattr(cls, "__dataclass_fields__", {})
 
     @property
@@ -116,13 +112,13 @@ class Policy(ABC):
         """The positions [R] to commit: a subset of `is_masked` [R]."""
 
     def rule(self, state: BlockState, limit: int) -> CommitRule | None:
-        """The same choice as data, for a block of `limit` positions; None where it cannot be written so."""
+        """The same choice as data, for a block of `limit` positions; None if it cannot be expressed so."""
         return None
 
 
 def without_confidence(stats: RowStats, which: Bools) -> RowStats:
-    """The statistics [R] with those of `which` [R] as unsure as can be: confidence 0, and last by entropy and
-    margin too."""
+    """The statistics [R] with those of `which` [R] as uncertain as possible: confidence 0, and last by
+    entropy and margin too."""
     best = stats.confidence if stats.best is None else stats.best
     return RowStats(
         stats.token,
@@ -134,9 +130,9 @@ def without_confidence(stats: RowStats, which: Bools) -> RowStats:
 
 
 def select_holding_back(policy: Policy, stats: RowStats, is_end: Bools, state: BlockState) -> Bools:
-    """What `policy` commits of all candidates [R], but those of `is_end` [R] only once no other is left
-    (LLaDA's evaluations set the confidence of end tokens to 0). `stats` are those of `without_confidence`;
-    policies that look at none are held to it here."""
+    """What `policy` commits from all candidates [R], but end tokens (`is_end` [R]) only once no other
+    candidate is left (LLaDA's evaluations set the confidence of end tokens to 0). stats: from
+    `without_confidence`; this function also holds policies to it that look at no statistics."""
     if policy.is_joint and not is_end.all():
         return policy.select(stats, ~is_end, state)
     chosen = policy.select(stats, np.ones_like(is_end), state)

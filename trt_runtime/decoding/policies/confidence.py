@@ -1,7 +1,5 @@
-"""Fast-dLLM's own policies: as many positions as are sure, by a threshold or a factor. Pure NumPy.
-
-Shape legend: R candidates of one row of the batch.
-"""
+"""Fast-dLLM's own policies: commit as many positions as are certain, by a threshold or a factor. Pure NumPy.
+Shape legend: R candidates of one row of the batch."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ class Threshold(Policy):
     """The most confident position, and every other with confidence >= threshold (Fast-dLLM, arXiv 2505.22618,
     section 3.3).
 
-    With `steps_per_block` only the most confident of a budget are asked: an equal share for each step, and
-    what earlier steps left over (Fast-dLLM's Dream without a cache). After the last step the budget is all
+    With `steps_per_block`, only the most confident within a budget: an equal share per step, plus what
+    earlier steps left over (Fast-dLLM's Dream without a cache). After the last step the budget is everything
     that is left.
     """
 
@@ -54,10 +52,8 @@ class Threshold(Policy):
 @dataclass(frozen=True)
 class Factor(Policy):
     """The n most confident positions for the largest n with (n + 1)(1 - c_n) < factor, at least one
-    (Fast-dLLM, theorem 1).
-
-    The published code accepts one candidate more than this rule of the paper; the rule is followed here.
-    """
+    (Fast-dLLM, theorem 1). The published code accepts one candidate more than this rule of the paper; here
+    the paper's rule is used."""
 
     name: ClassVar[str] = "factor"
     factor: float = option(

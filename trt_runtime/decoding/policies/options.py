@@ -21,7 +21,7 @@ from trt_runtime.errors import DllmError, shown
 
 Value = int | float | bool | str
 _KEY = "option"
-# what GenerationConfig has for itself, and no policy can have as an option
+# names of GenerationConfig's own, which no policy can use for an option
 LOOP_OPTIONS = frozenset(
     {
         "gen_length",
@@ -48,12 +48,9 @@ LOOP_OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a policy: its type (that of its default), range, default, and help. `low_is_open`: `low`
-    itself is outside the range.
-
-    off: the value with which it does nothing, and may be given whatever the policy is; None if there is no
-    such value.
-    """
+    """An option of a policy: its type (that of its default), range, default, and help. low_is_open: `low`
+    itself is outside the range. off: the value at which it does nothing, and which may be given with any
+    policy; None if there is none."""
 
     name: str
     default: Value
@@ -69,7 +66,7 @@ class Option:
         return type(self.default)
 
     def check(self, value: object) -> None:
-        """Raise DllmError for a value of another type or outside the range. A whole number will do for a
+        """Raise DllmError for a value of another type or outside the range. A whole number is accepted for a
         fraction."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
@@ -116,7 +113,7 @@ def option(
     off: Value | None = None,
     hint: str = "",
 ) -> Any:
-    """A field of a policy's dataclass that is an option (see Option)."""
+    """Declare an option as a field of a policy's dataclass (see Option)."""
     declared = Option("", default, help, low, high, low_is_open, off, hint)
     return dataclasses.field(default=default, metadata={_KEY: declared})
 

@@ -1,5 +1,5 @@
-"""The policies by name. A policy from outside: an entry point of the group `dllm_trt.policies`, or `--policy
-my_module:MyPolicy`."""
+"""The policies by name. A policy from outside is an entry point of the group `dllm_trt.policies`, or
+`--policy my_module:MyPolicy`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trt_runtime.registry import Registry, of_classes
 
 
 def _check(policy: type[Policy]) -> None:
-    """One name, one option: a type and a default, for every policy that takes it. Raises DllmError."""
+    """Check that an option has the same type and default in every policy that takes it. Raises DllmError."""
     for item in options_of(policy):
         item.check(item.default)
         if item.name in LOOP_OPTIONS:
@@ -61,5 +61,5 @@ def options() -> dict[str, Option]:
 
 
 def takers(name: str) -> list[str]:
-    """The policies that take an option, by their names."""
+    """The names of the policies that take an option."""
     return [policy.name for policy in POLICIES.all() if name in {item.name for item in options_of(policy)}]

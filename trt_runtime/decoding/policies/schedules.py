@@ -29,10 +29,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 @dataclass(frozen=True)
 class Fixed(Policy):
     """The quota's number of most confident positions: a schedule, whatever the confidence (LLaDA, arXiv
-    2502.09992).
-
-    Without `steps_per_block`, here and in the other schedules, there is a step for each mask.
-    """
+    2502.09992). Without `steps_per_block`, here and in the other schedules, there is one step per mask."""
 
     name: ClassVar[str] = "fixed"
     is_schedule: ClassVar[bool] = True
@@ -42,7 +39,8 @@ class Fixed(Policy):
         steps, number = _steps(self.steps_per_block, state), state.step - state.forced
         quotas = quota(state.num_masked, max(1, steps - state.forced))
         planned = quotas[number] if number < len(quotas) else 0
-        # never none: where gaps of the prompt took part of the quota, the block outlasts its schedule
+        # at least one: if gaps of the prompt used part of the quota, the block needs more steps than its
+        # schedule has
         return most_confident(stats.confidence, is_masked, max(1, planned))
 
     def rule(self, state: BlockState, limit: int) -> CommitRule:
@@ -54,12 +52,9 @@ class Fixed(Policy):
 
 @dataclass(frozen=True)
 class Decaying(Policy):
-    """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the share of it
-    that has passed.
-
-    The positions are the best by `score`, or with alg_temp > 0 drawn from softmax(score / alg_temp). Steps
-    that would commit nothing are left out: their forward would change nothing.
-    """
+    """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the fraction of it
+    that has passed. The positions are the best by `score`, or with alg_temp > 0 sampled from softmax(score /
+    alg_temp). Steps that would commit nothing are skipped: their forward would change nothing."""
 
     is_schedule: ClassVar[bool] = True
     steps_per_block: int | None = None
@@ -77,7 +72,7 @@ class Decaying(Policy):
 
     @abstractmethod
     def score(self, stats: RowStats) -> Floats:
-        """What positions are ordered by [R], the best highest."""
+        """The order of the positions [R], best highest."""
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         quotas = [
@@ -87,7 +82,8 @@ class Decaying(Policy):
         ]
         number = state.step - state.forced
         score = self.score(stats)
-        if self.alg_temp > 0:  # the largest of score/T plus Gumbel noise are a draw without replacement
+        # the largest values of score/T plus Gumbel noise are a sample without replacement
+        if self.alg_temp > 0:
             assert state.rng is not None
             score = score / self.alg_temp + state.rng.gumbel(size=len(score))
         return most_confident(score, is_masked, quotas[number] if number < len(quotas) else len(score))
@@ -115,7 +111,7 @@ class Entropy(Decaying):
 
 @dataclass(frozen=True)
 class TopkMargin(Decaying):
-    """Dream's schedule, widest gap between the best two tokens first."""
+    """Dream's schedule, largest gap between the best two tokens first."""
 
     name: ClassVar[str] = "topk_margin"
 
@@ -128,8 +124,8 @@ class Origin(Policy):
     """Each masked position is committed at a step drawn for it alone (Dream's `origin`, the reverse process
     of arXiv 2406.03736).
 
-    It is step i with probability 1 - t[i+1]/t[i] if it was none before; steps that draw no position are left
-    out.
+    It is step i with probability 1 - t[i+1]/t[i] if it was no earlier step; steps that draw no position are
+    skipped.
     """
 
     name: ClassVar[str] = "origin"
@@ -146,7 +142,7 @@ class Origin(Policy):
             return is_masked
         steps = _steps(self.steps_per_block, state)
         time = _times(steps)[min(state.forced, steps - 1) :]
-        survival = time[1:-1] / time[0]  # the last step takes all that remain
+        survival = time[1:-1] / time[0]  # the last step commits everything that remains
         step = np.searchsorted(1 - survival, state.uniform, side="right")
         return np.asarray(is_masked & (step == step[is_masked].min()))
 
@@ -164,7 +160,7 @@ def quota(masked: int, steps: int) -> list[int]:
 
 def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
     """Positions that Dream's schedule commits in steps `first` to steps - 1: int(left * (1 - t[i+1]/t[i])),
-    at last all."""
+    and everything in the last."""
     if steps < 1 or masked < 0:
         raise DllmError(
             f"a schedule of {steps} steps for {masked} masks: expected at least one step and no negative "
@@ -178,7 +174,7 @@ def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
 
 
 def _steps(steps_per_block: int | None, state: BlockState) -> int:
-    """Steps of the block, the forced one included."""
+    """Steps of the block, including the forced one."""
     return max(1, state.num_masked + state.forced) if steps_per_block is None else steps_per_block
 
 
