@@ -1,1 +1,1 @@
-"""The machine: its devices, what fits and how fast, and what is missing."""
+"""The machine: its devices, what fits on them and how fast it runs, and what is missing."""

@@ -27,9 +27,8 @@ from trt_runtime.system import processor
 GIB = 1 << 30
 _COPIED = 1 << 26  # bytes: more than the caches of most processors
 _PATIENCE = 0.08  # seconds for each of the two measurements
-# 8-bit products beside fp32's, an estimate: 441 Gop/s beside 112 GFLOP/s with AVX-512 VNNI
-# (benchmarks/results/system-scaling.json); a processor without such instructions gains nothing that can be
-# counted on
+# 8-bit products compared with fp32, an estimate: 441 Gop/s against 112 GFLOP/s with AVX-512 VNNI
+# (benchmarks/results/system-scaling.json); without such instructions there is no speedup to count on
 _INT8_GAIN, _INT8_FLAGS = 3.9, {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"}
 
 
@@ -85,7 +84,7 @@ def _jetson(
     return replace(gpu, shared=True, reads_whole=reads_whole)
 
 
-# Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7) memory of data-centre
+# Jetsons with the TensorRT of their JetPack: Orin's 10.3 (JetPack 6), Thor's 10.13 (7). Memory of data-centre
 # cards and Jetsons as the driver reports it; GeForce cards as named (the driver reports up to 2 % less)
 DEVICES = {
     "a100-40g": _gpu("A100 40 GB", 80, 39.4, 1555, 312, 19.5),
@@ -105,7 +104,7 @@ DEVICES = {
 
 
 def find(name: str) -> DeviceSpec:
-    """A device by its name in the table, or 'cpu' for this machine. Raises DllmError for an unknown one."""
+    """A device by its name in the table, or 'cpu' for this machine. Raises DllmError for an unknown name."""
     if name == "cpu":
         return this_machine()
     if name not in DEVICES:
@@ -114,11 +113,9 @@ def find(name: str) -> DeviceSpec:
 
 
 def this_machine() -> DeviceSpec:
-    """This machine: memory, as Linux gives it, a tenth of which is left to the system; bandwidth and rates,
-    measured in less than half a second.
-
-    ONNX Runtime computes fp16 in fp32 on a CPU and no bf16, so there is no 16-bit rate.
-    """
+    """This machine: its memory as Linux reports it, a tenth of which is left to the system; bandwidth and
+    rates, measured in less than half a second. ONNX Runtime computes fp16 in fp32 on a CPU and no bf16, so
+    there is no 16-bit rate."""
     total, rates = meminfo("MemTotal"), _rates()
     if rates is None:
         return DeviceSpec("this machine's CPU", total, total // 10, is_cpu=True)
@@ -138,8 +135,8 @@ def this_machine() -> DeviceSpec:
 
 @lru_cache(maxsize=1)
 def _rates() -> tuple[float, float] | None:
-    """Bytes and operations a second, measured once; None where so little memory is free that no forecast of a
-    time would hold."""
+    """Bytes and operations per second, measured once; None if so little memory is free that a forecast of a
+    time would be wrong."""
     try:
         return _bandwidth(), _product_rate()
     except MemoryError:
@@ -152,7 +149,7 @@ def has_int8() -> bool:
 
 
 def _bandwidth() -> float:
-    """Bytes a second of a copy by all cores, both directions counted."""
+    """Bytes per second of a copy by all cores, counting both directions."""
     cores = len(os.sched_getaffinity(0))
     source = np.ones(_COPIED, np.uint8)
     target = np.zeros_like(source)
@@ -172,7 +169,7 @@ def _product_rate() -> float:
 
 
 def _least(run: Callable[[], object]) -> float:
-    """The shortest time of a call, after one that warms up."""
+    """The shortest time of a call, after a warm-up."""
     run()
     best, end = float("inf"), time.perf_counter() + _PATIENCE
     while True:
@@ -184,7 +181,7 @@ def _least(run: Callable[[], object]) -> float:
 
 
 def meminfo(key: str) -> int:
-    """A line of /proc/meminfo in bytes; 0 where there is none."""
+    """A line of /proc/meminfo in bytes; 0 if it does not exist."""
     path = Path("/proc/meminfo")
     for line in path.read_text(encoding="ascii").splitlines() if path.is_file() else []:
         if line.startswith(key + ":"):
@@ -193,7 +190,7 @@ def meminfo(key: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest unit of which there is one."""
+    """Bytes in the largest unit that gives at least one."""
     unit, name = next(
         ((unit, name) for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")) if size >= unit),
         (1, "B"),

@@ -1,4 +1,4 @@
-"""A forecast (plan.py) as text."""
+"""A forecast (forecast.py) as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORECAST = (
 
 
 def describe(facts: ModelFacts, forecast: dict[str, Any], *, verdicts: bool) -> str:
-    """A report as text."""
+    """A forecast as text."""
     work, disk, how = forecast["work"], forecast["disk"], forecast["quantised"]
     kind = f", {how['scheme']} for {how['target']}" if how else ""
     lines = [
@@ -57,7 +57,7 @@ def describe(facts: ModelFacts, forecast: dict[str, Any], *, verdicts: bool) -> 
 
 
 def _measured(forecast: dict[str, Any]) -> str:
-    """What the forecast for this machine's CPU stands on."""
+    """What the forecast for this machine's CPU is based on."""
     rates = next(
         (
             row["rates"]

@@ -18,7 +18,7 @@ from trt_runtime.system import commands
 
 
 def gpu_findings() -> Iterator[Finding]:
-    """The driver and its devices, asked through libcuda: no CUDA toolkit and no package is needed."""
+    """The driver and its devices, queried through libcuda."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         if not all(hasattr(cuda, name) for name in ("cuDriverGetVersion", "cuDeviceTotalMem_v2")):
@@ -44,7 +44,7 @@ def gpu_findings() -> Iterator[Finding]:
 
 
 def _driver(version: int) -> Finding:
-    """Whether the installed cuda-bindings run on it: theirs must not be of a newer CUDA."""
+    """Whether the installed cuda-bindings work with the driver: they must not be for a newer CUDA."""
     driver, bindings = version // 1000, bindings_major()
     said = f"CUDA {driver}.{version % 1000 // 10}"
     if bindings is None or bindings <= driver:

@@ -1,1 +1,1 @@
-"""What is measured of an artifact: speed, recorded cases, evaluation tasks, tuning."""
+"""Measurements of an artifact: speed, recorded cases, evaluation tasks, tuning."""

@@ -1,9 +1,9 @@
-"""Measure caches and parallel unmasking side by side in one run: every variant in turn, again and again,
+"""Measure caches and parallel unmasking side by side in one run: all variants in turn, repeatedly, with
 medians at the end.
 
-Honest figures: tokens/s counts useful tokens (before the end of the answer; with random prompts, where no
-answer ends, all generated tokens), batch 1, the time from the first forward to the last. Memory is the peak
-of a process of its own.
+tokens/s counts useful tokens (before the end of the answer; with random prompts, where no answer ends, all
+generated tokens) at batch 1, over the time from the first forward to the last. Memory is the peak of a
+separate process.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ from trt_runtime.decoding.sequence import Sequence, Step
 from trt_runtime.errors import DllmError, unknown
 
 Case = dict[str, Any]
-FORMAT = 3  # of the files that are written here (2 is that of recordings of block-causal models)
-# kinds of steps in files of format 1: 'prefix' was a refine step there
+FORMAT = 3  # of the files written here (2 is the format of recordings of block-causal models)
+# kinds of steps in files of format 1, where 'prefix' was a refine step
 _KINDS_OF_1 = {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK}
 _MODES = ("none", "prefix", "dual")  # of random cases
 INPUTS = (
@@ -57,15 +57,14 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class CaseFile:
-    """The cases of a file, the kinds of their steps in today's words, and the format that they were written
-    in."""
+    """The cases of a file with today's kinds of steps, and the format that they were written in."""
 
     cases: list[Case]
     format: int
 
 
 def read_file(path: Path) -> CaseFile:
-    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which is of format 1. Raises
+    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which has format 1. Raises
     DllmError."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -91,12 +90,12 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def spelled_for(case: Case, written: int) -> Case:
-    """A case or a result with the kinds of its steps as files of a format have them."""
+    """A case or a result with the kinds of its steps as a format names them."""
     return _with_kinds(case, {new: old for old, new in _KINDS_OF_1.items()}) if written == 1 else case
 
 
 def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
-    """The same with other words for the kinds; steps that are none are left for the checks."""
+    """The same with other names of the kinds; entries that are not steps are left for the checks."""
     if not isinstance(case.get("trace"), list):
         return case
     steps = [
@@ -110,7 +109,8 @@ def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
 
 @dataclass(frozen=True)
 class CaseRow:
-    """A row of a case: `padding` tokens at its left are not part of it, and shift what its trace says."""
+    """A row of a case: `padding` tokens at its left are not part of it, and shift the positions in its
+    trace."""
 
     sequence: Sequence
     padding: list[int]
@@ -124,7 +124,8 @@ class CaseRow:
 
 
 def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
-    """Inputs of `count` cases over random prompts, going through caches, policies, and lengths in turn."""
+    """Inputs of `count` cases over random prompts, with all combinations of caches, policies and lengths in
+    turn."""
     rng = np.random.default_rng(seed)
     model, special = manifest.model, manifest.decoding.special_token_ids
     words = np.array([token for token in range(model.vocab_size) if token not in special])
@@ -167,7 +168,8 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
         raise DllmError(
             f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs."
         )
-    # cases are facts about the loop: thresholds outside (0, 1] are allowed here, unlike in GenerationConfig
+    # cases record facts about the loop: thresholds outside (0, 1] are allowed here, unlike in
+    # GenerationConfig
     config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
     top_p, top_k = case.get("top_p"), case.get("top_k")
     sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
@@ -213,7 +215,7 @@ def _are_steps(value: Any, needed: bool) -> bool:
 
 
 def _is_step(value: Any, several: bool) -> bool:
-    """A step of a trace; with `several` rows its positions may be [row, position] pairs."""
+    """Whether this is a step of a trace; with `several` rows its positions may be [row, position] pairs."""
     kinds = (str, int, int, list, list, list)
     ok = (
         isinstance(value, list)
@@ -225,7 +227,7 @@ def _is_step(value: Any, several: bool) -> bool:
 
 
 def _is_padding(value: Any, prompts: list[list[int]]) -> bool:
-    """A mask as long as each prompt, whose false entries stand at the left of true ones."""
+    """Whether this is a mask as long as each prompt, whose false entries are to the left of the true ones."""
     return (
         isinstance(value, list)
         and len(value) == len(prompts)
@@ -299,7 +301,7 @@ def _schedules() -> list[str]:
 
 
 def _alg(case: Case) -> str:
-    """The policy's name: as the case has it, or by the number that it gives."""
+    """The policy's name: as the case has it, or by its number."""
     if case.get("factor") is not None:
         return "factor"
     name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))

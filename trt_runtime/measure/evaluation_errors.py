@@ -1,5 +1,5 @@
-"""What lm-evaluation-harness, its data sets and the code of tasks raise, as one sentence each that says how
-to go on."""
+"""The exceptions of lm-evaluation-harness, its data sets and the code of tasks, as one sentence each that
+says what to do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from trt_runtime.system import commands
 from trt_runtime.system.program import chain_of
 
 _log = logging.getLogger(__name__)
-# exceptions of datasets, huggingface_hub, requests and httpx, by name: what a base class of an error is
-# called
+# exceptions of datasets, huggingface_hub, requests and httpx, by the name of the class or a base class
 _NOT_REACHED = {
     "ConnectionError",
     "RequestException",
@@ -36,8 +35,8 @@ _UNSAFE = "the task runs code that the model writes, which can do anything on th
 
 @contextmanager
 def in_one_line(*, run_unsafe_code: bool) -> Iterator[None]:
-    """Turn whatever is raised inside into a DllmError. The traceback is logged at level DEBUG, and kept as
-    the cause."""
+    """Turn whatever is raised inside into a DllmError. The traceback is logged at level DEBUG and kept as the
+    cause."""
     try:
         yield
     except (Exception, SystemExit) as error:  # a task's functions can raise anything
@@ -65,7 +64,7 @@ def _where(error: BaseException) -> str:
 
 
 def unsafe() -> DllmError:
-    """The error for a task that runs code of the model, which the user did not allow."""
+    """The error for a task that runs the model's code, which the user did not allow."""
     return DllmError(
         f"{_UNSAFE}give --confirm-run-unsafe-code (it also sets HF_ALLOW_CODE_EVAL=1, which the metric asks "
         f"for), or leave the task out."
@@ -73,7 +72,7 @@ def unsafe() -> DllmError:
 
 
 def _known(error: BaseException) -> DllmError | None:
-    """What an exception means, if it is of a kind with a remedy of its own."""
+    """The meaning of an exception that has a remedy of its own."""
     text = str(error)
     if isinstance(error, (ImportError, AssertionError)) and any(name in text for name in _MATH):
         return DllmError(

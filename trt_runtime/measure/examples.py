@@ -1,4 +1,4 @@
-"""Prompts of a user's own, with the answers that are right: what tuning and quantising are measured on."""
+"""A user's prompts with their right answers, which tuning and quantising are measured on."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ MATCHES = ("exact", "json")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt (a text, or token ids), and the answers that are right; None where the file gives none."""
+    """A prompt (text or token ids) and its right answers; None if the file gives none."""
 
     prompt: str | list[int]
     answers: tuple[str, ...] | None
 
 
 def read(path: Path) -> list[Example]:
-    """Lines of JSON {"prompt", "answers": [..] or "answer"}, or a prompt per line. In JSON a prompt may be
+    """JSON lines {"prompt", "answers": [..] or "answer"}, or one prompt per line. In JSON a prompt may be
     token ids. Raises DllmError."""
     return [_example(line, f"{path}: line {number}") for number, line in numbered_lines(path)]
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers in it. Raises DllmError, also where
-    there is none."""
+    """The lines of a text file that are not empty, with their line numbers. Raises DllmError, also if there
+    is none."""
     try:
         data = path.read_bytes()
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4096]:
@@ -49,12 +49,12 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises DllmError, also where there is none."""
+    """The lines of a text file that are not empty. Raises DllmError, also if there is none."""
     return [line for _, line in numbered_lines(path)]
 
 
 def split_lines(text: str) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers. Only a line feed ends one: U+2028 and the like are
+    """The lines that are not empty, with their numbers. Only a line feed ends a line: U+2028 and the like are
     part of a prompt."""
     lines = (line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n"))
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -87,13 +87,13 @@ def _example(line: str, where: str) -> Example:
 
 
 def is_right(answer: str, example: Example, match: str) -> bool:
-    """Whether an answer is one of those that an example gives. `match` is one of MATCHES."""
+    """Whether an answer is one of an example's right answers. match: one of MATCHES."""
     return any(_is_same(answer, right, match) for right in example.answers or ())
 
 
 def _is_same(answer: str, right: str, match: str) -> bool:
-    """exact: the same text. json: the same value, whatever the order of keys and the spaces; a repeated key
-    makes it none."""
+    """exact: the same text. json: the same value, in any order of keys and with any white space; a repeated
+    key makes it invalid."""
     if match == "exact":
         return answer.strip() == right.strip()
     try:

@@ -154,7 +154,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
             for _, same in itertools.groupby(
                 (request.args for request in requests), key=lambda args: args[1]
             ):
-                asked = list(same)  # a batch decodes in one way
+                asked = list(same)  # a batch decodes with one configuration
                 for start in range(0, len(asked), self.batch):
                     part = asked[start : start + self.batch]
                     contexts, seeds = [context for context, _ in part], []

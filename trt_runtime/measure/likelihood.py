@@ -22,15 +22,15 @@ from trt_runtime.decoding.policies.base import Floats, Ints
 from trt_runtime.errors import DllmError
 from trt_runtime.model import Model
 
-_LOGIT_BYTES = 256 << 20  # of one call
-# of one call's rows together, if that is more than one row: keys, values and activations are bounded too
+_LOGIT_BYTES = 256 << 20  # bytes of logits in one call
+# of one call's rows together, if it has more than one row: keys, values and activations are limited too
 _POSITIONS = 4096
 Piece = tuple[int, Ints]  # a sample's number, and some of the positions that it masks
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats. forwards: rows that were computed; more than samples where the logits of one would not fit into a
+    """In nats. forwards: computed rows; more than samples if the logits of one sample do not fit into a
     call."""
 
     mean: float
@@ -60,7 +60,7 @@ def estimate(
             f"export with HEAD=logits."
         )
     rng, length = np.random.default_rng(seed), len(target)
-    samples = 1 if length == 1 else samples  # there is one way to mask one token
+    samples = 1 if length == 1 else samples  # there is only one way to mask one token
     ids = np.array([*context, *target], np.int64)
     counts = stratified(samples, length, int(rng.integers(1, length + 1)))
     masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
@@ -79,13 +79,13 @@ def estimate(
         assert logits is not None
         for row, (i, asked) in enumerate(part):
             values[i] += _log_probability(logits[row, : len(asked)], ids[asked]) * length / len(masked[i])
-        del logits  # before the next call makes its own
+        del logits  # freed before the next call allocates its own
     error = float(np.std(values, ddof=1)) / math.sqrt(samples) if samples > 1 else 0.0
     return Likelihood(float(np.mean(values)), error, sum(map(len, calls)))
 
 
 def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piece]]:
-    """The samples, whole or in pieces, as calls of at most `most` rows whose logits are at most _LOGIT_BYTES
+    """The samples, whole or in pieces, as calls of at most `most` rows whose logits have at most _LOGIT_BYTES
     (or one vector)."""
     fit = max(1, _LOGIT_BYTES // (4 * vocab_size))
     call: list[Piece] = []
@@ -100,7 +100,7 @@ def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piec
 
 
 def stratified(samples: int, length: int, first: int) -> Ints:
-    """How many of `length` tokens each sample masks: from `first` on in even steps, around 1..length
+    """How many of `length` tokens each sample masks: even steps from `first`, wrapping within 1..length
     [samples]."""
     spread = np.round(np.linspace(first, first + (samples - 1) * (length / samples), samples)).astype(
         np.int64
@@ -118,8 +118,7 @@ def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
 
 
 def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shift: int) -> Window:
-    """A canvas for each pair of positions: those that are masked, and those of them whose logits are asked
-    for."""
+    """A canvas for each pair of positions: the masked ones, and those of them that need logits."""
     batch, length = len(rows_of), len(ids)
     rows = np.zeros((batch, max(len(asked) for _, asked in rows_of)), np.int64)
     tokens = np.tile(ids, (batch, 1))
@@ -135,7 +134,7 @@ def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shi
 
 
 def _log_probability(logits: Floats, tokens: Ints) -> float:
-    """Sum of log p of tokens [R] under logits [R, V]. A row at a time: in float64 all of them would take
+    """Sum of log p of tokens [R] under logits [R, V]. One row at a time: in float64 all of them would take
     several times their memory."""
     total = 0.0
     for row, token in zip(logits, tokens, strict=True):

@@ -24,8 +24,7 @@ _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last
 
 @dataclass(frozen=True)
 class Replayed:
-    """A case that was run: the rows as they ended, and {"id", "output", "nfe", "trace"} as it is written to a
-    file."""
+    """A case that was run: the finished rows, and {"id", "output", "nfe", "trace"} in the form of a file."""
 
     rows: list[Sequence]
     result: Case
@@ -45,12 +44,12 @@ class Mismatch:
 
 
 def replay(backend: Backend, case: Case) -> Replayed:
-    """Run one case; all its rows as one batch."""
+    """Run one case, with all its rows as one batch."""
     return replay_together(backend, [case])[0]
 
 
 def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
-    """Run several cases as one batch: each must come out as it does alone."""
+    """Run several cases as one batch: each must give the same result as alone."""
     groups = [rows_of(backend.manifest, case) for case in cases]
     if (
         any(row.sequence.rules.sampler.needs_logits for rows in groups for row in rows)
@@ -65,13 +64,13 @@ def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
 
 
 def replayed(case: Case, rows: list[CaseRow]) -> Replayed:
-    """What came of a case whose rows are finished, however they were run."""
+    """The result of a case whose rows are finished, however they were run."""
     return Replayed([row.sequence for row in rows], _result(case, rows))
 
 
 def with_confidence(replayed: Replayed) -> Case:
-    """The result with a sixth entry in each step of its trace: the confidence of each position, null where it
-    is not known."""
+    """The result with a sixth entry in each step of its trace: the confidence of each position, null if it is
+    unknown."""
     traces = [[step.confidence for step in row.trace] for row in replayed.rows]
     merged = [
         [*step, [value for trace in traces if number < len(trace) for value in trace[number]]]
@@ -123,8 +122,8 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a case was followed: decisions compared, those of them AMBIGUOUS, and the first mismatch, if
-    any."""
+    """How far a case was followed: compared decisions, how many of them were AMBIGUOUS, and the first
+    mismatch, if any."""
 
     decisions: int
     ambiguous: int
@@ -132,8 +131,8 @@ class Agreement:
 
 
 def follow(backend: Backend, case: Case, margin: float) -> Agreement:
-    """Compare every decision of a recorded case of one row, each after the history that was recorded: what
-    the case wrote is written, whatever was decided here. So one AMBIGUOUS decision does not hide the rest."""
+    """Compare every decision of a recorded case of one row, each after the recorded history: whatever is
+    decided here, the recorded tokens are written. So one AMBIGUOUS decision does not hide the rest."""
     (row,) = rows_of(backend.manifest, case)
     generator, name, ambiguous, trace = (
         Generator(backend, [row.sequence]),
@@ -167,8 +166,8 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     """Whether moving the confidences in question within their margins turns the decision of a step into the
     expected one.
 
-    An error of the logits moves a probability p by a share of p (1 - p): `margin` is meant at p = 0.5, and
-    shrinks to both ends.
+    An error of the logits moves a probability p by a fraction of p (1 - p): `margin` is defined at p = 0.5
+    and shrinks towards both ends.
     """
     seen = row.trace[number].seen
     if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
@@ -180,7 +179,7 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     chosen = np.isin(candidates, row.trace[number].positions)
     margins = 4 * margin * stats.confidence * (1 - stats.confidence) + (_ROUNDING if margin else 0)
     change = margins * (wanted & ~chosen) - margins * (chosen & ~wanted)
-    # an entropy moves by an error of the logits times the spread of the log-probabilities
+    # an error of the logits moves an entropy by that error times the spread of the log-probabilities
     moved = replace(
         stats,
         confidence=stats.confidence + change,
@@ -192,7 +191,7 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]
     close = stats.runner_up > stats.confidence * np.exp(
         -4 * margin
-    )  # the two logits lie within twice the error that moves p so far
+    )  # the two logits are within twice the error that moves p so far
     return bool((again == wanted).all() and (same_token | close)[wanted].all())
 
 
@@ -202,7 +201,7 @@ def must_match(case: Case, dtype: str) -> bool:
 
 
 def record(backend: Backend, cases: Iterable[Case]) -> dict[str, Any]:
-    """A file of cases: the inputs of `cases` with what this backend makes of them."""
+    """A file of cases: the inputs of `cases` with this backend's results."""
     facts, recorded = backend.manifest, []
     for case in cases:
         inputs = {key: case[key] for key in INPUTS if key in case}

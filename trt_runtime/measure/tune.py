@@ -36,8 +36,8 @@ _FINALISTS, _ROUNDS = 3, 3
 
 @dataclass
 class Trial:
-    """A way of decoding and what came of it: right answers, seconds and useful tokens of all prompts, one at
-    a time, forwards."""
+    """Decoding options and their result: right answers, seconds and useful tokens of all prompts, one at a
+    time, forwards."""
 
     options: dict[str, Any]
     right: int
@@ -51,7 +51,7 @@ class Trial:
 
 
 class Tuner:
-    """Trials over examples. `tell` is told of each."""
+    """Trials over examples. tell: called with a line about each."""
 
     def __init__(
         self,
@@ -132,9 +132,9 @@ class Tuner:
         return max([self.baseline, *filter(self.is_within, self.trials)], key=lambda trial: trial.speed)
 
     def _final(self) -> Trial:
-        """The fastest few again, in turn."""
+        """Measure the fastest few again, in turn."""
         finalists = sorted(filter(self.is_within, self.trials), key=lambda trial: -trial.speed)[:_FINALISTS]
-        finalists.append(self.baseline)  # so that the speedup is taken side by side
+        finalists.append(self.baseline)  # so that the speedup is measured side by side
         seconds = [[self._decode(trial.options)[0].seconds for trial in finalists] for _ in range(_ROUNDS)]
         for i, trial in enumerate(finalists):
             trial.seconds = statistics.median(times[i] for times in seconds)
@@ -185,7 +185,7 @@ def run(
     """Tune, and return the baseline, the choice, and all trials."""
     tuner = Tuner(model, examples, base, max_drop, match, tell)
     chosen = tuner.run()
-    # what the choice rests on beyond the options that were tried: its policy's own
+    # options that the choice depends on in addition to those that were tried: its policy's own
     options = {"cache": "dual", **chosen.options} | {
         item.name: getattr(tuner.base, item.name)
         for item in options_of(POLICIES.find(chosen.options["policy"]))
@@ -208,8 +208,9 @@ def run(
 
 
 def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None) -> None:
-    """Note options in the manifest: generations that give none of their own take them. since: of the artifact
-    that was tuned, if it may have been replaced meanwhile. Raises DllmError where it was."""
+    """Record options in the manifest: generations without options of their own use them. since: the manifest
+    of the artifact that was tuned, if the artifact may have been replaced meanwhile. Raises DllmError if it
+    was."""
     manifests.update(
         artifact,
         lambda current: replace(current, decoding=replace(current.decoding, tuned=options)),
