@@ -47,7 +47,7 @@ for columns, extra, batch, repeats in shapes:
             )
             for _ in range(batch)
         ]
-        held = steps.plan_of(rules, columns)
+        held = steps.commit_arrays(rules, columns)
         arrays = (ids, token, confidence, held.plan, held.value, held.state, held.committed)
         mine = [torch.from_numpy(array.copy()) for array in arrays]
         for _ in range(3):
