@@ -214,7 +214,7 @@ def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
     result |= {"stage": name, "seconds": round(time.perf_counter() - begin, 1)} | (
         {"failed": trouble} if trouble else {}
     )
-    state = f"FAILED: {trouble.splitlines()[-1]}" if trouble else result.get("skipped") or "done"
+    state = f"FAILED: {reports.reason_of(trouble)}" if trouble else result.get("skipped") or "done"
     print(f"{name:12} {result['seconds']:7.1f} s  {state}", flush=True)
     return result
 

@@ -28,10 +28,11 @@ def environment(settings: Settings, note: Any) -> None:
             facts_of_machine["versions"][package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     note(
         machine=facts_of_machine,
-        commit=done.stdout.strip() or None,
+        commit=commit or None,
+        has_uncommitted_changes=bool(changes),
         utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     if not settings.is_twin:
@@ -52,6 +53,15 @@ def environment(settings: Settings, note: Any) -> None:
                 "cuda": torch.version.cuda,
             }
         )
+
+
+def _git(*arguments: str) -> str:
+    """The output of a git command in the checkout; empty without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def model(settings: Settings, note: Any) -> None:
@@ -83,7 +93,7 @@ def model(settings: Settings, note: Any) -> None:
         "--dtype",
         settings.dtype,
         "--weights",
-        "link",
+        "link" if dtype == settings.dtype else "copy",
         "--verify",
         "no",
         "--overwrite",

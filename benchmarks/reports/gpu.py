@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,11 @@ def table(results: dict[str, Any]) -> str:
     settings, machine = environment["settings"], environment["machine"]
     where = device_of(results)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    changes = " with uncommitted changes" if environment.get("has_uncommitted_changes") else ""
     lines = [
         f"{where}; {versions}; Python {machine['python']}; {environment['utc']}, commit "
-        f"{str(environment['commit'])[:10]}. Random {settings['preset']}, {settings['dtype']}, canvas "
-        f"{settings['canvases'][-1]}, block {settings['block_length']}, batch 1; tokens/s at "
+        f"{str(environment['commit'])[:10]}{changes}. Random {settings['preset']}, {settings['dtype']}, "
+        f"canvas {settings['canvases'][-1]}, block {settings['block_length']}, batch 1; tokens/s at "
         f"{settings['tokens_per_forward']} tokens per forward, from the times of single calls, and of the "
         "loop itself.",
         "",
@@ -167,8 +169,39 @@ def table(results: dict[str, Any]) -> str:
         "a caller's wall time.",
     ]
     lines.append("")
-    lines += _notes(results)
-    return "\n".join(lines)
+    lines += [*_kernels(results), *_notes(results)]
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    """The line in Markdown lines of at most 110 columns."""
+    return textwrap.fill(
+        line,
+        110,
+        subsequent_indent="  " if line.startswith("- ") else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _kernels(results: dict[str, Any]) -> list[str]:
+    """A line for the largest case of each kernel, all of which equal their NumPy references."""
+    kernels, lines = results.get("kernels", {}), []
+    if measured := kernels.get("row_statistics"):
+        most = max(measured, key=lambda figures: figures["rows"] * figures["vocab"])
+        share = f", {100 * most['share_of_copy']:.0f} % of a copy" if "share_of_copy" in most else ""
+        lines.append(
+            f"- kernel `row_statistics`, {most['rows']} rows of {most['vocab']:,} logits: tokens as NumPy, "
+            f"probabilities within {most['error']:.0e}; {most['ms']:.3f} ms ({most['gb_per_s']:,.0f} GB/s"
+            f"{share}; PyTorch's operators {most['torch_ms']:.2f} ms)."
+        )
+    if "commit" in kernels:
+        commit = kernels["commit"]
+        lines.append(
+            f"- kernel `commit`: {commit['cases']} random calls of {commit['rows']} rows as NumPy; "
+            f"{commit['ms']:.3f} ms."
+        )
+    return lines
 
 
 def _speeds(results: dict[str, Any]) -> list[str]:
@@ -217,12 +250,20 @@ def _notes(results: dict[str, Any]) -> list[str]:
                 f"- `{stage}`: parity {verdict}: at most {far:.2g} nats from PyTorch in fp32, whose own "
                 f"{dtype} is {own:.2g} away."
             )
+        if stage_result.get("memory_bytes"):
+            lines.append(f"- `{stage}`: {stage_result['memory_bytes'] / 2**30:.1f} GiB on the GPU.")
         if reason := stage_result.get("failed") or stage_result.get("skipped"):
             lines.append(
                 f"- `{stage}`: {'failed' if 'failed' in stage_result else 'not run'}: "
-                f"{reason.splitlines()[-1][:200]}."
+                f"{reason_of(reason)[:200].rstrip(chr(46))}."
             )
     return lines
+
+
+def reason_of(trouble: str) -> str:
+    """The line of a failed stage's output that says why: a command's 'error: ' line, else the last line."""
+    lines = trouble.splitlines()
+    return next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

@@ -104,9 +104,9 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Ca
     dtype = model.manifest.model.dtype
     results, wrong, near, excused, differences = [], 0, 0, 0, list[dict[str, object]]()
     for case in progress_of(args).each(cases, "replaying cases"):
-        done = replay.replay(model.backend, case)
+        margin = 0.0 if args.exact else tolerances.CONFIDENCE[dtype]
+        done, difference = replay.replay_and_compare(model.backend, case, margin)
         results.append(replay.with_confidence(done))
-        difference = replay.compare(case, done, 0.0 if args.exact else tolerances.CONFIDENCE[dtype])
         if difference is None:
             continue
         if not replay.must_match(case, dtype):

@@ -120,6 +120,24 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     return Mismatch(name, f"nfe: expected {nfe}, got {result['nfe']}") if differs else None
 
 
+def replay_and_compare(backend: Backend, case: Case, margin: float = 0.0) -> tuple[Replayed, Mismatch | None]:
+    """Run a case and compare it. Steps that a device commits by itself have no confidences on the host: a
+    difference there is judged by the confidences of a run with one step per synchronisation, if that run
+    makes the same decisions."""
+    done = replay(backend, case)
+    difference = compare(case, done, margin)
+    steps_per_sync = backend.steps_per_sync
+    if difference is None or difference.ambiguous or not margin or steps_per_sync == 1:
+        return done, difference
+    backend.steps_per_sync = 1
+    try:
+        seen = replay(backend, case)
+    finally:
+        backend.steps_per_sync = steps_per_sync
+    is_same = seen.result["trace"] == done.result["trace"]
+    return done, compare(case, seen, margin) if is_same else difference
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far a case was followed: compared decisions, how many of them were AMBIGUOUS, and the first

@@ -43,6 +43,18 @@ def test_all_goldens_exactly(gpu, golden_artifact, golden_cases, count):
     assert (backend._commit is not None) == (count > 1)
 
 
+def test_float32_is_computed_in_float32(gpu, golden_artifact, monkeypatch):
+    """ONNX Runtime's default on CUDA is TF32: on an H100 a case of the demo was then decoded differently."""
+    asked, real = [], session.ort.InferenceSession
+    monkeypatch.setattr(
+        session.ort,
+        "InferenceSession",
+        lambda model, options, providers: asked.extend(providers) or real(model, options),
+    )
+    open_ort(golden_artifact, device="cuda")
+    assert asked and all(options == {"use_tf32": "0"} for _, options in asked)
+
+
 def test_rows_in_later_slots(gpu, golden_artifact):
     from plugins import commit
 

@@ -142,6 +142,10 @@ class OrtSession(Backend):
         """Session options that the device needs."""
         return {}
 
+    def _provider_options(self) -> dict[str, str]:
+        """Options of the execution provider that the device needs."""
+        return {}
+
     def _opened(self, artifact: Path, threads: int, model_bytes: bytes | None, optimise: bool) -> Any:
         """The opened session. Raises DllmError."""
         options = ort.SessionOptions()
@@ -162,7 +166,8 @@ class OrtSession(Backend):
                 model_bytes = (artifact / self.manifest.graphs[self.role].file).read_bytes()
                 model_bytes += b"" if self.manifest.head == contract.LOGITS else _LOGITS_OUTPUT
             linked = self._linked_data(artifact, options)
-            session = ort.InferenceSession(model_bytes, options, providers=[self.provider])
+            provider = (self.provider, self._provider_options())
+            session = ort.InferenceSession(model_bytes, options, providers=[provider])
             del linked
         except Exception as error:  # onnxruntime raises several unrelated types
             is_old = tuple(map(int, ort.__version__.split(".")[:2])) < _MODERN_FROM
