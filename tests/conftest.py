@@ -4,6 +4,7 @@ one of each family."""
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from trt_runtime.model import load
 
 if sys.version_info < (3, 11):  # its newest ONNX Runtime knows no opset 24, which most tests export
     pytest.exit("the tests need Python 3.11 or newer; 'make demo' and exports run on 3.10", returncode=1)
+
+
+# a shell starts background jobs with SIGINT ignored; processes that the tests interrupt would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

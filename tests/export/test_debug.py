@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import pytest
 from places import GOLDENS, export_quietly
+from tiny import write_checkpoint
 
 pytest.importorskip("polygraphy")
 pytest.importorskip("torch")
 
+from export import families
 from export.debug import kit, record, runners
 from export.parity.reference import TorchBackend
 from export.parity.verify import verify
@@ -44,10 +46,10 @@ def with_fault(artifact: Path, out: Path) -> Path:
     return copy
 
 
-def scale(graph: Path, to: Path | None = None) -> str:
+def scale(graph: Path, to: Path | None = None, weight: str = FAULTY) -> str:
     """Scale the faulty layer of a graph; the name of its output."""
     model = onnx.load(graph, load_external_data=False)
-    node = next(node for node in model.graph.node if node.op_type == "Gemm" and FAULTY in node.input)
+    node = next(node for node in model.graph.node if node.op_type == "Gemm" and weight in node.input)
     node.attribute.append(onnx.helper.make_attribute("alpha", 1.02))
     (to or graph).write_bytes(model.SerializeToString())
     return node.output[0]
@@ -116,9 +118,10 @@ def test_bf16_is_rounded_to_the_nearest_even():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The kit of a small LLaDA, written by the command."""
+    """The kit of a LLaDA of two layers, written by the command."""
     folder = tmp_path_factory.mktemp("kit")
-    artifact = export_quietly(GOLDENS / "llada_tiny", folder / "artifact")
+    checkpoint = write_checkpoint(families.find("llada"), folder / "checkpoint", model={"n_layers": 2})
+    artifact = export_quietly(checkpoint, folder / "artifact")
     assert cli.main(["polygraphy", str(artifact), str(folder / "kit"), "--quiet"]) == 0
     return folder / "kit"
 
@@ -185,7 +188,7 @@ def test_constants_are_folded_into_a_file_of_their_own(made):
 
 def test_the_layer_at_fault_is_found(made):
     """One layer 2 % off: the first tensor that differs, and what `debug reduce` leaves, are that layer's."""
-    output = scale(made / "refine.onnx", made / "bad.onnx")
+    output = scale(made / "refine.onnx", made / "bad.onnx", "layers.1.down_proj")
     done = command(made, "first", "refine", "bad.onnx")
     assert done.returncode != 0 and re.search(
         rf"Difference exceeds tolerance.*|{re.escape(output)}", done.stdout

@@ -167,7 +167,7 @@ FAULTS = [
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(("fault", "stage"), FAULTS, ids=lambda item: getattr(item, "__name__", item))
 def test_an_injected_fault_is_caught_and_its_stage_named(
-    golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype
+    golden_checkpoint, monkeypatch, tmp_path, fault, stage, dtype, recorded_once
 ):
     """The first stage that fails is where the fault lies. It is injected into the export alone, not into what
     verifies it."""

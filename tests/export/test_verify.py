@@ -26,6 +26,8 @@ from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import tune
 
+pytestmark = pytest.mark.usefixtures("recorded_once")
+
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_an_intact_export_is_verified_and_the_manifest_says_so(tmp_path, dtype):

@@ -23,7 +23,7 @@ from plugins import commit
 from trt_runtime.decoding import device_commit as steps
 from trt_runtime.decoding.policies.base import CommitRule
 rng, MASK, wrong, rows, stopped, committed = np.random.default_rng(1), 126336, 0, 0, 0, 0
-shapes = [(1, 0, 3, 10), (8, 0, 16, 14), (32, 0, 16, 6), (32, 9, 16, 4), (33, 3, 8, 4), (100, 1, 4, 2)]
+shapes = [(1, 0, 3, 4), (8, 0, 12, 8), (32, 0, 8, 4), (32, 9, 8, 3), (33, 3, 4, 2), (100, 1, 2, 1)]
 for columns, extra, batch, repeats in shapes:
     for _ in range(repeats):
         ids = rng.integers(0, 1000, (batch, columns + extra))
@@ -74,7 +74,7 @@ def test_the_kernel_equals_its_reference():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     made = json.loads(done.stdout)
-    assert made["wrong"] == 0 and made["rows"] > 400 and made["stopped"] > 3 and made["committed"] > 1000
+    assert made["wrong"] == 0 and made["rows"] > 150 and made["stopped"] > 3 and made["committed"] > 400
 
 
 @pytest.mark.parametrize("compute_capability", [80, 86, 87, 89, 90, 120])

@@ -67,8 +67,8 @@ def _interpreted(seed: int, sizes: list[tuple[int, int, int]]) -> dict:
 @pytest.mark.parametrize(
     ("seed", "sizes"),
     [
-        (0, [(11, 100, 5), (1000, 40, 3), (4096, 10, 3), (4097, 10, 3), (20_000, 10, 2)]),
-        (1, [(126_464, 4, 3), (152_064, 4, 2)]),
+        (0, [(11, 60, 5), (1000, 20, 3), (4096, 6, 3), (4097, 6, 3), (20_000, 4, 2)]),
+        (1, [(126_464, 3, 2), (152_064, 3, 2)]),
     ],
     ids=["small rows", "the vocabularies of LLaDA and Dream"],
 )

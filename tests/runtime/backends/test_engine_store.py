@@ -10,7 +10,9 @@ import shutil
 import onnx
 import pytest
 from places import export_quietly
+from tiny import write_checkpoint
 
+from export import families
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.tensorrt import build_config, store
@@ -27,10 +29,11 @@ KINDS = [*itertools.product(["modern", "legacy"], ["fp16", "bf16"]), ("modern", 
 
 
 @pytest.mark.parametrize(("lowering", "dtype"), KINDS)
-def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(
-    golden_checkpoint, tmp_path, lowering, dtype
-):
-    artifact = export_quietly(golden_checkpoint, tmp_path / "artifact", lowering=lowering, dtype=dtype)
+def test_both_graphs_build_for_three_gpus_with_one_and_two_profiles(golden_family, tmp_path, lowering, dtype):
+    """Of one layer each: test_fused_attention builds all layers."""
+    layers = {"llada": "n_layers", "dream": "num_hidden_layers"}[golden_family]
+    checkpoint = write_checkpoint(families.find(golden_family), tmp_path / "checkpoint", model={layers: 1})
+    artifact = export_quietly(checkpoint, tmp_path / "artifact", lowering=lowering, dtype=dtype)
     weights = (artifact / "weights.data").stat().st_size
     layouts = {"shared": ["shared"], "split": ["prefix", "refine"]}
     if dtype == "fp32":  # for CPUs and parity: that both graphs build is enough

@@ -40,10 +40,10 @@ def _alone(backend, sequence):
 
 
 @pytest.mark.parametrize("slots", [1, 5])
-def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
+def test_hundreds_of_requests_come_out_as_alone(golden_backend, slots):
     """Random arrivals, caches, lengths, blocks and ends. Rows of every kind share forwards, some with idle
     rows between them."""
-    rng, count = np.random.default_rng(slots), 1000 if slots > 1 else 60
+    rng, count = np.random.default_rng(slots), 400 if slots > 1 else 60
     makers = [_sequence(golden_backend.manifest, rng) for _ in range(count)]
     expected = [_alone(golden_backend, make()) for make in makers]
     scheduler = Scheduler(golden_backend, slots, 48, spare=48)
@@ -60,7 +60,7 @@ def test_a_thousand_requests_come_out_as_alone(golden_backend, slots):
         (t.sequence.canvas.tolist(), [step.as_list() for step in t.sequence.trace]) for t in tickets
     ] == expected
     assert max(ticket.waited for ticket in tickets) <= slots + 1 + 4
-    assert slots == 1 or (shared > 300 and idle > 20)
+    assert slots == 1 or (shared > 120 and idle > 8)
 
 
 @pytest.mark.parametrize("count", [3, 40])

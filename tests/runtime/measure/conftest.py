@@ -11,7 +11,13 @@ import pytest
 @pytest.fixture
 def offline(monkeypatch):
     """No network, and no warnings of lm-eval and datasets."""
+    import datasets.config
+    import huggingface_hub.constants
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # both read the variable at import; without this, a missing dataset is requested again and again
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

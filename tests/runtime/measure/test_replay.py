@@ -64,7 +64,7 @@ def test_goldens_recorded_as_one_batch_come_out_as_one_batch(golden_backend, gol
         assert [replay.compare(case, done) for case, done in zip(cases, replayed, strict=True)] == [None] * 4
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_row_of_a_ragged_batch_equals_its_run_alone(golden_backend, golden_cases, seed):
     """Rows of unequal prompts, lengths, blocks, caches and policies, in random company and order."""
     cases = [golden_cases[i] for i in np.random.default_rng(seed).permutation(len(golden_cases))]
