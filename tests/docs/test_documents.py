@@ -8,6 +8,8 @@ benchmarks have tests of their own.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import re
 import shutil
@@ -151,3 +153,16 @@ def test_links_to_the_world_are_well_formed():
             r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w.-]+(/[\w./-]+)?|pypi\.org/project/[\w-]+/?)",
             url,
         ), (name, url)
+
+
+_IMPORT = re.compile(
+    r"^\s*(?:from ((?:export|trt_runtime|plugins)[\w.]*) import ([\w, ]+)|import (trt_runtime[\w.]*))", re.M
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_python_examples_import_exists(document):
+    for module, names, whole in _IMPORT.findall((ROOT / document).read_text(encoding="utf-8")):
+        found = importlib.import_module(module or whole)
+        for name in filter(None, (item.split(" as ")[0].strip() for item in names.split(","))):
+            assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"

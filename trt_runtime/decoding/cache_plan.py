@@ -111,7 +111,7 @@ class Forward:
 class RowView:
     """What a plan sees of a row.
 
-    is_masked [L]: of the canvas. start, end: the running block; number: how many blocks came before it;
+    is_masked [L]: of the canvas. start, end: the current block; number: how many blocks came before it;
     before: the range of the last of these.
     opens_block: the next forward is the block's first (or another of that kind, where the first left the
     block's first position masked).
