@@ -80,7 +80,7 @@ def _exported(args: argparse.Namespace, config: ExportConfig) -> tuple[Manifest,
         if args.dtype == "bf16" and how is None:
             note(
                 args,
-                f"note: ONNX Runtime computes no bf16 on a CPU: this artifact is for TensorRT; for a CPU "
+                f"note: ONNX Runtime has no bf16 on a CPU: this artifact is for TensorRT; for a CPU "
                 f"export {_FOR_CPU}",
             )
         with progress_of(args).task(f"exporting {config.checkpoint}"):

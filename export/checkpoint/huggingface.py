@@ -98,8 +98,8 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
     ).is_dir() and "@" not in name:  # more likely a misspelt directory than a hub id
         neighbours = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
         raise DllmError(
-            f"{name}: no such directory; in {parent} "
-            f"{'lies ' + ', '.join(neighbours[:8]) if neighbours else 'lies none'}. "
+            f"{name}: no such directory; {parent} has "
+            f"{', '.join(neighbours[:8]) or 'no directories'}. "
             f"For the hub's repository of this name, give {name}@main."
         )
     try:
@@ -122,7 +122,7 @@ def _hub(name: str) -> tuple[Any, str, str | None]:
 def _unreachable(name: str, error: Exception) -> DllmError:
     said = str(error).splitlines()[0] if str(error) else "no message"
     return DllmError(
-        f"{name}: no such directory, and not to be had from the hub ({type(error).__name__}: {said}): check "
+        f"{name}: no such directory, and the hub does not provide it ({type(error).__name__}: {said}): check "
         "the name and the network, or download it yourself and give its directory."
     )
 
@@ -190,13 +190,12 @@ def _refuse_adapter(path: Path) -> None:
             ""
             if not (path / SINGLE).is_file() and not (path / INDEX).is_file()
             else (
-                f", or move {' and '.join(adapter_files)} elsewhere to export the weights beside it without "
-                "the adapter"
+                f", or move {' and '.join(adapter_files)} elsewhere to export the weights without the adapter"
             )
         )
         raise DllmError(
-            f"{path}: {adapter_files[0]} is of an adapter (LoRA), whose weights are not part of the model "
-            f"yet: {MERGE}{here}."
+            f"{path}: {adapter_files[0]} belongs to an adapter (LoRA) whose weights are not merged into "
+            f"the model: {MERGE}{here}."
         )
 
 

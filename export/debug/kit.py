@@ -58,8 +58,8 @@ def write(
     manifest = manifests.load(artifact)
     if not manifest.dims.writes_caches:
         raise DllmError(
-            f"{artifact}: is of the legacy lowering: Polygraphy's kit is for modern graphs: export it with "
-            f"--lowering modern."
+            f"{artifact}: has the legacy lowering, and Polygraphy's kit supports only the modern one: "
+            f"export it with --lowering modern."
         )
     if manifest.quantization is not None and manifest.quantization.target == manifests.ORT_CPU:
         raise DllmError(

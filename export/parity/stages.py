@@ -203,10 +203,7 @@ def canvases_stage(artifact: Path, manifest: Manifest) -> Stage:
         return Stage(
             "canvases",
             True,
-            {
-                "run": "no: ONNX Runtime computes no bf16 on a CPU; the graphs are those that this version "
-                "makes"
-            },
+            {"run": "no: ONNX Runtime has no bf16 on a CPU; the graphs are those that this version makes"},
         )
     assert manifest.quantization is not None
     worst, allowed = (

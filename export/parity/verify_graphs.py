@@ -174,7 +174,8 @@ def _check_statistics(outputs: dict[str, Array], manifest: Manifest) -> None:
         if not np.allclose(mine, theirs, rtol=1e-3, atol=1e-4):
             raise DllmError(
                 f"the graph's {name} is not that of its logits with mask token "
-                f"{manifest.decoding.mask_token_id}: the graph is not of this artifact: export it again."
+                f"{manifest.decoding.mask_token_id}: the graph does not belong to this "
+                "artifact: export it again."
             )
 
 

@@ -97,7 +97,7 @@ def export(
                     f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; "
                     "take another scheme, or --gate no if you know better."
                 )
-            note(f"quality beside the model as it was: {measured}")
+            note(f"quality compared with the original model: {measured}")
             facts = replace(facts, quality=measured.as_dict())
         return replace(manifest, quantization=facts)
 
@@ -158,7 +158,7 @@ def _prepare(
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.out.name}.twin-", dir=config.out.parent) as temporary:
         twin = Path(temporary) / "fp32"
-        with shown.task("writing the model as it is, in fp32, beside which the quantised one is judged"):
+        with shown.task("writing the original model in fp32, for the comparison"):
             pipeline.export(
                 replace(config, out=twin, dtype="fp32", head=contract.HEADS[0]),
                 lambda total: lambda done: None,
@@ -179,7 +179,7 @@ def _prepare(
 
 
 def _dtype_here(config: ExportConfig) -> str:
-    """The dtype in which the quality is measured: ONNX Runtime computes no bf16 on a CPU."""
+    """The dtype in which the quality is measured: ONNX Runtime has no bf16 on a CPU."""
     return "fp32" if config.dtype == "bf16" else config.dtype
 
 

@@ -196,7 +196,7 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
     facts = model.manifest.decoding
     config = GenerationConfig().resolved(model.manifest)
     assert config.block_length is not None
-    decoded = decode(model, examples, config, progress, "gate: decoding prompts with the model as it was")
+    decoded = decode(model, examples, config, progress, "gate: decoding prompts with the original model")
     drawn, vocabulary = (
         canvases(decoded, config.block_length, facts.mask_token_id),
         model.manifest.model.vocab_size,

@@ -32,7 +32,7 @@ def check(pieces: Mapping[str, Sequence[Piece]], family: Family, checkpoint: Che
             f"checkpoint again."
         )
     if surplus:
-        advice = "they would be left out silently; check that config.json belongs to these weights"
+        advice = "they would be dropped silently; check that config.json belongs to these weights"
         if all(name.endswith(".bias") for name in surplus):
             advice = (
                 f"{family.title} is implemented without these biases (a config.json that does not "
@@ -60,5 +60,5 @@ def _check_rows(pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
         if end != checkpoint.tensors[name].shape[0]:
             raise DllmError(
                 f"{checkpoint.path}: tensor {name} has {checkpoint.tensors[name].shape[0]} rows, the weights "
-                f"of this config take them up to {end}: config and weights are not of one model."
+                f"of this config take them up to {end}: config and weights belong to different models."
             )

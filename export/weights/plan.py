@@ -178,11 +178,11 @@ def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Che
     that shape."""
     stored_shape = source.stored[0].shape
     if (stored_shape != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
-        several = f"{len(source.stored)} tensors from {source.name} on hold {source.size} elements"
+        several = f"{len(source.stored)} tensors from {source.name} on have {source.size} elements"
         said = f"tensor {source.name} has shape {list(stored_shape)}" if len(source.stored) == 1 else several
         raise DllmError(
-            f"{checkpoint.path}: {said}, config.json asks for {list(shape)}: config and weights are not of "
-            f"one model."
+            f"{checkpoint.path}: {said}, config.json asks for {list(shape)}: config and weights belong to "
+            f"different models."
         )
 
 

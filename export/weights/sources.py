@@ -208,6 +208,4 @@ def bytes_of(array: Array) -> memoryview:
 
 
 def no_number(name: str) -> DllmError:
-    return DllmError(
-        f"tensor {name}: holds values that are no number (NaN, infinite): the checkpoint is damaged."
-    )
+    return DllmError(f"tensor {name}: has NaN or infinite values: the checkpoint is damaged.")

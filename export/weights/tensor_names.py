@@ -22,7 +22,7 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
     them that the checkpoint lacks; surplus: names of the checkpoint that are not the family's."""
     if of_adapter := [name for name in surplus if _ADAPTER.search(name)]:
         return (
-            f"{len(of_adapter)} tensors are of an adapter (LoRA) that is not merged "
+            f"{len(of_adapter)} tensors belong to an adapter (LoRA) that is not merged "
             f"({some(of_adapter)}): {MERGE}."
         )
     if not missing or not surplus:

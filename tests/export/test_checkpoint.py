@@ -239,7 +239,7 @@ def test_a_slip_in_a_directorys_name_is_no_hub_id(monkeypatch, tmp_path):
     for name in ("models/lada", "./models/lada"):
         with pytest.raises(
             DllmError,
-            match=r"no such directory; in models lies llada\. .* give models/lada@main|not a hub id",
+            match=r"no such directory; models has llada\. .* give models/lada@main|not a hub id",
         ):
             checkpoint.locate(name)
         with pytest.raises(DllmError, match="no such directory"):

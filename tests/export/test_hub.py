@@ -163,7 +163,7 @@ def test_a_hub_id_is_downloaded_resumed_pinned_and_runs_no_code(hub, tmp_path):
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
     done = _export(hub, tmp_path, "org/none", "out")
     assert done.returncode == 1 and done.stderr.startswith(
-        "error: org/none: no such directory, and not to be had from the hub"
+        "error: org/none: no such directory, and the hub does not provide it"
     )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 

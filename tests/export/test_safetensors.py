@@ -211,6 +211,6 @@ def test_adapters_have_to_be_merged_first(tiny, tmp_path):
     refused(
         tiny("apart", change=apart),
         tmp_path / "out",
-        "9 tensors are of an adapter (LoRA) that is not merged",
+        "9 tensors belong to an adapter (LoRA) that is not merged",
         "merge_and_unload",
     )

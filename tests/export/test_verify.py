@@ -216,7 +216,7 @@ def test_graphs_with_another_mask_token_and_damaged_ones_are_refused(tmp_path):
     for role in ("prefix", "refine"):
         mixed = shutil.copytree(artifact, tmp_path / role)
         shutil.copyfile(wrong / f"{role}.onnx", mixed / f"{role}.onnx")
-        with pytest.raises(DllmError, match="the graph is not of this artifact"):
+        with pytest.raises(DllmError, match="the graph does not belong to this artifact"):
             list(verify(_reseal(mixed)))
         (mixed / f"{role}.onnx").write_bytes(b"no graph")
         with pytest.raises(DllmError, match=r"no ONNX graph|cannot open"):

@@ -84,7 +84,7 @@ def test_weights_that_are_no_number_are_refused(tiny, tmp_path, bad):
             path,
             tmp_path / "out",
             "blocks.1.up_proj.weight",
-            "no number",
+            "NaN or infinite values",
             "damaged",
             dtype=dtype,
             weights=mode,

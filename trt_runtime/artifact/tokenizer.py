@@ -148,7 +148,7 @@ class Tokenizer:
         continue_final_message right after the text of the last message, which the model continues."""
         if self._template is None:
             raise DllmError(
-                "this model has no chat template: use 'generate --raw', which takes the prompt as it stands."
+                "this model has no chat template: use 'generate --raw', which uses the prompt unchanged."
             )
         opens = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         return chat_template.render(

@@ -124,7 +124,7 @@ class CudaDevice:
         except BackendError as error:
             raise DllmError(f"no GPU can be used ({error}): {self._remedy(error)}.") from error
         if not 0 <= index < count:
-            raise DllmError(f"GPU {index} was asked for, this machine has {count}: {_mend()}.")
+            raise DllmError(f"GPU {index} was requested, but this machine has {count}: {_mend()}.")
         self.index = index
         self.enter()
         self.facts = self._facts(index)
@@ -150,7 +150,7 @@ class CudaDevice:
             if "InsufficientDriver" in str(error) and bindings is not None and 0 < driver < bindings:
                 older = commands.package(f"cuda-bindings<{driver + 1}")
                 return (
-                    f"cuda-bindings is of CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras "
+                    f"cuda-bindings is for CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras "
                     f"trt-cu{driver} and rtx-cu{driver} hold that), "
                     "or update the driver (CUDA 13 needs 580 or newer)"
                 )
@@ -259,7 +259,7 @@ class CudaDevice:
             ptx_version = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
             version = ptx_version[1].decode() if ptx_version else "unknown"
             raise BackendError(
-                f"the driver does not load the kernel {entry} ({error}): its PTX is of version {version} "
+                f"the driver does not load the kernel {entry} ({error}): its PTX has version {version} "
                 f"(8.7 needs CUDA 12.8), the driver "
                 f"runs CUDA {self.facts.driver}: update the driver, or go without --plugins."
             ) from error

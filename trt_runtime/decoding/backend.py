@@ -241,7 +241,8 @@ class Backend(ABC):
         for name in ("confidence", "runner_up", "entropy"):
             if not np.isfinite(getattr(stats, name)).all():
                 raise BackendError(
-                    f"the model returned a {name} that is no number: the weights are damaged or overflow in "
-                    "this dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+                    f"the model returned a {name} that is NaN or infinite: the weights are damaged or "
+                    "overflow in this dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or "
+                    "fp32."
                 )
         return stats

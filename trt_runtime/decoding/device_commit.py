@@ -77,12 +77,13 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
     """The result after the steps. Raises DllmError if a row stopped because of a fault."""
     if (arrays.state[:, 1] == NOT_FINITE).any():
         raise BackendError(
-            "the model returned a confidence that is no number: the weights are damaged or overflow in this "
-            "dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
+            "the model returned a confidence that is NaN or infinite: the weights are damaged or overflow "
+            "in this dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
     if (arrays.state[:, 1] == PROPOSED_MASK).any():
         raise DllmError(
-            "the model proposed the mask token: its graph is not of this manifest: export it again."
+            "the model proposed the mask token: the graph does not match the manifest: export the "
+            "artifact again."
         )
     first = np.array([rule.number for rule in rules], np.int32)[:, None]
     return Committed(ids, np.where(arrays.committed < 0, -1, arrays.committed - first).astype(np.int32))

@@ -78,7 +78,7 @@ class Scheduler:
         fits no slot."""
         if sequence.length > self.max_length:
             raise DllmError(
-                f"a canvas of {sequence.length} tokens: the slots hold {self.max_length}: shorten the "
+                f"the canvas has {sequence.length} tokens, a slot holds {self.max_length}: shorten the "
                 f"prompt or the answer."
             )
         self._submitted += 1

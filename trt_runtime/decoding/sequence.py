@@ -145,8 +145,8 @@ class Sequence:
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
             raise DllmError(
-                f"the model proposed the mask token ({self.rules.mask_token_id}): its graph is not of this "
-                f"manifest: export it again."
+                f"the model proposed the mask token ({self.rules.mask_token_id}): the graph does not match "
+                f"the manifest: export the artifact again."
             )
         written = (positions.tolist(), tokens.tolist())
         self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)

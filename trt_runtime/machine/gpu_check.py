@@ -52,7 +52,7 @@ def _driver(version: int) -> Finding:
     return Finding(
         "NVIDIA driver",
         WARNING,
-        f"{said}, and cuda-bindings is of CUDA {bindings}: no call will work",
+        f"{said}, and cuda-bindings is for CUDA {bindings}: no call will work",
         f"{commands.package(f'cuda-bindings<{driver + 1}')}, or update the driver",
     )
 

@@ -191,7 +191,7 @@ def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[s
             model.manifest.model, dtype="", weight_bytes=None
         ):
             raise DllmError(
-                f"--beside {path}: is another model than {model.path}: give an artifact of the same "
+                f"--beside {path}: is a different model from {model.path}: give an artifact of the same "
                 f"checkpoint."
             )
         label = (

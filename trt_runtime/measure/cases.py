@@ -160,7 +160,7 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
         raise DllmError(
             f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
-            f"{manifest.decoding.mask_token_id}: the case is of another model."
+            f"{manifest.decoding.mask_token_id}: the case is from another model."
         )
     facts, gen = manifest.decoding, case["gen_length"]
     block = None if case["mode"] == "none" and not facts.blocks_without_cache else case.get("block_length")

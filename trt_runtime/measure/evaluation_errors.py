@@ -84,8 +84,7 @@ def _known(error: BaseException) -> DllmError | None:
         )
     if isinstance(error, MemoryError):
         return DllmError(
-            f"the memory does not suffice ({_short(text)}): give a smaller --batch, --max-length or "
-            f"--gen-length."
+            f"not enough memory ({_short(text)}): give a smaller --batch, --max-length or --gen-length."
         )
     if {cls.__name__ for cls in type(error).__mro__} & _NOT_REACHED or any(
         said in text for said in _NOT_CACHED

@@ -55,7 +55,10 @@ class Limits:
             return
         headers = dict(scope["headers"])
         if self.only_local and not is_local_name(headers.get(b"host", b"").decode("latin-1")):
-            said = "this server answers to localhost alone: serve with --host to have it elsewhere."
+            said = (
+                "this server answers only requests to localhost: serve with --host to make it reachable from "
+                "elsewhere."
+            )
             await self._refuse(send, 403, said)
         elif (
             self.keys

@@ -28,7 +28,7 @@ class Part(Strict):
             and isinstance(kind := given.get("type"), str)
             and kind not in ("text", "refusal")
         ):
-            raise ValueError(f"a part of type '{kind[:40]}': this model reads text alone: leave it out")
+            raise ValueError(f"a part of type '{kind[:40]}': this model reads only text: leave it out")
         if not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if key not in _HINTS and not _says_nothing(value)}
@@ -50,7 +50,7 @@ class Message(Strict):
     (null, [], {}) are accepted, because clients send an answer's message back."""
 
     model_config = ConfigDict(
-        json_schema_extra={"additionalProperties": {"description": "what holds nothing: null, [] or {}"}}
+        json_schema_extra={"additionalProperties": {"description": "only empty values: null, [] or {}"}}
     )
 
     role: Literal["system", "developer", "user", "assistant"]

@@ -187,7 +187,7 @@ def run_app(app: Any, listening: socket.socket, said: str, options: ServeOptions
         signal.signal(number, server.handle_exit)
     if not is_local(host) and not options.api_key:
         print(
-            f"warning: {where} is open to other machines, and no key is asked for: give --api-key, or "
+            f"warning: {where} is open to other machines, and no API key is required: give --api-key, or "
             f"DLLM_API_KEY.",
             file=sys.stderr,
         )

@@ -183,7 +183,7 @@ def _template(model: Model, body: CompletionRequest, longest: int) -> list[int]:
     is_provisional = body.stream_options is not None and body.stream_options.provisional
     if body.length() is not None or body.suffix or is_provisional:
         said = (
-            "a template says itself what is filled, and has no provisional text: leave out max_tokens, "
+            "a template defines what is filled and has no provisional text: leave out max_tokens, "
             "suffix and provisional."
         )
         raise Failure(400, said, "template")

@@ -121,7 +121,7 @@ def _take_place(sealed: Path, out: Path, overwrite: bool) -> None:
                 raise
     if not overwrite and any(out.iterdir()):
         raise DllmError(
-            f"{out}: was written by another process meanwhile: it is left as it is; choose another OUT, or "
+            f"{out}: another process wrote it in the meantime: it is left unchanged; choose another OUT, or "
             f"add --overwrite."
         )
     _rename(sealed, out, _EXCHANGE)  # the old directory is now where it gets removed

@@ -91,7 +91,7 @@ def test_logits_come_only_when_they_are_wanted(gpu, tiny_artifact, tiny_engines)
 def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tmp_path):
     backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
     with pytest.raises(
-        DllmError, match="a canvas of 65 tokens: the engines hold 64: build them with --max-length 65"
+        DllmError, match="the canvas has 65 tokens, the engines hold 64: build them with --max-length 65"
     ):
         backend.new_cache(1, 65)
     cache = backend.new_cache(8, 64)
@@ -154,7 +154,7 @@ def test_the_length_that_a_message_asks_for_can_be_built(gpu, tmp_path):
     store.build(artifact, tmp_path / "engines", BuildConfig(max_length=64, block_length=8))
     backend = TensorRTBackend(artifact, engines=tmp_path / "engines")
     with pytest.raises(
-        DllmError, match="a canvas of 192 tokens: the engines hold 64: build them with --max-length 192"
+        DllmError, match="the canvas has 192 tokens, the engines hold 64: build them with --max-length 192"
     ):
         Scheduler(backend, 2, 128)
     store.build(artifact, tmp_path / "longer", BuildConfig(max_length=192, block_length=8))

@@ -26,7 +26,7 @@ def test_a_driver_that_is_older_than_the_bindings_is_named_with_the_remedy(gpu, 
     monkeypatch.setattr(cuda, "bindings_major", lambda: 13)
     with pytest.raises(
         DllmError,
-        match=r"cuda-bindings is of CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and "
+        match=r"cuda-bindings is for CUDA 13, the driver runs CUDA 12: .*cuda-bindings<13.*trt-cu12 and "
         r"rtx-cu12",
     ):
         cuda.CudaDevice()
@@ -41,7 +41,7 @@ def test_engines_of_something_else_are_not_opened(gpu, tiny_artifact, tiny_engin
     for name, value in (("version", "10.16.1"), ("gpu", {"name": "another"}), ("files", {})):
         changed = facts | {"built_for": facts["built_for"] | {name: value}}
         (directory / "engine.json").write_text(json.dumps(changed))
-        with pytest.raises(DllmError, match=f"{directory.name} is of another {name}"):
+        with pytest.raises(DllmError, match=f"{directory.name}, mismatch: {name}"):
             TensorRTBackend(tiny_artifact, engines=tiny_engines)
     (directory / "engine.json").write_text(json.dumps(facts))
     engine_file = directory / "shared.engine"
@@ -81,7 +81,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
     made, _ = stand_ins.install(monkeypatch, rtx)
     made.devices = 0
     with pytest.raises(
-        DllmError, match="GPU 0 was asked for, this machine has 0: install NVIDIA's cuda-bindings"
+        DllmError, match="GPU 0 was requested, but this machine has 0: install NVIDIA's cuda-bindings"
     ):
         cuda.CudaDevice()
     with pytest.raises(DllmError, match="engines are built on the GPU that runs them: GPU 0"):
@@ -139,7 +139,7 @@ def test_the_engines_that_fit_best_are_taken(gpu, tiny_artifact, tmp_path, monke
         )
     assert TensorRTBackend(tiny_artifact, engines=tmp_path).directory == built["wide"]
     assert TensorRTBackend(tiny_artifact, engines=tmp_path, length=100).directory == built["long"]
-    with pytest.raises(DllmError, match=r"is of another max_batch \(1, asked for is 2\)"):
+    with pytest.raises(DllmError, match=r"mismatch: max_batch \(1, requested: 2\)"):
         TensorRTBackend(tiny_artifact, engines=tmp_path, batch=2, length=100)
     with pytest.raises(DllmError, match=r"plugins \(it has none\)"):
         TensorRTBackend(tiny_artifact, engines=tmp_path, steps_per_sync=2)

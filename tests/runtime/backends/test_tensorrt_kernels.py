@@ -93,6 +93,6 @@ def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypa
 def test_a_driver_that_is_too_old_for_a_kernel_is_told_so(gpu, monkeypatch):
     monkeypatch.setattr(gpu, "cuModuleLoadData", lambda image: (gpu.Code.cudaErrorInvalidValue, None))
     with pytest.raises(
-        DllmError, match=r"its PTX is of version 8.7 .8.7 needs CUDA 12.8., the driver runs CUDA 13.0"
+        DllmError, match=r"its PTX has version 8.7 .8.7 needs CUDA 12.8., the driver runs CUDA 13.0"
     ):
         cuda.CudaDevice().kernel(b"//\n.version 8.7\n.target sm_90\n", "k")

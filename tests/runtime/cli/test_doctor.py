@@ -146,7 +146,7 @@ def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
     found = gpu_check._driver(12040)
     assert (
         found.status == packages.WARNING
-        and "CUDA 12.4, and cuda-bindings is of CUDA 13" in found.said
+        and "CUDA 12.4, and cuda-bindings is for CUDA 13" in found.said
         and "cuda-bindings<13" in found.mend
     )
     assert gpu_check._driver(13000).status == packages.OK

@@ -130,8 +130,8 @@ def test_a_quantised_export_says_what_it_does(tmp_path):
     )
     session.end()
     for said in (
-        "beside which the quantised one is judged",
-        "gate: decoding prompts with the model as it was: 1 of 2",
+        "for the comparison",
+        "gate: decoding prompts with the original model: 1 of 2",
         "weights: ",
         "gate: commits, forced: 1 of 2",
         "gate: decoding prompts again: 1 of 2",

@@ -91,7 +91,7 @@ def test_the_commit_is_the_policies_on_arrays():
 def test_faults_stop_a_row_and_are_told():
     rule = CommitRule("threshold", 3, 0.5)
     for confidence, token, said in (
-        ([0.1, np.nan, 0.9], [1, 2, 3], "no number"),
+        ([0.1, np.nan, 0.9], [1, 2, 3], "NaN or infinite"),
         ([0.1, 0.2, 0.9], [1, 2, MASK], "the mask token"),
     ):
         ids, held = np.full((1, 3), MASK), steps.commit_arrays([rule], 3)

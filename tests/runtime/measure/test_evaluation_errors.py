@@ -55,7 +55,7 @@ WRONG = {
     "too big": (
         "custom_dataset: !function code.too_big\n",
         ["broken"],
-        ("memory does not suffice", "--batch"),
+        ("not enough memory", "--batch"),
     ),
     "metric": (
         "custom_dataset: !function code.rows\nmetric_list: [{metric: no_such_metric}]\n",

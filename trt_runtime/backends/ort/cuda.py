@@ -64,7 +64,7 @@ class OrtCudaBackend(OrtSession):
         manifests.check_runs_on_gpu(self.manifest, str(artifact))
         if not self.manifest.dims.writes_caches:
             raise DllmError(
-                f"{artifact}: is of the legacy lowering, for the CPU and older TensorRT: export with "
+                f"{artifact}: has the legacy lowering, which does not run on CUDA: export with "
                 f"--lowering modern."
             )
         # CUDA's libraries, if they are installed as Python packages

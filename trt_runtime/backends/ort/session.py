@@ -229,8 +229,8 @@ class OrtSession(Backend):
                 if actual.get(spec.name) != (spec.dtype, spec.axes):
                     raise DllmError(
                         f"{artifact}: the {self.role} graph has {spec.name} as {actual.get(spec.name)}, the "
-                        f"manifest says {(spec.dtype, spec.axes)}: the artifact's files are not of one "
-                        "export: export it again."
+                        f"manifest says {(spec.dtype, spec.axes)}: the artifact's files come from "
+                        "different exports: export it again."
                     )
 
     def _binding(self, cache: Cache, slots: slice, names: tuple[str, ...]) -> Any:

@@ -87,7 +87,7 @@ class TensorRTBackend(Backend):
         """A cache of the engines' fixed capacity. Raises DllmError if that is too small."""
         if capacity > self.capacity:
             raise DllmError(
-                f"a canvas of {capacity} tokens: the engines hold {self.capacity}: build them with "
+                f"the canvas has {capacity} tokens, the engines hold {self.capacity}: build them with "
                 f"--max-length {capacity}."
             )
         buffers = self._pool.pop((batch, self.capacity), None) or self._caches.allocate(batch)

@@ -83,7 +83,7 @@ class BuildConfig:
             raise DllmError(f"--optimization-level is {self.optimization_level}, expected 0 to 5.")
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
-                raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX is not asked to.")
+                raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX does not support it.")
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         block = min(self.block_length, length)
@@ -130,7 +130,7 @@ def check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
             )
     if manifest.lowering == MODERN and version < least:
         raise DllmError(
-            f"the artifact is of the modern lowering, which {config.backend} reads from "
+            f"the artifact has the modern lowering, which {config.backend} reads from "
             f"{'.'.join(map(str, least))} on; installed is "
             f"{trt.__version__}: update it, or export with --lowering legacy."
         )

@@ -236,7 +236,7 @@ def _no_cublas(trt: Any, network: Any, settings: Any, dtype: str) -> None:
     settings.set_tactic_sources(settings.get_tactic_sources() & ~sum(1 << int(source) for source in without))
 
 
-_FUSED = "attention that finds no fused kernel may be taken apart: otherwise the build fails"
+_FUSED = "attention without a fused kernel may be decomposed; otherwise the build fails"
 _EXACT = (
     "fp32 is fp32: by default products of fp32 are rounded to TF32 (16-bit models lose nothing by "
     "that: their numbers fit)"

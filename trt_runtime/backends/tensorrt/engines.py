@@ -188,7 +188,9 @@ class RTXEngines(Engines):
             if entry.name not in self._caches:
                 self._caches[entry.name] = self._cache(entry.name, runtime_config)
             if not runtime_config.set_runtime_cache(self._caches[entry.name]):
-                raise BackendError(f"TensorRT-RTX takes no runtime cache: {self.logger.last or 'no message'}")
+                raise BackendError(
+                    f"TensorRT-RTX refused the runtime cache: {self.logger.last or 'no message'}"
+                )
             self._configs[key] = runtime_config
         return self._configs[key]
 

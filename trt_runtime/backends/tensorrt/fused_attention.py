@@ -59,7 +59,7 @@ def complaint(kernels: dict[FusedKernel, int], dtype: str, name: str) -> str:
         return ""  # no package has a fused kernel for it
     if not kernels:
         return (
-            f"{name}: no fused attention kernel was found in the engine: attention is taken apart, right "
+            f"{name}: no fused attention kernel was found in the engine: attention is decomposed, right "
             f"but slow"
         )
     if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):

@@ -241,17 +241,15 @@ def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path
         )
         sizes = (("max_batch", batch, needs.batch), ("capacity", built_for["capacity"], needs.length))
         differing += [
-            f"{name} ({limit}, asked for is {least})" for name, limit, least in sizes if limit < least
+            f"{name} ({limit}, requested: {least})" for name, limit, least in sizes if limit < least
         ]
-        differing += (
-            ["plugins (it has none)"] if needs.commit and "commit" not in built_for["plugins"] else []
-        )
+        differing += ["plugins (none built)"] if needs.commit and "commit" not in built_for["plugins"] else []
         if differing:
-            others.append(f"{file.parent.name} is of another {', '.join(differing)}")
+            others.append(f"{file.parent.name}, mismatch: {', '.join(differing)}")
         else:
             fitting.append((bool(built_for["plugins"]), batch, -built_for["capacity"], file.parent))
     if not fitting:
-        said = "; ".join(others[:3]) or "there are none"
+        said = "; ".join(others[:3]) or "none were built"
         raise DllmError(
             f"{root}: no engines of this artifact for this machine ({said}): build them with 'dllm-trt "
             f"build'."
