@@ -65,10 +65,10 @@ FAST := tests/smoke tests/runtime/decoding/test_policies.py tests/runtime/decodi
   tests/runtime/decoding/test_refresh.py tests/runtime/artifact/test_manifest.py tests/runtime/artifact/test_check.py tests/docs/test_project.py
 
 test-fast: $(VENV)/.dev ## the tests to run after each edit, in under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FAST)
 
 test: $(VENV)/.dev ## the tests, on a CPU, in two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, the house rules (sizes, names)
 	$(BIN)/ruff check .

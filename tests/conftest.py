@@ -21,8 +21,9 @@ if sys.version_info < (3, 11):  # its newest ONNX Runtime knows no opset 24, whi
     pytest.exit("the tests need Python 3.11 or newer; 'make demo' and exports run on 3.10", returncode=1)
 
 
-# a shell starts background jobs with SIGINT ignored; processes that the tests interrupt would inherit that
+# a shell starts background jobs with these ignored; processes that the tests interrupt would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture
