@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -102,57 +104,91 @@ def fuzzed(body: dict[str, Any], rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-async def one_fault(http: httpx.AsyncClient, url: str, rng: random.Random, expected: dict[str, str]) -> str:
-    """Send one request of a random kind and return its outcome. Raises AssertionError on a wrong answer."""
-    kind = rng.choice(["good", "good", "stream", "leave", "leave stream", "bad", "fuzz"])
-    prompt = rng.choice(list(expected))
-    where = f"{url}/chat/completions"
-    if kind == "bad":
-        content, status = rng.choice(BAD)
+@dataclass
+class Attack:
+    """Requests to one server, at random. expected: the answer to each prompt, decoded alone."""
+
+    http: httpx.AsyncClient
+    url: str
+    rng: random.Random
+    expected: dict[str, str]
+
+    async def one(self) -> str:
+        """Send one request of a random kind and return its outcome. Raises AssertionError on a wrong
+        answer."""
+        kinds = {
+            "good": self._good,
+            "stream": self._stream,
+            "leave": self._leave,
+            "leave stream": self._leave_stream,
+            "bad": self._bad,
+            "fuzz": self._fuzz,
+        }
+        kind = self.rng.choice(["good", *kinds])  # good twice as often
+        return await kinds[kind](self.rng.choice(list(self.expected))) or kind
+
+    async def _post(self, raw: bytes, path: str = "/chat/completions") -> httpx.Response:
+        return await self.http.post(
+            f"{self.url}{path}", content=raw, headers={"content-type": "application/json"}
+        )
+
+    async def _good(self, prompt: str) -> str | None:
+        answer = await self._post(json.dumps(body_of(prompt)).encode())
+        if answer.status_code == 429:
+            return "full"
+        text = answer.json()["choices"][0]["message"]["content"]
+        assert text == self.expected[prompt], (prompt, answer.text[:300])
+        return None
+
+    async def _bad(self, prompt: str) -> None:
+        content, status = self.rng.choice(BAD)
         raw = content if isinstance(content, bytes) else json.dumps(body_of(prompt) | content).encode()
-        answer = await http.post(where, content=raw, headers={"content-type": "application/json"})
+        answer = await self._post(raw)
         assert answer.status_code == status and answer.json()["error"]["message"], (
             content,
             answer.status_code,
             answer.text[:200],
         )
-    elif kind == "fuzz":
-        raw = fuzzed(body_of(prompt, max_tokens=8), rng)
-        answer = await http.post(
-            where.replace("/chat", rng.choice(["", "/chat"])),
-            content=raw,
-            headers={"content-type": "application/json"},
-        )
+
+    async def _fuzz(self, prompt: str) -> None:
+        raw = fuzzed(body_of(prompt, max_tokens=8), self.rng)
+        answer = await self._post(raw, self.rng.choice(["/completions", "/chat/completions"]))
         assert answer.status_code in (200, 400, 404, 429), (raw[:500], answer.status_code, answer.text[:200])
         assert answer.status_code == 200 or answer.json()["error"]["message"], raw[:500]
-    elif kind == "good":
-        answer = await http.post(where, json=body_of(prompt))
-        if answer.status_code == 429:
+
+    async def _leave(self, prompt: str) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            await self.http.post(
+                f"{self.url}/chat/completions",
+                json=body_of(prompt, policy="fixed"),
+                timeout=self.rng.uniform(0.001, 0.05),
+            )
+
+    async def _stream(self, prompt: str) -> str | None:
+        text = await self._streamed(prompt, lines=10**6)
+        if text is None:
             return "full"
-        assert answer.json()["choices"][0]["message"]["content"] == expected[prompt], (
-            prompt,
-            answer.text[:300],
-        )
-    elif kind == "leave":
-        try:
-            await http.post(where, json=body_of(prompt, policy="fixed"), timeout=rng.uniform(0.001, 0.05))
-        except httpx.TimeoutException:
-            return kind
-    else:
-        text, most = "", rng.randrange(1, 12) if kind == "leave stream" else 10**6
-        async with http.stream("POST", where, json=body_of(prompt, stream=True)) as answer:
+        assert text == self.expected[prompt], (prompt, text)
+        return None
+
+    async def _leave_stream(self, prompt: str) -> str | None:
+        return "full" if await self._streamed(prompt, self.rng.randrange(1, 12)) is None else None
+
+    async def _streamed(self, prompt: str, lines: int) -> str | None:
+        """The text in the first `lines` lines of a stream, after which the client leaves; None for a 429."""
+        text, body = "", body_of(prompt, stream=True)
+        async with self.http.stream("POST", f"{self.url}/chat/completions", json=body) as answer:
             if answer.status_code == 429:
-                return "full"
+                return None
             async for line in answer.aiter_lines():
-                most -= 1
-                if not most:
-                    return kind
+                lines -= 1
+                if not lines:
+                    return text
                 if line.startswith("data: {"):
                     text += "".join(
                         choice["delta"].get("content", "") for choice in json.loads(line[6:])["choices"]
                     )
-        assert text == expected[prompt], (prompt, text)
-    return kind
+        return text
 
 
 async def faults(server: Server, expected: dict[str, str], count: int, seed: int) -> dict[str, Any]:
@@ -164,7 +200,7 @@ async def faults(server: Server, expected: dict[str, str], count: int, seed: int
         while left > 0:
             left -= 1
             try:
-                seen[await one_fault(http, server.url, rng, expected)] += 1
+                seen[await Attack(http, server.url, rng, expected).one()] += 1
             except AssertionError as error:
                 wrong.append(str(error)[:500])
             except httpx.HTTPError as error:

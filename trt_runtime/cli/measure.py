@@ -11,6 +11,7 @@ from trt_runtime.cli.parser import add_output, command, progress_of, report, say
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
 from trt_runtime.measure import replay, tolerances
+from trt_runtime.measure.case_fields import Case
 from trt_runtime.model import Model
 
 
@@ -100,7 +101,7 @@ def _replay(args: argparse.Namespace) -> int:
     return _compare(args, model, ours, read.format if read else decode_cases.FORMAT)
 
 
-def _compare(args: argparse.Namespace, model: Model, cases: list[decode_cases.Case], written: int) -> int:
+def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written: int) -> int:
     dtype = model.manifest.model.dtype
     results, wrong, near, excused, differences = [], 0, 0, 0, list[dict[str, object]]()
     for case in progress_of(args).each(cases, "replaying cases"):

@@ -15,25 +15,25 @@ there `steps` does not bound a threshold; without a cache it does (policies.Thre
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
 from trt_runtime.decoding.cache_plan import PLANS, PREFIX_PASS, REFINE_BLOCK, REFINE_NEAR, REFINE_SUFFIX
-from trt_runtime.decoding.config import MAX_STEPS, GenerationConfig
+from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.decoding.rules import Rules, check_prompt
 from trt_runtime.decoding.sampling import Sampler
 from trt_runtime.decoding.sequence import Sequence, Step
-from trt_runtime.errors import DllmError, unknown
+from trt_runtime.errors import DllmError
+from trt_runtime.measure import case_fields
+from trt_runtime.measure.case_fields import Case, policy_name
 
-Case = dict[str, Any]
 FORMAT = 3  # of the files written here (2 is the format of recordings of block-causal models)
 # kinds of steps in files of format 1, where 'prefix' was a refine step
 _KINDS_OF_1 = {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK}
@@ -156,7 +156,7 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
 
 
 def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
-    _check_case(case)
+    case_fields.check(case)
     if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
         raise DllmError(
             f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
@@ -198,118 +198,8 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     return rows
 
 
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(row, list) and all(type(t) is int for t in row) for row in value
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
-    )
-
-
-def _are_steps(value: Any, needed: bool) -> bool:
-    return (value is None and not needed) or (type(value) is int and 1 <= value <= MAX_STEPS)
-
-
-def _is_step(value: Any, several: bool) -> bool:
-    """Whether this is a step of a trace; with `several` rows its positions may be [row, position] pairs."""
-    kinds = (str, int, int, list, list, list)
-    ok = (
-        isinstance(value, list)
-        and len(value) in (5, 6)
-        and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
-    )
-    places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
-    return places and len(value[3]) == len(value[4]) and _are_rows([value[4]])
-
-
-def _is_padding(value: Any, prompts: list[list[int]]) -> bool:
-    """Whether this is a mask as long as each prompt, whose false entries are to the left of the true ones."""
-    return (
-        isinstance(value, list)
-        and len(value) == len(prompts)
-        and all(
-            isinstance(row, list)
-            and len(row) == len(prompt)
-            and all(type(item) is bool for item in row)
-            and any(row)
-            and row == sorted(row)
-            for row, prompt in zip(value, prompts, strict=True)
-        )
-    )
-
-
-def _check_case(case: Case) -> None:
-    """Raise DllmError for a case whose fields are missing or of the wrong type."""
-
-    scheduled, bounded = _alg(case) in _schedules(), _alg(case) == "threshold"
-    several = isinstance(case.get("prompt"), list) and len(case["prompt"]) > 1
-    checks: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
-        "mode": (True, lambda v: isinstance(v, str), "a cache mode"),
-        "prompt": (True, lambda v: _are_rows(v) and len(v) > 0, "a list of rows of token ids"),
-        "gen_length": (True, lambda v: type(v) is int and v >= 0, "a whole number"),
-        "block_length": (False, lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "steps": (scheduled, lambda v: _are_steps(v, scheduled), f"a whole number from 1 to {MAX_STEPS}"),
-        "threshold": (
-            bounded,
-            lambda v: _is_number(v) and not (bounded and v is None),
-            "a number" if bounded else "a number or null",
-        ),
-        "factor": (
-            _alg(case) == "factor",
-            lambda v: _is_number(v) and not (v is None and _alg(case) == "factor"),
-            "a number",
-        ),
-        "matches": (False, lambda v: isinstance(v, dict), "an object"),
-        "alg": (False, lambda v: isinstance(v, str), "the name of a policy"),
-        "top_p": (
-            False,
-            lambda v: _is_number(v) and (v is None or 0 < v <= 1),
-            "a number above 0 and at most 1",
-        ),
-        "top_k": (False, lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
-        "attention_mask": (
-            False,
-            lambda v: _is_padding(v, case["prompt"]),
-            "a row of booleans for each prompt, false for the padding at its left",
-        ),
-        "output": (False, _are_rows, "a list of rows of token ids"),
-        "full_output": (False, _are_rows, "a list of rows of token ids"),
-        "trace": (
-            False,
-            lambda v: isinstance(v, list) and all(_is_step(item, several) for item in v),
-            "a list of [kind, start, length, positions, tokens]",
-        ),
-    }
-    for key, (required, is_right, expected) in checks.items():
-        if (required and key not in case) or (key in case and not is_right(case[key])):
-            shown = f"{key} is {str(case[key])[:60]}" if key in case else f"has no '{key}'"
-            raise DllmError(
-                f"case {case.get('id')}: {shown}, expected {expected} (make cases with replay --record)."
-            )
-    if case["mode"] not in PLANS.names():
-        raise unknown("mode", case["mode"], PLANS.names())
-    if _alg(case) not in (*_schedules(), "threshold", "factor"):
-        raise unknown("alg", _alg(case), ["confidence_threshold", *_schedules()])
-
-
-def _schedules() -> list[str]:
-    return [policy.name for policy in POLICIES.all() if policy.is_schedule]
-
-
-def _alg(case: Case) -> str:
-    """The policy's name: as the case has it, or by its number."""
-    if case.get("factor") is not None:
-        return "factor"
-    name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
-    return "threshold" if name == "confidence_threshold" else name
-
-
 def _policy(case: Case, block_length: int | None) -> Policy:
-    name = _alg(case)
+    name = policy_name(case)
     if name == "factor":
         return Factor(float(case["factor"]))
     if name == "threshold":

@@ -17,7 +17,8 @@ from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.measure.cases import FORMAT, INPUTS, Case, CaseRow, rows_of
+from trt_runtime.measure.case_fields import Case
+from trt_runtime.measure.cases import FORMAT, INPUTS, CaseRow, rows_of
 
 _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
 

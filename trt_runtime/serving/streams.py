@@ -45,43 +45,61 @@ async def _updates(answer: Answer) -> AsyncIterator[tuple[int, Update]]:
             yield index, update
 
 
+class _Choices:
+    """The choices of a stream: what was sent of each."""
+
+    def __init__(self, answer: Answer) -> None:
+        count = len(answer.jobs)
+        self.answer = answer
+        self.sent, self.is_stopped, self.has_begun = [""] * count, [False] * count, [False] * count
+
+    def role(self, index: int) -> list[dict[str, Any]]:
+        """The chunk of a chat that names the role, before the first text. It is sent only once there is an
+        update: until then, a lost replica's request can be retried."""
+        if self.answer.kind != CHAT or self.has_begun[index]:
+            return []
+        self.has_begun[index] = True
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}]
+
+    def text(self, index: int, update: Update) -> list[dict[str, Any]]:
+        """The chunks of an update: new text, and the reason of the end. Raises Broken for text that changed
+        after it was sent."""
+        answer = self.answer
+        text, self.is_stopped[index] = answer.show(index, update)
+        if not text.startswith(self.sent[index]):
+            raise Broken("a token changed text that was sent already: ask without stream.")
+        chunks = []
+        if len(text) > len(self.sent[index]):
+            chunks.append(answer.choice(index, text[len(self.sent[index]) :], None, chunk=True))
+            self.sent[index] = text
+        if self.is_stopped[index] or update.finished:
+            reason = answer.reason(index, self.is_stopped[index])
+            chunks.append(answer.choice(index, "", reason, chunk=True))
+            answer.worker.cancel(answer.jobs[index], "stop")
+        return chunks
+
+
 async def events(answer: Answer) -> AsyncIterator[str]:
     """Server-sent events: the text of each choice as its blocks are finished. An error is an event too,
     because the status has been sent already."""
     options = answer.body.stream_options
     kind = "chat.completion.chunk" if answer.kind == CHAT else TEXT
+    choices = _Choices(answer)
 
     def event(**more: Any) -> str:
         return f"data: {json.dumps(answer.envelope(kind, **more))}\n\n"
 
-    sent, stopped, begun = [""] * len(answer.jobs), [False] * len(answer.jobs), [False] * len(answer.jobs)
     try:
         async for index, update in _updates(answer):
-            if (
-                answer.kind == CHAT and not begun[index]
-            ):  # not earlier: until here, a lost replica loses nothing
-                first = {
-                    "delta": {"role": "assistant", "content": ""},
-                    "finish_reason": None,
-                    "logprobs": None,
-                }
-                yield event(choices=[{"index": index, **first}])
-            begun[index] = True
-            if stopped[index]:
+            for chunk in choices.role(index):
+                yield event(choices=[chunk])
+            if choices.is_stopped[index]:
                 continue
-            text, stopped[index] = answer.show(index, update)
             if options is not None and options.provisional:
                 yield event(choices=[], provisional=answer.provisional(index, update))
-            if not text.startswith(sent[index]):
-                raise Broken("a token changed text that was sent already: ask without stream.")
-            if len(text) > len(sent[index]):
-                yield event(choices=[answer.choice(index, text[len(sent[index]) :], None, chunk=True)])
-                sent[index] = text
-            if stopped[index] or update.finished:
-                yield event(
-                    choices=[answer.choice(index, "", answer.reason(index, stopped[index]), chunk=True)]
-                )
-                answer.worker.cancel(answer.jobs[index], "stop")
+            for chunk in choices.text(index, update):
+                yield event(choices=[chunk])
         if options is not None and options.include_usage:
             yield event(choices=[], usage=answer.usage())
         answer.release()
