@@ -105,7 +105,7 @@ def main() -> None:
         settings = Settings(
             str(work),
             str(work / "stages"),
-            preset=args.preset or preset_for(memory_gib()),
+            preset=args.preset or (TWIN["preset"] if args.twin else preset_for(memory_gib())),
             tensorrt86=args.tensorrt86,
         )
         settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]

@@ -254,7 +254,8 @@ def test_a_hub_id_without_a_network_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(
-        DllmError, match=r"GSAI-ML/LLaDA-8B-Base: .* not to be had from the hub \(OSError: no route to host\)"
+        DllmError,
+        match=r"GSAI-ML/LLaDA-8B-Base: .* the hub does not provide it \(OSError: no route to host\)",
     ):
         checkpoint.locate("GSAI-ML/LLaDA-8B-Base")
 

@@ -123,9 +123,9 @@ def test_the_commands_know_an_installed_one(name, tmp_path, monkeypatch):
         "--out",
         tmp_path / "out",
         "--verify",
-        "yes",
+        "yes" if name == "toy" else "no",  # the other test verifies both
         cwd=OUTSIDE.parents[2],
     )
-    assert done.returncode == 0 and "verified" in done.stdout + done.stderr, done.stderr
+    assert done.returncode == 0 and ("verified" in done.stdout + done.stderr) == (name == "toy"), done.stderr
     planned = command("-m", "trt_runtime.cli", "plan", path, "--device", "cpu")
     assert planned.returncode == 0, planned.stderr

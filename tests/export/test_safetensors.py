@@ -183,7 +183,7 @@ def test_adapters_have_to_be_merged_first(tiny, tmp_path):
     refused(
         alone,
         tmp_path / "out",
-        "adapter_config.json is of an adapter",
+        "adapter_config.json belongs to an adapter",
         "PeftModel.from_pretrained",
         "merge_and_unload()",
     )

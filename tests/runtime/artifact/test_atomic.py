@@ -66,7 +66,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
     """Of two exports to one new place, one is told."""
     out = tmp_path / "out"
     with (
-        pytest.raises(DllmError, match="written by another process meanwhile"),
+        pytest.raises(DllmError, match="another process wrote it in the meantime"),
         atomic.sealed(out, overwrite=False) as directory,
     ):
         (directory / "file").write_text("slow")

@@ -174,7 +174,7 @@ def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path)
         facts = json.loads((golden_artifact / "manifest.json").read_text())
         facts["model"][key] = value
         (lies / "manifest.json").write_text(json.dumps(facts))
-        with pytest.raises(DllmError, match="not of one export"):
+        with pytest.raises(DllmError, match="come from different exports"):
             open_backend("ort", lies)
     (golden_copy := tmp_path / "broken").mkdir()
     for file in golden_artifact.iterdir():

@@ -108,7 +108,7 @@ def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tm
     ):
         backend.new_cache(8, 64)
     with pytest.raises(
-        DllmError, match=r"no engines of this artifact for this machine .there are none.: build them"
+        DllmError, match=r"no engines of this artifact for this machine .none were built.: build them"
     ):
         TensorRTBackend(tiny_artifact, engines=tmp_path / "nowhere")
 

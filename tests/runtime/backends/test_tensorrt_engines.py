@@ -98,8 +98,8 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, tiny_artifact, tmp_path
 
 @pytest.mark.parametrize(("package", "version", "expected"), [
     ("tensorrt", "8.6.1", {"types are constraints", "may be missing"}), ("tensorrt", "10.13.3.9", {"TF32"}),
-    ("tensorrt", "10.16.1.11", {"TF32", "taken apart"}), ("tensorrt", "11.4.0.106", {"TF32", "taken apart"}),
-    ("tensorrt-rtx", "1.7.1.116", {"TF32", "taken apart", "the caller allocates"}),
+    ("tensorrt", "10.16.1.11", {"TF32", "decomposed"}), ("tensorrt", "11.4.0.106", {"TF32", "decomposed"}),
+    ("tensorrt-rtx", "1.7.1.116", {"TF32", "decomposed", "the caller allocates"}),
 ])  # fmt: skip
 def test_workarounds_are_of_their_versions(package, version, expected):
     from types import SimpleNamespace
@@ -141,7 +141,7 @@ def test_the_engines_that_fit_best_are_taken(gpu, tiny_artifact, tmp_path, monke
     assert TensorRTBackend(tiny_artifact, engines=tmp_path, length=100).directory == built["long"]
     with pytest.raises(DllmError, match=r"mismatch: max_batch \(1, requested: 2\)"):
         TensorRTBackend(tiny_artifact, engines=tmp_path, batch=2, length=100)
-    with pytest.raises(DllmError, match=r"plugins \(it has none\)"):
+    with pytest.raises(DllmError, match=r"plugins \(none built\)"):
         TensorRTBackend(tiny_artifact, engines=tmp_path, steps_per_sync=2)
 
 

@@ -1,7 +1,7 @@
 """What attention became in an engine: read from the engine's own bytes, which hold the source and the launch
 arguments of kernels that are compiled when it runs (TensorRT-RTX), or the names of compiled ones (TensorRT).
 
-A 16-bit attention that finds no fused kernel is taken apart: right, but slow, and without a word from the
+A 16-bit attention that finds no fused kernel is decomposed: correct, but slow, and without a word from the
 builder. One that sums in fp16 is less exact.
 """
 
@@ -59,7 +59,7 @@ def complaint(kernels: dict[FusedKernel, int], dtype: str, name: str) -> str:
         return ""  # no package has a fused kernel for it
     if not kernels:
         return (
-            f"{name}: no fused attention kernel was found in the engine: attention is decomposed, right "
+            f"{name}: no fused attention kernel was found in the engine: attention is decomposed: correct "
             f"but slow"
         )
     if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):
