@@ -20,6 +20,7 @@ from .graph.lowering import LOWERINGS
 from .pipeline import ExportConfig
 from .quantize.export import QuantizeConfig
 from .schemes import NAMES
+from .source import ATTENTIONS
 from .weights.plan import MODES
 
 # what is exported without --checkpoint: its path in the checkout, and its title
@@ -68,6 +69,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     option("--ignore-key", action="append", default=[], metavar="KEY", help=ignore)
     mask = "the mask token, as text or id, if neither config.json nor the tokenizer names the right one"
     option("--mask-token", metavar="TOKEN", help=mask)
+    attention = "the checkpoint's attention, for model types whose config.json does not say (a2d-qwen3, ...)"
+    option("--attention", choices=ATTENTIONS, help=attention)
     weights = (
         "'link' uses the checkpoint's own files in place (same dtype): seconds, and no copy (default copy)"
     )
@@ -104,6 +107,7 @@ def config_of(args: argparse.Namespace) -> ExportConfig:
         args.overwrite,
         args.weights,
         args.mask_token,
+        args.attention,
     )
 
 

@@ -66,6 +66,7 @@ class ExportConfig:
 
     weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files in place.
     mask_token: as text or id, for a checkpoint that does not name it or names the wrong one.
+    attention: of source.ATTENTIONS, for a checkpoint whose config does not say.
     """
 
     checkpoint: str
@@ -78,6 +79,11 @@ class ExportConfig:
     overwrite: bool = False
     weights: str = "copy"
     mask_token: str | None = None
+    attention: str | None = None
+
+    def read(self) -> Source:
+        """The checkpoint, read. Raises DllmError."""
+        return read(self.checkpoint, self.family, self.ignored_keys, self.mask_token, self.attention)
 
 
 def export(
@@ -94,7 +100,7 @@ def export(
     complete: called with the complete artifact, before it is moved into place, and its manifest; returns the
     final manifest, and undoes the export by raising.
     """
-    source = read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
+    source = config.read()
     for text in source.notes:
         note(text)
     check_target(config, source.checkpoint.path)
@@ -228,6 +234,7 @@ def _manifest(
             else str(checkpoint.path.resolve()),
             "ignored_keys": list(config.ignored_keys),
             **({} if source.mask_token is None else {"mask_token": source.mask_token}),
+            **({} if source.attention is None else {"attention": source.attention}),
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },

@@ -20,25 +20,33 @@ from .checkpoint.huggingface import Checkpoint
 from .families.base import ConfigReader, Family
 from .graph.decoder import DecoderConfig, weight_shapes
 
+ATTENTIONS = FULL, BLOCK_CAUSAL = ("full", "block_causal")
+
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was read and understood. mask_token: its id, if the user gave it. notes: what a user
-    should know."""
+    """A checkpoint that was read and understood. mask_token: its id, if the user gave it. attention: its
+    kind, if the user had to tell. notes: what a user should know."""
 
     checkpoint: Checkpoint
     family: Family
     decoder: DecoderConfig
     decoding: DecodingFacts
     mask_token: int | None = None
+    attention: str | None = None
     notes: tuple[str, ...] = ()
 
 
 def read(
-    name: str, family: str | None = None, ignored_keys: tuple[str, ...] = (), mask_token: str | None = None
+    name: str,
+    family: str | None = None,
+    ignored_keys: tuple[str, ...] = (),
+    mask_token: str | None = None,
+    attention: str | None = None,
 ) -> Source:
     """Locate a checkpoint and understand its config. family: if given, it must be the checkpoint's;
-    mask_token: replaces the one that the checkpoint names. Raises DllmError."""
+    mask_token: replaces the one that the checkpoint names; attention: of ATTENTIONS, for families whose
+    config does not say. Raises DllmError."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
     own, reader, decoder = understood(source.config, where)
@@ -46,12 +54,29 @@ def read(
         model_type = source.config["model_type"]
         raise DllmError(
             f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
-            f"MODEL={model_type.lower()}."
+            f"MODEL={families.name_of(model_type)}."
         )
-    named = token_names.find(source, decoder.vocab_size, mask_token)
+    _check_attention(own, attention, where)
+    named = token_names.find(source, decoder.vocab_size, mask_token, (own.mask_token, own.mask_token_id))
     decoding, notes = _decoding(own, reader, decoder, source.generation_config, named.ids, ignored_keys)
     mask = None if mask_token is None else decoding.mask_token_id
-    return Source(source, own, decoder, decoding, mask, (*source.notes, *notes, *named.notes))
+    told = attention if own.attention_is_told else None
+    return Source(source, own, decoder, decoding, mask, told, (*source.notes, *notes, *named.notes))
+
+
+def _check_attention(family: Family, attention: str | None, where: str) -> None:
+    """Raise DllmError if the user must say which attention a checkpoint has, or says one that is not
+    exported."""
+    if family.attention_is_told and attention is None:
+        raise DllmError(
+            f"{where}: {family.title} has full attention (mdlm checkpoints) or block-causal attention (bd3lm "
+            "checkpoints), and config.json does not say which: give --attention full (ATTENTION=full) for "
+            "mdlm."
+        )
+    if attention == BLOCK_CAUSAL:
+        raise DllmError(
+            f"{where}: block-causal attention is not supported yet: export a checkpoint with full attention."
+        )
 
 
 def _decoding(
@@ -138,7 +163,7 @@ def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader
 def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
     """What a manifest says about a network."""
     return ModelFacts(
-        family=config["model_type"].lower(),
+        family=families.name_of(config["model_type"]),
         num_layers=decoder.num_layers,
         num_heads=decoder.attention.num_heads,
         num_kv_heads=decoder.attention.num_kv_heads,

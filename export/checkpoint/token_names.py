@@ -14,7 +14,7 @@ from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 
 from . import tokenizer as tokenizer_files
-from .huggingface import Checkpoint
+from .huggingface import Checkpoint, read_json
 
 MASK, END, PAD = KEYS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
@@ -45,10 +45,16 @@ def check_agreed(config: Mapping[str, Any], generation_config: Mapping[str, Any]
         )
 
 
-def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> Found:
+def find(
+    checkpoint: Checkpoint,
+    vocab_size: int,
+    given: str | None = None,
+    of_family: tuple[str | None, int | None] = (None, None),
+) -> Found:
     """What must be added to config.json so that all three tokens are known. given: the mask token, as text or
-    id, which takes precedence. Raises DllmError, saying how to give it, if nothing names the mask or an end
-    token."""
+    id, which takes precedence. of_family: text and id of the mask token in the family's published
+    checkpoints, used if nothing else names it. Raises DllmError, saying how to give it, if nothing names the
+    mask or an end token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
@@ -66,7 +72,8 @@ def find(checkpoint: Checkpoint, vocab_size: int, given: str | None = None) -> F
         names.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
     for key in missing(config, generation_config):
         if key not in names.ids:
-            names.ids[key], said = _of_tokenizer(key, tokenizer, names, checkpoint)
+            known = _of_family(tokenizer, vocab_size, *of_family) if key == MASK else None
+            names.ids[key], said = known or _of_tokenizer(key, tokenizer, names, checkpoint)
             names.notes.append(f"config.json has no {key}: it is {said}")
     return names
 
@@ -110,6 +117,22 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
     if not 0 <= token < vocab_size:
         raise DllmError(f"--mask-token {given!r}: is token id {token}, the model has 0 to {vocab_size - 1}.")
     return token
+
+
+def _of_family(
+    tokenizer: _Tokenizer, vocab_size: int, text: str | None, token: int | None
+) -> tuple[int, str] | None:
+    """The mask token of a family's published checkpoints, and where it comes from; None if the family has
+    none, the tokenizer names its own or does not have it."""
+    if tokenizer.opened is not None:
+        named = tokenizer.opened.special_id("mask_token")
+        token = None if named is not None or text is None else tokenizer.opened.id_of(text)
+    elif text is not None and (file := tokenizer.path / "added_tokens.json").is_file():
+        added = read_json(file, "remove it, or download it again").get(text)
+        token = added if type(added) is int and added >= 0 else token
+    if token is None or token >= vocab_size:
+        return None
+    return token, f"{token}, {text} of the published checkpoints"
 
 
 def _of_tokenizer(key: str, tokenizer: _Tokenizer, names: Found, checkpoint: Checkpoint) -> tuple[Any, str]:

@@ -30,9 +30,14 @@ def names() -> list[str]:
     return sorted({*own, *FAMILIES.names()})
 
 
+def name_of(model_type: str) -> str:
+    """A family's name: its `model_type` in lower case, with underscores."""
+    return model_type.lower().replace("-", "_")
+
+
 def find(model_type: str) -> Family:
     """The family of a config.json's `model_type`. Raises DllmError for an unknown one."""
-    name = model_type.lower()
+    name = name_of(model_type)
     if name not in names():
         raise unknown("model type", model_type, names(), "To add one, write export/families/<model_type>.py.")
     if name not in FAMILIES.names():

@@ -33,6 +33,8 @@ _HF_LAYER = {
     "down_proj": "mlp.down_proj",
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
 }
@@ -44,7 +46,7 @@ _HF_OUTSIDE = {
 
 
 def hf_name(weight: str) -> str:
-    """The name of a decoder weight in transformers' Llama and Qwen2: 'layers.3.q_proj.bias' ->
+    """The name of a decoder weight in transformers' Llama, Qwen2 and Qwen3: 'layers.3.q_proj.bias' ->
     'model.layers.3.self_attn.q_proj.bias'."""
     where = split_layer(weight)
     if where is None:
@@ -90,8 +92,8 @@ class Reference(Protocol):
 
 
 def transformers_reference(architecture: str, decoder: DecoderConfig, **config: Any) -> Reference:
-    """transformers' own decoder of an architecture ('Llama', 'Qwen2') with full attention. config: further
-    fields of its configuration."""
+    """transformers' own decoder of an architecture ('Llama', 'Qwen2', 'Qwen3') with full attention. config:
+    further fields of its configuration."""
     from . import transformers_network  # imports torch
 
     return transformers_network.TransformersNetwork(architecture, decoder, config)
@@ -101,6 +103,12 @@ class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
     title: str  # its name in messages
+    # the mask token of the published checkpoints, if no configuration names it: its text in the tokenizer,
+    # and its id for checkpoints without a tokenizer
+    mask_token: str | None = None
+    mask_token_id: int | None = None
+    # whether config.json leaves open which attention a checkpoint was trained with, so that the user must say
+    attention_is_told: bool = False
     allowed_surplus: Iterable[
         str
         # regular expressions: tensors that a checkpoint may contain although the decoder does not use them

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .context import Context, Rows, Shapes
+from .context import Context, Rows, Shapes, layer_name
+
+_NORM_OF = {"q_proj": "q_norm", "k_proj": "k_norm"}
 
 
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated
-    in float32."""
+    in float32. qk_norm: q and k each pass an RMSNorm over head_dim before they are rotated (Qwen3)."""
 
     hidden_size: int
     num_heads: int
@@ -24,6 +26,7 @@ class Attention:
     rope_theta: float
     rotary_float32: bool
     qkv_bias: bool = False
+    qk_norm: bool = False
 
     def shapes(self) -> Shapes:
         """The weights of a layer, in the order of use."""
@@ -33,6 +36,8 @@ class Attention:
             shapes[name] = (rows, self.hidden_size)
             if self.qkv_bias:
                 shapes[name + ".bias"] = (rows,)
+            if self.qk_norm and name in _NORM_OF:
+                shapes[_NORM_OF[name]] = (self.head_dim,)
         return shapes | {"o_proj": (self.hidden_size, queries)}
 
     def keys_and_values(self, on: Context, h: ir.Value, layer: int, rows: Rows) -> tuple[ir.Value, ir.Value]:
@@ -64,7 +69,10 @@ class Attention:
         """A projection of h, split into heads: [B, heads, rows, D]."""
         projected = on.linear(h, layer, name, bias=self.qkv_bias)
         shape = on.op.Concat(rows.shape, [heads, self.head_dim], axis=0)
-        return on.op.Transpose(on.op.Reshape(projected, shape), perm=[0, 2, 1, 3])
+        split = on.op.Reshape(projected, shape)
+        if self.qk_norm and name in _NORM_OF:
+            split = on.norm(split, layer_name(layer, _NORM_OF[name]))
+        return on.op.Transpose(split, perm=[0, 2, 1, 3])
 
     def _rotate(self, on: Context, x: ir.Value, rows: Rows, factor: float | None = None) -> ir.Value:
         """x [B, heads, rows, D] rotated to its positions, and multiplied by `factor` in float32. With

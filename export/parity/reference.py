@@ -27,6 +27,7 @@ from .. import pipeline
 from ..checkpoint.huggingface import StoredTensor
 from ..families.base import Reference
 from ..graph import decoder as decoders
+from ..source import ATTENTIONS
 from ..weights.sources import stored_of
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -151,9 +152,19 @@ class TorchBackend(Backend):
         return logits
 
 
-def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, tuple[str, ...], str | None]:
-    """The checkpoint behind an artifact (`checkpoint`, else the manifest's own), the config keys that its
-    export ignored, and the mask token that the user gave."""
+@dataclass(frozen=True)
+class Provenance:
+    """The checkpoint behind an artifact, and what its export was told: config keys to ignore, the mask token,
+    the attention."""
+
+    checkpoint: str
+    ignored_keys: tuple[str, ...]
+    mask_token: str | None
+    attention: str | None
+
+
+def origin(manifest: manifests.Manifest, checkpoint: str | None) -> Provenance:
+    """Where an artifact comes from. checkpoint: replaces the manifest's own. Raises DllmError."""
     name = checkpoint or manifest.source.get("checkpoint")
     if not isinstance(name, str):
         raise DllmError("the manifest names no checkpoint: give it with --checkpoint.")
@@ -167,20 +178,32 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> tuple[str, t
         raise DllmError(
             f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again."
         )
-    return name, tuple(ignored), None if mask is None else str(mask)
+    attention = manifest.source.get("attention")
+    if attention not in (None, *ATTENTIONS):
+        raise DllmError(
+            f"the manifest's source.attention is {attention!r}, expected one of "
+            f"{', '.join(ATTENTIONS)}: export it again."
+        )
+    return Provenance(name, tuple(ignored), None if mask is None else str(mask), attention)
 
 
 def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
     """The checkpoint behind an artifact, read. Raises DllmError if it is a different one."""
-    name, ignored_keys, mask_token = origin(manifest, checkpoint)
-    source = pipeline.read(name, ignored_keys=ignored_keys, mask_token=mask_token)
+    told = origin(manifest, checkpoint)
+    source = pipeline.read(
+        told.checkpoint,
+        ignored_keys=told.ignored_keys,
+        mask_token=told.mask_token,
+        attention=told.attention,
+    )
     expected, got = (
         manifest.source.get("config_sha256"),
         manifests.sha256_of(source.checkpoint.path / "config.json"),
     )
     if expected != got:
         raise DllmError(
-            f"{name}: its config.json is not the one that {artifact} was exported from: give that checkpoint."
+            f"{told.checkpoint}: its config.json is not the one that {artifact} was exported from: "
+            "give that checkpoint."
         )
     return source
 

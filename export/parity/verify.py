@@ -134,10 +134,14 @@ def _polygraphy(artifact: Path, checkpoint: str | None) -> Stage:
 
 def fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Path:
     """The artifact's checkpoint exported in fp32, to be verified in place of a bf16 artifact on a CPU."""
-    name, ignored, mask = origin(manifest, checkpoint)
-    twin = directory / "fp32-twin"
+    told, twin = origin(manifest, checkpoint), directory / "fp32-twin"
     config = pipeline.ExportConfig(
-        name, twin, lowering=manifest.lowering, ignored_keys=ignored, mask_token=mask
+        told.checkpoint,
+        twin,
+        lowering=manifest.lowering,
+        ignored_keys=told.ignored_keys,
+        mask_token=told.mask_token,
+        attention=told.attention,
     )
     pipeline.export(config, lambda total: lambda done: None)
     return twin

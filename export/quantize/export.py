@@ -72,7 +72,7 @@ def export(
     Raises DllmError, also if the gate is not passed, and then leaves nothing behind."""
     kind = schemes.find(how.scheme, how.target)
     _check(config, how, kind)
-    source = pipeline.read(config.checkpoint, config.family, config.ignored_keys, config.mask_token)
+    source = config.read()
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
         note(

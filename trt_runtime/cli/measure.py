@@ -87,6 +87,10 @@ def _replay(args: argparse.Namespace) -> int:
     ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
     if len(ours) < len(cases):
         say(args, f"skipped: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
+    full = [case for case in ours if not decode_cases.has_block_causal_attention(case)]
+    if len(full) < len(ours):
+        say(args, f"skipped: {len(ours) - len(full)} cases of block-causal attention; this artifact has full")
+    ours = full
     if not ours:
         raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
     if args.record is not None:

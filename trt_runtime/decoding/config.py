@@ -293,8 +293,9 @@ class GenerationConfig:
 
     def make_policy(self) -> Policy:
         """The policy of a resolved configuration."""
-        steps = None if self.steps is None else self.steps // self._num_blocks
-        return POLICIES.find(self.policy).made(self.policy_options, steps)
+        policy = POLICIES.find(self.policy)
+        steps = None if self.steps is None else policy.steps_of_block(self.steps, self._num_blocks)
+        return policy.made(self.policy_options, steps)
 
     def make_plan(self) -> CachePlan:
         """The cache plan of a resolved configuration."""

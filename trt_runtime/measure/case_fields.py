@@ -153,8 +153,10 @@ def _schedules() -> list[str]:
 
 
 def policy_name(case: Case) -> str:
-    """The policy's name: as the case has it, or by its number."""
+    """The policy's name: as the case has it, by its number, or by the sampler that recorded it."""
     if case.get("factor") is not None:
         return "factor"
+    if case.get("api") == "mdlm" and case.get("threshold") is None and "alg" not in case:
+        return "linear"
     name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
     return "threshold" if name == "confidence_threshold" else name

@@ -36,7 +36,11 @@ from trt_runtime.measure.case_fields import Case, policy_name
 
 FORMAT = 3  # of the files written here (2 is the format of recordings of block-causal models)
 # kinds of steps in files of format 1, where 'prefix' was a refine step
-_KINDS_OF_1 = {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK}
+# the names of kinds in older formats
+_KINDS = {
+    1: {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK},
+    2: {"full": PREFIX_PASS},
+}
 _MODES = ("none", "prefix", "dual")  # of random cases
 INPUTS = (
     "id",
@@ -81,7 +85,7 @@ def read_file(path: Path) -> CaseFile:
             f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the "
             f"cases again."
         )
-    return CaseFile([_with_kinds(case, _KINDS_OF_1) for case in cases] if written == 1 else cases, written)
+    return CaseFile([_with_kinds(case, _KINDS.get(written, {})) for case in cases], written)
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -91,7 +95,12 @@ def read_cases(path: Path) -> list[Case]:
 
 def spelled_for(case: Case, written: int) -> Case:
     """A case or a result with the kinds of its steps as a format names them."""
-    return _with_kinds(case, {new: old for old, new in _KINDS_OF_1.items()}) if written == 1 else case
+    return _with_kinds(case, {new: old for old, new in _KINDS.get(written, {}).items()})
+
+
+def has_block_causal_attention(case: Case) -> bool:
+    """Whether a case was recorded with block-causal attention."""
+    return case.get("mode") in ("block", "block_dual") or case.get("api") == "bd3lm"
 
 
 def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
@@ -205,4 +214,5 @@ def _policy(case: Case, block_length: int | None) -> Policy:
     if name == "threshold":
         return Threshold(float(case["threshold"]), case.get("steps") if block_length is None else None)
     blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
-    return POLICIES.find(name).made({}, max(1, case["steps"] // blocks))
+    policy = POLICIES.find(name)
+    return policy.made({}, policy.steps_of_block(case["steps"], blocks))

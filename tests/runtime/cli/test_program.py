@@ -102,7 +102,7 @@ def test_an_interrupt_is_one_line_from_the_first_moment_on(command):
     assert {"trt_runtime.system.program", "trt_runtime.system.progress"} <= seen and len(seen) >= 4, seen
 
 
-def test_an_interrupt_of_a_running_command_isis_one_line(demo_artifact):
+def test_an_interrupt_of_a_running_command_is_one_line(demo_artifact):
     script = (
         "import sys\nfrom trt_runtime.cli import main as cli\nfrom trt_runtime import model\ndef slow(*_, "
         "**__):\n    print('running', flush=True)\n    import time\n"
@@ -172,7 +172,7 @@ def test_an_interrupt_behind_another_error_is_an_interrupt(capsys):
     assert program.run(_raising(error), []) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_memory_that_is_not_there_isis_one_line(demo_artifact, capsys, monkeypatch):
+def test_memory_that_is_not_there_is_one_line(demo_artifact, capsys, monkeypatch):
     from trt_runtime.model import Model
 
     monkeypatch.setattr(Model, "generate", lambda *_, **__: np.empty((1 << 46,), np.float64))

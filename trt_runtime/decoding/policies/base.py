@@ -102,6 +102,11 @@ class Policy(ABC):
         """Whether the policy uses `steps`."""
         return "steps_per_block" in getattr(cls, "__dataclass_fields__", {})
 
+    @classmethod
+    def steps_of_block(cls, steps: int, num_blocks: int) -> int:
+        """The steps of one block, if `steps` are for the whole generation."""
+        return max(1, steps // num_blocks)
+
     @property
     def draws(self) -> bool:
         """Whether its choice depends on the seed."""

@@ -38,6 +38,7 @@ POLICIES: Registry[type[Policy]] = Registry(
         confidence.Threshold,
         confidence.Factor,
         schedules.Fixed,
+        schedules.Linear,
         schedules.Origin,
         schedules.Entropy,
         schedules.MaskgitPlus,
@@ -56,8 +57,8 @@ POLICIES: Registry[type[Policy]] = Registry(
 
 def options() -> dict[str, Option]:
     """Every option of every registered policy, by its name."""
-    POLICIES.all()
-    return dict(_OPTIONS)
+    registered = {item.name for policy in POLICIES.all() for item in options_of(policy)}
+    return {name: item for name, item in _OPTIONS.items() if name in registered}
 
 
 def takers(name: str) -> list[str]:

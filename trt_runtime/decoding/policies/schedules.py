@@ -147,6 +147,42 @@ class Origin(Policy):
         return np.asarray(is_masked & (step == step[is_masked].min()))
 
 
+@dataclass(frozen=True)
+class Linear(Policy):
+    """MDLM's linear schedule as dllm's A2D samplers compute it, most confident first: of the masks left, the
+    share of the time that a step takes, in float32, rounded half to even. It commits the same numbers as
+    `fixed` where the steps divide the masks, in another order elsewhere. Steps that would commit nothing are
+    skipped."""
+
+    name: ClassVar[str] = "linear"
+    is_schedule: ClassVar[bool] = True
+    steps_per_block: int | None = None
+
+    @classmethod
+    def steps_of_block(cls, steps: int, num_blocks: int) -> int:
+        return -(-steps // num_blocks)
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        steps = max(1, _steps(self.steps_per_block, state) - state.forced)
+        quotas, number = linear_quota(state.num_masked, steps), state.step - state.forced
+        count = quotas[number] if number < len(quotas) else len(is_masked)
+        return most_confident(stats.confidence, is_masked, count)
+
+
+def linear_quota(masked: int, steps: int) -> list[int]:
+    """Positions that each step of MDLM's linear schedule commits, without the steps that commit none: of
+    `left` masks round(left * (1 - s / t)), where time runs from t = 1 - j / steps to s = 1 - (j + 1) /
+    steps."""
+    one, counts = np.float32(1), []
+    for j in range(steps):
+        now, then = np.float32((steps - j) / steps), np.float32((steps - j - 1) / steps)
+        # 1 - (1 - a(s)) / (1 - a(t)) with a(i) = 1 - i, in the order and precision of the published code
+        share = one - (one - (one - then)) / (one - (one - now))
+        counts.append(min(masked, int(np.round(np.float32(masked) * share))))
+        masked -= counts[-1]
+    return [count for count in counts if count]
+
+
 def quota(masked: int, steps: int) -> list[int]:
     """`masked` positions spread over `steps` forwards: masked // steps in each, the first masked % steps one
     more."""
