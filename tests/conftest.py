@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from places import DEMO, GOLDENS, export_quietly
-from tiny import write_checkpoint
+from tiny import WHOLE_FAMILIES, write_checkpoint
 
 from export import families
 from trt_runtime.backends.ort import OrtBackend
@@ -86,12 +86,7 @@ def demo_artifact(tmp_path_factory) -> Path:
     return export_quietly(DEMO, tmp_path_factory.mktemp("demo") / "artifact", head="logits")
 
 
-# the families whose tiny checkpoints run through every test of the exporter: the others differ from them in
-# parts that tests/export/test_official_families.py covers
-WHOLE = sorted(set(families.names()) - {"illada", "a2d_qwen3", "a2d_qwen2", "a2d_llama"})
-
-
-@pytest.fixture(scope="session", params=WHOLE)
+@pytest.fixture(scope="session", params=WHOLE_FAMILIES)
 def tiny_checkpoint(request, tmp_path_factory) -> Path:
     """A tiny random checkpoint of each family, in the family's official layout."""
     return write_checkpoint(

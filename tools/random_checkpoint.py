@@ -86,6 +86,42 @@ _DREAM_7B = _DREAM | {
     "pad_token_id": 151643,
     "bos_token_id": 151643,
 }
+# sizes of the published models; rope_theta and rms_norm_eps of iLLaDA are not public and stand for others
+_ILLADA_8B = {
+    "model_type": "illada",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 155136,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "mask_token_id": 5,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_A2D_QWEN3_600M = {
+    "model_type": "a2d-qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "mask_token_id": 151669,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+}
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "llada-140m": (
         _LLADA
@@ -110,6 +146,8 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "llada-8b": (_LLADA_8B, "bf16"),
     "dream-7b": (_DREAM_7B, "bf16"),
+    "illada-8b": (_ILLADA_8B, "bf16"),
+    "a2d-qwen3-0.6b": (_A2D_QWEN3_600M, "bf16"),
     "llada-8b-2layers": (
         _LLADA_8B | {"n_layers": 2},
         "bf16",

@@ -16,6 +16,7 @@ cuda-bindings and TensorRT where they can be imported.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -49,6 +50,19 @@ STAGES = (
     "build",
     "tensorrt",
 )
+# the module and the function of each stage: a stage imports only what it needs
+FUNCTIONS = {
+    "environment": ("setup_stages", "environment"),
+    "ceilings": ("kernels", "ceilings"),
+    "kernels": ("kernels", "kernels"),
+    "model": ("setup_stages", "model"),
+    "torch": ("torch_stages", "torch_eager"),
+    "torch_graph": ("torch_stages", "torch_graph"),
+    "ort": ("backend_stages", "ort"),
+    "build": ("backend_stages", "build"),
+    "tensorrt": ("backend_stages", "tensorrt"),
+    "tensorrt86": ("backend_stages", "tensorrt86"),
+}
 OWN_TIME = (
     "build",
     "tensorrt",
@@ -221,26 +235,9 @@ def run(name: str, settings: Settings, most: float) -> dict[str, Any]:
 
 def child(name: str, options: dict[str, Any]) -> None:
     """Run a stage in this process. Its calls of `note` write partial results to disk at once."""
-    import backend_stages
-    import kernels
-    import setup_stages
-    import torch_stages
-
     settings = Settings(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     )
-    functions = {
-        "environment": setup_stages.environment,
-        "ceilings": kernels.ceilings,
-        "kernels": kernels.kernels,
-        "model": setup_stages.model,
-        "torch": torch_stages.torch_eager,
-        "torch_graph": torch_stages.torch_graph,
-        "ort": backend_stages.ort,
-        "build": backend_stages.build,
-        "tensorrt": backend_stages.tensorrt,
-        "tensorrt86": backend_stages.tensorrt86,
-    }
     result: dict[str, Any] = {
         "settings": {k: v for k, v in options.items() if k not in ("work", "out", "tensorrt86")}
     }
@@ -251,7 +248,8 @@ def child(name: str, options: dict[str, Any]) -> None:
         write(file, result)
 
     try:
-        functions[name](settings, note)
+        module, function = FUNCTIONS[name]
+        getattr(importlib.import_module(module), function)(settings, note)
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from exports import quantised, scheme_id
 from places import DEMO, ROOT, export_quietly
-from tiny import write_checkpoint
+from tiny import WHOLE_FAMILIES, write_checkpoint
 
 from export import families, pipeline, schemes
 from export.graph import lint
@@ -54,7 +54,7 @@ def wide(family):
     return {"mlp_hidden_size": 128} if "mlp_hidden_size" in config else {"intermediate_size": 128}
 
 
-@pytest.fixture(scope="module", params=families.names())
+@pytest.fixture(scope="module", params=WHOLE_FAMILIES)
 def prompted(request, tmp_path_factory):
     """A tiny checkpoint of each family, and a file of prompts of token ids for it."""
     directory = tmp_path_factory.mktemp(f"quantised-{request.param}")
