@@ -107,7 +107,7 @@ def _decoding(
 
 
 def facts_of_checkpoint(name: str, dtype: str, ignored_keys: tuple[str, ...] = ()) -> ModelFacts:
-    """The model of a checkpoint (a directory or hub id) from its configuration alone. Refuses what an export
+    """The model of a checkpoint (a directory or hub id) from its configuration only. Refuses what an export
     would refuse, except for missing special tokens, which the tokenizer may name. Raises DllmError."""
     return checked_facts(*checkpoints.config_of(name), dtype, ignored_keys)
 

@@ -9,12 +9,12 @@ Contract, for B rows whose windows begin with their block, R columns of statisti
 | `token`, `confidence` | int64, float32 [B, R] | the statistics of the block's positions |
 | `plan` | int32 [B, 4] | the rule (FIXED, THRESHOLD, FACTOR), positions of the block (at most R), and of FIXED the schedule: masks and steps |
 | `value` | float64 [B] | the threshold or factor |
-| `state` | int32 [B, 2], in and out | steps made, and masks left; NOT_FINITE or PROPOSED_MASK in their place stops the row for good |
+| `state` | int32 [B, 2], in and out | steps made, and masks left; NOT_FINITE or PROPOSED_MASK in their place stops the row |
 | `committed` | int32 [B, R], in and out | the step in which a position was committed; other entries stay as they are |
 
 A row without masks stays as it is. Ties go to the lowest position. Same rules as
-trt_runtime/decoding/policies/base.py; the reference is trt_runtime/decoding/device_commit.py, on which the
-runtime's CPU path stands.
+trt_runtime/decoding/policies/base.py; the reference is trt_runtime/decoding/device_commit.py, which the
+runtime's CPU path runs.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def reference(logits: Array, mask_token_id: int) -> tuple[Array, Array, Array, A
 
 
 def launch(logits: Any, mask_token_id: int) -> tuple[Any, Any, Any, Any]:
-    """Run the kernel on logits [R, V], a float32 tensor of PyTorch whose rows are contiguous; the outputs lie
-    beside it."""
+    """Run the kernel on logits [R, V], a float32 tensor of PyTorch whose rows are contiguous; the outputs are
+    on the same device."""
     import torch
 
     rows, vocab = logits.shape
@@ -131,7 +131,7 @@ SIGNATURE = {
 
 
 def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> CompiledKernel:
-    """For rows of `vocab` contiguous logits: its arguments are the five pointers alone, in the order that
+    """For rows of `vocab` contiguous logits: its arguments are only the five pointers, in the order that
     TensorRT passes them."""
     constants = {
         "vocab": vocab,

@@ -75,7 +75,7 @@ def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
 
 
 def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statistics) -> None:
-    """Put other statistics of the logits in the place of those of a parsed network; names, shapes and order
+    """Replace the statistics of a parsed network by others; names, shapes and order
     of its outputs stay.
 
     In front of the outputs [B, R] are reshapes: they are given the new [B*R] tensors, and the old layers are
@@ -88,7 +88,7 @@ def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statist
     }
     reshapes = {}
     for name in (LOGITS, *STATISTICS):
-        # of head 'logits', an output: the parser may put a cast or an identity behind the layer that the
+        # of head 'logits', an output: the parser may put a cast or an identity after the layer that the
         # graph names
         layer = maker.get(name)
         while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):

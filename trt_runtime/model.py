@@ -81,7 +81,7 @@ class Model:
         raw: bool = False,
         seeds: Rows[int] | None = None,
     ) -> list[Result]:
-        """Complete several prompts at once; the results stand in their order.
+        """Complete several prompts at once; the results are in their order.
 
         A prompt is a text (put into the chat template, if there is one and not `raw`), a list of messages
         {'role', 'content'}, or a list of token ids. `seeds`: of each prompt's draws (default: config.seed and

@@ -1,7 +1,7 @@
 """A result as HTML for a notebook: blocks, and tokens coloured by the confidence with which they were
 committed.
 
-Styles stand in the elements and colours are see-through, so that it reads on light and dark pages; nothing
+Styles are in the elements and colours are see-through, so that it reads on light and dark pages; nothing
 comes from outside, and no text of the model is markup.
 """
 

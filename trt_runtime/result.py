@@ -57,7 +57,7 @@ class Update:
     """A row after one forward: `committed` is the text of finished blocks, without an end that the next one
     may change (a character whose bytes are not all there); `provisional` what is unmasked beyond them.
 
-    tokens: the generated part as it stands, mask tokens included. changed: positions that were written since
+    tokens: the current generated part, mask tokens included. changed: positions that were written since
     the last update, with the confidence of each (None where a device chose by itself), and block: the running
     block, both counted from the generated part's first token (with `infill`, gaps of the prompt lie below 0).
     """

@@ -102,8 +102,8 @@ class GraphInputs:
 
 
 class Decoder:
-    """Builds the decoder into the graph behind `op`. weight: returns the initializer of a weight; linears:
-    builds the linear layers."""
+    """Builds the decoder into the graph that `op` builds. weight: returns the initializer of a weight;
+    linears: builds the linear layers."""
 
     def __init__(
         self,

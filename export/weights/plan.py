@@ -1,4 +1,4 @@
-"""Where every weight is stored in an artifact. Planned from shapes alone, so that graphs can be built before
+"""Where every weight is stored in an artifact. Planned from shapes only, so that graphs can be built before
 a byte is read."""
 
 from __future__ import annotations

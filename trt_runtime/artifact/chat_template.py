@@ -28,7 +28,7 @@ def render(
     """The text of a conversation of {'role', 'content'} messages. `special`: texts of the special tokens, by
     name.
 
-    With continue_final_message the text ends right behind the last message's content, as the template wrote
+    With continue_final_message the text ends right after the last message's content, as the template wrote
     it, and nothing closes that
     message: what is generated goes on from there. A template that trims contents takes the spaces at its end
     too. Raises DllmError for a message that is none, and for whatever the template raises.

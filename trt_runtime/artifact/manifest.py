@@ -39,7 +39,7 @@ _MEASURED = (
 class ModelFacts:
     """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
 
-    parameters: of the network alone. tied_head: whether the head is the embedding. weight_bytes: of a
+    parameters: of the network only. tied_head: whether the head is the embedding. weight_bytes: of a
     quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
     """
 
@@ -92,7 +92,7 @@ class Quantization:
     """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one
     of TARGETS.
 
-    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run there on a CPU alone; those for
+    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run only there, on a CPU; those for
     'tensorrt' hold QuantizeLinear and DequantizeLinear. calibration: what it was calibrated on. quality: what
     the gate of the export measured; None if it was left out.
     """
@@ -281,7 +281,7 @@ def write(manifest: Manifest, artifact: Path) -> None:
 
 def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Manifest) -> None:
     """Change the current manifest, one process after another. since: what the caller read before; raises
-    DllmError if the artifact was exported again meanwhile, because the change would belong to another
+    DllmError if the artifact was exported again in the meantime, because the change would belong to another
     artifact."""
     with atomic.locked(artifact):
         manifest = load(artifact)

@@ -79,7 +79,7 @@ class Tokenizer:
         ).ids[:1] == [bos]
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of a text as it stands; special tokens in it count as such, none are added.
+        """Token ids of an unchanged text; special tokens in it count as such, none are added.
 
         add_bos: the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos`
         expect that of plain texts, not of what a chat template wrote. Raises DllmError for a tokenizer

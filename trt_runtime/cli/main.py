@@ -1,6 +1,6 @@
 """The command line `dllm-trt`: reads the arguments and runs one command.
 
-Each command's options stand next to the function that runs it: generate.py (generate, chat), serve.py
+Each command's options are next to the function that runs it: generate.py (generate, chat), serve.py
 (serve, triton-repo), artifact.py (info, verify, polygraphy), machine.py (plan, doctor, build), measure.py
 (replay, bench), evaluate.py (eval, tune). Nothing heavy is imported before a command runs, so that an
 interrupt during start-up is one line and not a traceback.

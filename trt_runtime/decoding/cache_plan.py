@@ -36,8 +36,8 @@ KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
 
 @dataclass(frozen=True)
 class Refresh:
-    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: of the
-    first alone).
+    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: only of
+    the first).
 
     Other blocks begin with a refine step over the block before, the block and `window` positions on either
     side of both: the vicinity refresh of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of
@@ -77,7 +77,7 @@ class Forward:
     for.
 
     role: of the graph, 'prefix' or 'refine'. kind: what the window is, of KINDS. The window is the positions
-    [start, end), then those of `far`, which are further right. They stand in the cache from row `start` on;
+    [start, end), then those of `far`, which are further right. They are in the cache from row `start` on;
     kv_len: rows of the cache that are valid.
     """
 
@@ -115,7 +115,7 @@ class RowView:
     before: the range of the last of these.
     opens_block: the next forward is the block's first (or another of that kind, where the first left the
     block's first position masked).
-    is_first_only: the block's first forward is asked about its first mask alone (Dream). fills_gaps: a prefix
+    is_first_only: the block's first forward is asked only about its first mask (Dream). fills_gaps: a prefix
     pass is asked about masks before the block too.
     """
 

@@ -94,10 +94,10 @@ class GenerationConfig:
         'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
     speculate: steps of a block that one call may verify, with the tokens that one step per call would give;
     for what draws nothing.
-    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: of the first
-        alone); other blocks begin with a refine step over the block before, the block and so many positions
+    refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: only of the
+        first); other blocks begin with a refine step over the block before, the block and so many positions
         on either side.
-    suffix, suffix_decay: masks behind the block that a forward sees (None: all): the nearest and the last, or
+    suffix, suffix_decay: masks after the block that a forward sees (None: all): the nearest and the last, or
     at growing distances.
     steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is
         left unused); None is one token per forward. With 'threshold' a bound: no more than an even share and
@@ -108,7 +108,7 @@ class GenerationConfig:
         they change nothing but a Dream's confidences. Drawing and filtering need logits: of an artifact
         exported with --head logits, or a backend that has them anyway (ort, torch).
     seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
-    stop_at_eos: end a row once an end-of-sequence token stands and everything before it is committed.
+    stop_at_eos: end a row once an end-of-sequence token and everything before it are committed.
     hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other
     candidate is left in the block.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused.
@@ -133,7 +133,7 @@ class GenerationConfig:
     hold_back_eos: bool
     policy_options: Mapping[str, Value] = field(hash=False)
 
-    def __init__(  # noqa: PLR0913 # the one place where the defaults stand
+    def __init__(  # noqa: PLR0913 # the one place with the defaults
         self,
         gen_length: int | None = None,
         block_length: int | None = None,

@@ -4,7 +4,7 @@
                 ->  let each row commit
 
 What a row wants next is its cache plan's answer (cache_plan.py): a prefix pass at a block's start, a refine
-step inside a block. Rows stand in slots of one cache, join and finish on their own, and never see one
+step inside a block. Rows are in slots of one cache, join and finish on their own, and never see one
 another: padding is masked, and never written over a valid row. One call for a group of rows: step.py.
 """
 

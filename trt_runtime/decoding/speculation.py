@@ -7,7 +7,7 @@ call would have made.
              row 1 is certain too; and so on
 
 The draft costs no forward, and a wrong one costs nothing but the row. In the manner of SSD (arXiv 2510.04147)
-and FreeDave (arXiv 2510.00294); works with every policy that draws nothing. Branches stand in neighbouring
+and FreeDave (arXiv 2510.00294); works with every policy that draws nothing. Branches are in neighbouring
 slots of the cache with the same keys and values outside the block.
 """
 

@@ -118,7 +118,7 @@ def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
 
 @dataclass(frozen=True)
 class CaseRow:
-    """A row of a case: `padding` tokens at its left are not part of it, and shift the positions in its
+    """A row of a case: `padding` tokens on its left are not part of it, and shift the positions in its
     trace."""
 
     sequence: Sequence

@@ -224,7 +224,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         return given
 
     def _fitting(self, ids: list[int], length: int, advice: str = "give a smaller --gen-length") -> list[int]:
-        """A prompt, cut at the left (after its BOS token) if it leaves no room for `length` more tokens; cuts
+        """A prompt, cut on the left (after its BOS token) if it leaves no room for `length` more tokens; cuts
         are counted."""
         room = self.max_length - length
         if room < 1:

@@ -85,9 +85,9 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     nothing.
 
     Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is
-    AMBIGUOUS. The v1 code may leave mask tokens behind, which is never done here. Where they stand in the
+    AMBIGUOUS. The v1 code may leave mask tokens behind, which is never done here. Where they are in the
     prompt, only the steps that it made are compared, and the forwards that fill the rest of the gaps come
-    after them; where they stand in the output, its trace is followed up to the first forward that wrote
+    after them; where they are in the output, its trace is followed up to the first forward that wrote
     nothing.
     """
     name, result, trace = str(case.get("id")), replayed.result, _steps(case)

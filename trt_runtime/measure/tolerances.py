@@ -34,7 +34,7 @@ CONFIDENCE = {"fp32": 1e-4, "fp16": 4e-2, "bf16": 2e-1}
 # What quantising may cost (export/quantize/gate.py), against the model as it was. On the demo model, 200
 # prompts, before 196 right: w8a8 has a KL of 1e-4, proposes 99.9 % of the tokens again, makes 99.0 % of the
 # commits in the same forward, 196 right; 4 bits in blocks of 128 have 0.0033, 98.4 %, 95.8 %, 196 right; 3
-# bits have 0.025, 96.0 %, 91.5 %, and 160 right. The bounds stand between the last two.
+# bits have 0.025, 96.0 %, 91.5 %, and 160 right. The bounds are between the last two.
 QUANTIZED_KL = 0.015  # nats, mean over masked rows
 QUANTIZED_TOKENS = 0.97
 QUANTIZED_COMMITS = 0.935

@@ -209,8 +209,8 @@ def run(
 
 def write(artifact: Path, options: dict[str, Any], since: Manifest | None = None) -> None:
     """Record options in the manifest: generations without options of their own use them. since: the manifest
-    of the artifact that was tuned, if the artifact may have been replaced meanwhile. Raises DllmError if it
-    was."""
+    of the artifact that was tuned, if the artifact may have been replaced in the meantime. Raises DllmError
+    if it was."""
     manifests.update(
         artifact,
         lambda current: replace(current, decoding=replace(current.decoding, tuned=options)),

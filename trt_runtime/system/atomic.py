@@ -2,7 +2,7 @@
 standard library only.
 
 A file is replaced completely or not at all; a process that reads, changes and writes it back holds a lock
-meanwhile. A directory is built next to its destination and moved there in one step.
+while it does. A directory is built next to its destination and moved there in one step.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def locked(directory: Path) -> Iterator[None]:
 def sealed(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary directory next to `out`, which replaces it when the block succeeds and is removed when it
     fails. Whatever ends the process at whatever moment, `out` is the complete old directory or the complete
-    new one. Leftovers of killed processes are removed. Raises DllmError if `out` appeared meanwhile and
+    new one. Leftovers of killed processes are removed. Raises DllmError if `out` appeared in the meantime and
     `overwrite` is false."""
     out = resolved(out)
     prefix = f".{out.name}.partial-"

@@ -5,8 +5,8 @@ once.
     rows  = the text laid out by the terminal's width; the rows on the screen are the live region
     draw  = write what differs between the region's old rows and its new ones; settled rows scroll out above
 
-Between frames the cursor stands at the region's first cell: there it stays with its line when the terminal is
-resized, whether or not the terminal wraps its lines anew, and clearing from there on leaves nothing behind.
+Between frames the cursor is at the region's first cell: there it stays with its line when the terminal is
+resized, whether or not the terminal wraps its lines anew, and clearing from there on leaves no remains.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether this processor multiplies 8-bit numbers right, and what ONNX Runtime must be told so that it does.
 
-ONNX Runtime's u8 x s8 product adds neighbouring products in 16 bits on x86 processors without VNNI (AVX2
-alone, or AVX-512 of before 2019). The sum of two products of large numbers does not fit and is cut off:
+ONNX Runtime's u8 x s8 product adds neighbouring products in 16 bits on x86 processors without VNNI (only
+AVX2, or AVX-512 from before 2019). The sum of two products of large numbers does not fit and is cut off:
 outputs are wrong by up to a third, without an error. With the session option `session.x64quantprecision` = 1
 the weights are shifted to unsigned, and the product is exact, at some cost in speed; with VNNI the option
 would cost more than half of the speed and mend nothing. So nothing is taken from the processor's name: each

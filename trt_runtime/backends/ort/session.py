@@ -54,7 +54,7 @@ class OrtSession(Backend):
     the host synchronises. role: the graph to open (the prefix graph is for tests that compare it with the
     refine graph). model_bytes: a variant
     of it over the same weights. optimise: whether ONNX Runtime may change the graph; without it every node
-    runs as it stands.
+    runs unchanged.
     """
 
     name = "ort"

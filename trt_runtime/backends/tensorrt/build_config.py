@@ -40,9 +40,9 @@ class BuildConfig:
 
     max_rows: positions whose statistics one forward may ask for; None is block_length (a Dream without blocks
     asks for the canvas).
-    targets: for TensorRT-RTX alone. optimization_level: 0 to 5; None is the builder's own. strip: leave the
+    targets: only for TensorRT-RTX. optimization_level: 0 to 5; None is the builder's own. strip: leave the
     weights out, and put
-    them in from the artifact when the engine is opened. plugins: kernels of plugins/ in the place of layers.
+    them in from the artifact when the engine is opened. plugins: kernels of plugins/ instead of layers.
     inspect: also write what the builder made of each layer.
     """
 

@@ -43,12 +43,12 @@ class RowStats:
 
 @dataclass(frozen=True)
 class BlockState:
-    """Where a row stands in its block.
+    """The progress of a row in its block.
 
     num_masked: masks that the policy has to commit in the block. step: forwards already made in it, of which
     `forced` (0 or 1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same
     in every forward. rng: for what is drawn anew in each forward. These two are there for policies that draw;
-    None will do for the others. positions: of the candidates [R] on the canvas. before: candidates and their
+    None for the others. positions: of the candidates [R] on the canvas. before: candidates and their
     confidence in each earlier forward of the block.
     """
 

@@ -25,7 +25,7 @@ class TritonPythonModel:
     """What Triton's Python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the artifact that stands beside this file, on the backend that config.pbtxt names."""
+        """Open the artifact next to this file, on the backend that config.pbtxt names."""
         parameters = json.loads(args["model_config"])["parameters"]
         settings = json.loads(parameters["dllm"]["string_value"])
         path = f"{args['model_repository']}/{args['model_version']}/artifact"
