@@ -31,7 +31,7 @@ _FOR_CPU = "DTYPE=fp32 (--dtype fp32), or QUANTIZE=w8a8 (--quantize w8a8)"
 
 def main(argv: list[str] | None = None, *, prog: str = "python -m export") -> int:
     """Run the exporter; returns the exit status. prog: the command as it was typed."""
-    advice = "nothing was written; check the disk and the rights"
+    advice = "nothing was written; check disk space and permissions"
     return program.run(lambda words: _main(words, prog), argv, aftermath="nothing was written", advice=advice)
 
 
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         passed, verified = _verified(args, config.out, manifest, can_verify)
     except KeyboardInterrupt:
-        print(f"interrupted: {config.out} is written, and not verified", file=sys.stderr)
+        print(f"interrupted: {config.out} was written but not verified", file=sys.stderr)
         return program.INTERRUPTED
     if args.json:
         report(args, facts | {"verified": verified}, "")
@@ -73,8 +73,8 @@ def _exported(args: argparse.Namespace, config: ExportConfig) -> tuple[Manifest,
         read(config.checkpoint, config.family, config.ignored_keys)  # --model must still be the checkpoint's
         say(
             args,
-            f"{out}: up to date: made by this version from the same files and options; OVERWRITE=1 "
-            f"(--overwrite) makes it again",
+            f"{out}: up to date: exported by this version from the same files and options; OVERWRITE=1 "
+            f"(--overwrite) exports it again",
         )
     else:
         if args.dtype == "bf16" and how is None:

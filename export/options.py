@@ -117,7 +117,7 @@ def quantization_of(args: argparse.Namespace) -> QuantizeConfig | None:
         return QuantizeConfig(args.quantize, args.target, args.data, args.match, args.gate == "yes")
     for name, default in (("target", None), ("data", None), ("match", "exact"), ("gate", "yes")):
         if getattr(args, name) != default:
-            raise DllmError(f"--{name} goes with --quantize: leave it out, or say how to quantise.")
+            raise DllmError(f"--{name} needs --quantize: remove it, or add --quantize SCHEME.")
     return None
 
 

@@ -68,18 +68,18 @@ def current(artifact: Path, inputs: Inputs) -> Manifest | None:
         manifest = manifests.load(artifact, check_hashes=True)
     except DllmError as error:
         raise DllmError(
-            f"{artifact}: an artifact exists already, and it is damaged ({str(error).rstrip('.')}): {how}."
+            f"{artifact}: an artifact already exists and is damaged ({str(error).rstrip('.')}): {how}."
         ) from error
     before = manifest.source.get(KEY)
     if not isinstance(before, dict):
         raise DllmError(
-            f"{artifact}: an artifact exists already, and does not say what it was made from: {how}."
+            f"{artifact}: an artifact already exists and does not record what it was exported from: {how}."
         )
     keys = sorted(before.keys() | inputs.keys())
     if different := [key for key in keys if before.get(key) != inputs.get(key)]:
         names = [_WORDS.get(key, f"{key} {before.get(key)}, now {inputs.get(key)}") for key in different]
         raise DllmError(
-            f"{artifact}: an artifact exists already, made from other inputs ({', '.join(names)}): {how}."
+            f"{artifact}: an artifact already exists, exported from other inputs ({', '.join(names)}): {how}."
         )
     return manifest
 

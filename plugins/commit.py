@@ -1,5 +1,5 @@
-"""Commit: which masked positions of a block to unmask, and the write into the canvas, so that refine steps
-need no host.
+"""Commit on the GPU: choose which masked positions of a block to unmask and write them into the canvas, so that
+the host need not synchronise after every refine step.
 
 Contract, for B rows whose windows begin with their block, R columns of statistics:
 
@@ -7,14 +7,14 @@ Contract, for B rows whose windows begin with their block, R columns of statisti
 |---|---|---|
 | `ids` | int64 [B, S], in and out | the windows; the block is their first columns |
 | `token`, `confidence` | int64, float32 [B, R] | the statistics of the block's positions |
-| `plan` | int32 [B, 4] | the rule (FIXED, THRESHOLD, FACTOR), positions of the block (at most R), and of FIXED the schedule: masks and steps |
+| `plan` | int32 [B, 4] | the rule (FIXED, THRESHOLD, FACTOR), positions of the block (at most R), and for FIXED the schedule: masks and steps |
 | `value` | float64 [B] | the threshold or factor |
-| `state` | int32 [B, 2], in and out | steps made, and masks left; NOT_FINITE or PROPOSED_MASK in their place stops the row |
+| `state` | int32 [B, 2], in and out | steps done, and masks left; NOT_FINITE or PROPOSED_MASK instead of the masks left stops the row |
 | `committed` | int32 [B, R], in and out | the step in which a position was committed; other entries stay as they are |
 
-A row without masks stays as it is. Ties go to the lowest position. Same rules as
-trt_runtime/decoding/policies/base.py; the reference is trt_runtime/decoding/device_commit.py, which the
-runtime's CPU path runs.
+A row without masks is left unchanged. Ties go to the lowest position. The rules are those of CommitRule in
+trt_runtime/decoding/policies/base.py. The reference is trt_runtime/decoding/device_commit.py, which also runs
+on CPUs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def kernel(
     NOT_FINITE: tl.constexpr,
     PROPOSED_MASK: tl.constexpr,
 ):
-    """One program a row. `rows` is S, `columns` R; BLOCK is a power of two from R."""
+    """One program per row. `rows` is S, `columns` is R; BLOCK is a power of two, at least R."""
     row = tl.program_id(0)
     rule, limit = tl.load(plan + row * 4), tl.load(plan + row * 4 + 1)
     planned, total = tl.load(plan + row * 4 + 2), tl.load(plan + row * 4 + 3)
@@ -61,7 +61,7 @@ def kernel(
     here = tl.arange(0, BLOCK)
     masked = (here < limit) & (tl.load(ids + row * rows + here, mask=here < limit, other=0) == MASK)
     c = tl.load(confidence + row * columns + here, mask=masked, other=0.0)
-    rank = tl.zeros([BLOCK], tl.int32)  # masked positions that come before this one
+    rank = tl.zeros([BLOCK], tl.int32)  # number of masked positions that rank before this one
     for first in range(0, BLOCK, CHUNK):
         other = first + tl.arange(0, CHUNK)
         counts = (other < limit) & (tl.load(ids + row * rows + other, mask=other < limit, other=0) == MASK)
@@ -79,7 +79,7 @@ def kernel(
     wrong = tl.sum((chosen & (proposed == MASK)).to(tl.int32), 0) > 0
     going = (left >= 0) & (tl.sum(masked.to(tl.int32), 0) > 0)
     written = chosen & going & (broken == 0) & (wrong == 0)
-    tl.debug_barrier()  # every position was compared before the first is written
+    tl.debug_barrier()  # all positions are compared before any is written
     tl.store(ids + row * rows + here, proposed, mask=written)
     tl.store(committed + row * columns + here, tl.zeros([BLOCK], tl.int32) + step, mask=written)
     after = tl.sum((masked & (written == 0)).to(tl.int32), 0)
@@ -98,7 +98,7 @@ def launch(
     committed: Any,
     mask_token_id: int,
 ) -> None:
-    """Run the kernel on tensors of PyTorch of the contract's shapes and types, contiguous."""
+    """Run the kernel on contiguous PyTorch tensors of the contract's shapes and types."""
     kernel[(len(ids),)](
         ids,
         token,
@@ -115,7 +115,7 @@ def launch(
 
 
 def constants(mask_token_id: int, columns: int) -> dict[str, int]:
-    """What the kernel is compiled for: blocks of up to `columns` positions."""
+    """The kernel's compile-time constants, for blocks of up to `columns` positions."""
     block = max(CHUNK, triton.next_power_of_2(columns))
     return {
         "MASK": mask_token_id,
@@ -143,8 +143,8 @@ SIGNATURE = {
 
 
 def compiled(mask_token_id: int, columns: int, compute_capability: int) -> CompiledKernel:
-    """For blocks of up to `columns` positions. Its arguments are the seven pointers and the two int32
-    sizes."""
+    """The kernel compiled for blocks of up to `columns` positions. Its arguments are the seven pointers, then the
+    two int32 sizes."""
     held = constants(mask_token_id, columns)
     return ahead_of_time(
         kernel, SIGNATURE, held, f"dllm_commit_{mask_token_id}_{held['BLOCK']}", compute_capability, warps=1

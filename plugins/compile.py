@@ -1,5 +1,5 @@
-"""Kernels compiled ahead of time, without a GPU, for launches that know nothing of Triton: TensorRT's and the
-CUDA driver's."""
+"""Triton kernels compiled ahead of time, without a GPU, so that TensorRT or the CUDA driver can launch them
+without Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_SHARED = 48 * 1024  # bytes of shared memory that a launch gets without as
 
 class CompiledKernel(NamedTuple):
     """What a launch needs: the entry's name, PTX, threads of a block, and bytes of shared memory. Arguments:
-    those of the kernel that are no constants, in order."""
+    the kernel's arguments that are not constants, in order."""
 
     name: str
     ptx: str
@@ -32,15 +32,15 @@ def ahead_of_time(
     compute_capability: int,
     warps: int = 4,
 ) -> CompiledKernel:
-    """A kernel for one kind of GPU (90 is 9.0), its entry called `name`. Raises ValueError if it needs more
-    than a plain launch.
+    """A kernel compiled for one compute capability (90 is 9.0); its entry is called `name`. Raises ValueError
+    if it needs launch features that TensorRT and the driver launch do not set up.
 
-    Pointers are taken to be aligned to 16 bytes, so that loads are wide.
+    Pointers must be aligned to 16 bytes: the compiler relies on it for wide loads.
     """
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it would put this machine's paths into the PTX
+        triton.knobs.compilation.disable_line_info = True  # otherwise the PTX contains this machine's paths
         made = triton.compile(
             ASTSource(kernel, dict(signature), dict(constants), aligned),
             target=GPUTarget("cuda", compute_capability, 32),
@@ -60,8 +60,8 @@ def ahead_of_time(
     }
     if needs or facts.num_ctas != 1 or facts.shared > _MOST_SHARED:
         raise ValueError(
-            f"{name}: needs more than a plain launch: {needs}, num_ctas {facts.num_ctas}, shared "
-            f"{facts.shared}"
+            f"{name}: unsupported launch requirements: {needs}, num_ctas {facts.num_ctas}, shared "
+            f"{facts.shared}; expected none, num_ctas 1 and shared at most {_MOST_SHARED}"
         )
     ptx = re.sub(rf"\b{facts.name}(?=\b|_param_)", name, without_scratch(made.asm["ptx"]))
     return CompiledKernel(name, ptx, facts.num_warps * 32, facts.shared)
@@ -80,9 +80,9 @@ def without_scratch(ptx: str) -> str:
     parameters = [line.strip() for line in declared.split(",")]
     found = [re.search(r"\.param\s+(\.\w+)\s.*?(\w+)$", line, re.DOTALL) for line in parameters[-2:]]
     if len(parameters) < 2 or any(item is None or item[1] not in (".u64", ".b64") for item in found):
-        raise ValueError(f"{name}: its last two parameters are no pointers: {parameters[-2:]}")
+        raise ValueError(f"{name}: its last two parameters are {parameters[-2:]}, expected two pointers")
     for item in found:
         if item is not None and len(re.findall(rf"\b{re.escape(item[2])}\b", ptx)) != 1:
-            raise ValueError(f"{name}: reads its scratch pointer {item[2]}, which nobody passes")
+            raise ValueError(f"{name}: uses its scratch pointer {item[2]}, which is not supported")
     kept = ",\n\t".join(parameters[:-2])
     return ptx.replace(f"({declared})", f"(\n\t{kept}\n)", 1)

@@ -1,9 +1,9 @@
-"""Row statistics: what the policies need of a row of logits, in one pass over it.
+"""Row statistics: what the policies need to know about a row of logits, in one pass over it.
 
 Contract, for logits [R, V] float32: `token` int64 [R], the best token that is not the mask, the lowest id on
-a tie; `confidence` and `runner_up` float32 [R], the softmax probabilities of it and of the next best that is
-not the mask; `entropy` float32 [R] of the softmax in nats. The mask keeps its share of the softmax. A row
-with a NaN has NaN statistics. Same as the statistics in export/graph/roles.py.
+a tie; `confidence` and `runner_up` float32 [R], the softmax probabilities of that token and of the next best
+one that is not the mask; `entropy` float32 [R] of the softmax in nats. The mask token counts in the softmax.
+A row with a NaN has NaN statistics. The same as the statistics in export/graph/roles.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .compile import CompiledKernel, ahead_of_time
 
 Array = npt.NDArray[Any]
 BLOCK = 4096
-LEAST = -1e30  # below any logit, and finite: no difference of two infinities arises
+LEAST = -1e30  # below any logit but finite, so that no difference of two infinities occurs
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """One program a row. Softmax sums and the best two are carried along from block to block."""
+    """One program per row. The softmax sums and the best two tokens are carried from block to block."""
     row = tl.program_id(0)
     top = tl.full([], -1e30, tl.float32)  # largest logit so far
     total = tl.full([], 0.0, tl.float32)  # sum of exp(x - top)
@@ -131,8 +131,8 @@ SIGNATURE = {
 
 
 def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> CompiledKernel:
-    """For rows of `vocab` contiguous logits: its arguments are only the five pointers, in the order that
-    TensorRT passes them."""
+    """The kernel compiled for rows of `vocab` contiguous logits. Its only arguments are the five pointers, in
+    the order in which TensorRT passes them."""
     constants = {
         "vocab": vocab,
         "mask_token_id": mask_token_id,
@@ -140,7 +140,7 @@ def compiled(vocab: int, mask_token_id: int, compute_capability: int) -> Compile
         "BLOCK": BLOCK,
         "BLOCKS": triton.cdiv(vocab, BLOCK),
     }
-    name = f"dllm_row_statistics_{vocab}_{mask_token_id}"  # TensorRT tells kernels apart by name
+    name = f"dllm_row_statistics_{vocab}_{mask_token_id}"  # TensorRT identifies kernels by name
     return ahead_of_time(
         kernel, SIGNATURE | dict.fromkeys(constants, "constexpr"), constants, name, compute_capability
     )

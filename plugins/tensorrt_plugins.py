@@ -1,9 +1,9 @@
 """Row statistics inside a TensorRT engine: the Triton kernel as a quick plugin (TensorRT 10.16 and 11.4),
 compiled ahead of time.
 
-`replace_statistics` edits a parsed network, so that the artifact stays standard ONNX. The engine holds the
-PTX, and needs neither Python nor Triton when it runs. TensorRT launches with (input pointers, extra int32
-arguments, output pointers): our kernel's own order. TensorRT-RTX has no such plugins.
+`replace_statistics` edits a parsed network, so that the artifact stays standard ONNX. The engine contains the
+PTX, and needs neither Python nor Triton at run time. TensorRT passes input pointers, extra int32 arguments,
+then output pointers: the kernel has the same order. TensorRT-RTX does not support such plugins.
 """
 # no `from __future__ import annotations`: tensorrt.plugin reads the annotations of the decorated functions as
 # types
@@ -67,7 +67,9 @@ def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
             definition(logits, mask_token_id=str(mask_token_id), **attributes), aot=True
         )
         if layer is None:
-            raise DllmError(f"TensorRT {trt.__version__} does not take the plugin {NAMESPACE}::{NAME}.")
+            raise DllmError(
+                f"TensorRT {trt.__version__} rejected the plugin {NAMESPACE}::{NAME}: remove --plugins."
+            )
         layer.name = NAME
         return [layer.get_output(i) for i in range(len(STATISTICS))]
 
@@ -75,11 +77,11 @@ def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
 
 
 def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statistics) -> None:
-    """Replace the statistics of a parsed network by others; names, shapes and order
-    of its outputs stay.
+    """Replace the layers that compute a parsed network's statistics; the names, shapes and order of its
+    outputs do not change.
 
-    In front of the outputs [B, R] are reshapes: they are given the new [B*R] tensors, and the old layers are
-    left unused, for the builder to drop. Raises DllmError for a network of another form.
+    Each output [B, R] comes from a reshape, whose input becomes the new [B*R] tensor. The builder drops the
+    old layers, which nothing uses any more. Raises DllmError for a network of another form.
     """
     maker = {
         layer.get_output(k).name: layer
@@ -94,14 +96,17 @@ def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statist
         while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):
             layer = maker.get(layer.get_input(0).name)
         if layer is None or layer.type != trt.LayerType.SHUFFLE:
-            raise DllmError(f"the network has no reshape that makes '{name}': export the artifact again.")
+            raise DllmError(f"the network has no reshape that produces '{name}': export the artifact again.")
         reshapes[name] = layer
     logits = reshapes[LOGITS].get_input(0)
     if len(logits.shape) != 2 or logits.shape[1] < 1 or logits.dtype != trt.float32:
         raise DllmError(
-            f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary]."
+            f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary]: "
+            "build without --plugins."
         )
     for name, made in zip(STATISTICS, make(logits, mask_token_id), strict=True):
         if made.dtype != reshapes[name].get_input(0).dtype:
-            raise DllmError(f"'{name}' would be {made.dtype}, expected {reshapes[name].get_input(0).dtype}.")
+            raise DllmError(
+                f"the plugin's '{name}' is {made.dtype}, expected {reshapes[name].get_input(0).dtype}."
+            )
         reshapes[name].set_input(0, made)

@@ -129,7 +129,7 @@ class Model:
             return self._encode_list(prompt)
         tokenizer = self._need_tokenizer()
         if not prompt.strip():
-            raise DllmError("the prompt is empty: give some text to answer.")
+            raise DllmError("the prompt is empty: give some text.")
         if tokenizer.has_chat_template and not raw:
             return tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": prompt}]))
         return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
@@ -147,7 +147,7 @@ class Model:
             item for item in items if not isinstance(item, (int, np.integer)) or isinstance(item, bool)
         ]:
             raise DllmError(
-                f"a prompt holds {wrong[0]!r}, expected a text, token ids, or messages {{'role', 'content'}}."
+                f"a prompt contains {wrong[0]!r}, expected a text, token ids, or {{'role', 'content'}} dicts."
             )
         return [int(item) for item in items]
 
@@ -184,7 +184,7 @@ class Model:
         if rules.sampler.needs_logits and not self.backend.gives_logits:
             raise DllmError(
                 f"temperature is {config.temperature}, top_p {config.top_p}, top_k {config.top_k}, but this "
-                f"artifact returns statistics only on {self.backend.name}: leave them out, or export it "
+                f"artifact returns only statistics on {self.backend.name}: leave them out, or export it "
                 "again with HEAD=logits (--head logits)."
             )
         rows = []

@@ -1,8 +1,8 @@
 """A result as HTML for a notebook: blocks, and tokens coloured by the confidence with which they were
 committed.
 
-Styles are in the elements and colours are see-through, so that it reads on light and dark pages; nothing
-comes from outside, and no text of the model is markup.
+Styles are inline and colours are translucent, so that it is readable on light and dark pages. It loads
+nothing from elsewhere, and the model's text is escaped.
 """
 
 from __future__ import annotations

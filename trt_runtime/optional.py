@@ -35,7 +35,7 @@ def import_optional(module: str, what: str, fix: str) -> Any:
             raise
         said = " ".join(str(error).split())
         raise DllmError(
-            f"{what} needs the package {broken}, which does not load ({type(error).__name__}: {said}): "
+            f"{what} needs the package {broken}, but importing it failed ({type(error).__name__}: {said}): "
             f"install it again, {commands.pip()} install --force-reinstall {broken}."
         ) from error
 

@@ -1,5 +1,5 @@
-"""A registry: what can be chosen by a name, of this project, of installed packages, and of a module that the
-user names.
+"""A registry of items that are chosen by name: from this project, from installed packages, and from a module
+that the user names.
 
 A package adds to a registry by an entry point of the registry's group, under a name of its own:
 
@@ -46,11 +46,11 @@ class Registry(Generic[T]):
         works as a decorator. Raises DllmError."""
         name = name or getattr(item, "name", None)
         if not self._fits(item) or not isinstance(name, str):
-            raise DllmError(f"{item!r} is no {self.kind}: expected {self._expected} with a 'name'.")
+            raise DllmError(f"{item!r} is not a {self.kind}: expected {self._expected} with a 'name'.")
         known = self._items.get(name)
         if known is not None and known is not item:
             raise DllmError(
-                f"there are two of the {self.kind} '{name}', {known!r} and {item!r}: give yours another name."
+                f"the {self.kind} '{name}' is defined twice, as {known!r} and {item!r}: rename yours."
             )
         self._check(item)
         self._items[name] = item
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
             self._load_entry_points()
         if name not in self._items:
             raise unknown(
-                self.kind, name, self.names(), f"One of your own is given as module:Name ({self._expected})."
+                self.kind, name, self.names(), f"Give one of your own as module:Name ({self._expected})."
             )
         return self._items[name]
 

@@ -11,7 +11,7 @@ _SHOWN = 60  # characters of a text in a repr
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What became of a row. Times are of the whole call, which all its rows share.
+    """The result of a row. Times are of the whole call, which all its rows share.
 
     text: the answer up to the first end-of-sequence token; None without a tokenizer. tokens: all gen_length
     tokens.
@@ -55,7 +55,7 @@ class Result:
 @dataclass(frozen=True, repr=False)
 class Update:
     """A row after one forward: `committed` is the text of finished blocks, without an end that the next one
-    may change (a character whose bytes are not all there); `provisional` what is unmasked beyond them.
+    may change (an incomplete character); `provisional` what is unmasked beyond them.
 
     tokens: the current generated part, mask tokens included. changed: positions that were written since
     the last update, with the confidence of each (None where a device chose by itself), and block: the running

@@ -1,4 +1,4 @@
-"""The reader of a config.json, which accounts for every key: read, known to compute nothing, or refused."""
+"""The reader of a config.json: every key is read, known not to affect the computation, or refused."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class ConfigReader:
         noted = [key for key in unread if _computes_nothing(key, self.config[key])]
         unknown = [key for key in unread if key not in noted]
         if strange := sorted(set(ignored) - set(self.config)):
-            raise DllmError(f"{self.where}: has no key {strange[0]}, which --ignore-key names: leave it out.")
+            raise DllmError(f"{self.where}: has no key {strange[0]}: remove --ignore-key {strange[0]}.")
         if unknown:
             raise DllmError(
                 f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not "

@@ -168,7 +168,7 @@ def read_json(path: Path, advice: str = "download the file again") -> dict[str, 
     except (ValueError, RecursionError) as error:
         raise DllmError(f"{path}: not JSON ({error}): {advice}.") from error
     if not isinstance(read, dict):
-        raise DllmError(f"{path}: holds a {type(read).__name__}, expected an object: {advice}.")
+        raise DllmError(f"{path}: contains a {type(read).__name__}, expected an object: {advice}.")
     return read
 
 
@@ -177,7 +177,7 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for key, value in pairs:
         if key in read and read[key] != value:
-            raise ValueError(f"the key {key!r} comes twice, with different values")
+            raise ValueError(f"the key {key!r} is repeated with different values")
         read[key] = value
     return read
 
@@ -212,10 +212,10 @@ def _tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
     unread = sorted(file.name for file in path.glob("*.safetensors") if file.name not in used)
     notes = []
     if has_single and has_index:
-        notes.append(f"the weights are those of {SINGLE}, as in transformers; {INDEX} beside it is not read")
+        notes.append(f"read the weights from {SINGLE}, as transformers does; {INDEX} is ignored")
     if unread:
         source = SINGLE if has_single else INDEX
-        notes.append(f"{some(unread)}: not read, the weights are those of {source}")
+        notes.append(f"{some(unread)}: ignored, the weights come from {source}")
     return tensors, tuple(notes)
 
 
@@ -251,9 +251,9 @@ def _sharded(path: Path) -> tuple[dict[str, StoredTensor], set[str]]:
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         here = sorted(file.name for file in path.glob("*.safetensors"))
         raise DllmError(
-            f"{path / missing[0]}: missing, as {len(missing)} of the {len(shards)} shards that {INDEX} lists "
-            f"are; safetensors files that are there: {some(here) if here else 'none'}. Download what is "
-            "missing; if the index is stale (it came with other files), replace it."
+            f"{path / missing[0]}: missing. {len(missing)} of the {len(shards)} shards listed in {INDEX} are "
+            f"missing; safetensors files present: {some(here) if here else 'none'}. Download the missing "
+            "files; if the index belongs to other files, replace it."
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -315,7 +315,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} comes twice")
+        raise ValueError(f"the key {twice!r} is repeated")
     return read
 
 
@@ -333,10 +333,13 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
     if len(shape) > _MAX_RANK or any(
         type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)
     ):
-        raise ValueError(f"tensor {name} has the shape {str(list(shape))[:60]} at {str([begin, end])[:60]}")
+        raise ValueError(
+            f"tensor {name}: invalid shape {str(list(shape))[:60]} or offsets {str([begin, end])[:60]}"
+        )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise DllmError(
-            f"{path}: tensor {name} has {end - begin} bytes for shape {list(shape)}: download it again."
+            f"{path}: tensor {name} has {end - begin} bytes, but its shape {list(shape)} takes "
+            f"{math.prod(shape) * dtype.itemsize}: download it again."
         )
     if data + end > size:
         raise DllmError(

@@ -51,8 +51,8 @@ def find(
     given: str | None = None,
     of_family: tuple[str | None, int | None] = (None, None),
 ) -> Found:
-    """What must be added to config.json so that all three tokens are known. given: the mask token, as text or
-    id, which takes precedence. of_family: text and id of the mask token in the family's published
+    """The token ids that config.json lacks, so that all three tokens are known. given: the mask token, as
+    text or id, which takes precedence. of_family: text and id of the mask token in the family's published
     checkpoints, used if nothing else names it. Raises DllmError, saying how to give it, if nothing names the
     mask or an end token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
@@ -93,11 +93,7 @@ class _Tokenizer:
         """The tokens that look like a mask token, for a message."""
         added = {} if self.opened is None else self.opened.added_tokens
         like = [f"{text} ({token})" for token, text in added.items() if "mask" in text.lower()]
-        return (
-            f"; in its tokenizer there {'are' if len(like) > 1 else 'is'} {', '.join(like[:5])}"
-            if like
-            else ""
-        )
+        return f"; its tokenizer has {', '.join(like[:5])}" if like else ""
 
 
 def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
@@ -105,17 +101,17 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
     if token is None:
         if tokenizer.opened is None:
             raise DllmError(
-                f"--mask-token {given!r}: {tokenizer.path} has no tokenizer that knows it: give the token's "
-                f"id."
+                f"--mask-token {given!r}: {tokenizer.path} has no tokenizer to look it up in: give the "
+                f"token's id."
             )
         token = tokenizer.opened.id_of(given)
     if token is None:
         raise DllmError(
-            f"--mask-token {given!r}: is no token of {tokenizer.path}{tokenizer.masks()}: give a token or "
+            f"--mask-token {given!r}: not a token of {tokenizer.path}{tokenizer.masks()}: give a token or "
             f"its id."
         )
     if not 0 <= token < vocab_size:
-        raise DllmError(f"--mask-token {given!r}: is token id {token}, the model has 0 to {vocab_size - 1}.")
+        raise DllmError(f"--mask-token {given!r}: token id {token}, expected 0 to {vocab_size - 1}.")
     return token
 
 

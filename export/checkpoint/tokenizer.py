@@ -1,7 +1,8 @@
 """A checkpoint's tokenizer, put into the artifact as tokenizer.json with its configuration and chat template.
 
 Most checkpoints have a tokenizer.json. Dream and other relatives of Qwen2 may have only the slow tokenizer's
-files (vocab.json and merges.txt, next to Python code that is never run): their tokenizer.json is made here.
+files (vocab.json and merges.txt, next to Python code that is never run): this module makes their
+tokenizer.json.
 """
 
 from __future__ import annotations
@@ -80,18 +81,18 @@ def completed(
     decoding: DecodingFacts, tokenizer: Tokenizer, vocab_size: int, *, mask_is_given: bool = False
 ) -> DecodingFacts:
     """The decoding facts, with further end tokens: the token that ends a turn of the chat template, and the
-    tokens that a model was trained to fill the rest of an answer with (DiffuCoder's <|dlm_pad|>), which are
-    the tokenizer's pad token and that of config.json. These count only if they are added tokens (a careless
-    pad_token_id of 0 is a word) and not the tokenizer's eos_token, for which generation_config.json is
-    decisive.
+    padding tokens with which a model was trained to fill the rest of an answer (DiffuCoder's <|dlm_pad|>):
+    the pad tokens of the tokenizer and of config.json. A pad token counts only if it is an added token (a
+    pad_token_id of 0 by mistake is an ordinary word) and is not the tokenizer's eos_token, for which
+    generation_config.json decides.
 
     Raises DllmError for a tokenizer of another model: ids beyond the vocabulary, or another mask token,
     unless the user gave the mask.
     """
     if (most := tokenizer.max_id) >= vocab_size:
         raise DllmError(
-            f"{FILE_NAME}: holds token id {most}, the model has {vocab_size}: take the tokenizer of this "
-            f"checkpoint."
+            f"{FILE_NAME}: has token id {most}, but the model's vocabulary has {vocab_size} tokens: use the "
+            f"tokenizer of this checkpoint."
         )
     mask = tokenizer.special_id("mask_token")
     if mask is not None and mask != decoding.mask_token_id and not mask_is_given:
@@ -121,8 +122,8 @@ def _from_slow_files(checkpoint: Path) -> tokenizers.Tokenizer:
     name = config.get("tokenizer_class")
     if not isinstance(name, str) or name not in _SPLITS:
         raise DllmError(
-            f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is none of "
-            f"{', '.join(_SPLITS)}: make a {FILE_NAME} "
+            f"{checkpoint}: has no {FILE_NAME}, and its tokenizer class {name!r} is unsupported "
+            f"(supported: {', '.join(_SPLITS)}): make a {FILE_NAME} "
             "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
     try:
@@ -150,7 +151,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, checkpoint: Path, config: dict[
         (tokenizer.add_special_tokens if entry.get("special") else tokenizer.add_tokens)([added])
         if (got := tokenizer.token_to_id(entry["content"])) != token:
             raise DllmError(
-                f"{checkpoint}: the added token {entry['content']!r} comes to id {got}, "
+                f"{checkpoint}: the added token {entry['content']!r} gets id {got}, "
                 f"tokenizer_config.json says {token}: its "
                 f"vocabulary has gaps; make a {FILE_NAME} with transformers' save_pretrained."
             )

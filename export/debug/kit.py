@@ -58,12 +58,12 @@ def write(
     manifest = manifests.load(artifact)
     if not manifest.dims.writes_caches:
         raise DllmError(
-            f"{artifact}: has the legacy lowering, and Polygraphy's kit supports only the modern one: "
+            f"{artifact}: uses the legacy lowering, but Polygraphy's kit supports only the modern one: "
             f"export it with --lowering modern."
         )
     if manifest.quantization is not None and manifest.quantization.target == manifests.ORT_CPU:
         raise DllmError(
-            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT does not read: take the "
+            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT cannot load: use the "
             f"artifact without --quantize."
         )
     if out.exists() and any(out.iterdir()):

@@ -147,7 +147,7 @@ def stage(artifact: Path, engine: Backend, reference: Backend) -> tuple[bool, di
         **{f"{name}, share of what is allowed": value for name, (value, _) in worst.items()},
     }
     failed = [
-        f"{name}: {where} is {value:.3g} times as far from PyTorch as it may be"
+        f"{name}: {where} differs from PyTorch by {value:.3g} times the tolerance"
         for name, (value, where) in worst.items()
         if not value <= 1
     ]

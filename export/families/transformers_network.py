@@ -55,7 +55,7 @@ class TransformersNetwork:
             self.module.load_state_dict(named, strict=True, assign=True)
         except RuntimeError as error:
             raise DllmError(
-                f"the weights are not those of the reference, transformers' {self.architecture}ForCausalLM "
+                f"the weights do not match the reference, transformers' {self.architecture}ForCausalLM "
                 f"({' '.join(str(error).split())[:300]}): correct the family's reference() or the names of "
                 f"its tensors."
             ) from error
@@ -66,8 +66,8 @@ class TransformersNetwork:
         expected = attention.rope_theta ** -(torch.arange(0, attention.head_dim, 2) / attention.head_dim)
         if not torch.allclose(rotary.inv_freq.cpu(), expected, rtol=1e-4):
             raise DllmError(
-                f"transformers {transformers.__version__} does not take rope_theta {attention.rope_theta:g} "
-                f"from where it is given: install "
+                f"transformers {transformers.__version__} ignores rope_theta {attention.rope_theta:g} "
+                f"of the configuration: install "
                 f"transformers 5.8 or newer ({commands.package('-U', 'transformers')})."
             )
         self.module.eval()

@@ -119,7 +119,7 @@ def _check_node(node: ir.Node, graph: ir.Graph, operators: frozenset[str]) -> It
         and node.attributes
         and graph.opset_imports[""] == lowerings.find(contract.LEGACY).OPSET
     ):
-        yield f"{node.name}: Shape has {sorted(node.attributes)}, which TensorRT 8.6 takes and ignores"
+        yield f"{node.name}: Shape has {sorted(node.attributes)}, which TensorRT 8.6 silently ignores"
     if node.op_type == "TensorScatter":
         if node.inputs[0] not in graph.inputs:
             yield f"{node.name}: the cache it writes is not a graph input"

@@ -202,8 +202,8 @@ def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Pa
     )
     if expected != got:
         raise DllmError(
-            f"{told.checkpoint}: its config.json is not the one that {artifact} was exported from: "
-            "give that checkpoint."
+            f"{told.checkpoint}: its config.json differs from the one that {artifact} was exported "
+            "from: give the original checkpoint."
         )
     return source
 

@@ -1,5 +1,5 @@
-"""A graph quantised for the CPU, rewritten in standard operators and float arithmetic, which are right on
-every processor.
+"""A graph quantised for the CPU, rewritten in standard operators and float arithmetic, which are
+correct on every processor.
 
 ONNX Runtime's own operators for 8-bit and 4-bit products are fast, and wrong on processors where a kernel's
 sums overflow (trt_runtime/backends/ort/int8.py). Here each of them is expanded into what it should compute;

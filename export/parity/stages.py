@@ -1,10 +1,9 @@
 """The stages of a verification: what each compares, and when it passes.
 
 weights: every tensor of weights.data is the checkpoint's, converted. range: no activation of the reference
-leaves the dtype's range. logits: a prefix pass on both graphs. cache: what that pass and a refine step left
-in it, and
-the logits of the step, which reads the cache. decode: recorded cases of the reference, token by token.
-canvases (quantised artifacts): this machine computes what the graphs say.
+leaves the dtype's range. logits: of a prefix pass on both graphs. cache: the cache after that pass and after
+a refine step, and the logits of that step, which reads the cache. decode: recorded cases of the reference,
+token by token. canvases (quantised artifacts): this machine computes the graphs correctly.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
 
 
 def canvases_stage(artifact: Path, manifest: Manifest) -> Stage:
-    """This machine computes what the graphs of a quantised artifact say."""
+    """Whether this machine computes the graphs of a quantised artifact correctly."""
     dtype = manifest.model.dtype
     if dtype == "bf16":
         return Stage(
@@ -218,7 +217,7 @@ def canvases_stage(artifact: Path, manifest: Manifest) -> Stage:
         "allowed": allowed,
     }
     advice = (
-        "this processor or this ONNX Runtime does not compute what the graphs say: 'dllm-trt doctor' checks "
-        "its 8-bit products"
+        "this processor or ONNX Runtime computes the graphs incorrectly: 'dllm-trt doctor' checks its 8-bit "
+        "products"
     )
     return Stage("canvases", largest <= allowed, measured, "" if largest <= allowed else advice)

@@ -41,9 +41,9 @@ def verify(
     *,
     with_polygraphy: bool = False,
 ) -> Iterator[Stage]:
-    """Yield the stages as they finish, and then write the result into the manifest. doing: called with what
-    runs next. with_polygraphy: one more stage, Polygraphy's Comparator (export/debug/runners.py). Raises
-    DllmError."""
+    """Yield the stages as they finish, and then write the result into the manifest. doing: called with a
+    description of each step before it runs. with_polygraphy: one more stage, Polygraphy's Comparator
+    (export/debug/runners.py). Raises DllmError."""
     manifest = manifests.load(artifact, check_hashes=True)
     is_quantised = manifest.quantization is not None
     if with_polygraphy and is_quantised:

@@ -61,7 +61,7 @@ def graph_in(path: Path) -> onnx.ModelProto:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors
         raise DllmError(
-            f"{path}: is no ONNX graph ({' '.join(str(error).split())[:200]}): export it again."
+            f"{path}: not a valid ONNX graph ({' '.join(str(error).split())[:200]}): export it again."
         ) from error
 
 
@@ -173,7 +173,7 @@ def _check_statistics(outputs: dict[str, Array], manifest: Manifest) -> None:
     for name, (mine, theirs) in pairs.items():
         if not np.allclose(mine, theirs, rtol=1e-3, atol=1e-4):
             raise DllmError(
-                f"the graph's {name} is not that of its logits with mask token "
+                f"the graph's {name} does not match its logits with mask token "
                 f"{manifest.decoding.mask_token_id}: the graph does not belong to this "
                 "artifact: export it again."
             )

@@ -75,10 +75,7 @@ def export(
     source = config.read()
     pipeline.check_target(config, source.checkpoint.path)
     if how.data is not None and not (how.gate or kind.is_calibrated):
-        note(
-            f"{kind.name} is not calibrated, and --gate no measures nothing: the prompts of --data are not "
-            f"used"
-        )
+        note(f"{kind.name} needs no calibration and --gate no skips the measurement: --data is not used")
     prepared = (
         Prepared()
         if how.data is None
@@ -95,7 +92,7 @@ def export(
             if missed := list(measured.failures()):
                 raise DllmError(
                     f"{how.scheme} changes this model too much: {'; '.join(missed)}: nothing was written; "
-                    "take another scheme, or --gate no if you know better."
+                    "use another scheme, or skip this check with --gate no."
                 )
             note(f"quality compared with the original model: {measured}")
             facts = replace(facts, quality=measured.as_dict())
@@ -109,23 +106,23 @@ def _check(config: ExportConfig, how: QuantizeConfig, kind: type[Scheme]) -> Non
         raise unknown("--match", how.match, examples.MATCHES)
     if config.dtype not in kind.dtypes:
         raise DllmError(
-            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
-            f"dtype is {config.dtype}: export with DTYPE={kind.dtypes[0]}."
+            f"--quantize {kind.name} for {kind.target} keeps everything else in {' or '.join(kind.dtypes)}, "
+            f"but dtype is {config.dtype}: export with DTYPE={kind.dtypes[0]}."
         )
     if config.weights != "copy":
         raise DllmError(
-            "--weights link keeps the checkpoint's weights as they are: leave it out with --quantize."
+            "--weights link cannot quantise, because it uses the checkpoint's files as they are: remove it."
         )
     if config.lowering != contract.MODERN:
         raise DllmError(
-            "--quantize goes with the modern lowering (opset 24): use ONNX Runtime 1.24 or newer, and leave "
-            "--lowering out."
+            "--quantize needs the modern lowering (opset 24): use ONNX Runtime 1.24 or newer, and remove "
+            "--lowering."
         )
     if how.data is None and (how.gate or kind.is_calibrated):
         why = (
             "to calibrate its activations on"
             if kind.is_calibrated
-            else "to measure the quality on (or leave that out with --gate no)"
+            else "to measure the quality on (or skip that with --gate no)"
         )
         raise DllmError(
             f"--quantize {kind.name} needs prompts {why}: give a file of them with --data (DATA=...)."

@@ -37,8 +37,8 @@ def quantised(
     dtype = dtype or ("fp32" if kind.dtypes[0] == "fp32" else "bf16")
     if dtype not in kind.dtypes:
         raise DllmError(
-            f"--quantize {kind.name} for {kind.target} computes the rest in {' or '.join(kind.dtypes)}, "
-            f"--dtype is {dtype}: leave --dtype out, or give {kind.dtypes[0]}."
+            f"--quantize {kind.name} for {kind.target} keeps everything else in {' or '.join(kind.dtypes)}, "
+            f"but --dtype is {dtype}: remove --dtype, or give {kind.dtypes[0]}."
         )
     family, _, decoder = pipeline.understood(config, where)
     stored = _stored(Path(name), config, family, decoder)

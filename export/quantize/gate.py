@@ -1,5 +1,5 @@
-"""The loss by quantisation, measured against the unquantised model: the gate that a quantised export must
-pass.
+"""The quality lost by quantisation, measured against the unquantised model: the gate that a quantised export
+must pass.
 
     canvases   masked at several ratios, with the block at several places of the answer: the
                Kullback-Leibler divergence on masked rows

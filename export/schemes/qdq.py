@@ -59,8 +59,8 @@ class Int4Blocks(_QDQ):
         rows, columns = shape
         if columns % self.block:
             raise DllmError(
-                f"{name}: {columns} inputs are no multiple of {self.block}, which --quantize int4 for "
-                f"TensorRT needs: use fp8."
+                f"{name}: {columns} inputs, but --quantize int4 for TensorRT needs a multiple of "
+                f"{self.block}: use fp8."
             )
         return {
             "int4": StoredPart("int4", shape),

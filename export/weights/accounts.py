@@ -1,5 +1,5 @@
-"""The accounts of a checkpoint: every weight has its tensors, and every tensor belongs to a weight or is on
-the family's list of unused ones."""
+"""Check that a checkpoint is complete: every weight has its tensors, and every tensor belongs to a weight or
+is on the family's list of unused ones."""
 
 from __future__ import annotations
 

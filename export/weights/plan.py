@@ -126,8 +126,8 @@ class _Layout:
             )
         if stored.offset % 8:
             raise DllmError(
-                f"{stored.file}: tensor {source.name} lies at byte {stored.offset}, which --weights link "
-                "cannot use (multiples of 8): export with --weights copy."
+                f"{stored.file}: tensor {source.name} starts at byte {stored.offset}, but --weights link "
+                "needs a multiple of 8: export with --weights copy."
             )
         self.weights.append(
             Weight(

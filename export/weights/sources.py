@@ -97,8 +97,8 @@ class Maximum:
     largest: float | None = None
 
     def note(self, piece: Array) -> None:
-        """Raises DllmError for NaN or infinite values. Without their sign, floating-point numbers are ordered
-        like their bits, so no conversion is needed to compare them."""
+        """Raises DllmError for NaN or infinite values. Without the sign bit, floating-point numbers are
+        ordered like their bits, so they are compared without conversion."""
         kind = np.dtype(f"u{piece.dtype.itemsize}")
         magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
         bits = piece.view(kind)
@@ -136,7 +136,7 @@ class FromCheckpoint(TensorSource):
                 for start in range(0, stored.size, _PIECE):
                     piece = buffers[number % 2][: min(_PIECE, stored.size - start) // self.dtype.itemsize]
                     if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
-                        raise DllmError(f"{stored.file}: cut short while it was read: download it again.")
+                        raise DllmError(f"{stored.file}: ended early while being read: download it again.")
                     number += 1
                     yield piece
 
@@ -166,8 +166,8 @@ class FromCheckpoint(TensorSource):
             narrow = wide.astype(np.float32, copy=False).astype(target, copy=False)
         if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
             raise DllmError(
-                f"tensor {self.name}: holds {maxima.largest:g}, more than fp16 can ({FP16_LARGEST:g}): "
-                "export with DTYPE=bf16 (--dtype bf16)."
+                f"tensor {self.name}: has the value {maxima.largest:g}, beyond fp16's largest "
+                f"({FP16_LARGEST:g}): export with DTYPE=bf16 (--dtype bf16)."
             )
         return narrow
 
@@ -194,7 +194,7 @@ class Table(TensorSource):
 
 @dataclass(frozen=True)
 class Made(TensorSource):
-    """An array that is computed when its turn comes."""
+    """An array that is computed only when it is written."""
 
     make: Callable[[], Array] = field(repr=False)
 

@@ -78,7 +78,7 @@ def near_fp16(maxima: Mapping[str, float]) -> str:
         return ""
     name = max(near, key=lambda item: near[item])
     return (
-        f"{name} holds {near[name]:g}, near the end of fp16's range ({FP16_LARGEST:g}), as do "
+        f"{name} has the value {near[name]:g}, close to fp16's largest ({FP16_LARGEST:g}), as do "
         f"{len(near) - 1} other weights: sums may overflow; prefer DTYPE=bf16"
     )
 

@@ -42,12 +42,13 @@ def why_different(names: Sequence[str], missing: Sequence[str], surplus: Sequenc
     example = f"{change[renamed[0]]} in place of {renamed[0]}"
     if len(renamed) == len(missing) and not left:
         return (
-            f"{said} ({example}); all {len(names)} tensors fit but for that. Save them under their own "
+            f"{said} ({example}); otherwise all {len(names)} tensors match. Save them under their own "
             "names: read each file with safetensors.torch.load_file, rename, write it with save_file."
         )
     return (
-        f"{said} ({example}), and even so {len(missing) - len(renamed)} tensors are missing and {len(left)} "
-        f"are not part of this model ({some([name for name in missing if name not in renamed] + left)}): "
+        f"{said} ({example}); apart from that, {len(missing) - len(renamed)} tensors are missing and "
+        f"{len(left)} are not part of this model "
+        f"({some([name for name in missing if name not in renamed] + left)}): "
         "save the model's own state_dict under its own names."
     )
 
@@ -66,7 +67,7 @@ def _changes(
                 else f"the names lack the prefix {own!r}"
             )
         else:
-            said = f"the names carry the prefix {there!r}"
+            said = f"the names have the prefix {there!r}"
         for rest in (there, ""):  # for names that do not begin with `own`, such as lm_head
             yield (
                 said,
@@ -74,7 +75,7 @@ def _changes(
             )
     if inside := sorted({match.group(0) for name in surplus for match in _WRAPPERS.finditer(name)}):
         unwrapped = {_WRAPPERS.sub("", name): name for name in surplus}
-        said = f"the names carry {' and '.join(map(repr, inside))}, of a wrapper"
+        said = f"the names contain {' and '.join(map(repr, inside))}, added by a wrapper"
         yield said, {name: unwrapped.get(name, name) for name in names}
 
 

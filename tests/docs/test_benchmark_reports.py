@@ -103,9 +103,9 @@ def test_beside_takes_the_same_model_only(demo_artifact, w8a8, tmp_path, capsys)
         "8",
     ]
     assert cli.main([*command, "--beside", str(other)]) == 1
-    assert "is a different model from" in capsys.readouterr().err
+    assert "not the same model as" in capsys.readouterr().err
     assert cli.main([*command, "--beside", str(w8a8), "--beside", str(w8a8)]) == 1
-    assert "a second artifact with the label 'ort w8a8'" in capsys.readouterr().err
+    assert "another artifact already has the label 'ort w8a8'" in capsys.readouterr().err
     assert cli.main([*command, "--reference", "dual", "--reference-dtypes", "fp8"]) == 1
     assert "fp8" in capsys.readouterr().err
 

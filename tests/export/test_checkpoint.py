@@ -91,7 +91,7 @@ def test_a_damaged_tokenizer_is_refused_at_export(tiny, tmp_path):
     refused(path, tmp_path / "out", "tokenizer.json: not readable")
     shutil.copyfile(DEMO / "tokenizer.json", path / "tokenizer.json")
     (path / "tokenizer_config.json").write_text("[1]")
-    refused(path, tmp_path / "out", "tokenizer_config.json: holds a list")
+    refused(path, tmp_path / "out", "tokenizer_config.json: contains a list")
 
 
 def test_generation_config_is_checked(tiny, tmp_path):
@@ -146,7 +146,7 @@ def test_files_that_are_missing_or_damaged(tiny, tmp_path):
     lies = tiny("lies")
     header = data[8 : 8 + struct.unpack("<Q", data[:8])[0]].replace(b"[64]", b"[65]")
     (lies / "model.safetensors").write_bytes(data[:8] + header + data[8 + len(header) :])
-    refused(lies, out, "bytes for shape [65]")
+    refused(lies, out, "bytes, but its shape [65]")
 
 
 def test_shards(tiny, tmp_path):

@@ -36,8 +36,8 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(tiny, tmp_path):
     save_file(other, both / SINGLE)
     taken, noted = _export(both, tmp_path / "both-out")
     assert taken == alone and len(noted) == 2
-    assert noted[0] == f"the weights are those of {SINGLE}, as in transformers; {INDEX} beside it is not read"
-    assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors: not read" in noted[1]
+    assert noted[0] == f"read the weights from {SINGLE}, as transformers does; {INDEX} is ignored"
+    assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors: ignored" in noted[1]
     for shard in both.glob("model-0*"):
         shard.unlink()
     taken, noted = _export(both, tmp_path / "stale-out")
@@ -81,7 +81,7 @@ def test_a_stale_index_says_what_is_missing_and_what_is_there(tiny, tmp_path):
     for file in path.glob("model-0*"):
         file.unlink()
     (path / "consolidated.safetensors").unlink()
-    refused(path, tmp_path / "out", "3 of the 3 shards", "there: none")
+    refused(path, tmp_path / "out", "3 of the 3 shards", "present: none")
 
 
 def test_files_that_the_index_does_not_list_are_not_read_and_noted(tiny, tmp_path):
@@ -89,9 +89,7 @@ def test_files_that_the_index_does_not_list_are_not_read_and_noted(tiny, tmp_pat
     path = tiny(shards=2)
     save_file({"anything": np.zeros(3, np.int8)}, path / "consolidated.safetensors")
     taken, noted = _export(path, tmp_path / "b")
-    assert taken == whole and noted == [
-        f"consolidated.safetensors: not read, the weights are those of {INDEX}"
-    ]
+    assert taken == whole and noted == [f"consolidated.safetensors: ignored, the weights come from {INDEX}"]
 
 
 def test_an_index_that_contradicts_itself_is_refused(tiny, tmp_path):
@@ -104,7 +102,7 @@ def test_an_index_that_contradicts_itself_is_refused(tiny, tmp_path):
     (path / INDEX).write_text(
         '{"weight_map": {' + ", ".join([*rows, f'"{name}": "model-00002-of-00002.safetensors"']) + "}}"
     )
-    refused(path, tmp_path / "out", "comes twice, with different values")
+    refused(path, tmp_path / "out", "repeated with different values")
     shutil.copyfile(path / shard, path / "model-00003-of-00003.safetensors")
     (path / INDEX).write_text(
         json.dumps({"weight_map": {**listed, "more": "model-00003-of-00003.safetensors"}})
@@ -128,16 +126,16 @@ def test_other_safetensors_alone_are_named(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda n: "module." + n, "carry the prefix 'module.'"),
-        (lambda n: "base_model.model." + n, "carry the prefix 'base_model.model.'"),
-        (lambda n: "_orig_mod." + n, "carry the prefix '_orig_mod.'"),
-        (lambda n: "student." + n, "carry the prefix 'student.'"),
+        (lambda n: "module." + n, "have the prefix 'module.'"),
+        (lambda n: "base_model.model." + n, "have the prefix 'base_model.model.'"),
+        (lambda n: "_orig_mod." + n, "have the prefix '_orig_mod.'"),
+        (lambda n: "student." + n, "have the prefix 'student.'"),
         (lambda n: n.removeprefix("model."), "lack the prefix 'model.'"),
         (lambda n: n.replace("model.", "net.", 1), "begin with 'net.' in place of 'model.'"),
         (lambda n: n.replace(".1.", ".1._orig_mod.").replace(".2.", ".2._orig_mod."), "_orig_mod."),
         (
             lambda n: "_fsdp_wrapped_module." + n.replace(".0.", ".0._fsdp_wrapped_module."),
-            "carry '_fsdp_wrapped_module.', of a wrapper",
+            "contain '_fsdp_wrapped_module.', added by a wrapper",
         ),
     ],
 )
@@ -145,7 +143,7 @@ def test_names_under_a_prefix_are_said_to_be(family, change, said, tmp_path):
     path = write_checkpoint(families.find(family), tmp_path / "c")
     tensors = load_file(path / SINGLE)
     save_file({change(name): tensor for name, tensor in tensors.items()}, path / SINGLE)
-    refused(path, tmp_path / "out", said, f"all {len(tensors)} tensors fit but for that", "save_file")
+    refused(path, tmp_path / "out", said, f"otherwise all {len(tensors)} tensors match", "save_file")
     first = next(iter(tensors))
     save_file(
         {change(name): tensor for name, tensor in tensors.items() if name != first}

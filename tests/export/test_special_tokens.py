@@ -118,19 +118,22 @@ def test_a_mask_that_nothing_names_can_be_given(tmp_path, capsys):
         assert manifest.decoding.mask_token_id == mask == manifest.source["mask_token"]
     capsys.readouterr()
     for given, said in (
-        ("<mask>", "is no token of"),
-        ("99999", "the model has 0 to"),
-        ("-3", "is no token of"),
-        ("", "is no token of"),
-        ("\udcff", "is no token of"),
-        ("9" * 5000, "is no token of"),
+        ("<mask>", "not a token of"),
+        ("99999", "expected 0 to"),
+        ("-3", "not a token of"),
+        ("", "not a token of"),
+        ("\udcff", "not a token of"),
+        ("9" * 5000, "not a token of"),
     ):
         refused(path, tmp_path / "out", said, mask_token=given)
     refused(path, tmp_path / "out", "is also an end token", mask_token="<eos>")
     (path / "tokenizer.json").unlink()
     refused(path, tmp_path / "out", "is the mask: give it with --mask-token", mask_token=None)
     refused(
-        path, tmp_path / "out", "has no tokenizer that knows it: give the token's id", mask_token="<[MASK]>"
+        path,
+        tmp_path / "out",
+        "has no tokenizer to look it up in: give the token's id",
+        mask_token="<[MASK]>",
     )
     refused(path, tmp_path / "out", "eos_token_id", "ends a text", mask_token=str(mask))
 

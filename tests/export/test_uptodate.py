@@ -109,7 +109,7 @@ def test_another_version_a_damaged_and_a_foreign_artifact(run, tmp_path, monkeyp
     manifest.source.pop(uptodate.KEY)
     manifests.write(manifest, tmp_path / "out")
     status, text, _ = run()
-    assert status == 1 and "does not say what it was made from" in text
+    assert status == 1 and "does not record what it was exported from" in text
 
 
 def test_quantised_inputs(run, tmp_path):

@@ -101,7 +101,8 @@ def test_weights_near_the_range_of_fp16_are_warned_about(tiny, tmp_path, capsys)
     assert cli.main(command) == 0
     said = capsys.readouterr().err
     assert (
-        "layers.2.up_proj holds 30000, near the end of fp16's range" in said and "prefer DTYPE=bf16" in said
+        "layers.2.up_proj has the value 30000, close to fp16's largest" in said
+        and "prefer DTYPE=bf16" in said
     )
 
 

@@ -29,9 +29,8 @@ def render(
     name.
 
     With continue_final_message the text ends right after the last message's content, as the template wrote
-    it, and nothing closes that
-    message: what is generated goes on from there. A template that trims contents takes the spaces at its end
-    too. Raises DllmError for a message that is none, and for whatever the template raises.
+    it, without the end of that message: the model continues it. A template that trims contents also trims
+    the spaces at its end. Raises DllmError for an invalid message, and for whatever the template raises.
     """
     plain = []
     for message in messages:
@@ -47,22 +46,21 @@ def render(
         return _rendered(template, plain, special, add_generation_prompt)
     if add_generation_prompt or not plain or "content" not in plain[-1]:
         raise DllmError(
-            "continue_final_message goes on from the content of the last message: give one, and leave out "
-            "add_generation_prompt."
+            "continue_final_message continues the content of the last message: give a last message with "
+            "content, and remove add_generation_prompt."
         )
     content = plain[-1]["content"]
     if _END.strip() in "".join(message.get("content", "") for message in plain):
         raise DllmError(
-            f"a message holds {_END.strip()!r}, which marks the end of a message that is continued: leave "
-            f"it out."
+            f"a message contains {_END.strip()!r}, which is reserved for continue_final_message: remove it."
         )
     plain[-1]["content"] = content + _END
     text = _rendered(template, plain, special, add_generation_prompt)
     begun, tag, _ = text.rpartition(_END.strip())
     if not tag or content.strip() not in begun:
         raise DllmError(
-            "the chat template drops or changes the message that is to be continued: its answer cannot be "
-            "begun."
+            "the chat template drops or changes the last message, so the model cannot continue it: remove "
+            "continue_final_message."
         )
     return (
         begun if text.startswith(begun + _END) else begun.rstrip()

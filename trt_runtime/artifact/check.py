@@ -100,7 +100,7 @@ def found(artifact: Path, passes_by: Callable[[str], bool] = lambda name: False)
 def _check_file(artifact: Path, name: str, facts: FileFacts, check_hash: bool) -> None:
     path = artifact / name
     if not path.is_file():
-        what = "is a link that leads nowhere" if path.is_symlink() else "missing, the manifest lists it"
+        what = "is a broken link" if path.is_symlink() else "missing, but the manifest lists it"
         raise DllmError(f"{path}: {what}: {AGAIN}.")
     if (size := path.stat().st_size) != facts.size:
         raise DllmError(
@@ -121,19 +121,18 @@ def _check_references(path: Path, listed: Mapping[str, FileFacts], domains: tupl
     for file, offset, length in sorted(refers.data, key=str):
         if file not in listed:
             raise DllmError(
-                f"{path}: takes weights from {file[:200]!r}, which the manifest does not list: do not use "
+                f"{path}: reads weights from {file[:200]!r}, which the manifest does not list: do not use "
                 f"this artifact."
             )
         size = listed[file].size
         if not 0 <= offset <= size or not 0 <= (length or 0) <= size - offset:
             raise DllmError(
-                f"{path}: takes {length} bytes at {offset} of {file}, which has {size}: the files are not "
-                f"of one export: {AGAIN}."
+                f"{path}: reads {length} bytes at offset {offset} of {file}, which has only {size}: the "
+                f"files come from different exports: {AGAIN}."
             )
     for domain, operator in sorted(refers.operators):
         if domain not in domains:
             what = f"{domain}.{operator}"[:200]
             raise DllmError(
-                f"{path}: holds the operator {what}, which no artifact of this kind has: do not use this "
-                f"artifact."
+                f"{path}: contains the operator {what}, which this kind of artifact never has: do not use it."
             )

@@ -1,5 +1,5 @@
-"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text is final
-whatever follows."""
+"""Token ids back to text: what the tokenizers package leaves to transformers, and how much of a text no later
+token can change."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def _byte_alphabet() -> list[str]:
 class Detokenizer:
     """Decodes as transformers does.
 
-    Added tokens come back as they are written. The decoder of a byte-level vocabulary reads one like 'größe'
-    as if its letters stood for bytes; it is given the letters of its bytes instead. (transformers' slow
-    tokenizers, Dream's own among them, keep added tokens as they are; its fast ones share the fault of the
-    package.) Where the configuration asks for clean_up_tokenization_spaces, spaces before punctuation go, but
-    not for BPE, as in transformers 5.
+    Added tokens decode to exactly their own text. A byte-level decoder would read the letters of one like
+    'größe' as bytes, so it is given the letters that stand for the token's bytes instead. (transformers' slow
+    tokenizers, Dream's own among them, keep added tokens as they are; its fast ones have the same bug as the
+    package.) If the configuration sets clean_up_tokenization_spaces, spaces before punctuation are removed,
+    but not for BPE, as in transformers 5.
     """
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any]) -> None:
@@ -52,8 +52,8 @@ class Detokenizer:
         return _clean(text) if self._cleans else text
 
     def settled(self, ids: Iterable[int]) -> str:
-        """The part of that text that stays, whatever tokens follow: without an incomplete character, and
-        without an end whose spaces the next characters may remove."""
+        """The part of that text that no later token can change: without an incomplete character, and without
+        an end whose spaces the next characters may remove."""
         text = self._raw(list(ids), skip_special=True).rstrip("\ufffd")
         return _clean(text[: _settled_length(text)]) if self._cleans else text
 
@@ -85,8 +85,8 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _misread(tokenizer: Any, added: Mapping[int, str]) -> dict[int, str]:
-    """Of the added tokens that come back otherwise than they are written (also because the package keeps them
-    as its normalizer leaves them), the spelling that a byte-level decoder reads as their text."""
+    """For each added token that does not decode to its own text (also because the package stores normalised
+    tokens): the spelling that a byte-level decoder turns into that text."""
     letters = _byte_alphabet()
     return {
         token: "".join(letters[byte] for byte in text.encode())
@@ -102,10 +102,10 @@ def _clean(text: str) -> str:
 
 
 def _settled_length(text: str) -> int:
-    """How much of a text can be cleaned independently of the rest: up to a place that no replacement can
-    span, now or after an earlier one removed a space. Such a place is after a character that nothing follows
-    in a replacement, before one that occurs in none, or between two that are not spaces and not neighbours in
-    any."""
+    """The length of the longest prefix that can be cleaned independently of the rest: it ends where no
+    replacement can match across, even after an earlier one removed a space. That is after a character that
+    only ends patterns, before one that is in no pattern, or between two non-spaces that are neighbours in no
+    pattern."""
     for end in range(len(text), 0, -1):
         before, after = text[end - 1], text[end : end + 1]
         if before not in _GOES_ON or (after and after not in _IN_CLEANED):

@@ -1,8 +1,8 @@
 """What a graph file refers to: the files and ranges of its weights, and its operators. Read from the
 protobuf, without the onnx package.
 
-A graph itself names the files of its weights. A reader that trusts the manifest's hashes must know that it
-names no others.
+A graph names the files of its weights. The manifest's hashes protect a reader only if the graph names no
+other files.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ def read(path: Path) -> References:
     try:
         _walk(memoryview(path.read_bytes()), "Model", references, 0)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise DllmError(f"{path}: is no ONNX graph ({error}): export it again or copy it again.") from error
+        raise DllmError(
+            f"{path}: not a valid ONNX graph ({error}): export it again or copy it again."
+        ) from error
     if not references.operators:
-        raise DllmError(f"{path}: is no ONNX graph (it has no nodes): export it again or copy it again.")
+        raise DllmError(
+            f"{path}: not a valid ONNX graph (it has no nodes): export it again or copy it again."
+        )
     return references
 
 
@@ -86,7 +90,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind == _BYTES:
             size, at = _varint(data, at)
             if at + size > len(data):
-                raise ValueError("it is cut short")
+                raise ValueError("it is truncated")
             yield number, data[at : at + size]
             at += size
         elif kind in (_EIGHT, _FOUR):

@@ -60,12 +60,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DecodingFacts:
-    """What the loop must know. `logit_shift`: the logits of row i - logit_shift predict token i.
+    """How the model decodes. `logit_shift`: the logits of row i - logit_shift predict token i.
 
     sampling: how proposals are drawn, 'gumbel' (LLaDA) or 'categorical' (Dream): see sampling.py.
-    first_commit: with a cache, a prefix pass commits the block's first position alone, whatever the policy
-    (Dream).
-    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; they hold where the user
+    first_commit: with a cache, the block's prefix pass commits only the block's first position, whatever the
+    policy (Dream).
+    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; used where the user
     gives none.
     blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the
     whole canvas).
@@ -92,9 +92,9 @@ class Quantization:
     """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one
     of TARGETS.
 
-    Graphs for 'ort-cpu' hold operators of ONNX Runtime's own, which run only there, on a CPU; those for
-    'tensorrt' hold QuantizeLinear and DequantizeLinear. calibration: what it was calibrated on. quality: what
-    the gate of the export measured; None if it was left out.
+    Graphs for 'ort-cpu' contain ONNX Runtime's own operators, which run only on its CPU provider; those for
+    'tensorrt' contain QuantizeLinear and DequantizeLinear. calibration: what it was calibrated on. quality:
+    what the export's gate measured; None if it was skipped.
     """
 
     scheme: str
@@ -186,9 +186,9 @@ def parse(read: object, where: str) -> Manifest:
     manifest: Manifest = typed(Manifest, read, where)
     for role in contract.ROLES:
         if role not in manifest.graphs:
-            raise DllmError(f"{where}: graphs lacks '{role}': {_AGAIN}.")
+            raise DllmError(f"{where}: graphs has no '{role}': {_AGAIN}.")
         if manifest.graphs[role].file not in manifest.files:
-            raise DllmError(f"{where}: graph '{role}' is not among the files: {_AGAIN}.")
+            raise DllmError(f"{where}: the file of graph '{role}' is not listed in files: {_AGAIN}.")
     if manifest.model.dtype not in contract.DTYPES:
         raise DllmError(
             f"{where}: model.dtype is {manifest.model.dtype!r}, expected one of {sorted(contract.DTYPES)}."
@@ -218,8 +218,8 @@ def _check_notes(manifest: Manifest, where: str) -> None:
     for key, value in manifest.decoding.tuned.items():
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise DllmError(
-                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a text or null: tune "
-                f"it again."
+                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a string or null: "
+                f"tune it again."
             )
     measured = manifest.quantization.quality if manifest.quantization else None
     if measured is not None and (
@@ -234,7 +234,7 @@ def _check_notes(manifest: Manifest, where: str) -> None:
 def _check_facts(manifest: Manifest, where: str) -> None:
     model, decoding = manifest.model, manifest.decoding
     if not any(name.endswith(".data") for name in manifest.files):
-        raise DllmError(f"{where}: lists no weights: {_AGAIN}.")
+        raise DllmError(f"{where}: files lists no weights (*.data): {_AGAIN}.")
     for key, value in decoding.defaults.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise DllmError(
@@ -264,11 +264,12 @@ def _check_facts(manifest: Manifest, where: str) -> None:
         raise DllmError(
             f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, "
             f"logit_shift "
-            f"{decoding.logit_shift}: the mask cannot end a text, and the shift is 0 or 1: {_AGAIN}."
+            f"{decoding.logit_shift}: expected a mask token that is not an end token, and a shift of 0 or 1: "
+            f"{_AGAIN}."
         )
     if decoding.logit_shift and not decoding.first_commit:  # the row before a refine window would be needed
         raise DllmError(
-            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which cannot be decoded: "
+            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which is not supported: "
             f"{_AGAIN}."
         )
 
@@ -287,15 +288,15 @@ def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Man
         manifest = load(artifact)
         if manifest.files != since.files or manifest.model != since.model:
             raise DllmError(
-                f"{artifact}: was replaced by another export meanwhile: nothing was noted; run the command "
-                f"again."
+                f"{artifact}: was replaced by another export in the meantime: nothing was recorded; run "
+                f"the command again."
             )
         write(change(manifest), artifact)
 
 
 def foreign_files(artifact: Path) -> Iterator[str]:
-    """Files in an artifact's directory that no export wrote and readers do not ignore; all of them if the
-    manifest is not one."""
+    """Files in an artifact's directory that no export wrote and readers do not ignore; all files if the
+    manifest is invalid."""
     try:
         listed = set(
             parse(json.loads((artifact / FILE_NAME).read_text(encoding="utf-8")), str(artifact)).files

@@ -68,8 +68,8 @@ class Tokenizer:
         """Whether plain texts begin with the BOS token: if tokenizer_config.json says so (add_bos_token), or
         tokenizer.json puts it there.
 
-        transformers believes the first of slow tokenizer files alone, of which the export makes a
-        tokenizer.json without that.
+        For slow tokenizers, transformers goes by tokenizer_config.json alone; the tokenizer.json that the
+        export makes from their files adds no BOS token.
         """
         bos = self.special_id("bos_token")
         if bos is None:
@@ -81,9 +81,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Token ids of an unchanged text; special tokens in it count as such, none are added.
 
-        add_bos: the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos`
-        expect that of plain texts, not of what a chat template wrote. Raises DllmError for a tokenizer
-        without one.
+        add_bos: put the BOS token in front, unless the text begins with it. Models whose tokenizer `adds_bos`
+        expect it before plain texts, but not before the output of a chat template. Raises DllmError for a
+        tokenizer without a BOS token.
         """
         ids = list(self._encoding(text).ids)
         if not add_bos:
@@ -98,8 +98,8 @@ class Tokenizer:
         return self._detokenizer.decode(ids)
 
     def settled(self, ids: Iterable[int]) -> str:
-        """The part of the text of token ids that stays, whatever tokens follow: a prefix of every decode() of
-        more tokens."""
+        """The part of the text of token ids that no later token can change: a prefix of decode() of any
+        longer sequence."""
         return self._detokenizer.settled(ids)
 
     def spelled(self, ids: Iterable[int]) -> str:
@@ -113,8 +113,8 @@ class Tokenizer:
         return frozenset(token.content for token in added if token.special and token.content)
 
     def surely_exceeds(self, text: str, most: int) -> bool:
-        """Whether a text has more than `most` tokens, judged by its beginning; False if that does not tell.
-        Tokens near the end of the beginning may differ in the whole text and are not counted."""
+        """Whether a text certainly has more than `most` tokens, judged by its beginning; False if unknown.
+        Tokens near the end of that beginning are not counted, because they may differ in the whole text."""
         begin = text[: 8 * most + 4096]
         if len(begin) == len(text):
             return False
@@ -203,7 +203,7 @@ def _template(path: Path, config: Mapping[str, Any]) -> str | None:
         )
     if template is not None and not isinstance(template, str):
         raise DllmError(
-            f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text: export the "
+            f"{path / 'tokenizer_config.json'}: chat_template is {template!r}, expected a string: export the "
             f"artifact again."
         )
     return template
@@ -223,6 +223,6 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise DllmError(f"{path}: not readable as JSON ({error}): export the artifact again.") from error
     if not isinstance(read, dict):
         raise DllmError(
-            f"{path}: holds a {type(read).__name__}, expected an object: export the artifact again."
+            f"{path}: contains a {type(read).__name__}, expected an object: export the artifact again."
         )
     return read

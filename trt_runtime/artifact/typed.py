@@ -54,5 +54,5 @@ def _dataclass(expected: Any, value: Any, where: str) -> Any:
     ]  # both are the MISSING marker
     missing = [name for name in required if name not in taken]
     if missing:
-        raise DllmError(f"{where}: lacks {', '.join(missing)}: {AGAIN}.")
+        raise DllmError(f"{where}: missing {', '.join(missing)}: {AGAIN}.")
     return expected(**taken)

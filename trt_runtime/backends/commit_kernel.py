@@ -47,7 +47,7 @@ class CommitKernel:
         most = max(rule.limit for rule in rules)
         if most > self.columns:
             raise DllmError(
-                f"a block of {most} positions: the commit kernel takes {self.columns}: build the engines "
+                f"a block has {most} positions, the commit kernel supports {self.columns}: build the engines "
                 f"with --block-length {most}."
             )
         planned = steps.commit_arrays(rules, columns)

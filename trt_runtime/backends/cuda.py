@@ -29,8 +29,8 @@ ALIGNMENT = 256  # bytes: the alignment that TensorRT requires of every address
 
 def _mend() -> str:
     return (
-        f"install NVIDIA's cuda-bindings ({commands.package('cuda-bindings')}, of the CUDA that the "
-        f"driver runs) and a driver; 'dllm-trt doctor' says what is there"
+        f"install NVIDIA's cuda-bindings ({commands.package('cuda-bindings')}, for the CUDA version "
+        f"of the driver) and a driver; 'dllm-trt doctor' lists what is installed"
     )
 
 
@@ -111,7 +111,7 @@ def aligned(size: int) -> int:
 
 
 class _Owner:
-    """An object that frees a resource with its end."""
+    """Owns a resource, which is freed when this object is garbage-collected."""
 
 
 class CudaDevice:
@@ -122,7 +122,7 @@ class CudaDevice:
         try:
             count = self._do("cudaGetDeviceCount")
         except BackendError as error:
-            raise DllmError(f"no GPU can be used ({error}): {self._remedy(error)}.") from error
+            raise DllmError(f"no usable GPU ({error}): {self._remedy(error)}.") from error
         if not 0 <= index < count:
             raise DllmError(f"GPU {index} was requested, but this machine has {count}: {_mend()}.")
         self.index = index
@@ -150,8 +150,8 @@ class CudaDevice:
             if "InsufficientDriver" in str(error) and bindings is not None and 0 < driver < bindings:
                 older = commands.package(f"cuda-bindings<{driver + 1}")
                 return (
-                    f"cuda-bindings is for CUDA {bindings}, the driver runs CUDA {driver}: {older} (extras "
-                    f"trt-cu{driver} and rtx-cu{driver} hold that), "
+                    f"cuda-bindings is for CUDA {bindings}, but the driver supports CUDA {driver}: {older} "
+                    f"(in the extras trt-cu{driver} and rtx-cu{driver}), "
                     "or update the driver (CUDA 13 needs 580 or newer)"
                 )
         return _mend()
@@ -180,7 +180,7 @@ class CudaDevice:
         except BackendError as error:
             raise BackendError(
                 f"could not allocate {size / 2**30:.2f} GiB on the GPU ({error}): use a smaller batch or "
-                f"length, or 'dllm-trt plan'."
+                f"length; 'dllm-trt plan' says what fits."
             ) from error
         owner = _Owner()
         weakref.finalize(owner, self._runtime.cudaFree, address)
@@ -259,9 +259,9 @@ class CudaDevice:
             ptx_version = re.search(rb"^\.version\s+(\S+)", ptx, re.M)
             version = ptx_version[1].decode() if ptx_version else "unknown"
             raise BackendError(
-                f"the driver does not load the kernel {entry} ({error}): its PTX has version {version} "
-                f"(8.7 needs CUDA 12.8), the driver "
-                f"runs CUDA {self.facts.driver}: update the driver, or go without --plugins."
+                f"the driver cannot load the kernel {entry} ({error}): its PTX has version {version} "
+                f"(8.7 needs CUDA 12.8), the driver supports CUDA {self.facts.driver}: update the driver, or "
+                f"do not use --plugins."
             ) from error
         function = self._checked(
             "cuModuleGetFunction", self._driver.cuModuleGetFunction(module, entry.encode())

@@ -17,13 +17,13 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a backend holds a model, for forecasts of memory: `copies` of the weights, and whether of a 16-bit
-    head in float32 too (wide_head).
+    """How a backend stores a model, for forecasts of memory: `copies` of the weights, and whether a 16-bit
+    head is also stored in float32 (wide_head).
 
     name, label: in tables, long and short. scores: attention writes its scores [B, N, S, C] to memory.
-    on_cpu: it runs on a CPU. widens: there it
-    computes fp16 in fp32, and no bf16. quantized_for: of manifest.TARGETS, the quantised artifacts that it
-    runs. reads_whole: opening an engine may hold its file in memory that CPU and GPU share.
+    on_cpu: it runs on a CPU. widens: on a CPU it computes fp16 in fp32, and does not support bf16.
+    quantized_for: of manifest.TARGETS, the quantised artifacts that it runs. reads_whole: opening an engine
+    may keep its whole file in memory that CPU and GPU share.
     """
 
     name: str
@@ -46,12 +46,10 @@ class BackendSpec:
     """A backend by name.
 
     opener: 'module:Class' of its Backend, which is called with the artifact's path and options; imported when
-    it is opened. install: gives the command
-    that installs its packages. options: those that the command line may give. devices: the names of its
-    devices, the default first; empty
-    where a device is the number of a GPU. is_concurrent: several threads may call it at a time, on a CPU.
-    is_reference: its numbers are what
-    others are compared with. layouts: for forecasts. renamed: former names of options.
+    it is opened. install: returns the command that installs its packages. options: the names that the command
+    line may pass. devices: the names of its devices, the default first; empty where a device is the number of
+    a GPU. is_concurrent: on a CPU, several threads may call it at the same time. is_reference: the other
+    backends are compared with it. layouts: for forecasts. renamed: former names of options -> today's.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The commands that judge answers: eval, tune."""
+"""The commands that evaluate answers: eval, tune."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     length = "most tokens of a prompt with its answer (default: the model's), and of windows of long texts "
     length += "(default: at most 4096)"
     option("--max-length", type=int, metavar="N", help=length)
-    bos = "BOS token before texts: auto (as the tokenizer does; default), yes, no"
+    bos = "put a BOS token before texts: auto (as the tokenizer does; default), yes, no"
     option("--add-bos", default="auto", help=bos)
     until = "ignore the tasks' stop strings and keep answers whole"
     option("--escape-until", action="store_true", help=until)
@@ -50,7 +50,7 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     option("--gen-kwargs", metavar="A=1,B=2", help=kwargs)
     samples = "forwards per estimate of a likelihood (default 128)"
     option("--mc-samples", type=int, default=128, help=samples)
-    greedy = "also check whether greedy decoding writes the target (slow)"
+    greedy = "also check whether greedy decoding generates the target (slow)"
     option("--check-greedy", action="store_true", help=greedy)
     code = "let tasks run the code that the model writes (HumanEval, MBPP)"
     option("--confirm-run-unsafe-code", action="store_true", help=code)

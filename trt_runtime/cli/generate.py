@@ -65,9 +65,9 @@ def _generate(args: argparse.Namespace) -> int:
         prompts += _lines() if text == "-" else [text]
     prompts += [_ids(text) for text in args.ids]
     if not prompts:
-        raise DllmError("no prompt: give at least one, or '-' for standard input.")
+        raise DllmError("no prompt: give at least one, or '-' to read standard input.")
     if args.stream and (args.json or len(prompts) > 1):
-        raise DllmError("--stream shows one prompt, and no JSON: remove --json, or give one prompt.")
+        raise DllmError("--stream supports one prompt and no --json: remove --json, or give one prompt.")
     model = open_model(args)
     config = config_of(args, model.manifest)
     _warn_of_unknown_words(args, model, prompts)

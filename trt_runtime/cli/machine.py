@@ -33,10 +33,10 @@ def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
     option = parser.add_argument
     option("--device", help=f"cpu (this machine), {', '.join(devices.DEVICES)} (default: all of them)")
     option("--batch", type=int, default=1, help="rows decoded together (default 1)")
-    length = f"tokens of the longest canvas (default {planning.DEFAULT_LENGTH}, or the model's most)"
+    length = f"tokens of the longest canvas (default {planning.DEFAULT_LENGTH}, or the model's maximum)"
     option("--length", type=int, help=length)
     option("--block-length", type=int, default=32, help="tokens per block (default 32)")
-    dtype = "another dtype than the artifact's (for a checkpoint the default is bf16, on a CPU fp32)"
+    dtype = "dtype to forecast (default: the artifact's, or for a checkpoint bf16, on a CPU fp32)"
     option("--dtype", help=dtype)
     quantize = "for a checkpoint: forecast an export with --quantize (w8a8, int4, fp8, int8-sq)"
     option("--quantize", help=quantize)
@@ -54,7 +54,9 @@ def _add_build(commands) -> None:  # type: ignore[no-untyped-def]
     option("--target", default="", metavar="SM,...", help=target)
     layout = "shared (default: one engine, weights stored once) or split (two engines)"
     option("--layout", default=base.layout, help=layout)
-    option("--max-batch", type=int, default=base.max_batch, help=f"most rows (default {base.max_batch})")
+    option(
+        "--max-batch", type=int, default=base.max_batch, help=f"maximum batch size (default {base.max_batch})"
+    )
     length = f"tokens of the longest canvas (default {base.max_length})"
     option("--max-length", type=int, default=base.max_length, help=length)
     block = f"tokens per block (default {base.block_length})"
@@ -63,7 +65,7 @@ def _add_build(commands) -> None:  # type: ignore[no-untyped-def]
     option("--optimization-level", type=int, help="the builder's level, 0 to 5 (default: its own)")
     strip = "build without the weights; they are read from the artifact when the engine is opened"
     option("--strip", action="store_true", help=strip)
-    option("--plugins", action="store_true", help="replace layers by the kernels of plugins/")
+    option("--plugins", action="store_true", help="replace layers with the kernels of plugins/")
     option("--inspect", action="store_true", help="also write the builder's layers as JSON")
     option("--out", type=Path, default=Path("engines"), help="the engine cache (default engines)")
     add_output(parser, "the engines' files")

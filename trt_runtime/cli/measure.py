@@ -75,9 +75,9 @@ def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
 
 def _replay(args: argparse.Namespace) -> int:
     if args.cases is None and args.record is None:
-        raise DllmError("no cases: give CASES.json, or --record NEW.json to record some.")
+        raise DllmError("no cases: give CASES.json, or record some with --record NEW.json.")
     if args.record is not None and (args.output is not None or args.exact):
-        raise DllmError("--record compares nothing: remove --output and --exact.")
+        raise DllmError("--record does not compare: remove --output and --exact.")
     if args.count < 1 or args.seed < 0:
         raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
     model = open_model(args)
@@ -92,7 +92,9 @@ def _replay(args: argparse.Namespace) -> int:
         say(args, f"skipped: {len(ours) - len(full)} cases of block-causal attention; this artifact has full")
     ours = full
     if not ours:
-        raise DllmError(f"no case is of the family {facts.model.family}: nothing was compared.")
+        raise DllmError(
+            f"no case is of the family {facts.model.family}, so nothing was compared: give other cases."
+        )
     if args.record is not None:
         shown = progress_of(args).each(ours, f"recording cases on {model.backend.name}")
         write_json(args.record, replay.record(model.backend, shown))
@@ -129,7 +131,7 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written:
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:
         raise DllmError(
-            "no case says what to expect (output, trace): nothing was compared; give --output to keep the "
+            "no case has an expected result (output, trace): nothing was compared; use --output to keep the "
             "results."
         )
     value = {

@@ -170,7 +170,7 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
         if name not in spec.options:
             takers = [each.name for each in every if name in each.options]
             raise DllmError(
-                f"--{name.replace('_', '-')} goes with --backend {' or '.join(takers)}, got --backend "
+                f"--{name.replace('_', '-')} needs --backend {' or '.join(takers)}, got --backend "
                 f"{args.backend}."
             )
         options[name] = value
@@ -184,14 +184,14 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace, manifest: Manifest, *, may_draw: bool = False) -> GenerationConfig:
-    """The options that were given, over those that were tuned for the artifact. may_draw: whether something
-    else than they may ask for draws."""
+    """The given options, over those that were tuned for the artifact. may_draw: whether something other than
+    these options may ask for random draws."""
     values = {name: value for name in option_names() if (value := getattr(args, name, None)) is not None}
     config = configured(values, manifest)
     if not may_draw and args.seed is not None and not config.draws:
         raise DllmError(
-            "--seed needs a --temperature or --alg-temp above 0, or --policy origin: otherwise nothing is "
-            "random."
+            "--seed has no effect without random draws: set --temperature or --alg-temp above 0, or use "
+            "--policy origin."
         )
     return config
 

@@ -218,7 +218,7 @@ def _quantised(facts: Quantization) -> str:
     measured = facts.quality
     if measured is None:
         return f"{facts.scheme} for {facts.target}; its quality was not measured"
-    return f"{facts.scheme} for {facts.target}; compared with the model before: {quality(measured)}"
+    return f"{facts.scheme} for {facts.target}; compared with the original model: {quality(measured)}"
 
 
 def quality(measured: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""What a backend is: it runs the two roles over caches that stay where it put them.
+"""The interface of a backend: it runs both roles over caches that stay on its device.
 
-The public methods check names, dtypes, shapes and ranges, and that what came back is finite; the subclass
-runs. Shape letters: B rows of the call, S rows of the window, R rows asked for, C capacity, V vocabulary.
+The public methods check the inputs (names, dtypes, shapes, ranges) and that the outputs are finite; a
+subclass only runs the graph. Shape letters: B rows of the call, S rows of the window, R rows asked for, C
+capacity, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def narrowed(array: Floats, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def pooled(cache: Cache, pool: dict[tuple[int, int], Any]) -> Cache:
-    """`cache`, whose buffers return to `pool` when it is released, by batch and capacity, because allocating
-    GPU memory takes long. The pool keeps those of one cache. Rows written before stay masked until they are
-    written again, so reused buffers need no zeros."""
+    """Let the buffers of `cache` return to `pool` (keyed by batch and capacity) when it is released, because
+    allocating GPU memory is slow; returns `cache`. The pool keeps the buffers of one cache. Old rows stay
+    masked until they are written again, so reused buffers need no zeroing."""
     key, buffers = (cache.batch, cache.capacity), cache.buffers
 
     def keep() -> None:
@@ -118,9 +119,9 @@ class Backend(ABC):
         """A cache for `batch` rows of up to `capacity` positions, which lives as long as the object."""
 
     def resized(self, cache: Cache, capacity: int) -> Cache | None:
-        """A cache with the same slots, their first rows and another capacity, if masked rows cost time on
-        this backend; None if they do not, or if engines have a fixed capacity. The old cache must not be used
-        afterwards."""
+        """A cache of another capacity with the same slots and their first rows, for a backend on which masked
+        rows cost time; None on other backends and for engines of a fixed capacity. The old cache must not be
+        used afterwards."""
         return None
 
     def copy_slot(self, cache: Cache, source: int, slots: slice) -> bool:
@@ -130,12 +131,12 @@ class Backend(ABC):
     def read_cache(self, cache: Cache, slots: slice) -> dict[str, Floats]:
         """Keys and values of `slots`, float32 [B, H, C, D] by the names of contract.cache_names, for
         comparisons. Raises DllmError if the backend cannot."""
-        raise DllmError(f"the backend {self.name} does not show its caches.")
+        raise DllmError(f"the backend {self.name} does not support read_cache: use another backend.")
 
     def write_cache(self, cache: Cache, slots: slice, arrays: Mapping[str, Floats]) -> None:
         """Write what `read_cache` returned into the cache, rounded to its dtype. Raises DllmError if the
         backend cannot."""
-        raise DllmError(f"the backend {self.name} does not take caches.")
+        raise DllmError(f"the backend {self.name} does not support write_cache: use another backend.")
 
     @abstractmethod
     def close(self) -> None:
@@ -147,9 +148,9 @@ class Backend(ABC):
     def forward(
         self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False
     ) -> Stats:
-        """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of the
-        cache that the B rows of the call stand in. Raises DllmError for inputs outside the contract,
-        BackendError where the device fails.
+        """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of
+        slots that the B rows of the call occupy. Raises DllmError for inputs outside the contract,
+        BackendError if the device fails.
 
         prefix: the windows are whole canvases, written to the cache from row 0 and attending to themselves.
         refine: the windows' keys and values are written at write_index, then attend to the cache up to
@@ -173,19 +174,19 @@ class Backend(ABC):
     def refine_steps(
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
-        """Up to `steps_per_sync` refine steps of blocks that begin the windows, each with its commit; a rule
-        a row.
+        """Up to `steps_per_sync` refine steps, each followed by its commit, with one rule per row. Each
+        window begins with the row's block.
 
-        Column j of `logit_rows` is the row whose statistics belong to position j of the block. Rows whose
-        block is full wait. No more steps are made than some row can need; those in which a row waits are not
-        its forwards.
+        Column j of `logit_rows` is the row whose statistics belong to position j of the block. A row whose
+        block has no mask left is idle; idle steps do not count as its forwards. No more steps are run than
+        the row with the most masks can need.
         """
         if len(rules) != len(window.input_ids) or any(
             not 0 < rule.limit <= window.logit_rows.shape[1] for rule in rules
         ):
             raise DllmError(
-                f"{len(rules)} rules for {len(window.input_ids)} rows: expected one each, of 1 to R "
-                f"positions."
+                f"{len(rules)} rules for {len(window.input_ids)} rows: expected one rule per row, each of 1 "
+                f"to R positions."
             )
         self._check(cache, slots, window, want_logits=False)
         return self._refine_steps(cache, slots, window, rules)
@@ -193,7 +194,7 @@ class Backend(ABC):
     def _refine_steps(
         self, cache: Cache, slots: slice, window: Window, rules: Sequence[CommitRule]
     ) -> Committed:
-        """On the host, step by step, what a device does itself."""
+        """The default: step by step on the host. A device may override it."""
         ids, arrays = window.input_ids.copy(), steps.commit_arrays(rules, window.logit_rows.shape[1])
         mask = self.manifest.decoding.mask_token_id
         for _ in range(steps.needed(rules, ids, mask, self.steps_per_sync)):
@@ -206,8 +207,8 @@ class Backend(ABC):
         batch, rows = slots.stop - slots.start, window.input_ids.shape[-1]
         if not 0 <= slots.start < slots.stop <= cache.batch:
             raise DllmError(
-                f"slots {slots.start}:{slots.stop} of a cache of {cache.batch}: expected a part of it, not "
-                f"empty."
+                f"slots {slots.start}:{slots.stop} of a cache with {cache.batch} slots: expected a range "
+                f"within it, not empty."
             )
         shapes = {
             "input_ids": (batch, rows),
@@ -234,7 +235,7 @@ class Backend(ABC):
             if array.min() < low or array.max() > high:
                 raise DllmError(f"{name}: values {array.min()} to {array.max()}, expected {low} to {high}.")
         if want_logits and not self.gives_logits:
-            raise DllmError("logits were asked for, but the artifact has none: export it with --head logits.")
+            raise DllmError("logits were requested, but the artifact has none: export it with --head logits.")
 
     @staticmethod
     def _finite(stats: Stats) -> Stats:

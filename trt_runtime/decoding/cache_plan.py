@@ -1,13 +1,14 @@
-"""Cache plans: which forward a row makes next, and so what of its keys and values is computed anew and what
-is read from the cache.
+"""Cache plans: which forward a row makes next, and therefore which keys and values are recomputed and which
+are read from the cache.
 
-A plan is chosen by its name (GenerationConfig.cache). It looks at a row (RowView) and answers with a Forward.
-A plan of your own is a class in one file: an entry point of the group `dllm_trt.cache_plans`, or `--cache
+A plan is chosen by its name (GenerationConfig.cache). It takes the state of a row (RowView) and returns a
+Forward. A plan of your own is a class in one file: an entry point of the group `dllm_trt.cache_plans`, or
+`--cache
 my_module:MyPlan`.
 
-    none     every forward sees the whole canvas, and nothing is kept
-    prefix   a block begins with a prefix pass; its refine steps compute the block and all that follows
-    dual     a block begins with a prefix pass; its refine steps compute the block alone
+    none     every forward computes the whole canvas, and nothing is reused
+    prefix   a block begins with a prefix pass; its refine steps compute the block and everything after it
+    dual     a block begins with a prefix pass; its refine steps compute only the block
 
 Positions are absolute and half-open.
 """
@@ -36,12 +37,12 @@ KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
 
 @dataclass(frozen=True)
 class Refresh:
-    """When the cache is rebuilt by a prefix pass: at the start of every `every`-th block (1: each; 0: only of
+    """When a prefix pass rebuilds the cache: at the start of every `every`-th block (1: every block; 0: only
     the first).
 
-    Other blocks begin with a refine step over the block before, the block and `window` positions on either
-    side of both: the vicinity refresh of dInfer (arXiv 2510.08666); with `every`, the delayed refresh of
-    dKV-Cache (arXiv 2505.15781).
+    Other blocks begin with a refine step over the previous block, the current block and `window` positions
+    before and after the two: the vicinity refresh of dInfer (arXiv 2510.08666). `every` above 1 is the
+    delayed refresh of dKV-Cache (arXiv 2505.15781).
     """
 
     every: int = 1
@@ -50,18 +51,18 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Suffix:
-    """How many of the masks after the block a forward sees (None: all), as masks far away add little (DPad,
-    arXiv 2508.14148).
+    """Which masks after the block a forward sees: at most `most` (None: all), because distant masks
+    contribute little (DPad, arXiv 2508.14148).
 
-    The nearest and the canvas's last one (Streaming-dLLM, arXiv 2601.17917); with `decay`, at distances that
-    grow geometrically.
+    These are the `most` - 1 nearest and the last of the canvas (Streaming-dLLM, arXiv 2601.17917); with
+    `decay`, `most` masks at distances that grow geometrically.
     """
 
     most: int | None = None
     decay: bool = False
 
     def of(self, count: int) -> Ints:
-        """Which of `count` masks, from the nearest on, are visible."""
+        """The indices of the visible ones of `count` masks, which are numbered from the nearest."""
         if self.most is None or count <= self.most:
             return np.arange(count)
         if not self.most:
@@ -73,12 +74,12 @@ class Suffix:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward that a row makes next: a window of its canvas, and the masked positions to get statistics
-    for.
+    """The next forward of a row: a window of its canvas, and the masked positions (candidates) that need
+    statistics.
 
-    role: of the graph, 'prefix' or 'refine'. kind: what the window is, of KINDS. The window is the positions
-    [start, end), then those of `far`, which are further right. They are in the cache from row `start` on;
-    kv_len: rows of the cache that are valid.
+    role: the graph, 'prefix' or 'refine'. kind: what the window is, one of KINDS. The window consists of the
+    positions [start, end), then those of `far`, which are further right. It is written to the cache from row
+    `start` on; kv_len: the number of valid rows of the cache.
     """
 
     role: str
@@ -109,14 +110,15 @@ class Forward:
 
 @dataclass(frozen=True)
 class RowView:
-    """What a plan sees of a row.
+    """The state of a row, as a plan sees it.
 
-    is_masked [L]: of the canvas. start, end: the current block; number: how many blocks came before it;
-    before: the range of the last of these.
-    opens_block: the next forward is the block's first (or another of that kind, where the first left the
+    is_masked [L]: which positions of the canvas are masked. start, end: the current block [start, end).
+    number: how many blocks were decoded before it. before: the range of the previous block; None for the
+    first.
+    opens_block: the next forward is the block's first (or a repetition of it, if the first one left the
     block's first position masked).
-    is_first_only: the block's first forward is asked only about its first mask (Dream). fills_gaps: a prefix
-    pass is asked about masks before the block too.
+    is_first_only: the candidates of the block's first forward are only its first mask (Dream). fills_gaps: a
+    prefix pass also has the masks before the block as candidates.
     """
 
     is_masked: Bools
@@ -144,7 +146,7 @@ class RowView:
         return self.inside[:1] if self.is_first_only else self.inside
 
     def after(self, suffix: Suffix) -> Ints:
-        """The visible part after the block: everything that is not a mask, and the masks that `suffix`
+        """The visible positions after the block: those that are not masked, and the masks that `suffix`
         selects."""
         rest = np.arange(self.end, len(self.is_masked))
         if suffix.most is None:
@@ -155,7 +157,7 @@ class RowView:
 
 @dataclass(frozen=True)
 class CachePlan(ABC):
-    """Chooses each next forward of a row. refresh, suffix: as the user gave them. name: on the command line
+    """Chooses the next forward of a row. refresh, suffix: the user's options. name: on the command line
     and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do the refresh
     options apply."""
 
@@ -180,8 +182,8 @@ class NoCache(CachePlan):
 
 
 class _BlockCache(CachePlan):
-    """A prefix pass at a block's start, or a refine step around it if the cache is not rebuilt; then refine
-    steps."""
+    """A block begins with a prefix pass or, where the cache is not rebuilt, with a refine step over its
+    surroundings; refine steps follow."""
 
     kind: ClassVar[str]
     computes_suffix: ClassVar[bool]
@@ -194,14 +196,14 @@ class _BlockCache(CachePlan):
         near = self._near(row)
         if near is None:
             return prefix_pass(row, row.masked if row.fills_gaps else row.first_candidates, after)
-        # masks of a bounded suffix occupy other rows than before, so all of them are recomputed
+        # a bounded suffix selects other masks for each block, in other cache rows: recompute all of them
         reach = len(after) if self.computes_suffix or self.suffix.most is not None else self.refresh.window
         return Forward(
             REFINE, REFINE_NEAR, near, row.end, row.first_candidates, after[:reach], row.end + len(after)
         )
 
     def _near(self, row: RowView) -> int | None:
-        """Where the window of a block's first forward begins, if that is not a prefix pass."""
+        """The start of the window of a block's first forward; None if that is a prefix pass."""
         is_next = row.before is not None and row.before[1] == row.start
         if not is_next or (self.refresh.every and row.number % self.refresh.every == 0):
             return None

@@ -41,8 +41,8 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
         POLICIES.find(given["policy"])  # a policy in a module of the user's brings its options with it
     if strange := sorted(set(tuned) - set(option_names())):
         raise DllmError(
-            f"the manifest's tuned options have '{strange[0]}', which this version does not know: update "
-            f"dllm-trt, or tune again."
+            f"the manifest's tuned options contain '{strange[0]}', which this version does not support: "
+            f"update dllm-trt, or tune again."
         )
     policy, of_policies = tuned.get("policy", "threshold"), set(registry.options())
     own = {item.name for item in options_of(POLICIES.installed(policy))}
@@ -58,7 +58,8 @@ def configured(given: Mapping[str, Any], manifest: Manifest) -> GenerationConfig
 
 
 def effective_temperature(asked: float) -> float:
-    """The temperature of a client or a task: a value above 0 that is too small to sample with counts as 0."""
+    """The temperature that a client or a task asked for; a value above 0 that is too small to sample with
+    becomes 0."""
     return 0.0 if 0 < asked < MIN_TEMPERATURE else asked
 
 
@@ -68,7 +69,7 @@ def check_options(given: Mapping[str, Any], policy: str) -> None:
     for name in sorted(_active(given) & set(registry.options())):
         takers = registry.takers(name)
         if name not in {item.name for item in options_of(POLICIES.find(policy))}:
-            raise DllmError(f"{name} goes with policy {' or '.join(takers)}, got policy '{policy}'.")
+            raise DllmError(f"{name} needs policy {' or '.join(takers)}, got policy '{policy}'.")
 
 
 def _active(given: Mapping[str, Any]) -> set[str]:
@@ -87,30 +88,30 @@ class GenerationConfig:
 
     gen_length: tokens to generate; need not be a multiple of block_length (the last block is then shorter).
     block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no
-    blocks by default.
-    cache: 'none' (a full pass each time), 'prefix' (keys before the block cached) or 'dual' (before and after
-    it).
+        blocks by default.
+    cache: 'none' (a full pass each time), 'prefix' (keys before the block are cached) or 'dual' (keys before
+        and after it).
     policy: which masked positions a forward commits, by the name of a policy (policies/registry.py), or
         'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
-    speculate: steps of a block that one call may verify, with the tokens that one step per call would give;
-    for what draws nothing.
+    speculate: steps of a block that one call may verify; the tokens are the same as with one step per call.
+        Not with random draws.
     refresh_every, refresh_window: the cache is rebuilt at the start of every n-th block (0: only of the
-        first); other blocks begin with a refine step over the block before, the block and so many positions
-        on either side.
-    suffix, suffix_decay: masks after the block that a forward sees (None: all): the nearest and the last, or
-    at growing distances.
-    steps: of a schedule, forwards for the whole generation, the same number for each block (a remainder is
-        left unused); None is one token per forward. With 'threshold' a bound: no more than an even share and
-        what earlier steps left over.
+        first); other blocks begin with a refine step over the previous block, the block, and refresh_window
+        positions before and after the two.
+    suffix, suffix_decay: how many masks after the block a forward sees (None: all): the nearest and the last,
+        or with suffix_decay those at growing distances.
+    steps: forwards of a schedule for the whole generation, the same number for each block (a remainder is
+        unused); None is one token per forward. With 'threshold' it is a bound: a step commits at most an even
+        share plus what earlier steps left over.
     temperature: 0 proposes the best token; above, proposals are drawn (LLaDA: Gumbel noise; Dream: logits /
     temperature).
     top_p, top_k: keep the most probable tokens up to a sum of top_p, and the top_k best; at temperature 0
-        they change nothing but a Dream's confidences. Drawing and filtering need logits: of an artifact
-        exported with --head logits, or a backend that has them anyway (ort, torch).
-    seed: of all that is drawn; rows of a batch draw from seed, seed + 1, ...
+        they change only the confidences of a Dream. Sampling and filtering need logits: from an artifact
+        exported with --head logits, or from a backend that always returns them (ort, torch).
+    seed: of all random draws; the rows of a batch use seed, seed + 1, ...
     stop_at_eos: end a row once an end-of-sequence token and everything before it are committed.
-    hold_back_eos: a proposed end token counts as unsure (confidence 0), so it is committed only when no other
-    candidate is left in the block.
+    hold_back_eos: a proposed end token counts as uncertain (confidence 0), so it is committed only when the
+        block has no other candidate left.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused.
     """
 
@@ -226,27 +227,26 @@ class GenerationConfig:
                 raise DllmError(f"{name} is {value}, expected a whole number from 0.")
         if not PLANS.find(self.cache).keeps_cache and (self.refresh_every != 1 or self.refresh_window):
             raise DllmError(
-                "refresh_every and refresh_window go with a cache: use cache 'dual' or 'prefix', or leave "
-                "them out."
+                "refresh_every and refresh_window need a cache: use cache 'dual' or 'prefix', or remove them."
             )
         if self.refresh_window and self.refresh_every == 1:
             raise DllmError(
-                "refresh_window goes with refresh_every 0 or above 1: with 1 every block begins with the "
-                "whole canvas."
+                "refresh_window needs refresh_every 0 or above 1: with 1, every block begins with a pass "
+                "over the whole canvas."
             )
         if self.suffix_decay and self.suffix is None:
-            raise DllmError("suffix_decay goes with suffix: say how many masks after the block are seen.")
+            raise DllmError(
+                "suffix_decay needs suffix, the number of masks after the block that a forward sees."
+            )
 
     def _check_sampling(self, sampling: str) -> None:
         if not 1 <= self.speculate <= MAX_SPECULATE:
-            raise DllmError(
-                f"speculate is {self.speculate}, expected 1 (which verifies nothing) to {MAX_SPECULATE}."
-            )
+            raise DllmError(f"speculate is {self.speculate}, expected 1 (no speculation) to {MAX_SPECULATE}.")
         filters = sampling == CATEGORICAL and (self.top_p < 1 or self.top_k is not None)
         if self.speculate > 1 and (self.draws or filters):
             raise DllmError(
-                "speculate goes with temperature 0, alg_temp 0, and without top_p, top_k and policy "
-                "'origin': leave one of them out."
+                "speculate needs temperature 0 and alg_temp 0, and cannot be combined with top_p, top_k or "
+                "policy 'origin': remove speculate or these options."
             )
         if self.temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
             raise DllmError(
@@ -272,7 +272,7 @@ class GenerationConfig:
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise DllmError(f"{item.name} is {shown(value)}, expected {item.type}.")
             if isinstance(value, int) and abs(value) >= 2**63:
-                raise DllmError(f"{item.name} has more than 63 bits, expected a smaller number.")
+                raise DllmError(f"{item.name} is too large: expected a number below 2^63.")
 
     def _check_steps(self) -> None:
         if self.steps is None:

@@ -1,9 +1,9 @@
-"""Refine steps without synchronising in between: the commit as arrays, in NumPy, and the result of several
+"""Refine steps without synchronising in between: the commit on arrays, in NumPy, and the result of several
 steps.
 
-A device runs the steps of a block by itself if every policy of a call can be expressed as data
-(policies.CommitRule). The commit here is the reference of the GPU kernel plugins/commit.py, whose docstring
-is the contract, and what a CPU runs.
+A device can run several steps of a block without the host if every policy of a call can be expressed as data
+(policies.CommitRule). The commit here is what a CPU runs, and the reference of the GPU kernel
+plugins/commit.py, whose docstring is the contract.
 
 Shape letters: B rows, S rows of the window, R columns of the statistics.
 """
@@ -55,8 +55,8 @@ def commit_arrays(rules: Sequence[CommitRule], columns: int) -> CommitArrays:
 
 
 def needed(rules: Sequence[CommitRule], ids: Ints, mask_token_id: int, most: int) -> int:
-    """Steps to run before synchronising: at most `most`, and at most what the row with the most masks can
-    need."""
+    """The number of steps to run before synchronising: at most `most`, and no more than the row with the most
+    masks can need."""
     left = []
     for rule, row in zip(rules, ids, strict=True):
         masks = int((row[: rule.limit] == mask_token_id).sum())
@@ -90,8 +90,7 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
 
 
 def commit(ids: Ints, token: Ints, confidence: Floats, arrays: CommitArrays, mask_token_id: int) -> None:
-    """One commit for every row, in place: `ids` and the arrays are changed. The rules of the policies, on
-    arrays."""
+    """One commit for every row by the rules of the policies; changes `ids` and `arrays` in place."""
     for b in range(len(ids)):
         kind, limit, masks, total = arrays.plan[b].tolist()
         number, left = arrays.state[b].tolist()

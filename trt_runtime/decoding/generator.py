@@ -3,9 +3,9 @@
     each step:  what does every row want next?  ->  group the rows that can share a call  ->  run
                 ->  let each row commit
 
-What a row wants next is its cache plan's answer (cache_plan.py): a prefix pass at a block's start, a refine
-step inside a block. Rows are in slots of one cache, join and finish on their own, and never see one
-another: padding is masked, and never written over a valid row. One call for a group of rows: step.py.
+A row's cache plan (cache_plan.py) decides what it wants next: a prefix pass at a block's start, a refine step
+inside a block. Rows occupy slots of one cache, start and finish independently, and cannot affect one another:
+padding is masked, and never overwrites a valid row. One call for a group of rows: step.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How a row decodes, resolved from the options of a generation and the facts of a model; and what a valid
-prompt is."""
+"""The rules of decoding for a row, resolved from the options of a generation and the facts of a model; and
+the check of a prompt."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trt_runtime.errors import DllmError
 
 @dataclass(frozen=True)
 class Rules:
-    """How a row decodes, unchecked (GenerationConfig knows the ranges).
+    """How a row decodes. The values are not checked here: GenerationConfig does that.
 
     block_length: None makes one block of all masks, wherever they are (Dream without a cache).
-    first_commit: with a cache, the prefix pass commits the block's first position and nothing else, whatever
-    the policy (Dream).
+    first_commit: with a cache, a block's prefix pass commits only the block's first position, whatever the
+    policy (Dream).
     cache: the plan that chooses each forward.
     hold_back_eos: a proposed end token is committed only when no other candidate is left
     (policies.select_holding_back).
@@ -65,7 +65,7 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
     if not ids:
         raise DllmError("the prompt is empty: give at least one token.")
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
-        raise DllmError(f"the prompt holds token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
+        raise DllmError(f"the prompt contains token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
     if len(ids) + config.gen_length > model.max_length:
         left, room = model.max_length - config.gen_length, model.max_length - len(ids)
         mends = [
@@ -78,8 +78,8 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
         )
     if mask in ids and not config.infill:
         raise DllmError(
-            f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: use infill (--infill) "
-            "to have the gaps filled, or take it out."
+            f"the prompt contains the mask token ({mask}) at position {ids.index(mask)}: use infill "
+            "(--infill) to fill such gaps, or remove it."
         )
     if config.gen_length == 0 and mask not in ids:
         raise DllmError("gen_length is 0 and the prompt has no mask token: there is nothing to generate.")

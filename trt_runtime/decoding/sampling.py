@@ -13,8 +13,8 @@ from trt_runtime.decoding.policies.base import Bools, Floats, Ints, RowStats
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph's statistics
-    give already.
+    """How a proposal is made. At temperature 0 without filters it is the argmax, which the graph already
+    returns.
 
     gumbel: argmax(logits - T ln(-ln u)), which draws from softmax(logits / T); with filters, among the tokens
     that top_p, then top_k keep of that distribution. The confidence is un-tempered, over the whole vocabulary

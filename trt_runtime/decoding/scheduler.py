@@ -1,16 +1,18 @@
 """Continuous batching: requests join and leave the slots of one cache between forwards.
 
-Each tick makes one forward: a prefix pass or a refine step for a group of rows, wherever each of them stands
-in its answer; or the several refine steps that the backend makes in one call (steps_per_sync), where all rows
-of the group decide by rules that it can follow.
+Each tick makes one call for a group of rows, which may be at different places of their answers: a prefix
+pass, a refine step, or the several refine steps that the backend runs before it synchronises
+(steps_per_sync), if the policies of all rows in the group can be expressed as commit rules.
 
-1. Slots go to requests in the order in which they came. 2. A tick makes the forward that more rows want, or,
-once a row has waited a few ticks, that row's; every row that can share it does. 3. Slots between two rows of
-a refine step take part as idle rows, which write beyond every canvas and are never read. 4. A cancelled
-request leaves before the next tick; its slot is free at once.
+1. Requests get slots in the order of their arrival.
+2. A tick runs the role (prefix or refine) that most rows want next; if a row has waited more than a few
+ticks, it runs that row's forward. Every row that can share the call does.
+3. If a refine step skips slots between two of its rows, these slots take part as idle rows: they write beyond
+every canvas, and nothing reads what they write.
+4. A cancelled request leaves before the next tick; its slot is free at once.
 
-So a row waits at most a few ticks more than there are slots, and what comes of it is what would have come of
-it alone.
+So a row waits at most a few ticks more than the number of slots, and its answer is the same as if it were
+decoded alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _MOST_IDLE = 0.5  # fraction of a refine step's rows: above it, runs of neighbou
 @dataclass(eq=False)
 class Ticket:
     """A request: queued (no slot), placed, or finished. served: the tick of its last forward; waited: the
-    most ticks between two."""
+    largest number of ticks between two of its forwards."""
 
     sequence: Sequence
     number: int
@@ -56,9 +58,9 @@ class Scheduler:
     """Requests over `slots` slots of one cache, for canvases of up to `max_length`. Not thread-safe: one
     thread ticks.
 
-    spare: rows of the cache beyond every canvas, at least the longest window of a refine step that may be
-    shared. Where masked rows cost time (Backend.resized), the cache is as long as the requests in its slots
-    need, and `max_length` and `spare` are the most.
+    spare: rows of the cache beyond the longest canvas, where idle rows write: at least the longest window of
+    a refine step that may be shared. Where masked rows cost time (Backend.resized), the cache is only as long
+    as the requests in its slots need, up to `max_length` + `spare`.
     """
 
     def __init__(self, backend: Backend, slots: int, max_length: int, spare: int = SPARE_ROWS) -> None:
@@ -78,8 +80,8 @@ class Scheduler:
         fits no slot."""
         if sequence.length > self.max_length:
             raise DllmError(
-                f"the canvas has {sequence.length} tokens, a slot holds {self.max_length}: shorten the "
-                f"prompt or the answer."
+                f"the canvas has {sequence.length} tokens, expected at most {self.max_length}: shorten the "
+                f"prompt or lower gen_length."
             )
         self._submitted += 1
         ticket = Ticket(sequence, self._submitted, on_step=on_step)
@@ -127,8 +129,8 @@ class Scheduler:
         return max(ticket.sequence.length for ticket in self.rows if ticket)
 
     def _fit(self) -> None:
-        """After a request was placed: make the cache as long as the requests in slots need. It grows at once,
-        and shrinks when that is worth a copy."""
+        """After a request was placed: resize the cache to what the requests in slots need. It grows at once,
+        and shrinks only after a smaller one would have been enough for _PATIENCE requests."""
         blocks = max(ticket.sequence.rules.block_length or 0 for ticket in self.rows if ticket)
         needed = -(-(self._longest + min(blocks, self.spare)) // _STEP) * _STEP
         self._placed_small = self._placed_small + 1 if needed <= 0.75 * self.cache.capacity else 0
@@ -141,7 +143,7 @@ class Scheduler:
             self.rows[ticket.slot] = None
 
     def _group(self, wanted: list[Wanted]) -> list[Wanted]:
-        """The rows of this tick: the next one, and those that share its call."""
+        """The rows of this tick: the next row, and those that can share its call."""
         first = self._next(wanted)
         same = [row for row in wanted if row.forward.role == first.forward.role]
         if first.forward.role == REFINE and (apart := self._with_idle_rows(same, first)):
@@ -150,8 +152,8 @@ class Scheduler:
         return next(run for run in runs if any(row.slot == first.slot for row in run))
 
     def _next(self, wanted: list[Wanted]) -> Wanted:
-        """The next row: the one that waited longest, among those that want the most common forward unless
-        another has waited too long."""
+        """The row to serve next: the one that has waited longest, if that is more than _HELD_BACK ticks; else
+        the one that has waited longest among those that want the more common role."""
         first = min(wanted, key=self._waiting_since)
         if self.tick_number - self._waiting_since(first)[0] > _HELD_BACK:
             return first
@@ -165,8 +167,8 @@ class Scheduler:
         return ticket.served, ticket.number
 
     def _with_idle_rows(self, same: list[Wanted], first: Wanted) -> list[Wanted]:
-        """Refine steps that share a call with idle rows in the slots between them; none if that does not pay
-        or is impossible."""
+        """Refine steps that share a call with idle rows in the slots between them; empty if that is
+        impossible or too many rows would be idle."""
         size = max(row.rows for row in same if self._can_share(row, first))
         apart = [row for row in same if row.rows <= size and row.can_stretch(size, self.cache.capacity)]
         span = apart[-1].slot - apart[0].slot + 1 if first in apart else 0

@@ -126,9 +126,9 @@ class Sequence:
 
     @property
     def opens_block(self) -> bool:
-        """Whether the next forward is the block's first, or another of its kind: if the row before the block
-        predicts its first position, no later forward can fill that position when `hold_back_eos` left it
-        masked."""
+        """Whether the next forward is the block's first or repeats it. It is repeated if `hold_back_eos` left
+        the block's first position masked and the row before the block predicts it (logit_shift 1), because a
+        refine step over the block alone cannot fill that position."""
         assert self.block is not None
         is_held = self.rules.hold_back_eos and self._has_first_commit and bool(self.is_masked[self.block[0]])
         return self.state.step == 0 or is_held
@@ -152,8 +152,8 @@ class Sequence:
         self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
 
     def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
-        """The effective statistics [R], the candidates to commit [R], and whether that is the block's first
-        position, whatever the policy."""
+        """The effective statistics [R], the candidates to commit [R], and whether the commit is forced: the
+        block's first position, whatever the policy."""
         every = np.ones(len(stats.token), np.bool_)
         if not self.rules.hold_back_eos:
             return (

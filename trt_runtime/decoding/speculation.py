@@ -1,5 +1,5 @@
-"""Lossless self-speculation: several steps of a block checked in one call, with the tokens that one step a
-call would have made.
+"""Lossless self-speculation: several steps of a block verified in one call, with the same tokens as one step
+per call.
 
     draft:   from the last statistics alone, what would the policy commit next, and then, and then?
     verify:  the canvases after each of these steps are the rows of one call
@@ -33,13 +33,11 @@ class Speculating(Generator):
     def __init__(self, backend: Backend, sequences: Iterable[Sequence], branches: int) -> None:
         if backend.max_batch is not None and branches > backend.max_batch:
             raise DllmError(
-                f"speculate is {branches}: the engines take {backend.max_batch} rows per call: ask for less, "
-                f"or build with a larger --max-batch."
+                f"speculate is {branches}, but the engines support {backend.max_batch} rows per call: lower "
+                f"speculate, or build with a larger --max-batch."
             )
         if backend.steps_per_sync > 1:
-            raise DllmError(
-                "speculate and steps_per_sync are two ways to save calls: leave one of them at 1."
-            )
+            raise DllmError("speculate and steps_per_sync cannot be combined: set one of them to 1.")
         self.branches = branches
         super().__init__(backend, sequences)
 

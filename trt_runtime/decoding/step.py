@@ -1,4 +1,4 @@
-"""One call for a group of rows: which rows can share it, its inputs, and what each row commits from its
+"""One call for a group of rows: which rows can share it, its inputs, and what each row commits from the
 statistics. The loop (generator.py), continuous batching (scheduler.py) and speculation (speculation.py) all
 advance rows by the functions of this file.
 """
@@ -30,7 +30,8 @@ class Wanted:
         return self.forward.rows
 
     def can_stretch(self, rows: int, capacity: int) -> bool:
-        """Whether the window may be padded to `rows`: only past the last valid row, and within the cache."""
+        """Whether the window can be padded to `rows`: only beyond the last valid row, and within the
+        cache."""
         is_last = self.forward.start + self.rows == self.forward.kv_len
         return rows == self.rows or (is_last and self.forward.start + rows <= capacity)
 
@@ -52,11 +53,10 @@ def advance(
     window: Window,
     instead: Mapping[int, Written] | None = None,
 ) -> None:
-    """One call for the group, after which each of its rows commits: a forward, or the several refine steps
-    that the backend makes before the host synchronises, where all rows decide by rules that it can follow.
-    The one way in which rows move on.
+    """One call for the group, after which each of its rows commits: one forward, or the several refine steps
+    that the backend runs before the host synchronises, if all rows have commit rules. Rows advance only here.
 
-    window: has a row for every slot from the group's first to its last; idle ones hold no mask. instead: what
+    window: has a row for every slot from the group's first to its last; idle rows have no mask. instead: what
     to write in place of a slot's own choice (Sequence.commit).
     """
     rules = _commit_rules(backend, group) if not instead else None
@@ -93,9 +93,9 @@ def _commit_rules(backend: Backend, group: list[Wanted]) -> list[CommitRule] | N
 def _several_steps(
     backend: Backend, cache: Cache, group: list[Wanted], window: Window, rules: list[CommitRule]
 ) -> None:
-    """Several steps of the rows' blocks in one call; each row then follows its own, and stops where it would
-    have stopped alone. window: has a row for every slot, including those of other rows, which have no mask
-    and commit nothing."""
+    """Several steps of the rows' blocks in one call; each row then applies its own steps, and stops where it
+    would have stopped alone. window: has a row for every slot, including those of other rows, which have no
+    mask and commit nothing."""
     at = [index_of(wanted, group) for wanted in group]
     columns = np.arange(max(rule.limit for rule in rules))
     shift = group[0].sequence.rules.logit_shift
@@ -116,8 +116,8 @@ def _several_steps(
 
 
 def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) -> Iterator[list[Wanted]]:
-    """Runs of at most `max_batch` neighbouring slots that can share one call: the same role, and windows that
-    can have the same number of rows."""
+    """Groups of at most `max_batch` neighbouring slots that can share one call: the same role, and windows
+    that can be padded to the same number of rows."""
     for role in sorted({row.forward.role for row in wanted}, key=ROLES.index):
         group: list[Wanted] = []
         for row in (item for item in wanted if item.forward.role == role):

@@ -1,5 +1,5 @@
-"""Devices as data: memory, bandwidth and dense rates, for forecasts. Of GPUs what the makers publish; of this
-machine's CPU what a copy and a matrix product reach just now.
+"""Devices as data: memory, bandwidth and dense rates, for forecasts. For GPUs the published figures; for this
+machine's CPU the rates of a copy and a matrix product, measured when asked.
 
 Rates are dense (no sparsity), of tensor cores with 16-bit inputs and float32 sums, and of float32 without
 tensor cores.
@@ -37,8 +37,8 @@ class DeviceSpec:
     """memory in bytes, of which `reserved` are not for models (driver, context, operating system); GB/s;
     TFLOPS.
 
-    A rate of None is not known: no time is forecast. rate8: of 8-bit products, of a CPU. compute_capability:
-    of a GPU, as 89 for 8.9.
+    A rate of None is unknown: then no time is forecast. rate8: of 8-bit products, of a CPU.
+    compute_capability: of a GPU, as 89 for 8.9.
     shared: whether host and GPU have one memory. reads_whole: whether its TensorRT (before 10.7) holds an
     engine's file whole in host memory while it opens it.
     """

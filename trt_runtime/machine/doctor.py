@@ -153,14 +153,14 @@ def _products() -> Iterator[Finding]:
             settings = int8.exact_with(probe)
         except Exception as error:  # onnxruntime raises several unrelated types
             said, mend = (
-                f"{probe}: cannot be tried: {first_line(error)}",
+                f"{probe}: the test failed: {first_line(error)}",
                 "install onnxruntime 1.24 or newer",
             )
             yield Finding("8-bit products", WARNING, said, mend)
             continue
         if settings is None:
             mend = "install another version of onnxruntime, or use artifacts that are not quantised"
-            yield Finding("8-bit products", WARNING, f"{probe}: wrong on this processor", mend)
+            yield Finding("8-bit products", WARNING, f"{probe}: wrong results on this processor", mend)
             continue
         words = ", ".join(f"{key} = {value}" for key, value in settings.items())
         said = (

@@ -54,8 +54,7 @@ def model_of(
             )
         if dtype is not None and manifest.quantization is not None:
             raise DllmError(
-                f"{path}: is quantised, so its dtype is {manifest.model.dtype} and no other: leave --dtype "
-                f"out."
+                f"{path}: is quantised, so its dtype {manifest.model.dtype} is fixed: remove --dtype."
             )
         return ForecastModel(
             manifest.model if dtype is None else replace(manifest.model, dtype=dtype), manifest.quantization
@@ -86,7 +85,7 @@ def verdict(facts: ModelFacts, work: Work, device: DeviceSpec, layout: Layout) -
     why = (
         ""
         if opening <= PIECE
-        else f" (while opening, this TensorRT keeps the engine's whole file in addition to its weights: "
+        else f" (while opening, this TensorRT keeps the engine's whole file in memory besides its weights: "
         f"{size_text(opening)} more)"
     )
     what = f"{layout.name} on {device.name}{why}"
@@ -109,9 +108,7 @@ def verdict(facts: ModelFacts, work: Work, device: DeviceSpec, layout: Layout) -
         for d in sorted(DEVICES.values(), key=lambda d: d.memory)
         if needed_bytes(facts, work, layout, d) <= d.memory - d.reserved
     ]
-    other = (
-        f"of the table, {', '.join(enough[:3])} would do" if enough else "no device of the table is enough"
-    )
+    other = f"{', '.join(enough[:3])} would fit it" if enough else "no known device fits it"
     one = ", or one engine instead of two" if layout.copies > 1 else ""
     return f"{short}, and even a canvas of {_SHORTEST} tokens alone needs {size_text(least)}: {other}{one}."
 
@@ -141,7 +138,7 @@ def check(facts: ModelFacts, work: Work) -> None:
     """Raise DllmError for work that the model cannot do."""
     check_counts(work, "batch", "length", "block_length")
     if work.batch > _MOST_ROWS:
-        raise DllmError(f"--batch is {str(work.batch)[:20]}, expected up to {_MOST_ROWS}.")
+        raise DllmError(f"--batch is {str(work.batch)[:20]}, expected at most {_MOST_ROWS}.")
     if work.length > facts.max_length:
         raise DllmError(
             f"--length is {work.length}, but the model's canvas has at most {facts.max_length} tokens."

@@ -8,8 +8,8 @@ from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.machine.devices import size_text
 
 FORECAST = (
-    "times are a forecast, the least that the rates allow: of GPUs published rates ('make "
-    "gpu-report' measures one)"
+    "times are lower bounds from the devices' rates: published rates for GPUs ('make gpu-report' measures "
+    "a GPU)"
 )
 
 
@@ -74,9 +74,8 @@ def _measured(forecast: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"; of this CPU a copy of {rates['bandwidth']:.0f} GB/s and products of {1000 * rates['fp32']:.0f} "
-        f"GFLOP/s in fp32, measured just "
-        f"now{eight} ('dllm-trt bench' measures an artifact)"
+        f"; for this CPU, measured just now: copies at {rates['bandwidth']:.0f} GB/s, products at "
+        f"{1000 * rates['fp32']:.0f} GFLOP/s in fp32{eight} ('dllm-trt bench' measures an artifact)"
     )
 
 

@@ -31,7 +31,7 @@ def gpu_findings() -> Iterator[Finding]:
         yield Finding(
             "GPU",
             WARNING,
-            f"the driver does not start (CUDA error {code})",
+            f"the driver failed to initialise (CUDA error {code})",
             "check nvidia-smi; in a container, start it with --gpus all",
         )
         return
@@ -40,7 +40,7 @@ def gpu_findings() -> Iterator[Finding]:
     for index in range(number.value):
         yield Finding("GPU", OK, _describe_gpu(cuda, index))
     if not number.value:
-        yield Finding("GPU", ABSENT, "the driver has no device", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        yield Finding("GPU", ABSENT, "the driver reports no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
 
 
 def _driver(version: int) -> Finding:
@@ -52,7 +52,7 @@ def _driver(version: int) -> Finding:
     return Finding(
         "NVIDIA driver",
         WARNING,
-        f"{said}, and cuda-bindings is for CUDA {bindings}: no call will work",
+        f"{said}, but cuda-bindings is for CUDA {bindings}: every call will fail",
         f"{commands.package(f'cuda-bindings<{driver + 1}')}, or update the driver",
     )
 

@@ -19,8 +19,7 @@ OK, ABSENT, WARNING, FAILURE = "ok", "absent", "warning", "failure"
 @dataclass(frozen=True)
 class Package:
     """A row of the support table: versions from `least` and below `below` are supported; `mend` is the
-    command
-    that installs it. needed: the runtime does not run without it."""
+    command that installs it. needed: the runtime does not run without it."""
 
     name: str
     module: str

@@ -191,7 +191,7 @@ def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[s
             model.manifest.model, dtype="", weight_bytes=None
         ):
             raise DllmError(
-                f"--beside {path}: is a different model from {model.path}: give an artifact of the same "
+                f"--beside {path}: not the same model as {model.path}: give an artifact of the same "
                 f"checkpoint."
             )
         label = (
@@ -199,7 +199,7 @@ def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[s
         )
         if label in models:
             raise DllmError(
-                f"--beside {path}: a second artifact with the label '{label}': give one of each kind."
+                f"--beside {path}: another artifact already has the label '{label}': give one of each kind."
             )
         models[label] = Model(path, open_backend(model.backend.name, path, threads=options.threads))
     for dtype in (options.reference_dtypes or ("",)) if with_reference else ():

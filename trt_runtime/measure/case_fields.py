@@ -133,9 +133,7 @@ def _check_fields(case: Case, fields: tuple[_Field, ...]) -> None:
             continue
         else:
             problem = f"{field.name} is {str(case[field.name])[:60]}"
-        raise DllmError(
-            f"case {case.get('id')}: {problem}, expected {field.expected} (make cases with replay --record)."
-        )
+        raise DllmError(f"case {case.get('id')}: {problem}, expected {field.expected} (see replay --record).")
 
 
 def check(case: Case) -> None:

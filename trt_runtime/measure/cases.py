@@ -2,11 +2,10 @@
 
 A case: id, family, mode (none|prefix|dual), prompt (a list of rows), gen_length, block_length, steps,
 threshold (null with a fixed schedule) or alg (Dream's name of the policy), top_p, top_k, attention_mask
-(false for padding at the left of a row), and
-what is expected: output, nfe (or nfe_nonempty, which leaves out forwards that wrote nothing), trace (a list
-of [kind, start, length, positions, tokens]; with several rows the positions are [row, position] pairs). A
-step may have a sixth entry, the confidence of each position, as results have it (generate --json, replay
---output): it is not compared.
+(false for padding at the left of a row), and the expected results: output, nfe (or nfe_nonempty, which leaves
+out forwards that wrote nothing), trace (a list of [kind, start, length, positions, tokens]; with several rows
+the positions are [row, position] pairs). A step may have a sixth entry, the confidence of each position, as
+results have it (generate --json, replay --output): it is not compared.
 
 A model that decodes without a cache in one block (Dream) takes `block_length` with the cached modes only, and
 there `steps` does not bound a threshold; without a cache it does (policies.Threshold).
@@ -77,7 +76,7 @@ def read_file(path: Path) -> CaseFile:
     cases = read.get("cases") if isinstance(read, dict) else read
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise DllmError(
-            f'{path}: holds no cases: expected {{"cases": [...]}} (make some with replay --record).'
+            f'{path}: contains no cases: expected {{"cases": [...]}} (record some with replay --record).'
         )
     written = read.get("format", 1) if isinstance(read, dict) else 1
     if type(written) is not int or not 1 <= written <= FORMAT:
@@ -168,7 +167,7 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     case_fields.check(case)
     if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
         raise DllmError(
-            f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, the artifact's is "
+            f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, but the artifact's is "
             f"{manifest.decoding.mask_token_id}: the case is from another model."
         )
     facts, gen = manifest.decoding, case["gen_length"]
@@ -184,7 +183,7 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
     if sampler.needs_logits and facts.sampling != CATEGORICAL:
         raise DllmError(
-            f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not know."
+            f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not support."
         )
     rules = Rules(
         gen,

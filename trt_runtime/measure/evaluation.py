@@ -122,7 +122,7 @@ def _check_task(manager: TaskManager, name: str, settings: Settings) -> None:
 def _options_of(text: str | None) -> dict[str, Any] | None:
     """The generation options of --gen-kwargs. Raises DllmError."""
     if wrong := [part for part in (text or "").split(",") if part.strip() and not part.partition("=")[2]]:
-        raise DllmError(f"--gen-kwargs has {wrong[0]!r}, expected A=1,B=2.")
+        raise DllmError(f"--gen-kwargs contains {wrong[0]!r}, expected the form A=1,B=2.")
     return simple_parse_args_string(text) or None
 
 

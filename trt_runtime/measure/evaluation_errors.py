@@ -52,8 +52,8 @@ def _told(error: BaseException, run_unsafe_code: bool) -> DllmError:
     if any("marked as unsafe" in text or "HF_ALLOW_CODE_EVAL" in text for text in texts):
         return DllmError(_UNSAFE + "set HF_ALLOW_CODE_EVAL=1 as well.") if run_unsafe_code else unsafe()
     return next((told for link in chain if (told := _known(link))), None) or DllmError(
-        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): mend the task, or "
-        f"leave it out of --tasks."
+        f"lm-eval failed ({type(error).__name__}: {_short(texts[0])}{_where(error)}): fix the task, or "
+        f"remove it from --tasks."
     )
 
 
@@ -66,8 +66,8 @@ def _where(error: BaseException) -> str:
 def unsafe() -> DllmError:
     """The error for a task that runs the model's code, which the user did not allow."""
     return DllmError(
-        f"{_UNSAFE}give --confirm-run-unsafe-code (it also sets HF_ALLOW_CODE_EVAL=1, which the metric asks "
-        f"for), or leave the task out."
+        f"{_UNSAFE}give --confirm-run-unsafe-code (it also sets HF_ALLOW_CODE_EVAL=1, which the metric "
+        f"needs), or remove the task."
     )
 
 
@@ -80,18 +80,18 @@ def _known(error: BaseException) -> DllmError | None:
         )
     if isinstance(error, ModuleNotFoundError):
         return DllmError(
-            f"the task needs a package that is missing ({_short(text)}): install it, or leave the task out."
+            f"the task needs a package that is missing ({_short(text)}): install it, or remove the task."
         )
     if isinstance(error, MemoryError):
         return DllmError(
-            f"not enough memory ({_short(text)}): give a smaller --batch, --max-length or --gen-length."
+            f"out of memory ({_short(text)}): use a smaller --batch, --max-length or --gen-length."
         )
     if {cls.__name__ for cls in type(error).__mro__} & _NOT_REACHED or any(
         said in text for said in _NOT_CACHED
     ):
         return DllmError(
             f"the task's data cannot be downloaded ({_short(text)}): check its name, the network and "
-            "HF_HUB_OFFLINE, or take a task whose data are here (--include-path)."
+            "HF_HUB_OFFLINE, or use a task with local data (--include-path)."
         )
     return None
 

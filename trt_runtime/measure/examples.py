@@ -35,16 +35,16 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
         data = path.read_bytes()
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4096]:
             raise DllmError(
-                f"{path}: cannot be read (it is UTF-16, or no text): save it as UTF-8, a prompt or a JSON "
-                f"object a line."
+                f"{path}: not UTF-8 text (it is UTF-16 or binary): save it as UTF-8, one prompt or JSON "
+                f"object per line."
             )
         lines = split_lines(data.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DllmError(
-            f"{path}: cannot be read ({error}): give a text file (UTF-8), a prompt or a JSON object a line."
+            f"{path}: cannot be read ({error}): give a UTF-8 text file, one prompt or JSON object per line."
         ) from error
     if not lines:
-        raise DllmError(f"{path}: holds no prompt: give one per line.")
+        raise DllmError(f"{path}: contains no prompt: give one per line.")
     return lines
 
 
@@ -67,7 +67,7 @@ def _example(line: str, where: str) -> Example:
         fields = json.loads(line)
     except ValueError as error:
         raise DllmError(
-            f'{where}: is no JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.'
+            f'{where}: not valid JSON ({error}): expected {{"prompt": "...", "answer": "..."}}.'
         ) from error
     if not isinstance(fields, dict):
         raise DllmError(f'{where}: expected an object {{"prompt": "...", "answer": "..."}}.')
@@ -81,7 +81,7 @@ def _example(line: str, where: str) -> Example:
         and (not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or not answers)
     ):
         raise DllmError(
-            f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}, the answers being optional.'
+            f'{where}: expected {{"prompt": "...", "answers": ["...", ...]}}; the answers are optional.'
         )
     return Example(typing.cast(str | list[int], prompt), None if answers is None else tuple(answers))
 

@@ -1,5 +1,5 @@
-"""A model as lm-evaluation-harness sees it: answers and likelihoods, and what they took. Needs the `eval`
-extra."""
+"""The interface of a model to lm-evaluation-harness: answers and likelihoods, and their cost. Needs the
+`eval` extra."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if model.tokenizer is None:
-            raise DllmError(f"{model.path}: has no tokenizer, and tasks are texts.")
+            raise DllmError(
+                f"{model.path}: has no tokenizer, which tasks need: export the checkpoint with its tokenizer."
+            )
         self.model, self.config, self.batch, self.samples, self.check_greedy = (
             model,
             config,
@@ -101,7 +103,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         if add_bos not in ADD_BOS:
             raise unknown("add_bos", add_bos, ADD_BOS)
         if add_bos == "yes" and self._words.special_id("bos_token") is None:
-            raise DllmError("add_bos is yes, but the tokenizer has no BOS token (bos_token): leave it out.")
+            raise DllmError("add_bos is yes, but the tokenizer has no BOS token (bos_token): remove it.")
 
     @property
     def eot_token_id(self) -> int:
@@ -121,7 +123,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         """The rendered conversation up to the start of the answer; if the task writes the start of the answer
         itself (gen_prefix, the last message), up to the end of that."""
         if not self._words.has_chat_template:
-            raise DllmError(f"{self.model.path}: has no chat template: leave --chat out.")
+            raise DllmError(f"{self.model.path}: has no chat template: remove --chat.")
         self._has_rendered = True
         return self._words.render_chat(chat_history, continue_final_message=not add_generation_prompt)
 
@@ -229,7 +231,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         room = self.max_length - length
         if room < 1:
             raise DllmError(
-                f"{length} tokens must follow the prompt, but prompt and answer have at most "
+                f"the answer needs {length} tokens, but prompt and answer together may have at most "
                 f"{self.max_length}: {advice}."
             )
         if len(ids) <= room:
@@ -249,7 +251,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         results = []
         for _, asked, target in self.progress.each(requests, "likelihoods"):
             context = self._fitting(
-                asked, len(target), "take a task with shorter answers, or a larger --max-length"
+                asked, len(target), "use a task with shorter answers, or a larger --max-length"
             )
             likely = self._likelihood(context, target)
             results.append((likely, self.check_greedy and likelihood.is_greedy(self.model, context, target)))

@@ -1,5 +1,5 @@
 """How likely a text is to a diffusion model, by the Monte-Carlo estimate of LLaDA (arXiv 2502.09992, appendix
-B.5), and whether it would write it itself.
+B.5), and whether the model would generate it.
 
     for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of
     the masked tokens, times L / l
@@ -47,16 +47,16 @@ def estimate(
     if not context or not target or samples < 1:
         raise DllmError(
             f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at "
-            f"least one each."
+            f"least one of each."
         )
     if len(context) + len(target) > facts.max_length:
         raise DllmError(
-            f"context and target are {len(context) + len(target)} tokens, the model takes "
+            f"context and target have {len(context) + len(target)} tokens, expected at most "
             f"{facts.max_length}: shorten them."
         )
     if not model.backend.gives_logits:
         raise DllmError(
-            f"a likelihood needs logits, and this artifact on {model.backend.name} gives statistics only: "
+            f"a likelihood needs logits, but this artifact returns only statistics on {model.backend.name}: "
             f"export with HEAD=logits."
         )
     rng, length = np.random.default_rng(seed), len(target)

@@ -57,7 +57,7 @@ def replay_together(backend: Backend, cases: list[Case]) -> list[Replayed]:
         and not backend.gives_logits
     ):
         raise DllmError(
-            f"a case filters logits, which {backend.name} does not give: export the artifact with --head "
+            f"a case needs logits, which {backend.name} does not return: export the artifact with --head "
             f"logits."
         )
     Generator(backend, [row.sequence for rows in groups for row in rows]).run()
@@ -81,13 +81,13 @@ def with_confidence(replayed: Replayed) -> Case:
 
 
 def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | None:
-    """The first difference between what a case expects and what came out; None where it agrees or expects
-    nothing.
+    """The first difference between a case's expected result and the actual one; None if they agree or the
+    case expects nothing.
 
-    Forwards that wrote nothing are not expected. `margin`: of confidence, within which a decision is
-    AMBIGUOUS. The v1 code may leave mask tokens behind, which is never done here. Where they are in the
-    prompt, only the steps that it made are compared, and the forwards that fill the rest of the gaps come
-    after them; where they are in the output, its trace is followed up to the first forward that wrote
+    Expected forwards that wrote nothing are skipped. `margin`: the change of confidence within which a
+    decision is AMBIGUOUS. Fast-dLLM's v1 code may leave mask tokens, which this runtime never does. If they
+    are in the prompt, only the recorded steps are compared, because the forwards that fill the other gaps
+    come after them; if they are in the output, the trace is compared up to the first forward that wrote
     nothing.
     """
     name, result, trace = str(case.get("id")), replayed.result, _steps(case)
@@ -99,7 +99,8 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     ]
     if left_masks and not expected:
         return Mismatch(
-            name, "output: expected mask tokens, which are never left here, and there is no trace to follow"
+            name,
+            "output: contains mask tokens, which are never left here, and the case has no trace to compare",
         )
     got = result["trace"][: len(expected)] if left_gaps else result["trace"]
     if "trace" in case:

@@ -8,7 +8,7 @@ user's own prompts and measured on this machine.
     5. the fastest few once more, in turn, prompt by prompt: medians decide
 
 A way of decoding is within the bound if at most `max_drop` points fewer answers are right than with the
-baseline. What is right: an answer that the data give, or, for prompts alone, the answer of the baseline.
+baseline. An answer is right if the data list it or, for prompts without answers, if it equals the baseline's.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Tuner:
         seconds = [[self._decode(trial.options)[0].seconds for trial in finalists] for _ in range(_ROUNDS)]
         for i, trial in enumerate(finalists):
             trial.seconds = statistics.median(times[i] for times in seconds)
-        self.tell(f"the fastest again, in turn, medians of {_ROUNDS}:")
+        self.tell(f"measuring the fastest again, in turn, medians of {_ROUNDS}:")
         for trial in finalists:
             self.tell(self._line(trial))
         return max(finalists, key=lambda trial: trial.speed)

@@ -53,12 +53,12 @@ class ServeOptions:
 
 
 def check_count(worker: Worker, count: int) -> None:
-    """Raise Failure if a request asks for more answers than the server ever takes at a time, before any work
-    is done."""
+    """Raise Failure, before any work is done, if a request asks for more answers than slots and queue can
+    ever hold together."""
     if count > (most := worker.slots + worker.most_queued):
         raise Failure(
             429,
-            f"the queue is full: this server takes {most} answers at a time: ask for fewer.",
+            f"the request has {count} answers, slots and queue hold {most}: lower n or send fewer prompts.",
             code="queue_full",
         )
 
@@ -115,7 +115,8 @@ class Answer:
         self.worker.release(self.jobs)
 
     def _count(self, index: int, update: Update, text: str, stopped: bool) -> None:
-        """Count what a choice took. Unless it is finished, another thread still changes the row."""
+        """Record the tokens and forwards of a choice. Unless it is finished, another thread still changes the
+        row."""
         row, tokenizer = self.rows[index], self.worker.model.tokenizer
         self.committed[index] += len(update.changed)
         if stopped and tokenizer is not None:

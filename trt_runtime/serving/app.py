@@ -4,8 +4,8 @@ events.
     request -> Sequence -> worker's scheduler -> updates -> text, cut at stop strings -> JSON, or chunks as
     blocks are finished
 
-Every error is OpenAI's: {"error": {"message", "type", "param", "code"}}; 400 names the field that is not
-honoured.
+Every error has OpenAI's form: {"error": {"message", "type", "param", "code"}}; 400 names the unsupported or
+invalid field.
 """
 
 from __future__ import annotations
@@ -95,19 +95,18 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
 
 
 def most_open(options: ServeOptions) -> int:
-    """Requests that may be open at a time: those that have a place, and some that are about to be refused."""
+    """The number of requests that may be open at a time: those with a slot or a place in the queue, and some
+    that are about to be refused."""
     return 256 + 4 * (options.slots + options.most_queued)
 
 
 def _trouble(worker: Worker, options: ServeOptions, preparing: Preparing) -> str | None:
     """Why requests are no longer answered; None if they are."""
     if not worker.is_alive:
-        return "the worker is not running."
+        return "the worker is not running: restart the server."
     if (taken := worker.longest_forward()) > options.timeout:
-        return f"a forward has been running for {taken:.0f} s: start the server again."
-    return (
-        "the threads that prepare prompts do not end: start the server again." if preparing.is_stuck else None
-    )
+        return f"a forward has been running for {taken:.0f} s: restart the server."
+    return "the threads that prepare prompts are stuck: restart the server." if preparing.is_stuck else None
 
 
 def _status(app: FastAPI, worker: Worker, options: ServeOptions) -> None:
@@ -177,14 +176,17 @@ def _completions(app: FastAPI, worker: Worker, options: ServeOptions, preparing:
         """Continue a text, or fill a gap or a template."""
         _check_model(body.model, options)
         if (body.prompt is None) == (body.template is None):
-            raise Failure(400, "give prompt or template, one of them.", "prompt")
+            raise Failure(400, "expected either prompt or template, not both or neither.", "prompt")
         return await answered(TEXT, body, request, max(1, len(body.prompts())))
 
 
 def _check_model(name: str | None, options: ServeOptions) -> None:
     if name is not None and name != options.name:
         raise Failure(
-            404, f"model is '{name[:80]}', this server has '{options.name}'.", "model", "model_not_found"
+            404,
+            f"model is '{name[:80]}', but this server has only '{options.name}'.",
+            "model",
+            "model_not_found",
         )
 
 
@@ -207,7 +209,7 @@ async def _answer(answer: Answer, request: Request) -> Response:
     except BaseException as error:
         if isinstance(error, Exception) or not is_fault(error):
             raise
-        raise Broken("the tokenizer failed: the server's log says more.") from error
+        raise Broken("the tokenizer failed: see the server's log.") from error
     finally:
         answer.release()
         for task in (gone, work):

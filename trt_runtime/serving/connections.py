@@ -49,7 +49,7 @@ class _Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.born = self.loop.time()
         if len(self.connections) > self.most and not self._make_room():
-            self._refuse(503, f"{self.most} connections are open already: try again later.")
+            self._refuse(503, f"{self.most} connections are already open: try again later.")
             return
         self._expect_head()
 
@@ -73,7 +73,9 @@ class _Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._pending > _MOST_HEAD:
-            self._refuse(431, f"the head of the request is larger than {_MOST_HEAD} bytes: send less.")
+            self._refuse(
+                431, f"the request head is larger than {_MOST_HEAD} bytes: send fewer or shorter headers."
+            )
         elif self._is_idle:
             self._expect_head()  # something arrived that is not a complete head
 
@@ -96,9 +98,7 @@ class _Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(
-            400, "this is no HTTP/1.1 request that can be read; the server speaks plain HTTP, no TLS."
-        )
+        self._refuse(400, "not a valid HTTP/1.1 request: send plain HTTP, without TLS.")
 
     def _refuse(self, status: int, message: str) -> None:
         """End the connection with an error in OpenAI's form, or without one while another answer is being

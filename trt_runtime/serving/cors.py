@@ -15,15 +15,15 @@ _PORT_OF_ITS_OWN = re.compile(r"http://[^/]*:80|https://[^/]*:443")
 
 
 def check(origins: tuple[str, ...]) -> None:
-    """Raise DllmError for an origin that no browser sends, because it would never match."""
+    """Raise DllmError for an origin in a form that no browser sends: it would never match."""
     for origin in origins:
         if origin not in ("*", "null") and (
             not _ORIGIN.fullmatch(origin) or _PORT_OF_ITS_OWN.fullmatch(origin)
         ):
             raise DllmError(
                 f"--cors is '{origin[:80]}', expected an origin as browsers send it, like "
-                f"http://localhost:3000 (small letters, no path, no port 80 "
-                "of http or 443 of https; give --cors once for each), or '*' for all."
+                f"http://localhost:3000 (lower case, no path, no default "
+                "port 80 or 443; give --cors once per origin), or '*' for all."
             )
 
 

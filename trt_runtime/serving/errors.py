@@ -1,4 +1,5 @@
-"""Error responses: OpenAI's form, HTTP's words, and little of what the client sent."""
+"""Error responses in OpenAI's form: the library's messages in terms of a request's fields, with long values
+clipped."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-# what the library's messages say to callers in Python or on the command line
+# words of the library's messages for Python and the command line -> the fields of a request
 _WORDS = (
     (re.compile(r"\s*\([^()]*--[^()]*\)"), ""),
     (re.compile(r"\bgen_length\b"), "max_tokens"),

@@ -39,8 +39,8 @@ class ForwardedRequest:
 
 
 class Front:
-    """An ASGI application that passes requests on. deploy: starts or replaces the replicas, and returns the
-    handle to call."""
+    """An ASGI application that forwards requests to replicas. deploy: starts or replaces the replicas, and
+    returns the handle to call."""
 
     def __init__(self, deploy: Callable[[], Any], name: str, timeout: float) -> None:
         self.deploy, self.name, self.timeout = deploy, name, timeout
@@ -87,7 +87,7 @@ class Front:
         print("replacing the replicas", file=sys.stderr, flush=True)
         try:
             await asyncio.to_thread(self.deploy)
-            print("the replicas are replaced", file=sys.stderr, flush=True)
+            print("replaced the replicas", file=sys.stderr, flush=True)
         except Exception:
             _LOG.exception("the replicas could not be replaced")
 
@@ -118,8 +118,8 @@ class Front:
                 return
             except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
                 _LOG.warning(
-                    "a replica was lost in an answer that had %s: %s",
-                    "begun" if begun else "not begun",
+                    "a replica was lost %s its answer: %s",
+                    "during" if begun else "before",
                     type(error).__name__,
                 )
                 if begun or time.monotonic() > deadline:

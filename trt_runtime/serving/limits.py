@@ -27,10 +27,9 @@ class Limits:
     than `most_open` requests at a time with 503. A request that takes more than `timeout` seconds (and a
     little) after its body arrived is cut off, because its client does not read.
 
-    only_local: refuse requests that name another host than this machine, since a web page can make such a
-    name
-    resolve to this address. keys: all paths but _PUBLIC require one of them. count: called with the status of
-    every refusal.
+    only_local: refuse requests whose Host header names another machine, because a web page can make such a
+    name resolve to this address (DNS rebinding). keys: all paths but _PUBLIC require one of them. count:
+    called with the status of every refusal.
     """
 
     def __init__(
@@ -56,8 +55,8 @@ class Limits:
         headers = dict(scope["headers"])
         if self.only_local and not is_local_name(headers.get(b"host", b"").decode("latin-1")):
             said = (
-                "this server answers only requests to localhost: serve with --host to make it reachable from "
-                "elsewhere."
+                "this server accepts only requests to localhost: start it with --host to make it reachable "
+                "from other machines."
             )
             await self._refuse(send, 403, said)
         elif (
@@ -71,7 +70,7 @@ class Limits:
             await self._refuse(
                 send,
                 503,
-                f"{self.most_open} requests are open already: try again later.",
+                f"{self.most_open} requests are already open: try again later.",
                 "too_many_requests",
             )
         else:
@@ -85,12 +84,16 @@ class Limits:
         try:
             body = await asyncio.wait_for(self._body(receive), _BODY_SECONDS)
         except (TimeoutError, asyncio.TimeoutError):
-            await self._refuse(send, 408, f"the body did not come within {_BODY_SECONDS:g} s.")
+            await self._refuse(
+                send, 408, f"the request body did not arrive within {_BODY_SECONDS:g} s: try again."
+            )
             return
         if body is None:
             return
         if len(body) > self.most_body:
-            await self._refuse(send, 413, f"the body is larger than {self.most_body} bytes: send less.")
+            await self._refuse(
+                send, 413, f"the request body is larger than {self.most_body} bytes: send a smaller one."
+            )
             return
         waiting: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
 

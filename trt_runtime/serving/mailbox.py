@@ -14,8 +14,8 @@ _MOST, _MOST_TOKENS = 64, 1 << 16  # waiting updates per choice; tokens in them
 
 
 class Mailbox:
-    """Events of an answer's choices, in order. If a choice has many unread updates, the newest one absorbs
-    those that follow: no committed token is lost, only intermediate states. For one event loop."""
+    """Events of an answer's choices, in order. If a choice has many unread updates, later ones are merged
+    into the newest: no committed token is lost, only intermediate states. For one event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, list[Event]]] = deque()

@@ -28,7 +28,7 @@ class Part(Strict):
             and isinstance(kind := given.get("type"), str)
             and kind not in ("text", "refusal")
         ):
-            raise ValueError(f"a part of type '{kind[:40]}': this model reads only text: leave it out")
+            raise ValueError(f"a part of type '{kind[:40]}': only text is supported: remove it")
         if not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if key not in _HINTS and not _says_nothing(value)}
@@ -37,7 +37,7 @@ class Part(Strict):
     def _has_text(self) -> Part:
         value = self.text if self.type == "text" else self.refusal
         if value is None:
-            raise ValueError(f"a part of type '{self.type}' has no '{self.type}'")
+            raise ValueError(f"a part of type '{self.type}' has no field '{self.type}'")
         return self
 
     @property
@@ -64,7 +64,7 @@ class Message(Strict):
             return given
         for name in ("tool_calls", "function_call"):
             if not _says_nothing(given.get(name)):
-                raise ValueError(f"a message with {name}: this model calls no tools: leave it out")
+                raise ValueError(f"a message has {name}, but tools are not supported: remove it")
         return {
             key: value for key, value in given.items() if key in cls.model_fields or not _says_nothing(value)
         }
@@ -74,7 +74,7 @@ class Message(Strict):
     def _known(cls, role: Any) -> Any:
         if role in ("tool", "function"):
             raise ValueError(
-                f"a message of role '{role}': this model calls no tools: leave it out, or say it as the user"
+                f"a message has role '{role}', but tools are not supported: remove it, or use role 'user'"
             )
         return role
 

@@ -39,7 +39,7 @@ class Metrics:
             "dllm_inter_block_seconds", "between blocks of an answer", registry=registry, buckets=_SECONDS
         )
         self.requests = Counter("dllm_answers", "answers by how they ended", ["end"], registry=registry)
-        self.cancelled = Counter("dllm_cancelled", "answers given up by their client", registry=registry)
+        self.cancelled = Counter("dllm_cancelled", "answers cancelled by their client", registry=registry)
         self.errors = Counter(
             "dllm_http_errors", "HTTP answers of 400 and above, by status", ["status"], registry=registry
         )

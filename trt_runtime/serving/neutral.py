@@ -1,6 +1,6 @@
-"""Fields of OpenAI's requests that this server does not support: accepted at the value that changes nothing
-(also null), refused by name at any other. Labels and hints that never change an answer (`user`, `metadata`,
-`prompt_cache_key`, ...) are accepted at any value of their type.
+"""Fields of OpenAI's requests that this server does not support: accepted with the value that changes nothing
+or null, refused by name with any other value. Labels and hints that never change an answer (`user`,
+`metadata`, `prompt_cache_key`, ...) are accepted at any value of their type.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Label = Annotated[str, Field(max_length=1 << 16)]
 
 
 class ResponseFormat(Strict):
-    """Text only: nothing makes the answer JSON."""
+    """Only the type text: the answer cannot be forced to be JSON."""
 
     type: Literal["text"]
 

@@ -41,7 +41,7 @@ class Preparing:
         try:
             await asyncio.wait_for(self._places.acquire(), self.seconds)
         except (TimeoutError, asyncio.TimeoutError):
-            raise Failure(503, "other prompts take too long to prepare: try again later.") from None
+            raise Failure(503, "the server is busy preparing other prompts: try again later.") from None
         done, thread = self._started(function, given)
         left = self.seconds - (asyncio.get_running_loop().time() - begin)
         try:
@@ -95,5 +95,5 @@ class Preparing:
 
 def _tamed(error: BaseException) -> Exception:
     if is_fault(error):
-        return DllmError("the tokenizer fails on this text: change it, or give the prompt as token ids.")
+        return DllmError("the tokenizer failed on this text: change it, or give the prompt as token ids.")
     return RuntimeError(f"{type(error).__name__} in a thread that prepares prompts")

@@ -33,7 +33,7 @@ from trt_runtime.system.program import INTERRUPTED
 
 __all__ = ["ServeOptions", "Server", "cors", "examples", "is_local", "listen", "run", "run_app"]
 
-_LATE_SECONDS = 5.0  # time after the answers' limit before the process ends whatever still runs
+_LATE_SECONDS = 5.0  # after the time limit of the answers: the process then exits even if something is stuck
 _HURRY_SECONDS = 5.0  # the same after a second signal
 _KEEP_ALIVE = 10
 _MOST_EXAMPLES, _LONGEST_EXAMPLE, _SHOWN = (
@@ -50,19 +50,19 @@ def run(model: Model, options: ServeOptions, host: str, port: int) -> int:
         app = create_app(model, replace(options, only_local=is_local(host)))
     except MemoryError as error:
         raise DllmError(
-            f"{options.slots} slots do not fit into memory: serve with fewer --slots or a smaller "
+            f"could not allocate the caches of {options.slots} slots: serve with fewer --slots or a smaller "
             f"--max-length."
         ) from error
     longest, most = app.state.worker.max_length, model.manifest.model.max_length
     why = (
         ""
         if options.max_length is not None or longest == most
-        else f", of the model's {most:,}: what half of the free memory holds"
+        else f" of the model's {most:,}, limited by half of the free memory"
     )
     said = f"{options.name} ({model.backend.name}, {options.slots} slots of {longest:,} tokens{why})"
     status = run_app(app, listen(host, port), said, options, options.slots + options.most_queued)
     if not app.state.worker.stop(STOP_SECONDS):
-        end("a forward does not end: the process ends without it")
+        end("a forward is stuck: the process exits without waiting for it")
     return status
 
 
@@ -103,7 +103,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def end(said: str) -> None:
-    """End the process immediately, with a line on standard error: something did not end by itself."""
+    """Exit immediately, with a line on standard error, because something is stuck."""
     print(f"error: {said}.", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -141,7 +141,9 @@ class Server(uvicorn.Server):
         self.is_interrupted |= sig == signal.SIGINT
         self.should_exit, self.force_exit = True, self.force_exit or is_second
         left = _HURRY_SECONDS if is_second else int(self.timeout) + 1 + _LATE_SECONDS
-        timer = threading.Timer(left, end, ["something does not end: the process ends without it"])
+        timer = threading.Timer(
+            left, end, ["a thread or task is stuck: the process exits without waiting for it"]
+        )
         timer.daemon = True
         timer.start()
 

@@ -45,7 +45,7 @@ def prepare(model: Model, body: Common, longest: int) -> PreparedRows:
         config = replace(config, seed=secrets.randbelow(2**31))
     if config.make_sampler(model.manifest).needs_logits and not model.backend.gives_logits:
         raise Failure(
-            400, "this server's model gives no logits: leave out temperature, top_p and top_k.", "temperature"
+            400, "this server's model returns no logits: remove temperature, top_p and top_k.", "temperature"
         )
     rows: list[PreparedRow] = []
     for number, (ids, gap, tail) in enumerate(_prompts(model, body, config, longest)):
@@ -118,7 +118,7 @@ def _prompts(
 def _with_room(
     model: Model, body: Common, config: GenerationConfig, ids: list[int], tail: list[int] | None, longest: int
 ) -> tuple[list[int], int, list[int] | None]:
-    """The number of tokens to generate: those asked for, or as many as there is room for."""
+    """The number of tokens to generate: as many as requested, but at most as many as fit."""
     room = longest - len(ids) - len(tail or [])
     if room < 1:
         raise too_long(f"{len(ids) + len(tail or [])} tokens" + (" with its suffix" if tail else ""), longest)
@@ -129,8 +129,8 @@ def _with_room(
 def too_long(what: str, longest: int) -> Failure:
     return Failure(
         400,
-        f"the prompt has {what}, and this server takes {longest} of prompt and answer together: shorten the "
-        f"prompt to {longest - 1}.",
+        f"the prompt has {what}, but prompt and answer together may have {longest} on this server: shorten "
+        f"the prompt to {longest - 1}.",
         "prompt",
         "context_length_exceeded",
     )
@@ -170,9 +170,11 @@ def _check_size(model: Model, text: str, longest: int) -> None:
 def _without_masks(model: Model, ids: list[int]) -> list[int]:
     mask = model.manifest.decoding.mask_token_id
     if mask in ids:
-        said = "use the field template of /v1/completions, which has gaps to fill, or take it out."
+        said = "use the field template of /v1/completions to fill gaps, or remove it."
         raise Failure(
-            400, f"the prompt holds the mask token ({mask}) at position {ids.index(mask)}: {said}", "prompt"
+            400,
+            f"the prompt contains the mask token ({mask}) at position {ids.index(mask)}: {said}",
+            "prompt",
         )
     return ids
 
@@ -183,8 +185,7 @@ def _template(model: Model, body: CompletionRequest, longest: int) -> list[int]:
     is_provisional = body.stream_options is not None and body.stream_options.provisional
     if body.length() is not None or body.suffix or is_provisional:
         said = (
-            "a template defines what is filled and has no provisional text: leave out max_tokens, "
-            "suffix and provisional."
+            "template cannot be combined with max_tokens, suffix or stream_options.provisional: remove them."
         )
         raise Failure(400, said, "template")
     if not any(isinstance(part, Mask) for part in parts):
@@ -197,6 +198,6 @@ def _template(model: Model, body: CompletionRequest, longest: int) -> list[int]:
         elif part:
             ids += _inside(model, part, longest, add_bos=not ids and _tokenizer(model).adds_bos)
         if len(ids) > longest:
-            said = f"template has more than {longest} tokens, which is what this server takes: shorten it."
+            said = f"template has more than {longest} tokens, the limit of this server: shorten it."
             raise Failure(400, said, "template", "context_length_exceeded")
     return ids

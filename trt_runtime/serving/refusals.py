@@ -96,7 +96,9 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(MemoryError)
     async def memory(request: Request, error: MemoryError) -> JSONResponse:
-        return answer(503, "the server has no memory for this request: ask for less, or try again later.")
+        return answer(
+            503, "the server is out of memory for this request: make it smaller, or try again later."
+        )
 
     @app.exception_handler(RecursionError)
     async def deep(request: Request, error: RecursionError) -> JSONResponse:
@@ -104,7 +106,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
-        return answer(500, f"the server failed ({type(error).__name__}): its log says more.")
+        return answer(500, f"the server failed ({type(error).__name__}): see its log.")
 
 
 def problem_of(error: RequestValidationError) -> tuple[str, str | None]:
@@ -114,17 +116,17 @@ def problem_of(error: RequestValidationError) -> tuple[str, str | None]:
     # alternatives of what contains it
     first = max(errors, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
     if first["type"] == "json_invalid":
-        return "the body is not JSON.", None
+        return "the body is not valid JSON.", None
     if tuple(first["loc"]) == ("body",):
         return "the body is not a JSON object: send one with the fields of the request.", None
     # after a field's name and list positions, a location names the kinds that the value may have
     names = [clipped(str(part), 80) for part in first["loc"] if part not in _KINDS and "[" not in str(part)]
     if names and names[0] in NAMES:
-        return f"{names[0]}: this server does not honour it: leave it out.", names[0]
+        return f"{names[0]}: not supported by this server: remove it.", names[0]
     name = ".".join(names) or None
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        said = "this server does not honour it: leave it out"
+        said = "not supported by this server: remove it"
         if len(names) == 1 and (near := difflib.get_close_matches(names[0], _FIELDS, n=1, cutoff=0.8)):
             return f"{name}: no such field: did you mean '{near[0]}'?", name
     return f"{name or 'the body'}: {said}.", name

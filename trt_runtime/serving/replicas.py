@@ -147,7 +147,7 @@ def _resources(setup: Setup, count: int, lanes: int) -> dict[str, float]:
     if count * each > have:
         change = "fewer replicas" if on_gpu else "fewer replicas, --lanes or --threads"
         raise DllmError(
-            f"{count} replicas take {count * each:g} {kind}s, Ray has {have:g}: ask for {change}."
+            f"{count} replicas need {count * each:g} {kind}s, but Ray has {have:g}: use {change}."
         )
     return {"num_gpus": 1.0, "num_cpus": 1.0} if on_gpu else {"num_cpus": each}
 
@@ -189,8 +189,8 @@ def _serve(
         front = Front(deploy, name, options.timeout)
     except (RayError, RayServeException, RuntimeError) as error:
         raise DllmError(
-            f"the replicas do not start ({str(error).strip().splitlines()[-1]}): serve without --ray to see "
-            f"why."
+            f"the replicas could not start ({str(error).strip().splitlines()[-1]}): serve without --ray to "
+            f"see why."
         ) from error
     limits = Limits(
         front,

@@ -74,7 +74,7 @@ class StreamOptions(Strict):
 class Common(Neutral):
     """The fields of both kinds of completion."""
 
-    model: str | None = Field(default=None, description="the name of the model, of which a server has one")
+    model: str | None = Field(default=None, description="the name of the server's only model")
     max_tokens: Whole | None = Field(
         default=None, ge=1, description="tokens to generate (default: the model's gen_length)"
     )
@@ -84,7 +84,7 @@ class Common(Neutral):
     top_p: float | None = None
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Whole | None = Field(
-        default=None, ge=0, le=LARGEST_SEED, description="default: another one for each request"
+        default=None, ge=0, le=LARGEST_SEED, description="default: a new one for each request"
     )
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
@@ -101,12 +101,14 @@ class Common(Neutral):
         default=None, ge=0, description="masks after the block that a forward sees"
     )
     suffix_decay: bool | None = Field(
-        default=None, description="take those of suffix_masks at growing distances"
+        default=None, description="space the masks of suffix_masks at growing distances"
     )
     hold_back_eos: bool | None = Field(
         default=None, description="commit end tokens only when nothing else is left in the block"
     )
-    steps: Whole | None = Field(default=None, ge=1, description="forwards in all, of a schedule")
+    steps: Whole | None = Field(
+        default=None, ge=1, description="forwards in total, for policies that follow a schedule"
+    )
     block_length: Whole | None = Field(default=None, ge=1)
     cache: Name | None = Field(default=None, description="none, prefix or dual")
     top_k: Whole | None = Field(default=None, ge=-1, description="-1 and 0 keep every token")
@@ -141,7 +143,7 @@ class Common(Neutral):
         """The decoding options, except for the length and the gaps; not yet checked against the model. Raises
         DllmError."""
         if self.stream_options is not None and not self.stream:
-            raise DllmError("stream_options goes with stream: true.")
+            raise DllmError("stream_options needs stream: true.")
         given = {
             name: value
             for name, field in OPTIONS.items()
@@ -156,8 +158,8 @@ class Common(Neutral):
         config = configured(given, manifest)
         if self.choices > 1 and not config.draws:
             raise DllmError(
-                f"n is {self.n} with temperature 0: all choices would be the same: give a temperature above "
-                f"0, or n 1."
+                f"n is {self.n} with temperature 0, so all choices would be the same: set a temperature "
+                f"above 0, or n to 1."
             )
         return config
 
@@ -170,7 +172,9 @@ class _ChatRequest(Common, NeutralChat):
 
     def length(self) -> int | None:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise DllmError("max_tokens and max_completion_tokens are one option: give one of them.")
+            raise DllmError(
+                "max_tokens and max_completion_tokens are the same option: give only one of them."
+            )
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

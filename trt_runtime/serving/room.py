@@ -31,7 +31,7 @@ def longest_canvas(
     if asked is not None:
         if asked > facts.max_length:
             raise DllmError(
-                f"--max-length is {asked}, expected up to {facts.max_length}, which is what the model takes."
+                f"--max-length is {asked}, expected at most {facts.max_length}, the model's maximum."
             )
         return asked
     free = free_memory() if free is None else free
@@ -41,15 +41,15 @@ def longest_canvas(
     length = (int(share * free / each) - SPARE_ROWS) // _STEP * _STEP
     if length < min(_LEAST, facts.max_length):
         raise DllmError(
-            f"{slots} slots do not fit into memory: a token takes {each / 1024:g} KiB in all of them, and "
-            f"{free / 2**20:,.0f} MiB are free: give fewer --slots, or a --max-length that is short enough."
+            f"{slots} slots do not fit into memory: one token in every slot takes {each / 1024:g} KiB, and "
+            f"{free / 2**20:,.0f} MiB are free: use fewer --slots, or set a shorter --max-length."
         )
     return min(length, facts.max_length)
 
 
 def longest_of(model: Model, slots: int, asked: int | None, share: float = SHARE) -> int:
-    """The same for an opened model, in the memory of its device; engines have the length they were built for.
-    Raises DllmError."""
+    """longest_canvas for an opened model, in the memory of its device; engines limit it to the length they
+    were built for. Raises DllmError."""
     backend = model.backend
     longest = longest_canvas(
         model.manifest.model, slots, asked, free_memory() if backend.is_on_cpu else _of_gpu(), share

@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import FastAPI
 
 _REFUSALS = {
-    400: "a field that is missing, wrong or not honoured",
-    401: "no key, or a wrong one",
-    403: "another host's name",
+    400: "a field that is missing, invalid or unsupported",
+    401: "the API key is missing or wrong",
+    403: "the Host header names another machine",
     404: "no such model or path",
-    408: "the body did not come",
+    408: "the body did not arrive in time",
     413: "the body is too large",
     429: "the queue is full",
     500: "a forward failed",
@@ -47,8 +47,8 @@ STREAMS: dict[int | str, dict[str, Any]] = {
 
 
 def describe_responses(app: FastAPI, name: str) -> None:
-    """Make the OpenAPI document describe what is really answered: this model, errors in OpenAI's form, and
-    not FastAPI's 422."""
+    """Make the OpenAPI document describe the actual responses: this model's name, errors in OpenAI's form,
+    and no 422 of FastAPI."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -68,7 +68,7 @@ class _Choices:
         answer = self.answer
         text, self.is_stopped[index] = answer.show(index, update)
         if not text.startswith(self.sent[index]):
-            raise Broken("a token changed text that was sent already: ask without stream.")
+            raise Broken("a later token changed text that was already sent: retry without stream.")
         chunks = []
         if len(text) > len(self.sent[index]):
             chunks.append(answer.choice(index, text[len(self.sent[index]) :], None, chunk=True))

@@ -1,5 +1,5 @@
-"""The threads that own the model: requests go in, updates come out. Everything else in the server runs on the
-event loop.
+"""The threads that own the model: requests go in, updates come out. The rest of the server runs on the event
+loop.
 
 Each lane is a thread with a scheduler of its own. On a CPU, several lanes of one thread each do more than one
 lane whose matrix products are split over several threads. A request stays in its lane.
@@ -55,8 +55,8 @@ class Lane:
 @dataclass(eq=False)
 class Job:
     """One open answer. deliver: called in the worker's thread with its updates, then with None or an
-    exception; wants_updates: every update, or only the last; is_held: it counts as open until it is released,
-    however slowly a client reads it."""
+    exception; wants_updates: every update, or only the last; is_held: it counts as open until `release`,
+    so that slow readers count too."""
 
     sequence: Sequence
     deliver: Callable[[Event], None]
@@ -82,8 +82,8 @@ class Worker:
     ) -> None:
         if lanes > 1 and not model.backend.is_concurrent:
             raise DllmError(
-                f"--lanes is {lanes}: the backend {model.backend.name} takes one call at a time: leave it "
-                f"out."
+                f"--lanes is {lanes}, but the backend {model.backend.name} supports one call at a time: "
+                f"remove it."
             )
         if lanes > slots:
             raise DllmError(f"--lanes is {lanes} with {slots} slots, expected at most one per slot.")
@@ -144,7 +144,7 @@ class Worker:
         for job in jobs:
             if job.sequence.length > self.max_length:
                 raise DllmError(
-                    f"prompt and answer are {job.sequence.length} tokens, this server takes "
+                    f"prompt and answer have {job.sequence.length} tokens, expected at most "
                     f"{self.max_length}: shorten the prompt, or lower max_tokens."
                 )
         with self._lock:
@@ -198,7 +198,7 @@ class Worker:
         _LOG.exception("an answer failed")
         self.metrics.requests.labels("failed").inc()
         self._leave(job)
-        self._close(job, Broken("the model failed in a forward: the server's log says more."))
+        self._close(job, Broken("a forward of the model failed: see the server's log."))
 
     def _step(self, job: Job) -> None:
         row, metrics = job.sequence, self.metrics

@@ -106,7 +106,7 @@ def resolved(path: Path) -> Path:
         return path.resolve()
     except (RuntimeError, OSError) as error:  # Python before 3.13: RuntimeError
         raise DllmError(
-            f"{path}: cannot be followed ({error}): its links lead in a circle; choose another path."
+            f"{path}: contains circular symbolic links ({error}): choose another path."
         ) from error
 
 
@@ -121,7 +121,7 @@ def _take_place(sealed: Path, out: Path, overwrite: bool) -> None:
                 raise
     if not overwrite and any(out.iterdir()):
         raise DllmError(
-            f"{out}: another process wrote it in the meantime: it is left unchanged; choose another OUT, or "
+            f"{out}: written by another process in the meantime, left unchanged: choose another OUT, or "
             f"add --overwrite."
         )
     _rename(sealed, out, _EXCHANGE)  # the old directory is now where it gets removed

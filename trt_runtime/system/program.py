@@ -24,7 +24,7 @@ def run(
     argv: list[str] | None,
     *,
     aftermath: str = "",
-    advice: str = "check the path, the disk and the rights",
+    advice: str = "check the path, disk space and permissions",
 ) -> int:
     """Run a command; returns the exit status: 0 success, 1 a mismatch or an error, 2 wrong usage, 130
     interrupted. work: receives argv and returns the status. aftermath: what an interrupt leaves behind, in
@@ -50,7 +50,8 @@ def run(
 
 
 def _said(error: BaseException, advice: str) -> str | None:
-    """An error in one line; empty if nobody is left to read it; None for a bug of this program."""
+    """The message for an error, in one line; empty if the reader of the output is gone; None for a bug of
+    this program."""
     text, said = " ".join(str(error).split()), None
     if isinstance(error, BrokenPipeError):
         said = ""
@@ -64,7 +65,7 @@ def _said(error: BaseException, advice: str) -> str | None:
         about = f" ({text[:200]})" if text else ""
         said = f"out of memory{about}: lower the lengths, the batch or the slots, or use a larger machine."
     elif isinstance(error, UnicodeError):
-        said = f"a text cannot be read or written ({text}): use UTF-8 (PYTHONUTF8=1)."
+        said = f"cannot read or write a text ({text}): use UTF-8 (PYTHONUTF8=1)."
     elif isinstance(error, OSError):
         where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "output"
         said = f"{where}: {error.strerror or text}: {advice}."
@@ -72,11 +73,11 @@ def _said(error: BaseException, advice: str) -> str | None:
         isinstance(error, RuntimeError) and "Symlink loop" in text
     ):  # what pathlib makes of ELOOP before Python 3.13
         where = text.removeprefix("Symlink loop from ").strip("'")
-        said = f"{where}: a link that leads back to itself: give another path."
+        said = f"{where}: a circular symbolic link: give another path."
     elif type(error).__name__ == "PanicException":
         said = (
-            f"a library in Rust gave up ({text[:200]}): a text or a tokenizer.json that it cannot work "
-            f"with; try another one."
+            f"a Rust library failed ({text[:200]}): it cannot process this text or tokenizer.json: try "
+            f"another one."
         )
     return said
 

@@ -12,8 +12,8 @@ FACTS = json.loads((Path(__file__).resolve().parent / "facts.json").read_text())
 
 
 def check_inputs(network):
-    """Fail for an input on which no output depends: that is how TensorRT's parser ignores what it does not
-    understand."""
+    """Fail for an input on which no output depends: TensorRT's parser silently drops what it does not
+    support."""
     made_by, read, waiting = {}, set(), [network.get_output(i).name for i in range(network.num_outputs)]
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -37,8 +37,8 @@ def check_inputs(network):
 
 
 def configure(builder, network, config):
-    """fp32 means fp32: without this, products of an fp32 graph are rounded to TF32, and a comparison would
-    measure that."""
+    """Disable TF32: otherwise products of an fp32 graph are rounded to TF32, and a comparison would measure
+    that rounding."""
     if FACTS["dtype"] == "fp32":
         try:
             import tensorrt as trt

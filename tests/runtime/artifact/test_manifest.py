@@ -44,8 +44,8 @@ def test_a_manifest_survives_writing_and_unknown_keys(artifact):
         (lambda m: m.update(format_version=2), ("format_version is 2", "reads up to 1", "update dllm-trt")),
         (lambda m: m.update(format_version="1"), ("format_version is '1'",)),
         (lambda m: m.update(format_version=True), ("format_version is True",)),
-        (lambda m: m.pop("model"), ("lacks model",)),
-        (lambda m: m["model"].pop("head_dim"), ("model: lacks head_dim",)),
+        (lambda m: m.pop("model"), ("missing model",)),
+        (lambda m: m["model"].pop("head_dim"), ("model: missing head_dim",)),
         (lambda m: m["model"].update(num_layers="4"), ("num_layers", "is '4', expected int")),
         (lambda m: m["model"].update(num_layers=4.0), ("num_layers", "is 4.0, expected int")),
         (lambda m: m["model"].update(num_layers=True), ("num_layers", "is True, expected int")),
@@ -54,13 +54,13 @@ def test_a_manifest_survives_writing_and_unknown_keys(artifact):
         (lambda m: m["decoding"].update(eos_token_ids=["end"]), ("eos_token_ids", "expected int")),
         (lambda m: m["model"].update(num_layers=0), ("num_layers is 0",)),
         (lambda m: m["decoding"].update(mask_token_id=9999), ("token id 9999 is outside the vocabulary",)),
-        (lambda m: m["decoding"].update(eos_token_ids=[1000]), ("the mask cannot end a text",)),
+        (lambda m: m["decoding"].update(eos_token_ids=[1000]), ("a mask token that is not an end token",)),
         (lambda m: m["decoding"].update(logit_shift=100), ("logit_shift 100",)),
         (lambda m: m.update(head="none"), ("head is 'none'",)),
-        (lambda m: m["graphs"].pop("refine"), ("graphs lacks 'refine'",)),
+        (lambda m: m["graphs"].pop("refine"), ("graphs has no 'refine'",)),
         (
             lambda m: m["graphs"]["refine"].update(file="other.onnx"),
-            ("graph 'refine' is not among the files",),
+            ("the file of graph 'refine' is not listed",),
         ),
         (lambda m: m["files"].update({"../x": {"size": 1, "sha256": "0"}}), ("'../x' leaves the artifact",)),
         (
@@ -93,7 +93,7 @@ def test_files_that_were_changed(artifact):
     refused(artifact, "bytes, the manifest says", "copy it again")
     weights.unlink()
     weights.symlink_to(artifact / "nothing")
-    refused(artifact, "is a link that leads nowhere")
+    refused(artifact, "is a broken link")
 
 
 def test_what_is_no_artifact(artifact, tmp_path):

@@ -39,7 +39,7 @@ def test_inputs_outside_the_contract_are_the_callers(golden_backend):
     cache, call = golden_backend.new_cache(1, 8), window(np.arange(8)[None])
     for role, said in (
         ("prefil", "unknown role 'prefil': did you mean 'prefix'"),
-        ("refine", "slots 0:2 of a cache of 1"),
+        ("refine", "slots 0:2 of a cache with 1 slots"),
     ):
         with pytest.raises(DllmError, match=said) as error:
             golden_backend.forward(role, cache, slice(0, 2), call)

@@ -81,7 +81,7 @@ def _spare_input(graph):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_mask_by_nonpad, "no output depends on the input kv_len"), (_spare_input, "has the inputs")],
+    [(_mask_by_nonpad, "no output depends on the input kv_len"), (_spare_input, "the inputs are")],
 )
 def test_an_input_that_is_ignored_fails_the_build(artifact, tmp_path, change, said):
     broken = _changed(artifact, tmp_path / "broken", change)
@@ -95,7 +95,7 @@ def test_a_graph_that_does_not_parse_is_one_clear_line(artifact, tmp_path):
         next(node for node in graph.node if node.op_type == "Sigmoid").op_type = "NoSuchOp"
 
     broken = _changed(artifact, tmp_path / "broken", unknown_op)
-    with pytest.raises(DllmError, match="does not read it") as error:
+    with pytest.raises(DllmError, match="cannot parse it") as error:
         store.build(broken, tmp_path / "engines", SMALL)
     assert "\n" not in str(error.value)
 
@@ -128,12 +128,12 @@ def test_engines_that_were_changed_or_are_of_something_else_are_refused(artifact
     directory = store.build(artifact, tmp_path, SMALL)
     wanted = store.describe(manifests.load(artifact), SMALL, store.load("tensorrt-rtx"))
     for field, value in (("version", "9.9"), ("capacity", 128), ("targets", ["sm75"])):
-        with pytest.raises(DllmError, match=f"were built for {field} .*, wanted is"):
+        with pytest.raises(DllmError, match=f"were built for {field} .*, expected"):
             store.check(directory, wanted | {field: value})
     data = bytearray((directory / "shared.engine").read_bytes())
     data[1000] ^= 1
     (directory / "shared.engine").write_bytes(data)
-    with pytest.raises(DllmError, match="was changed since it was built"):
+    with pytest.raises(DllmError, match="changed since it was built"):
         store.build(artifact, tmp_path, SMALL)
     (directory / "engine.json").write_text("{}")
     with pytest.raises(DllmError, match="not readable"):
@@ -177,7 +177,7 @@ def test_the_command(artifact, tmp_path, capsys, monkeypatch):
         (["--layout", "one"], "unknown layout 'one'"),
         (["--max-batch", "0"], "--max-batch is 0"),
         (["--optimization-level", "9"], "--optimization-level is 9"),
-        (["--backend", "tensorrt"], "goes with --backend tensorrt-rtx"),
+        (["--backend", "tensorrt"], "needs --backend tensorrt-rtx"),
         (["--backend", "cuda"], "unknown backend 'cuda'"),
     ):
         assert cli.main([*command, *change]) == 1
@@ -197,6 +197,6 @@ def test_an_older_tensorrt_is_told_to_take_the_legacy_lowering(artifact):
         __version__ = "10.9.0.34"
 
     with pytest.raises(
-        DllmError, match=r"reads from 10\.16 on; installed is 10\.9\.0\.34: .* --lowering legacy"
+        DllmError, match=r"which needs tensorrt 10\.16 or newer, got 10\.9\.0\.34: .* --lowering legacy"
     ):
         build_config.check_version(manifests.load(artifact), BuildConfig("tensorrt"), Old)

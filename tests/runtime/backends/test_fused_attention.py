@@ -101,7 +101,7 @@ def test_attention_without_a_fused_kernel_builds_and_is_said(tmp_path, monkeypat
     )
     store.build(artifact, tmp_path / "engines", SIZES, said.append)
     assert said == [
-        "shared: no fused attention kernel was found in the engine: attention is decomposed: correct but slow"
+        "shared: the engine has no fused attention kernel: attention is decomposed, which is correct but slow"
     ]
 
 

@@ -79,7 +79,9 @@ def test_the_first_settings_that_are_exact_are_taken(monkeypatch):
 def test_a_processor_that_is_always_wrong_runs_no_quantised_artifact(quantised, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "exact_with", lambda name: None)
     monkeypatch.setattr(int8, "computed", lambda name, options: 32640.0)
-    with pytest.raises(DllmError, match=r"multiplies 8-bit numbers wrongly on this processor .* got 32640"):
+    with pytest.raises(
+        DllmError, match=r"multiplies 8-bit numbers incorrectly on this processor .* got 32640"
+    ):
         OrtBackend(quantised)
     OrtBackend(export_quietly(DEMO, tmp_path / "fp32")).close()  # the others do
 

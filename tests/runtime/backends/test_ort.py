@@ -130,7 +130,7 @@ def test_calls_are_checked_before_the_engine_sees_them(golden_backend, change, s
 
 def test_slots_and_roles_are_checked(golden_backend):
     cache, call = golden_backend.new_cache(2, 10), window([1, 2, 3], 1, [10])
-    with pytest.raises(DllmError, match="slots 2:3 of a cache of 2"):
+    with pytest.raises(DllmError, match="slots 2:3 of a cache with 2 slots"):
         golden_backend.refine(cache, slice(2, 3), call)
     with pytest.raises(DllmError, match=r"prefix pass: write_index is \[1\]"):
         golden_backend.prefix(cache, slice(0, 1), call)
@@ -158,7 +158,7 @@ def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path)
     with pytest.raises(DllmError, match="unknown backend 'orth': did you mean 'ort'"):
         open_backend("orth", golden_artifact)
     bf16 = export_quietly(golden_checkpoint, tmp_path / "bf16", dtype="bf16")
-    with pytest.raises(DllmError, match="dtype is bf16, which ONNX Runtime does not compute on a CPU"):
+    with pytest.raises(DllmError, match="dtype is bf16, which ONNX Runtime does not support on a CPU"):
         open_backend("ort", bf16)
     lies = tmp_path / "lies"
     lies.mkdir()
@@ -181,5 +181,5 @@ def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path)
         (golden_copy / file.name).write_bytes(file.read_bytes())
     graph = golden_copy / "refine.onnx"
     graph.write_bytes(b"\0" * graph.stat().st_size)
-    with pytest.raises(DllmError, match=r"refine\.onnx: is no ONNX graph"):
+    with pytest.raises(DllmError, match=r"refine\.onnx: not a valid ONNX graph"):
         open_backend("ort", golden_copy)

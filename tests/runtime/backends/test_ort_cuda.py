@@ -95,7 +95,7 @@ def test_without_a_cuda_provider_it_is_an_error_and_not_the_cpu(golden_artifact,
 
 def test_what_cuda_does_not_take(gpu, golden_checkpoint, golden_artifact, tmp_path):
     legacy = export_quietly(golden_checkpoint, tmp_path / "legacy", lowering="legacy")
-    with pytest.raises(DllmError, match=r"has the legacy lowering, .* --lowering modern"):
+    with pytest.raises(DllmError, match=r"uses the legacy lowering, .* --lowering modern"):
         open_ort(legacy, device="cuda")
     with pytest.raises(DllmError, match=r"unknown device of ONNX Runtime 'gpu'"):
         open_ort(golden_artifact, device="gpu")

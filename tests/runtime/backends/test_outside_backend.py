@@ -46,10 +46,7 @@ def test_the_command_line_has_it(demo_artifact, installed, name):
     )
     assert done.returncode == 0 and json.loads(done.stdout)[0]["nfe"] > 1, done.stderr
     wrong = command(*CLI, "generate", demo_artifact, PROMPT, "--backend", name, "--engines", "x", **where)
-    assert (
-        wrong.returncode == 1
-        and "--engines goes with --backend tensorrt or tensorrt-rtx, got" in wrong.stderr
-    )
+    assert wrong.returncode == 1 and "--engines needs --backend tensorrt or tensorrt-rtx, got" in wrong.stderr
 
 
 def test_forecasts_know_its_layout(demo_artifact):

@@ -91,15 +91,15 @@ def test_logits_come_only_when_they_are_wanted(gpu, tiny_artifact, tiny_engines)
 def test_what_the_engines_cannot_do_is_said(gpu, tiny_artifact, tiny_engines, tmp_path):
     backend = TensorRTBackend(tiny_artifact, engines=tiny_engines)
     with pytest.raises(
-        DllmError, match="the canvas has 65 tokens, the engines hold 64: build them with --max-length 65"
+        DllmError, match="the canvas has 65 tokens, the engines support 64: build them with --max-length 65"
     ):
         backend.new_cache(1, 65)
     cache = backend.new_cache(8, 64)
     with pytest.raises(
-        DllmError, match=r"a refine call of 5 rows by 8 positions, 8 of them asked for: .* larger --max-batch"
+        DllmError, match=r"fits a refine call of 5 rows, 8 positions, statistics of 8: .* larger --max-batch"
     ):
         backend.refine(cache, slice(0, 5), window(np.zeros((5, 8), np.int64)))
-    with pytest.raises(DllmError, match=r"a prefix call of 1 rows by 30 positions, 30 of them"):
+    with pytest.raises(DllmError, match=r"a prefix call of 1 rows, 30 positions, statistics of 30"):
         backend.prefix(cache, slice(0, 1), window(np.zeros((1, 30), np.int64)))
     gpu.left = 1 << 12
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_the_length_that_a_message_asks_for_can_be_built(gpu, tmp_path):
     store.build(artifact, tmp_path / "engines", BuildConfig(max_length=64, block_length=8))
     backend = TensorRTBackend(artifact, engines=tmp_path / "engines")
     with pytest.raises(
-        DllmError, match="the canvas has 192 tokens, the engines hold 64: build them with --max-length 192"
+        DllmError, match="the canvas has 192 tokens, the engines support 64: build them with --max-length 192"
     ):
         Scheduler(backend, 2, 128)
     store.build(artifact, tmp_path / "longer", BuildConfig(max_length=192, block_length=8))
@@ -199,10 +199,10 @@ def test_tensorrt_8_6_runs_the_legacy_lowering(monkeypatch, golden_checkpoint, g
             SIZES,
         )
     modern = export_quietly(golden_checkpoint, tmp_path / "modern", dtype="fp16")
-    with pytest.raises(DllmError, match=r"which tensorrt reads from 10.16 on; installed is 8.6.1"):
+    with pytest.raises(DllmError, match=r"which needs tensorrt 10.16 or newer, got 8.6.1"):
         store.build(modern, tmp_path / "no", SIZES)
     package.__version__ = "8.5.2"
-    with pytest.raises(DllmError, match=r"tensorrt 8.5.2 is too old, 8.6 is the oldest"):
+    with pytest.raises(DllmError, match=r"tensorrt 8.5.2 is too old, expected 8.6 or newer"):
         store.build(artifact, tmp_path / "no", SIZES)
 
 

@@ -78,7 +78,7 @@ def test_the_gpu_commits_for_a_ragged_batch(gpu, golden_checkpoint, tmp_path, mo
         )
         assert ours == theirs
     with pytest.raises(
-        DllmError, match=r"a block of 16 positions: the commit kernel takes 8|no profile of the engines"
+        DllmError, match=r"a block has 16 positions, the commit kernel supports 8|no profile of the engines"
     ):
         models[1].generate(prompts, GenerationConfig(gen_length=32, block_length=16, cache="prefix"))
 
@@ -86,13 +86,13 @@ def test_the_gpu_commits_for_a_ragged_batch(gpu, golden_checkpoint, tmp_path, mo
 def test_a_changed_kernel_is_not_loaded(gpu, golden_artifact, tmp_path, monkeypatch):
     made, _ = _with_kernels(gpu, monkeypatch, golden_artifact, tmp_path)
     (made / "commit.ptx").write_text((made / "commit.ptx").read_text() + " ")
-    with pytest.raises(DllmError, match=r"commit.ptx: is missing or was changed"):
+    with pytest.raises(DllmError, match=r"commit.ptx: missing, or changed"):
         TensorRTBackend(golden_artifact, engines=tmp_path)
 
 
 def test_a_driver_that_is_too_old_for_a_kernel_is_told_so(gpu, monkeypatch):
     monkeypatch.setattr(gpu, "cuModuleLoadData", lambda image: (gpu.Code.cudaErrorInvalidValue, None))
     with pytest.raises(
-        DllmError, match=r"its PTX has version 8.7 .8.7 needs CUDA 12.8., the driver runs CUDA 13.0"
+        DllmError, match=r"its PTX has version 8.7 .8.7 needs CUDA 12.8., the driver supports CUDA 13.0"
     ):
         cuda.CudaDevice().kernel(b"//\n.version 8.7\n.target sm_90\n", "k")

@@ -186,7 +186,7 @@ def test_bench_measures_variants(demo_artifact, tmp_path, capsys):
         (["--policy", "best"], "unknown policy 'best'"),
         (["--backend", "cuda"], "unknown backend 'cuda'"),
         (["--threads", "0"], "--threads is 0"),
-        (["--checkpoint", "x"], "--checkpoint goes with --backend torch"),
+        (["--checkpoint", "x"], "--checkpoint needs --backend torch"),
         (["--ids", "1,x"], "--ids is '1,x'"),
         (["--stream", "--json"], "remove --json"),
         (["--speculate", "2147483648"], "--speculate is 2147483648, expected at most"),
@@ -234,18 +234,18 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--threshold", "0.8", "--policy", "fixed"], "threshold goes with policy threshold or margin"),
-        (["--factor", "2"], "factor goes with policy factor"),
+        (["--threshold", "0.8", "--policy", "fixed"], "threshold needs policy threshold or margin"),
+        (["--factor", "2"], "factor needs policy factor"),
         (["--steps", "20", "--policy", "factor"], "one of threshold, fixed"),
         (["--steps", "8"], "at least one step per block"),
         (
             ["--alg-temp", "0.5"],
-            "alg_temp goes with policy entropy or maskgit_plus or topk_margin, got policy 'threshold'",
+            "alg_temp needs policy entropy or maskgit_plus or topk_margin, got policy 'threshold'",
         ),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--steps", "2", "--policy", "fixed"], "at least one step per block"),
-        (["--seed", "3"], "--seed needs a --temperature"),
+        (["--seed", "3"], "--seed has no effect without random draws"),
         (["--seed", "-3", "--temperature", "1"], "seed is -3"),
         (["--temperature", "1e308"], "temperature is 1e+308"),
         (["--threads", "100000"], "--threads is 100000"),
@@ -275,4 +275,4 @@ def test_bytes_that_are_no_text_and_outputs_that_cannot_be_written(
         capsys, "replay", golden_artifact, "--record", tmp_path / "x.json", "--output", tmp_path / "y.json"
     )
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
-    assert "cannot be read" in failed(capsys, "bench", demo_artifact, "--prompts", tmp_path / "bytes.txt")
+    assert "not UTF-8 text" in failed(capsys, "bench", demo_artifact, "--prompts", tmp_path / "bytes.txt")

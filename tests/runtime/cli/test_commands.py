@@ -158,7 +158,7 @@ def test_a_package_that_does_not_load_is_named(monkeypatch, demo_artifact, capsy
     monkeypatch.syspath_prepend(folder.parent)
     with pytest.raises(
         DllmError,
-        match=r"^serve needs the package halves, which does not load \(SystemError: the other half "
+        match=r"^serve needs the package halves, but importing it failed \(SystemError: the other half "
         r".*--force-reinstall halves\.$",
     ):
         import_optional("user", "serve", "install it")

@@ -129,8 +129,8 @@ class _Cuda:
             _Cuda([b"NVIDIA L4"]),
             [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", OK, "NVIDIA L4, 24.0 GiB, compute capability 8.9")],
         ),
-        (_Cuda([]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", ABSENT, "the driver has no device")]),
-        (_Cuda([], 999), [("GPU", WARNING, "the driver does not start (CUDA error 999)")]),
+        (_Cuda([]), [("NVIDIA driver", OK, "CUDA 13.1"), ("GPU", ABSENT, "the driver reports no GPU")]),
+        (_Cuda([], 999), [("GPU", WARNING, "the driver failed to initialise (CUDA error 999)")]),
     ],
 )
 def test_gpus_are_asked_through_the_driver(monkeypatch, cuda, expected):
@@ -146,7 +146,7 @@ def test_a_driver_that_is_older_than_the_bindings_is_found(monkeypatch):
     found = gpu_check._driver(12040)
     assert (
         found.status == packages.WARNING
-        and "CUDA 12.4, and cuda-bindings is for CUDA 13" in found.said
+        and "CUDA 12.4, but cuda-bindings is for CUDA 13" in found.said
         and "cuda-bindings<13" in found.mend
     )
     assert gpu_check._driver(13000).status == packages.OK

@@ -219,7 +219,8 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     assert roofline.opening_bytes(facts, roofline.MEMORY_LAYOUTS[0], orin) == 0
     said = plan.verdict(facts, work, orin, shared)
     assert (
-        said.startswith("does not fit") and "keeps the engine's whole file in addition to its weights" in said
+        said.startswith("does not fit")
+        and "keeps the engine's whole file in memory besides its weights" in said
     )
     assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(
         facts, work, devices.DEVICES["orin-64g"], shared

@@ -163,10 +163,10 @@ def test_a_forecast_says_what_it_is(capsys):
     said = capsys.readouterr().out
     assert (
         re.search(r"this machine's CPU +[\d.]+ GiB +[\d.]+ +[\d.]+  ort, torch", said)
-        and "times are a forecast" in said
+        and "times are lower bounds" in said
     )
     assert re.search(
-        r"of this CPU a copy of \d+ GB/s and products of \d+ GFLOP/s in fp32, measured just now", said
+        r"for this CPU, measured just now: copies at \d+ GB/s, products at \d+ GFLOP/s in fp32", said
     )
     assert " MiB" in said and " KiB" in said and not re.search(r"\de-\d", said)
     assert cli.main(["plan", str(DEMO), "--quantize", "fp8"]) == 0
@@ -201,7 +201,7 @@ def test_a_forecast_says_what_it_is(capsys):
             ["--quantize", "fp8", "--device", "a100-80g"],
             "fp8 for tensorrt does not run on A100 80 GB: give --device h100",
         ),
-        (["--quantize", "w8a8", "--dtype", "bf16"], "computes the rest in fp32, --dtype is bf16"),
+        (["--quantize", "w8a8", "--dtype", "bf16"], "keeps everything else in fp32, but --dtype is bf16"),
         (["--quantize", "w8a8", "--device", "l44"], "unknown device 'l44': did you mean 'l4'"),
     ],
 )

@@ -148,8 +148,8 @@ def _raising(error):
         (OSError(12, "Cannot allocate memory"), "out of memory"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
-        (PanicException("called `Result::unwrap()` on an `Err` value:\nRegex"), "a library in Rust gave up"),
-        (RuntimeError("Symlink loop from '/a/b'"), "/a/b: a link that leads back to itself"),
+        (PanicException("called `Result::unwrap()` on an `Err` value:\nRegex"), "a Rust library failed"),
+        (RuntimeError("Symlink loop from '/a/b'"), "/a/b: a circular symbolic link"),
         (OSError(40, "Too many levels of symbolic links", "/a/b"), "/a/b: Too many levels"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "use UTF-8"),
         (DllmError("one\ntwo"), "one two"),
@@ -184,8 +184,8 @@ def test_paths_that_no_library_takes_are_said(tmp_path, demo_artifact, capsys):
     loop, strange = tmp_path / "loop", tmp_path / "o\udcff"
     loop.symlink_to(loop)
     for out, said in (
-        (loop, "a link that leads back to itself"),
-        (loop / "x", "a link that leads"),
+        (loop, "a circular symbolic link"),
+        (loop / "x", "a circular symbolic link"),
         (strange, "not UTF-8"),
         (strange / "x", "not UTF-8"),
     ):
@@ -251,7 +251,7 @@ def test_an_interrupted_verification_says_what_was_written(tmp_path, capsys, mon
     monkeypatch.setattr(exporter, "verify", interrupted)
     assert exporter.main(["--model", "llada", "--out", str(tmp_path / "a"), "--verify", "yes"]) == 130
     assert (
-        "is written, and not verified" in capsys.readouterr().err
+        "was written but not verified" in capsys.readouterr().err
         and (tmp_path / "a" / "manifest.json").is_file()
     )
 

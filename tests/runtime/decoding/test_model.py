@@ -92,7 +92,7 @@ def test_infill_fills_the_gaps_of_a_template(model):
         '<|user|>clean hall with mop, and give Mia red cups<|assistant|>[{"do": "clean", "in": '
         '"<|mdm_mask|>", "with": "<|mdm_mask|>"}, {"do": "give"'
     )
-    with pytest.raises(rt.DllmError, match="holds the mask token"):
+    with pytest.raises(rt.DllmError, match="contains the mask token"):
         model.generate([prompt], raw=True)
     config = rt.GenerationConfig(infill=True, gen_length=0)
     result = model.generate([prompt], config, raw=True)[0]
@@ -126,7 +126,7 @@ def test_prompts_as_ids_and_as_messages(model):
         ([[5] * 300], {"gen_length": 96}, "the model's 256: shorten the prompt to 160 tokens."),
         ([[5] * 300], {"gen_length": 300}, "the model's 256: shorten the prompt and lower gen_length."),
         ([[5, 999]], {}, "token id 999, expected 0 to 191"),
-        ([[5, 1, 7]], {}, "holds the mask token (1) at position 1"),
+        ([[5, 1, 7]], {}, "contains the mask token (1) at position 1"),
         ([[5]], {"threshold": 0}, "threshold is 0, expected above 0 and at most 1"),
         ([[5]], {"threshold": 2}, "threshold is 2"),
         ([[5]], {"threshold": float("nan")}, "threshold is nan"),
@@ -228,7 +228,7 @@ def test_a_temperature_needs_logits(golden_fp16, golden_artifact, monkeypatch):
     assert len(tokens) > 1
     monkeypatch.setattr(OrtBackend, "gives_logits", False)
     with pytest.raises(
-        rt.DllmError, match=r"statistics only on ort: leave them out, or export it again with HEAD=logits"
+        rt.DllmError, match=r"only statistics on ort: leave them out, or export it again with HEAD=logits"
     ):
         model.generate([[1, 2]], hot)
     with pytest.raises(rt.DllmError, match="no tokenizer: give the prompt as token ids"):
@@ -305,11 +305,11 @@ def test_a_character_that_is_split_between_blocks_is_printed_whole():
     [
         ([5], None, "a prompt is 5"),
         ([None], None, "a prompt is None"),
-        ([["a"]], None, "a prompt holds 'a'"),
-        ([[1.7]], None, "a prompt holds 1.7"),
-        ([[True]], None, "a prompt holds True"),
+        ([["a"]], None, "a prompt contains 'a'"),
+        ([[1.7]], None, "a prompt contains 1.7"),
+        ([[True]], None, "a prompt contains True"),
         ([b"abc"], None, "a prompt is b'abc'"),
-        ([[{"role": "user", "content": "x"}, 5]], None, "a prompt holds {'role'"),
+        ([[{"role": "user", "content": "x"}, 5]], None, "a prompt contains {'role'"),
         ([[5]], {"gen_length": 8}, "config is a dict"),
         ([[5]], rt.GenerationConfig(gen_length=True), "gen_length is True, expected int"),
         ([[5]], rt.GenerationConfig(threshold="0.9"), "threshold is '0.9', expected float"),

@@ -40,7 +40,7 @@ def test_what_is_written_in_place_of_a_choice_is_written_by_speculation_too(gold
 
 def test_speculation_and_steps_per_sync_are_refused_together(golden_backend, monkeypatch):
     monkeypatch.setattr(golden_backend, "steps_per_sync", 2)
-    with pytest.raises(DllmError, match="speculate and steps_per_sync are two ways to save calls"):
+    with pytest.raises(DllmError, match="speculate and steps_per_sync cannot be combined"):
         Speculating(golden_backend, [_row(golden_backend)], 2)
 
 

@@ -48,7 +48,7 @@ def test_it_decodes_and_its_options_are_checked(model, capped):
 
 def test_options_of_another_policy_are_refused_and_tuned_ones_are_taken(model, capped):
     manifest = model.manifest
-    with pytest.raises(DllmError, match="cap goes with policy capped, got policy 'threshold'"):
+    with pytest.raises(DllmError, match="cap needs policy capped, got policy 'threshold'"):
         configured({"cap": 2}, manifest)
     tuned = replace(manifest, decoding=replace(manifest.decoding, tuned={"policy": "capped", "cap": 2}))
     assert configured({}, tuned).cap == 2
@@ -109,7 +109,7 @@ def test_names_and_options_are_one_mans_only(capped):
         def select(self, stats, is_masked, state):
             return is_masked
 
-    with pytest.raises(DllmError, match="there are two of the policy 'capped'"):
+    with pytest.raises(DllmError, match="the policy 'capped' is defined twice"):
         POLICIES.register(Other)
 
     @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def test_names_and_options_are_one_mans_only(capped):
         threshold: float = option(0.5, help="another default")
 
     with pytest.raises(
-        DllmError, match=r"declares threshold with the default 0.5; other policies have it with 0.9"
+        DllmError, match=r"declares threshold with the default 0.5, but other policies declare it with 0.9"
     ):
         POLICIES.register(Different)
 
@@ -127,9 +127,9 @@ def test_names_and_options_are_one_mans_only(capped):
         name: ClassVar[str] = "taken"
         seed: int = option(1, help="what a generation has")
 
-    with pytest.raises(DllmError, match="declares seed, which every generation has"):
+    with pytest.raises(DllmError, match="declares seed, which is already an option of every generation"):
         POLICIES.register(Taken)
-    with pytest.raises(DllmError, match="is no policy: expected a class that extends Policy"):
+    with pytest.raises(DllmError, match="is not a policy: expected a class that extends Policy"):
         POLICIES.register(int, "int")
 
 

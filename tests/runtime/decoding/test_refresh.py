@@ -188,9 +188,9 @@ def test_suffixes():
     [
         ({"refresh_every": -1}, "refresh_every is -1"),
         ({"suffix": -2}, "suffix is -2"),
-        ({"suffix_decay": True}, "goes with suffix"),
-        ({"cache": "none", "refresh_every": 2}, "go with a cache"),
-        ({"refresh_window": 4}, "refresh_window goes with refresh_every"),
+        ({"suffix_decay": True}, "needs suffix"),
+        ({"cache": "none", "refresh_every": 2}, "need a cache"),
+        ({"refresh_window": 4}, "refresh_window needs refresh_every"),
         ({"gamma": -1.0}, "gamma is -1"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"low_threshold": 0.0}, "low_threshold is 0"),

@@ -103,7 +103,7 @@ def test_a_backend_that_cannot_copy_makes_every_branch(golden_backend):
     Generator(golden_backend, [plain]).run()
     Speculating(backend, [made], 4).run()
     assert _made(made) == _made(plain) and made.nfe == backend.calls < plain.nfe
-    with pytest.raises(DllmError, match="take 4 rows per call"):
+    with pytest.raises(DllmError, match="support 4 rows per call"):
         Speculating(backend, [Sequence(np.arange(3, 12), rules)], 5)
 
 

@@ -55,7 +55,7 @@ WRONG = {
     "too big": (
         "custom_dataset: !function code.too_big\n",
         ["broken"],
-        ("not enough memory", "--batch"),
+        ("out of memory", "--batch"),
     ),
     "metric": (
         "custom_dataset: !function code.rows\nmetric_list: [{metric: no_such_metric}]\n",
@@ -80,7 +80,7 @@ WRONG = {
     "asked wrongly": (
         "custom_dataset: !function code.rows\n",
         ["broken", "--gen-kwargs", "temperature"],
-        ("--gen-kwargs has 'temperature'",),
+        ("--gen-kwargs contains 'temperature'",),
     ),
 }
 CODE = """
@@ -201,5 +201,5 @@ def test_the_same_in_a_process_of_its_own(demo_artifact, tmp_path):
 def test_an_artifact_without_a_template_is_told_to_leave_chat_out(model, monkeypatch):
     harness = evaluation.Harness(model, GenerationConfig(), batch=1, samples=1, check_greedy=False)
     monkeypatch.setattr(type(model.tokenizer), "has_chat_template", False)
-    with pytest.raises(DllmError, match="leave --chat out"):
+    with pytest.raises(DllmError, match="remove --chat"):
         evaluation.run(harness, ["twin_gsm8k"], evaluation.Settings((TASKS,), False, 0, 1, True))

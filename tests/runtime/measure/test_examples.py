@@ -74,16 +74,16 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
 def test_other_encodings_are_named(made, tmp_path):
     path = tmp_path / "data"
     path.write_bytes(made)
-    with pytest.raises(DllmError, match=r"UTF-16, or no text\): save it as UTF-8"):
+    with pytest.raises(DllmError, match=r"UTF-16 or binary\): save it as UTF-8"):
         examples.read(path)
 
 
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (b"", "holds no prompt"),
-        (BOM, "holds no prompt"),
-        (b"\n \r\n", "holds no prompt"),
+        (b"", "contains no prompt"),
+        (BOM, "contains no prompt"),
+        (b"\n \r\n", "contains no prompt"),
         (b"gr\xfc\xdfe", "cannot be read"),
     ],
 )

@@ -170,7 +170,7 @@ def test_what_is_given_goes_before_what_was_tuned(golden_artifact):
     assert configured({"threshold": 0.7}, manifest).policy == "threshold"
     assert configured({"cache": "none"}, manifest).refresh_every == 1
     object.__setattr__(manifest.decoding, "tuned", {"magic": 1})
-    with pytest.raises(DllmError, match="'magic', which this version does not know"):
+    with pytest.raises(DllmError, match="'magic', which this version does not support"):
         configured({}, manifest)
 
 
@@ -181,8 +181,8 @@ def test_wrong_use_is_one_line(demo_artifact, tmp_path, capsys):
     for name, more, said in (
         ("nowhere", [], "cannot be read"),
         ("bad.jsonl", [], "line 1: expected"),
-        ("broken.jsonl", [], "is no JSON"),
-        ("empty.txt", [], "holds no prompt"),
+        ("broken.jsonl", [], "not valid JSON"),
+        ("empty.txt", [], "contains no prompt"),
         ("bad.jsonl", ["--max-drop", "-1"], "--max-drop is -1"),
         ("bad.jsonl", ["--match", "jsn"], "did you mean 'json'"),
     ):

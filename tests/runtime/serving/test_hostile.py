@@ -67,7 +67,7 @@ def test_threads_that_cannot_be_stopped_are_bounded_and_said():
             with pytest.raises(Failure, match="not prepared"):
                 await preparing.run(go.wait)  # in C: no exception reaches it
         assert preparing.is_stuck
-        with pytest.raises(Failure, match="other prompts"):
+        with pytest.raises(Failure, match="preparing other prompts"):
             await preparing.run(lambda: 1)
         go.set()
         while preparing.is_stuck:
@@ -99,7 +99,7 @@ def test_a_panic_is_of_its_request_alone(model, monkeypatch):
         monkeypatch.setattr(model.tokenizer, "_tokenizer", held)
         monkeypatch.setattr(model.tokenizer._detokenizer, "_tokenizer", held)
         answer = post(url, CHAT)
-        assert answer.status_code == 400 and "tokenizer fails" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "tokenizer failed" in answer.json()["error"]["message"]
         held.is_down = "decode"
         for stream in (False, True):
             answer = post(url, CHAT | {"stream": stream})
@@ -211,7 +211,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("cls", "name", "said"),
-    [("OrtBackend", "forward", "a forward does not end"), ("Worker", "stop", "something does not end")],
+    [("OrtBackend", "forward", "a forward is stuck"), ("Worker", "stop", "a thread or task is stuck")],
 )
 def test_a_process_that_something_holds_ends_with_a_line(demo_artifact, cls, name, said):
     """A forward that never returns, and any other thread that does not."""

@@ -101,13 +101,13 @@ def test_bodies_that_are_no_request(demo):
         "application/octet-stream",
     ):
         assert _raw(url, good.encode(), kind).status_code == 200, kind
-        assert "not JSON" in _said(_raw(url, b"--x", kind))
+        assert "not valid JSON" in _said(_raw(url, b"--x", kind))
     for content in (
         '{"model": "é"}'.encode("latin-1"),
         b"\xff\xfe{",
         good[:-1].encode() + b', "max_tokens": ' + b"9" * 5000 + b"}",
     ):
-        assert "not JSON" in _said(_raw(url, content)), content[:40]
+        assert "not valid JSON" in _said(_raw(url, content)), content[:40]
     for content in (b"", b"null", b"[]", b'"x"', b"5"):
         assert "not a JSON object" in _said(_raw(url, content)), content
     for content in (b"[" * 100_000, b'{"a":' * 50_000):

@@ -206,7 +206,7 @@ def test_replicas_are_killed_and_replaced_under_load(demo_artifact, model):
         until(lambda: httpx.get(f"{url}/ready").json().get("replicas") == {"RUNNING": 2}, seconds=30)
         cut, old = load.cut, _replicas(process.pid)
         process.send_signal(signal.SIGHUP)
-        until(lambda: any("are replaced" in line for line in lines), seconds=60)
+        until(lambda: any("replaced the replicas" in line for line in lines), seconds=60)
         until(lambda: not old & _replicas(process.pid), seconds=30)
         load.wait(20)
         assert load.cut == cut and len(_replicas(process.pid)) == 2
@@ -249,5 +249,5 @@ def test_replicas_that_cannot_be_had_are_one_line(demo_artifact, capsys):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert (
-        done.returncode == 1 and len(errors) == 1 and "512 replicas take 1024 CPUs, Ray has" in errors[0]
+        done.returncode == 1 and len(errors) == 1 and "512 replicas need 1024 CPUs, but Ray has" in errors[0]
     ), done.stderr

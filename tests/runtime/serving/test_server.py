@@ -95,7 +95,7 @@ def test_lanes_that_cannot_be_had(model, monkeypatch):
     with pytest.raises(DllmError, match="at most one per slot"):
         create_app(model, ServeOptions(name="demo", slots=1, lanes=2))
     monkeypatch.setattr(model.backend, "is_concurrent", False)
-    with pytest.raises(DllmError, match="takes one call at a time"):
+    with pytest.raises(DllmError, match="supports one call at a time"):
         create_app(model, ServeOptions(name="demo", lanes=2))
 
 

@@ -33,7 +33,7 @@ def test_the_default_canvas_is_what_memory_holds(demo_artifact, model, monkeypat
         == room.longest_canvas(facts, 8, None, free=0)
     )
     assert room.longest_canvas(facts, 8, 500, free=1) == 500
-    with pytest.raises(DllmError, match="--max-length is 131073, expected up to 131072"):
+    with pytest.raises(DllmError, match="--max-length is 131073, expected at most 131072"):
         room.longest_canvas(facts, 8, 131_073, free=1)
     with pytest.raises(DllmError, match=r"--slots.*--max-length"):
         room.longest_canvas(facts, 8, None, free=8 * each * 100)
@@ -50,7 +50,7 @@ def test_the_start_line_says_what_was_chosen(demo_artifact, monkeypatch, capsys)
     monkeypatch.setattr("trt_runtime.serving.room.free_memory", lambda: 2 * one * (64 + 128))
     assert cli.main(["serve", str(demo_artifact), "--port", "0", "--slots", "1", "--threads", "1"]) == 0
     said = capsys.readouterr().out
-    assert "1 slots of 128 tokens" in said and "what half of the free memory holds" in said
+    assert "1 slots of 128 tokens" in said and "limited by half of the free memory" in said
     assert cli.main(["serve", str(demo_artifact), "--port", "0", "--slots", "64", "--threads", "1"]) == 1
     said = capsys.readouterr().err
     assert "--slots" in said and "--max-length" in said and len(said.splitlines()) == 1

@@ -118,7 +118,7 @@ def test_clients_are_told_nothing_of_the_command_line(demo, model, monkeypatch):
         ), said
     monkeypatch.setattr(type(model.backend), "gives_logits", property(lambda self: False))
     said = post(demo[0], CHAT | {"temperature": 1}).json()["error"]["message"]
-    assert "leave out temperature" in said and "--" not in said
+    assert "remove temperature" in said and "--" not in said
     held, model.tokenizer = model.tokenizer, None
     try:
         said = post(demo[0], {"model": "demo", "prompt": "x"}, "completions").json()["error"]["message"]
@@ -126,5 +126,5 @@ def test_clients_are_told_nothing_of_the_command_line(demo, model, monkeypatch):
     finally:
         model.tokenizer = held
     assert spoken(
-        DllmError("gen_length is 0 (--gen-length): suffix_decay goes with suffix: x (generate --ids).")
-    ) == ("max_tokens is 0: suffix_decay goes with suffix_masks: x.")
+        DllmError("gen_length is 0 (--gen-length): suffix_decay needs suffix: x (generate --ids).")
+    ) == ("max_tokens is 0: suffix_decay needs suffix_masks: x.")

@@ -39,7 +39,7 @@ class OrtBackend(OrtSession):
         dtype = self.manifest.model.dtype
         if dtype not in _DTYPES:
             raise DllmError(
-                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not compute on a CPU: export with "
+                f"{artifact}: dtype is {dtype}, which ONNX Runtime does not support on a CPU: export with "
                 f"DTYPE=fp32 or fp16."
             )
 

@@ -64,7 +64,7 @@ class OrtCudaBackend(OrtSession):
         manifests.check_runs_on_gpu(self.manifest, str(artifact))
         if not self.manifest.dims.writes_caches:
             raise DllmError(
-                f"{artifact}: has the legacy lowering, which does not run on CUDA: export with "
+                f"{artifact}: uses the legacy lowering, which is not supported on CUDA: export with "
                 f"--lowering modern."
             )
         # CUDA's libraries, if they are installed as Python packages

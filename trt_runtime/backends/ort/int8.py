@@ -1,12 +1,12 @@
-"""Whether this processor multiplies 8-bit numbers right, and what ONNX Runtime must be told so that it does.
+"""Whether this processor multiplies 8-bit numbers correctly, and the session options that ONNX Runtime needs.
 
 ONNX Runtime's u8 x s8 product adds neighbouring products in 16 bits on x86 processors without VNNI (only
-AVX2, or AVX-512 from before 2019). The sum of two products of large numbers does not fit and is cut off:
+AVX2, or AVX-512 from before 2019). The sum of two products of large numbers saturates:
 outputs are wrong by up to a third, without an error. With the session option `session.x64quantprecision` = 1
 the weights are shifted to unsigned, and the product is exact, at some cost in speed; with VNNI the option
-would cost more than half of the speed and mend nothing. So nothing is taken from the processor's name: each
-operator that an artifact uses is run once on numbers whose exact product is known and does not fit 16 bits,
-first as it is, then with the option. If both are wrong the artifact is not run.
+would cost more than half of the speed and is not needed. The processor's name does not decide: each operator
+that an artifact uses is run once on numbers whose exact product is known and does not fit 16 bits, first
+without the option, then with it. If both results are wrong, the artifact is refused.
 
 Shape letters: M rows of activations, K inputs, N outputs.
 """
@@ -55,10 +55,10 @@ def settings_for(scheme: str) -> dict[str, str]:
         needed = exact_with(name)
         if needed is None:
             raise DllmError(
-                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers wrongly on this processor ({name}: "
-                f"exact {exact(name):.0f}, got {computed(name, SETTINGS[0]):.0f}): this artifact would "
-                "answer wrongly: use another version of onnxruntime, or an artifact that is not quantised "
-                "for the CPU."
+                f"ONNX Runtime {ort.__version__} multiplies 8-bit numbers incorrectly on this processor "
+                f"({name}: expected {exact(name):.0f}, got {computed(name, SETTINGS[0]):.0f}), so this "
+                "artifact would give wrong answers: use another version of onnxruntime, or an artifact "
+                "that is not quantised for the CPU."
             )
         settings |= needed
     return settings

@@ -1,5 +1,5 @@
-"""ONNX Runtime on any of its devices: one session on the refine graph runs both roles, so the weights are
-held once.
+"""ONNX Runtime on any of its devices: one session on the refine graph runs both roles, so the weights are in
+memory once.
 
 A prefix pass is the refine graph over the whole canvas at index 0. Caches are updated in place: each is bound
 as input and as output of the same memory, and no step copies one. (Graphs of the legacy lowering return the
@@ -47,14 +47,12 @@ class Buffers(ABC):
 
 
 class OrtSession(Backend):
-    """An artifact on ONNX Runtime, whatever the device.
+    """An artifact on ONNX Runtime, on any device.
 
-    threads: of a matrix product on the CPU; None takes the physical cores. steps_per_sync: refine steps, each
-    with its commit, before
-    the host synchronises. role: the graph to open (the prefix graph is for tests that compare it with the
-    refine graph). model_bytes: a variant
-    of it over the same weights. optimise: whether ONNX Runtime may change the graph; without it every node
-    runs unchanged.
+    threads: for each forward on the CPU; None takes the physical cores. steps_per_sync: refine steps, each
+    with its commit, before the host synchronises. role: the graph to open (the prefix graph is for tests that
+    compare it with the refine graph). model_bytes: a variant of that graph over the same weights. optimise:
+    whether ONNX Runtime may change the graph; without it every node runs unchanged.
     """
 
     name = "ort"
@@ -136,7 +134,9 @@ class OrtSession(Backend):
     def _write(self, cache: Cache, slots: slice, window: Window, outputs: list[Any]) -> None:
         """Write the window's rows into the caches, which graphs of the legacy lowering leave to the
         caller."""
-        raise DllmError(f"the legacy lowering does not run on {self.device}: export with --lowering modern.")
+        raise DllmError(
+            f"the legacy lowering is not supported on {self.device}: export with --lowering modern."
+        )
 
     def _entries(self) -> dict[str, str]:
         """Session options that the device needs."""
@@ -183,7 +183,7 @@ class OrtSession(Backend):
         if self.provider not in session.get_providers():  # it falls back to the CPU silently
             raise DllmError(
                 f"ONNX Runtime {ort.__version__} opened the model on {', '.join(session.get_providers())} "
-                "instead of CUDA: its CUDA provider did not load; 'dllm-trt doctor' says what it lacks."
+                "instead of CUDA: its CUDA provider did not load; 'dllm-trt doctor' says what is missing."
             )
         return session
 
@@ -228,7 +228,7 @@ class OrtSession(Backend):
             for spec in described:
                 if actual.get(spec.name) != (spec.dtype, spec.axes):
                     raise DllmError(
-                        f"{artifact}: the {self.role} graph has {spec.name} as {actual.get(spec.name)}, the "
+                        f"{artifact}: {spec.name} of the {self.role} graph is {actual.get(spec.name)}, the "
                         f"manifest says {(spec.dtype, spec.axes)}: the artifact's files come from "
                         "different exports: export it again."
                     )

@@ -1,9 +1,9 @@
 """TensorRT and TensorRT-RTX: engines run on a GPU through cuda-python, without torch.
 
-Caches lie on the GPU, one address for input and output (caches.py). A call copies a few small arrays in,
-queues one execution, and copies the statistics out (calls.py). Each profile has an execution context, and all
-contexts share one scratch memory, for they run one after the other. A refine step of a shape that comes again
-is recorded as a CUDA graph (recorded.py).
+Caches stay on the GPU, with one address for input and output (caches.py). A call copies a few small arrays
+in, queues one execution, and copies the statistics out (calls.py). Each profile has an execution context, and
+all contexts share one scratch memory, because they run one after the other. A refine step whose shape is
+repeated is recorded as a CUDA graph (recorded.py).
 
 Shape letters as in contract.py.
 """
@@ -35,10 +35,10 @@ from trt_runtime.errors import BackendError, DllmError
 class TensorRTBackend(Backend):
     """An artifact on TensorRT engines that `dllm-trt build` made.
 
-    engines: the directory that holds them. device: the GPU's number. cuda_graphs: record refine steps.
-    steps_per_sync: refine steps that the GPU makes by itself before the host synchronises (above 1, with
-    engines built with --plugins). batch, length: rows at a time and tokens that the engines must at least
-    take.
+    engines: the directory of the engine cache. device: the GPU's number. cuda_graphs: record refine steps.
+    steps_per_sync: refine steps that the GPU runs before the host synchronises (above 1 it needs engines
+    built with --plugins). batch, length: the rows per call and tokens per canvas that the engines must at
+    least support.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -87,7 +87,7 @@ class TensorRTBackend(Backend):
         """A cache of the engines' fixed capacity. Raises DllmError if that is too small."""
         if capacity > self.capacity:
             raise DllmError(
-                f"the canvas has {capacity} tokens, the engines hold {self.capacity}: build them with "
+                f"the canvas has {capacity} tokens, the engines support {self.capacity}: build them with "
                 f"--max-length {capacity}."
             )
         buffers = self._pool.pop((batch, self.capacity), None) or self._caches.allocate(batch)
@@ -133,8 +133,8 @@ class TensorRTBackend(Backend):
         call, kernel = self._calls.prepare("refine", window), self._commit
         if kernel is None or call.inputs["input_ids"].dtype != np.int64:
             raise DllmError(
-                f"{self.directory}: has no commit kernel for steps_per_sync: build with --plugins, and "
-                f"TensorRT 10 or newer."
+                f"{self.directory}: has no commit kernel, which steps_per_sync needs: build with --plugins "
+                f"and TensorRT 10 or newer."
             )
         running = kernel.begin(rules, call.shape[2])
         self._upload_inputs(call)

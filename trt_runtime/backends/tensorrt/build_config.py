@@ -35,15 +35,14 @@ _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. Sizes: rows at a time, tokens of the longest canvas (the cache's capacity, rounded up),
+    """What to build. Sizes: rows per call, tokens of the longest canvas (the cache's capacity, rounded up),
     tokens of a block.
 
-    max_rows: positions whose statistics one forward may ask for; None is block_length (a Dream without blocks
-    asks for the canvas).
-    targets: only for TensorRT-RTX. optimization_level: 0 to 5; None is the builder's own. strip: leave the
-    weights out, and put
-    them in from the artifact when the engine is opened. plugins: kernels of plugins/ instead of layers.
-    inspect: also write what the builder made of each layer.
+    max_rows: positions whose statistics one forward may request; None is block_length (a Dream without blocks
+    requests the whole canvas).
+    targets: only for TensorRT-RTX. optimization_level: 0 to 5; None is the builder's own. strip: build
+    without the weights, which are loaded from the artifact when the engine is opened. plugins: replace layers
+    by the kernels of plugins/. inspect: also write what the builder made of each layer.
     """
 
     backend: str = "tensorrt"
@@ -75,15 +74,15 @@ class BuildConfig:
                 raise unknown("target", target, SM_TARGETS)
         if self.targets and self.backend != "tensorrt-rtx":
             raise DllmError(
-                f"--target {','.join(self.targets)} goes with --backend tensorrt-rtx: TensorRT builds for "
-                f"its own GPU."
+                f"--target {','.join(self.targets)} needs --backend tensorrt-rtx: TensorRT builds only for "
+                f"this machine's GPU."
             )
         check_counts(self, "max_batch", "max_length", "block_length", "max_rows")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise DllmError(f"--optimization-level is {self.optimization_level}, expected 0 to 5.")
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
-                raise DllmError(f"--{name} goes with --backend tensorrt: TensorRT-RTX does not support it.")
+                raise DllmError(f"--{name} needs --backend tensorrt: TensorRT-RTX does not support it.")
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         block = min(self.block_length, length)
@@ -119,20 +118,19 @@ def check_version(manifest: Manifest, config: BuildConfig, trt: Any) -> None:
     if version < _LEAST[config.backend]:
         oldest = ".".join(map(str, _LEAST[config.backend]))
         raise DllmError(
-            f"{config.backend} {trt.__version__} is too old, {oldest} is the oldest that can be used: "
-            f"update it."
+            f"{config.backend} {trt.__version__} is too old, expected {oldest} or newer: update it."
         )
     for name, since in _SINCE.items():
         if getattr(config, name) and config.backend == "tensorrt" and version < since:
             raise DllmError(
-                f"--{name} needs TensorRT {'.'.join(map(str, since))}, installed is {trt.__version__}: "
-                f"leave it out, or update."
+                f"--{name} needs TensorRT {'.'.join(map(str, since))} or newer, got {trt.__version__}: "
+                f"remove it, or update TensorRT."
             )
     if manifest.lowering == MODERN and version < least:
         raise DllmError(
-            f"the artifact has the modern lowering, which {config.backend} reads from "
-            f"{'.'.join(map(str, least))} on; installed is "
-            f"{trt.__version__}: update it, or export with --lowering legacy."
+            f"the artifact uses the modern lowering, which needs {config.backend} "
+            f"{'.'.join(map(str, least))} or newer, got {trt.__version__}: update it, or export with "
+            f"--lowering legacy."
         )
 
 
@@ -141,6 +139,6 @@ def check_scheme(manifest: Manifest, capabilities: list[int]) -> None:
     least = SCHEME_FROM.get(scheme, 0)
     if older := [capability for capability in capabilities if capability < least]:
         raise DllmError(
-            f"the artifact is quantised with {scheme}, which GPUs compute from SM{least} on; this one is "
+            f"the artifact is quantised with {scheme}, which needs a GPU of SM{least} or newer, got "
             f"SM{older[0]}: export it with --quantize int8-sq or int4 --target tensorrt."
         )

@@ -101,7 +101,7 @@ def serialised(
             str(parser.get_error(i).desc()).splitlines()[0] for i in range(min(3, parser.num_errors))
         )
         raise DllmError(
-            f"{job.graph}: {package} {trt.__version__} does not read it ({said}): export with --lowering "
+            f"{job.graph}: {package} {trt.__version__} cannot parse it ({said}): export with --lowering "
             f"legacy."
         )
     specs = contract.inputs(job.role, manifest.dims)
@@ -124,7 +124,7 @@ def serialised(
         monitor.end()
     if engine is None:
         raise DllmError(
-            f"{job.graph}: {package} {trt.__version__} did not build it ({logger.last or 'no message'})."
+            f"{job.graph}: {package} {trt.__version__} could not build it ({logger.last or 'no message'})."
         )
     learnt = settings.get_timing_cache() if timing is not None else None
     return engine, None if learnt is None else bytes(learnt.serialize())
@@ -159,7 +159,7 @@ def check_inputs(network: Any, expected: list[str], graph: Path) -> None:
     """Raise DllmError for an input that no output depends on: a sign that the parser ignored something."""
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     if inputs != expected:
-        raise DllmError(f"{graph}: has the inputs {inputs}, the contract says {expected}: export it again.")
+        raise DllmError(f"{graph}: the inputs are {inputs}, expected {expected}: export it again.")
     maker = {layer.get_output(k).name: layer for layer in _layers(network) for k in range(layer.num_outputs)}
     read, waiting = set[str](), [network.get_output(i).name for i in range(network.num_outputs)]
     while waiting:  # backwards from the outputs, because unused layers do not count
@@ -238,8 +238,8 @@ def _no_cublas(trt: Any, network: Any, settings: Any, dtype: str) -> None:
 
 _FUSED = "attention without a fused kernel may be decomposed; otherwise the build fails"
 _EXACT = (
-    "fp32 is fp32: by default products of fp32 are rounded to TF32 (16-bit models lose nothing by "
-    "that: their numbers fit)"
+    "by default fp32 products are rounded to TF32, which is too coarse for an fp32 model (16-bit numbers fit "
+    "TF32 exactly)"
 )
 WORKAROUNDS = (
     Workaround(_FUSED, _decompose_attention, since=(10, 16)),

@@ -23,7 +23,7 @@ _HOST_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}  # Nu
 @dataclass
 class DeviceBuffers:
     """The caches of a model by name, and its recorded steps by key, the latest last (None: the step ran
-    once)."""
+    once, and is not recorded yet)."""
 
     caches: dict[str, cuda.DeviceMemory]
     steps: OrderedDict[Key, RecordedStep | None] = field(default_factory=OrderedDict)

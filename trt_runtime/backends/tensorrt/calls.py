@@ -27,9 +27,9 @@ Shape = tuple[int, int, int]  # B, S, R of a call
 class Call:
     """A call whose inputs are in pinned memory.
 
-    engine, profile: that take it; shape: as it is run. inputs, outputs: arrays in pinned memory by name;
-    input_addresses and
-    output_addresses: where they lie on the GPU. input_bytes, output_bytes: how much of each arena they take.
+    engine, profile: where it runs; shape: as it is run. inputs, outputs: arrays in pinned memory by name;
+    input_addresses, output_addresses: their addresses on the GPU. input_bytes, output_bytes: the bytes of
+    each arena in use.
     """
 
     engine: OpenEngine
@@ -92,10 +92,10 @@ class Calls:
             if all(n <= most for n, most in zip(shape, profile.largest, strict=True))
         ]
         if not fitting:
-            asked = "{} rows by {} positions, {} of them asked for".format(*shape)
+            asked = "{} rows, {} positions, statistics of {}".format(*shape)
             raise DllmError(
-                f"a {role} call of {asked}: no profile of the engines in {self._engines.directory.name} "
-                "takes it: build them with a larger --max-batch, --max-length, --block-length or --max-rows."
+                f"no profile of the engines in {self._engines.directory.name} fits a {role} call of {asked}: "
+                "build them with a larger --max-batch, --max-length, --block-length or --max-rows."
             )
         _, index, engine = min(fitting, key=lambda item: item[0])
         return engine, index

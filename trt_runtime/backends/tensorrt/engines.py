@@ -1,9 +1,9 @@
 """Engines opened: read from the disk piece by piece, checked against the contract, filled with weights where
 they have none, and their contexts.
 
-All contexts share one working memory, for they run one after the other. TensorRT-RTX compiles kernels for the
-shapes that it meets, keeps them in a runtime cache, and records CUDA graphs by itself: a graph recorded from
-outside would be stale once better kernels are there.
+All contexts share one working memory, because they run one after the other. TensorRT-RTX compiles kernels for
+the shapes that it sees, keeps them in a runtime cache, and records CUDA graphs by itself: a graph recorded
+from outside would become stale when a better kernel is ready.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ _LOG = logging.getLogger(__name__)
 @dataclass
 class OpenEngine:
     """A deserialised engine: its graph's role, inputs and outputs, its profiles, and a context for each that
-    was needed. `tensors` are
-    the names that it knows: a prefix engine of the legacy lowering has no caches."""
+    was needed. `tensors` are its inputs and outputs: a prefix engine of the legacy lowering has no caches."""
 
     name: str
     role: str
@@ -89,7 +88,7 @@ class Engines:
             _set_scratch(context, self._scratch)
         if context is None or not context.set_optimization_profile_async(index, self.device.stream):
             raise BackendError(
-                f"TensorRT gave no context for '{entry.profiles[index].name}': "
+                f"TensorRT could not create a context for '{entry.profiles[index].name}': "
                 f"{self.logger.last or 'no message'}"
             )
         self.device.synchronize()
@@ -115,7 +114,7 @@ class Engines:
             opened = self._runtime.deserialize_cuda_engine(source)
         if opened is None:
             raise DllmError(
-                f"{file}: TensorRT {self.trt.__version__} does not open it "
+                f"{file}: TensorRT {self.trt.__version__} cannot load it "
                 f"({self.logger.last or 'no message'}): build it again."
             )
         role = "prefix" if name == "prefix" else "refine"
@@ -131,8 +130,7 @@ class Engines:
         names = {opened.get_tensor_name(i) for i in range(opened.num_io_tensors)}
         if names != expected or opened.num_optimization_profiles != len(listed):
             raise DllmError(
-                f"{file}: has the tensors {sorted(names)}, the contract says {sorted(expected)}: build it "
-                f"again."
+                f"{file}: its tensors are {sorted(names)}, expected {sorted(expected)}: build it again."
             )
         return OpenEngine(name, role, listed, inputs, outputs, names, opened)
 
@@ -144,7 +142,7 @@ class Engines:
         data = builder.with_capacity(graph, self.capacity)
         if not filler.refit_from_bytes(data, str(graph)) or not refitter.refit_cuda_engine():
             raise DllmError(
-                f"{graph}: its weights do not go into the engine ({self.logger.last or 'no message'}): "
+                f"{graph}: its weights do not fit the engine ({self.logger.last or 'no message'}): "
                 f"build it without --strip."
             )
 
@@ -198,7 +196,7 @@ class RTXEngines(Engines):
         """The kernels compiled in earlier runs on this GPU, or nothing yet."""
         runtime_cache, file = runtime_config.create_runtime_cache(), self._cache_file(name)
         if file.is_file() and not runtime_cache.deserialize(file.read_bytes()):
-            _LOG.warning("%s: not read: of another version or damaged; kernels are compiled anew", file)
+            _LOG.warning("%s: ignored: damaged or of another version; kernels are compiled again", file)
             runtime_cache.reset()
         return runtime_cache
 

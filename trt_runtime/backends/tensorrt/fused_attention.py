@@ -1,8 +1,9 @@
-"""What attention became in an engine: read from the engine's own bytes, which hold the source and the launch
-arguments of kernels that are compiled when it runs (TensorRT-RTX), or the names of compiled ones (TensorRT).
+"""Which attention kernels an engine uses, read from the engine's own bytes: they contain the source and the
+launch arguments of kernels that are compiled at run time (TensorRT-RTX), or the names of compiled kernels
+(TensorRT).
 
-A 16-bit attention that finds no fused kernel is decomposed: correct, but slow, and without a word from the
-builder. One that sums in fp16 is less exact.
+A 16-bit attention without a fused kernel is decomposed: correct but slow, and the builder does not report it.
+A kernel that sums in fp16 is less exact.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _NAMES = re.compile(rb"(?:gemm_mha|fmha|mha_v\d)\w{0,80}")  # TensorRT's names o
 @dataclass(frozen=True)
 class FusedKernel:
     """A kind of fused attention kernel. dtype: of q, k and v; sums: of the scores and their product with v;
-    scale: what scores are multiplied by in the
-    kernel. None: the engine does not say."""
+    scale: the factor of the scores inside the
+    kernel. None: unknown, the engine does not say."""
 
     dtype: str | None
     sums: str | None
@@ -59,7 +60,7 @@ def complaint(kernels: dict[FusedKernel, int], dtype: str, name: str) -> str:
         return ""  # no package has a fused kernel for it
     if not kernels:
         return (
-            f"{name}: no fused attention kernel was found in the engine: attention is decomposed: correct "
+            f"{name}: the engine has no fused attention kernel: attention is decomposed, which is correct "
             f"but slow"
         )
     if any(kernel.sums is not None and kernel.sums != "fp32" for kernel in kernels):

@@ -87,7 +87,7 @@ class Recorder:
         except BackendError as error:  # some layers cannot be captured; the run before it was good
             self.unrecorded.add(call.key)
             _LOG.warning(
-                "%s: a step of %d rows by %d positions cannot be recorded as a CUDA graph, and is queued "
+                "%s: a step of %d rows by %d positions cannot be recorded as a CUDA graph and is queued "
                 "layer by layer: %s",
                 self._directory,
                 *call.shape[:2],

@@ -182,8 +182,8 @@ def build(
 def _build_one(
     job: BuildJob, file: Path, manifest: Manifest, config: BuildConfig, trt: Any, timing: Path
 ) -> dict[fused_attention.FusedKernel, int]:
-    """Build an engine into a file; returns what its attention became. timing: the timing cache, which is read
-    and replaced."""
+    """Build an engine into a file; returns its fused attention kernels. timing: the timing cache, which is
+    read and replaced."""
     learnt = None if config.backend != "tensorrt" else timing.read_bytes() if timing.is_file() else b""
     engine, learnt = builder.serialised(job, manifest, config.backend, trt, learnt)
     file.write_bytes(engine)
@@ -195,13 +195,13 @@ def _build_one(
 
 
 def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
-    """What the engines were built for. Raises DllmError, naming the field, if that differs from what is
-    wanted, or a file was changed."""
+    """What the engines were built for. Raises DllmError, naming the field, if that differs from
+    `description`, or if a file is missing or changed."""
     built_for, files = _read(directory)
     for name, expected in description.items():
         if built_for.get(name) != json.loads(json.dumps(expected)):
             raise DllmError(
-                f"{directory}: its engines were built for {name} {built_for.get(name)}, wanted is "
+                f"{directory}: its engines were built for {name} {built_for.get(name)}, expected "
                 f"{expected}: build them again."
             )
     for name, facts in files.items():
@@ -211,7 +211,7 @@ def check(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
             or file.stat().st_size != facts.size
             or manifests.sha256_of(file) != facts.sha256
         ):
-            raise DllmError(f"{file}: is missing or was changed since it was built: build the engines again.")
+            raise DllmError(f"{file}: missing, or changed since it was built: build the engines again.")
     return built_for
 
 
@@ -226,7 +226,8 @@ class Needs:
 
 def find(root: Path, wanted: dict[str, Any], needs: Needs | None = None) -> Path:
     """The engines below `root` that fit `circumstances` and `needs`. Raises DllmError, saying what is there
-    instead. Preferred are engines with kernels, then for more rows, then for the shorter canvas."""
+    instead. Preferred are engines with kernels, then those for more rows, then those for the shorter
+    canvas."""
     needs, fitting, others = needs or Needs(), [], []
     for file in sorted(root.glob(f"*/{FILE_NAME}")):
         built_for, _ = _read(file.parent)
@@ -280,8 +281,8 @@ def _plugins(
     manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
 ) -> tuple[Callable[[Any, Any], None] | None, dict[str, Any], dict[str, str]]:
     """The function that puts kernels into a parsed network, facts about all kernels with their hashes, and
-    the files of those that the runtime launches. TensorRT-RTX takes no plugins: its engines have the commit
-    kernel only."""
+    the files of those that the runtime launches. TensorRT-RTX does not support plugins: its engines have
+    the commit kernel only."""
     mend = commands.install("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
     commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)

@@ -115,8 +115,8 @@ class LocalLeap(Policy):
 
 @dataclass(frozen=True)
 class Hierarchy(Policy):
-    """dInfer's hierarchical decoding (arXiv 2510.08666): what is committed splits the masked span, and every
-    part goes on by itself.
+    """dInfer's hierarchical decoding (arXiv 2510.08666): committed positions split the masked span, and every
+    part is decoded independently.
 
     All positions with confidence >= threshold; and of each run of neighbouring masks the most confident one,
     if that has >= low_threshold.
@@ -168,12 +168,12 @@ class Prophet(Policy):
 
 @dataclass(frozen=True)
 class SlowFast(Policy):
-    """SlowFast sampling (arXiv 2506.10848): slow, one position a forward, until it is known how far the model
-    sees; then fast up to there.
+    """SlowFast sampling (arXiv 2506.10848): slow, one position per forward, until the model's horizon is
+    stable; then fast, many positions per forward up to the horizon.
 
-    It sees as far as the last position with confidence >= low_threshold. That is known when it has stayed
-    within a variance of 1 over two forwards of the block, or after six; then all positions up to there with
-    confidence >= threshold are committed. (In the paper the span is the block's own.)
+    The horizon is the last position with confidence >= low_threshold. It is stable when its variance over two
+    forwards of the block is at most 1, or after six forwards; then all positions up to it with confidence >=
+    threshold are committed. (In the paper the span is the block's own.)
     """
 
     name: ClassVar[str] = "slowfast"

@@ -47,8 +47,8 @@ class BlockState:
 
     num_masked: masks that the policy has to commit in the block. step: forwards already made in it, of which
     `forced` (0 or 1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same
-    in every forward. rng: for what is drawn anew in each forward. These two are there for policies that draw;
-    None for the others. positions: of the candidates [R] on the canvas. before: candidates and their
+    in every forward. rng: for what is drawn anew in each forward. Both are set only for policies that draw,
+    else None. positions: of the candidates [R] on the canvas. before: candidates and their
     confidence in each earlier forward of the block.
     """
 
@@ -79,8 +79,8 @@ class Policy(ABC):
     """Commits at least one masked position in each call, unless none is masked. A frozen dataclass whose
     options are fields (options.py).
 
-    name: on the command line and in requests. is_joint: it judges all candidates together, so it may commit
-    one for the sake of the others.
+    name: on the command line and in requests. is_joint: it judges all candidates together, so whether it
+    commits one may depend on the others.
     is_schedule: how many positions a forward commits follows a schedule of `steps`. trials: sets of option
     values that 'dllm-trt tune' tries.
     A field `steps_per_block: int | None` receives the steps of one block, where the user gave `steps`.
@@ -137,7 +137,7 @@ def without_confidence(stats: RowStats, which: Bools) -> RowStats:
 def select_holding_back(policy: Policy, stats: RowStats, is_end: Bools, state: BlockState) -> Bools:
     """What `policy` commits from all candidates [R], but end tokens (`is_end` [R]) only once no other
     candidate is left (LLaDA's evaluations set the confidence of end tokens to 0). stats: from
-    `without_confidence`; this function also holds policies to it that look at no statistics."""
+    `without_confidence`; this function also enforces it for policies that ignore the statistics."""
     if policy.is_joint and not is_end.all():
         return policy.select(stats, ~is_end, state)
     chosen = policy.select(stats, np.ones_like(is_end), state)

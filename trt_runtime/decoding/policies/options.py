@@ -74,7 +74,7 @@ class Option:
         if isinstance(value, (bool, str)) or (self.off is not None and value == self.off):
             return
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise DllmError(f"{self.name} has more than 63 bits, expected a smaller number.")
+            raise DllmError(f"{self.name} is too large: expected a number below 2^63.")
         if (
             not (self.low < value if self.low_is_open else self.low <= value)
             or not value <= self.high

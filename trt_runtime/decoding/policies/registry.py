@@ -16,15 +16,15 @@ def _check(policy: type[Policy]) -> None:
         item.check(item.default)
         if item.name in LOOP_OPTIONS:
             raise DllmError(
-                f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which every "
-                f"generation has: rename it."
+                f"the policy {policy.__module__}:{policy.__name__} declares {item.name}, which is "
+                f"already an option of every generation: rename it."
             )
         known = _OPTIONS.setdefault(item.name, item)
         if (known.kind, known.default, known.off) != (item.kind, item.default, item.off):
             raise DllmError(
                 f"the policy {policy.__module__}:{policy.__name__} declares {item.name} with the default "
-                f"{item.default!r}; other policies "
-                f"have it with {known.default!r}: give the option another name, or the same default."
+                f"{item.default!r}, but other policies declare it with {known.default!r}: use the same "
+                f"default or another name."
             )
 
 

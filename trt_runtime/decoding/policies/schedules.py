@@ -28,7 +28,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100.0
 
 @dataclass(frozen=True)
 class Fixed(Policy):
-    """The quota's number of most confident positions: a schedule, whatever the confidence (LLaDA, arXiv
+    """The most confident positions, as many as the schedule's quota, whatever their confidence (LLaDA, arXiv
     2502.09992). Without `steps_per_block`, here and in the other schedules, there is one step per mask."""
 
     name: ClassVar[str] = "fixed"
@@ -124,8 +124,8 @@ class Origin(Policy):
     """Each masked position is committed at a step drawn for it alone (Dream's `origin`, the reverse process
     of arXiv 2406.03736).
 
-    It is step i with probability 1 - t[i+1]/t[i] if it was no earlier step; steps that draw no position are
-    skipped.
+    That step is i with probability 1 - t[i+1]/t[i], given that it is not an earlier one; steps that draw no
+    position are skipped.
     """
 
     name: ClassVar[str] = "origin"
@@ -149,10 +149,10 @@ class Origin(Policy):
 
 @dataclass(frozen=True)
 class Linear(Policy):
-    """MDLM's linear schedule as dllm's A2D samplers compute it, most confident first: of the masks left, the
-    share of the time that a step takes, in float32, rounded half to even. It commits the same numbers as
-    `fixed` where the steps divide the masks, in another order elsewhere. Steps that would commit nothing are
-    skipped."""
+    """MDLM's linear schedule as dllm's A2D samplers compute it, most confident first: a step commits
+    the share of the masks left that the step has of the time left, in float32, rounded half to even. It
+    commits the same numbers as `fixed` where the steps divide the masks, in another order elsewhere. Steps
+    that would commit nothing are skipped."""
 
     name: ClassVar[str] = "linear"
     is_schedule: ClassVar[bool] = True

@@ -46,7 +46,7 @@ def write(
     manifest = manifests.load(artifact, check_hashes=True)
     if manifest.tokenizer is None:
         raise DllmError(
-            f"{artifact}: has no tokenizer, which prompts as texts need: export it with its tokenizer."
+            f"{artifact}: has no tokenizer, which text prompts need: export it with its tokenizer."
         )
     name = re.sub(r"[^A-Za-z0-9_-]", "-", artifact.resolve().name) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
