@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trt_runtime.artifact import contract
-from trt_runtime.artifact.manifest import TARGETS
+from trt_runtime.artifact.manifest import ATTENTIONS, TARGETS
 from trt_runtime.cli import parser as cli_parser
 from trt_runtime.cli.parser import say
 from trt_runtime.errors import DllmError
@@ -20,7 +20,6 @@ from .graph.lowering import LOWERINGS
 from .pipeline import ExportConfig
 from .quantize.export import QuantizeConfig
 from .schemes import NAMES
-from .source import ATTENTIONS
 from .weights.plan import MODES
 
 # what is exported without --checkpoint: its path in the checkout, and its title
@@ -71,6 +70,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     option("--mask-token", metavar="TOKEN", help=mask)
     attention = "the checkpoint's attention, for model types whose config.json does not say (a2d-qwen3, ...)"
     option("--attention", choices=ATTENTIONS, help=attention)
+    length = (
+        "the block length of block-causal attention that the checkpoint was trained with, if config.json "
+    )
+    length += "does not say it"
+    option("--block-length", type=int, metavar="N", help=length)
     weights = (
         "'link' uses the checkpoint's own files in place (same dtype): seconds, and no copy (default copy)"
     )
@@ -108,6 +112,7 @@ def config_of(args: argparse.Namespace) -> ExportConfig:
         args.weights,
         args.mask_token,
         args.attention,
+        args.block_length,
     )
 
 

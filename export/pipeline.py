@@ -66,7 +66,8 @@ class ExportConfig:
 
     weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files in place.
     mask_token: as text or id, for a checkpoint that does not name it or names the wrong one.
-    attention: of source.ATTENTIONS, for a checkpoint whose config does not say.
+    attention: of manifest.ATTENTIONS, for a checkpoint whose config does not say. block_length: of
+    block-causal attention, for a checkpoint whose config does not say, or says it wrong.
     """
 
     checkpoint: str
@@ -80,10 +81,18 @@ class ExportConfig:
     weights: str = "copy"
     mask_token: str | None = None
     attention: str | None = None
+    block_length: int | None = None
 
     def read(self) -> Source:
         """The checkpoint, read. Raises DllmError."""
-        return read(self.checkpoint, self.family, self.ignored_keys, self.mask_token, self.attention)
+        return read(
+            self.checkpoint,
+            self.family,
+            self.ignored_keys,
+            self.mask_token,
+            self.attention,
+            self.block_length,
+        )
 
 
 def export(
@@ -208,7 +217,7 @@ def _manifest(
     scheme: Scheme | None,
 ) -> Manifest:
     decoder, checkpoint = source.decoder, source.checkpoint
-    dims = roles.dims_of(decoder, config.dtype, config.lowering)
+    dims = roles.dims_of(source.decoder, config.dtype, config.lowering)
     files = dict(written.files)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -235,6 +244,7 @@ def _manifest(
             "ignored_keys": list(config.ignored_keys),
             **({} if source.mask_token is None else {"mask_token": source.mask_token}),
             **({} if source.attention is None else {"attention": source.attention}),
+            **({} if source.block_length is None else {"block_length": source.block_length}),
             "revision": checkpoint.revision,
             "config_sha256": manifests.sha256_of(checkpoint.path / "config.json"),
         },

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trt_runtime.artifact.manifest import DecodingFacts, ModelFacts
+from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts, ModelFacts
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 
@@ -20,13 +20,11 @@ from .checkpoint.huggingface import Checkpoint
 from .families.base import ConfigReader, Family
 from .graph.decoder import DecoderConfig, weight_shapes
 
-ATTENTIONS = FULL, BLOCK_CAUSAL = ("full", "block_causal")
-
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was read and understood. mask_token: its id, if the user gave it. attention: its
-    kind, if the user had to tell. notes: what a user should know."""
+    """A checkpoint that was read and understood. mask_token, attention, block_length: if the user gave them.
+    notes: what a user should know."""
 
     checkpoint: Checkpoint
     family: Family
@@ -34,6 +32,7 @@ class Source:
     decoding: DecodingFacts
     mask_token: int | None = None
     attention: str | None = None
+    block_length: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -43,10 +42,12 @@ def read(
     ignored_keys: tuple[str, ...] = (),
     mask_token: str | None = None,
     attention: str | None = None,
+    block_length: int | None = None,
 ) -> Source:
     """Locate a checkpoint and understand its config. family: if given, it must be the checkpoint's;
-    mask_token: replaces the one that the checkpoint names; attention: of ATTENTIONS, for families whose
-    config does not say. Raises DllmError."""
+    mask_token: replaces the one that the checkpoint names; attention: of manifest.ATTENTIONS, for families
+    whose config does not say; block_length: of block-causal attention, replaces the checkpoint's own. Raises
+    DllmError."""
     source = checkpoints.load(*checkpoints.locate(name))
     where = str(source.path / "config.json")
     own, reader, decoder = understood(source.config, where)
@@ -56,27 +57,72 @@ def read(
             f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
             f"MODEL={families.name_of(model_type)}."
         )
-    _check_attention(own, attention, where)
-    named = token_names.find(source, decoder.vocab_size, mask_token, (own.mask_token, own.mask_token_id))
+    told = _attention_of(own, attention, where)
+    named = token_names.find(source, decoder.vocab_size, mask_token, (own.mask_tokens, own.mask_token_id))
+    blocks, said = _blocks(own, reader, told, block_length)
+    decoder = replace(decoder, is_block_causal=told == BLOCK_CAUSAL)
     decoding, notes = _decoding(own, reader, decoder, source.generation_config, named.ids, ignored_keys)
-    mask = None if mask_token is None else decoding.mask_token_id
-    told = attention if own.attention_is_told else None
-    return Source(source, own, decoder, decoding, mask, told, (*source.notes, *notes, *named.notes))
+    return Source(
+        source,
+        own,
+        decoder,
+        replace(decoding, **blocks),
+        mask_token=None if mask_token is None else decoding.mask_token_id,
+        attention=told if own.attention_is_told else None,
+        block_length=block_length,
+        notes=(*source.notes, *notes, *said, *named.notes),
+    )
 
 
-def _check_attention(family: Family, attention: str | None, where: str) -> None:
-    """Raise DllmError if the user must say which attention a checkpoint has, or says one that is not
-    exported."""
-    if family.attention_is_told and attention is None:
+def _attention_of(family: Family, asked: str | None, where: str) -> str:
+    """A checkpoint's attention. asked: what the user says. Raises DllmError if the user must say and does
+    not, or says what the family does not have."""
+    if family.attention_is_told:
+        if asked is None:
+            raise DllmError(
+                f"{where}: {family.title} has full attention (mdlm checkpoints) or block-causal attention "
+                "(bd3lm checkpoints), and config.json does not say which: give --attention full "
+                "(ATTENTION=full) for mdlm, --attention block_causal for bd3lm."
+            )
+        return asked
+    own = FULL if family.block_causal is None else BLOCK_CAUSAL
+    if asked not in (None, own):
+        raise DllmError(f"{where}: {family.title} has attention '{own}', got --attention {asked}: remove it.")
+    return own
+
+
+def _blocks(
+    family: Family, reader: ConfigReader, attention: str, asked: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The facts about blocks for DecodingFacts, and notes. asked: the block length, as the user says. Raises
+    DllmError if nothing says the block length."""
+    rule = family.block_causal
+    if rule is None or attention == FULL:
+        if asked is not None:
+            raise DllmError(
+                f"{reader.where}: --block-length is the block length of block-causal attention, and this "
+                f"checkpoint has full attention: remove it (generate has --block-length too)."
+            )
+        return {}, []
+    key = rule.length_key
+    own = reader.positive(key) if key is not None and reader.config.get(key) is not None else None
+    length = asked or own or rule.default_length
+    if length is None:
         raise DllmError(
-            f"{where}: {family.title} has full attention (mdlm checkpoints) or block-causal attention (bd3lm "
-            "checkpoints), and config.json does not say which: give --attention full (ATTENTION=full) for "
-            "mdlm."
+            f"{reader.where}: has no {key}: give the block length that the checkpoint was trained with by "
+            f"--block-length (BLOCK_LENGTH=). Its name says it: 8 for -b8, 4 if there is no such part."
         )
-    if attention == BLOCK_CAUSAL:
-        raise DllmError(
-            f"{where}: block-causal attention is not supported yet: export a checkpoint with full attention."
-        )
+    if length < 1:
+        raise DllmError(f"--block-length is {length}, expected a whole number from 1.")
+    facts = {
+        "attention": BLOCK_CAUSAL,
+        "block_length": length,
+        "block_origin": rule.origin,
+        "next_from_store": rule.next_from_store,
+        "small_block": rule.small_block,
+    }
+    is_other = asked is not None and own not in (None, asked)
+    return facts, [f"the block length is {asked}, as --block-length says; {key} is {own}"] if is_other else []
 
 
 def _decoding(
@@ -128,6 +174,8 @@ def checked_facts(
     ids = {key: next(free) for key in token_names.missing(config, generation_config)}
     if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
         ids[token_names.MASK] = generation_config[token_names.MASK]
+    if family.block_causal is not None and family.block_causal.length_key is not None:
+        reader.ignore(family.block_causal.length_key)
     _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
     return facts_of_config(decoder, config, dtype)
 

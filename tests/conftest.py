@@ -14,7 +14,8 @@ from tiny import WHOLE_FAMILIES, write_checkpoint
 
 from export import families
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.measure import cases
+from trt_runtime.measure import recordings
+from trt_runtime.measure.case_fields import Case
 from trt_runtime.model import load
 
 if sys.version_info < (3, 11):  # its newest ONNX Runtime knows no opset 24, which most tests export
@@ -72,8 +73,8 @@ def golden_backend(golden_artifact) -> OrtBackend:
 
 
 @pytest.fixture(scope="session")
-def golden_cases(golden_family) -> list[cases.Case]:
-    return [case for case in cases.read_cases(GOLDENS / "cases.json") if case["family"] == golden_family]
+def golden_cases(golden_family) -> list[Case]:
+    return [case for case in recordings.read_cases(GOLDENS / "cases.json") if case["family"] == golden_family]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from anywhere
 
 from export import options as exporter  # noqa: E402
 from trt_runtime.cli.main import build_parser as parser_of_runtime  # noqa: E402
-from trt_runtime.decoding.cache_plan import PLANS  # noqa: E402
+from trt_runtime.decoding.plans import PLANS  # noqa: E402
 from trt_runtime.decoding.policies import registry  # noqa: E402
 from trt_runtime.decoding.policies.base import Policy  # noqa: E402
 from trt_runtime.decoding.policies.options import options_of  # noqa: E402

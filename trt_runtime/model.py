@@ -21,7 +21,7 @@ from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.backends import open_backend
 from trt_runtime.decoding.backend import Backend
-from trt_runtime.decoding.cache_plan import PREFIX_PASS
+from trt_runtime.decoding.cache_plan import PREFILL, PREFIX_PASS
 from trt_runtime.decoding.config import GenerationConfig, configured
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.rules import check_prompt, rules_of
@@ -205,12 +205,11 @@ class Model:
         prefix_passes = (
             row.nfe
             if not row.rules.cache.keeps_cache
-            else sum(step.kind == PREFIX_PASS for step in row.trace)
+            else sum(step.kind in (PREFIX_PASS, PREFILL) for step in row.trace)
         )
-        text, size = self._text(row.output[: row.num_useful]), row.rules.block_length or row.length
-        starts = range(row.prompt_length, row.length, size)
+        text = self._text(row.output[: row.num_useful])
         has_gaps = any(position < row.prompt_length for step in row.trace for position in step.positions)
-        shown = row.canvas[0 if has_gaps else row.prompt_length :].tolist()
+        shown = row.canvas[0 if has_gaps else row.prompt_length : row.end].tolist()
         return Result(
             text,
             row.output.tolist(),
@@ -219,9 +218,9 @@ class Model:
             prefix_passes,
             row.nfe - prefix_passes,
             seconds,
-            row.canvas.tolist(),
+            row.canvas[: row.end].tolist(),
             row.trace,
-            [(start, min(start + size, row.length)) for start in starts],
+            row.ranges,
             [self.tokenizer.piece(token) if self.tokenizer else str(token) for token in shown],
         )
 
@@ -240,6 +239,12 @@ class Model:
         useful = first + row.num_useful
         settled = min(settled, useful)
         committed = self._text(row.canvas[first:settled], is_whole=row.is_finished)
+        changed = [
+            (p - first, c)
+            for step in steps
+            for p, c in zip(step.positions, step.confidence, strict=True)
+            if p < row.end
+        ]
         rest = row.canvas[settled:useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(
@@ -249,9 +254,9 @@ class Model:
             committed,
             provisional,
             row.output.tolist(),
-            [p - first for step in steps for p in step.positions],
-            [c for step in steps for c in step.confidence],
-            (block[0] - first, block[1] - first),
+            [position for position, _ in changed],
+            [confidence for _, confidence in changed],
+            (block[0] - first, min(block[1], row.end) - first),
             row.is_finished,
             max(0, settled - first),
         )

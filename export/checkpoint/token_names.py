@@ -49,12 +49,12 @@ def find(
     checkpoint: Checkpoint,
     vocab_size: int,
     given: str | None = None,
-    of_family: tuple[str | None, int | None] = (None, None),
+    of_family: tuple[tuple[str, ...], int | None] = ((), None),
 ) -> Found:
     """The token ids that config.json lacks, so that all three tokens are known. given: the mask token, as
-    text or id, which takes precedence. of_family: text and id of the mask token in the family's published
-    checkpoints, used if nothing else names it. Raises DllmError, saying how to give it, if nothing names the
-    mask or an end token."""
+    text or id, which takes precedence. of_family: possible texts, and the id, of the mask token in the
+    family's published checkpoints, used if nothing else names it. Raises DllmError, saying how to give it,
+    if nothing names the mask or an end token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]
@@ -116,16 +116,20 @@ def _given(given: str, tokenizer: _Tokenizer, vocab_size: int) -> int:
 
 
 def _of_family(
-    tokenizer: _Tokenizer, vocab_size: int, text: str | None, token: int | None
+    tokenizer: _Tokenizer, vocab_size: int, texts: tuple[str, ...], token: int | None
 ) -> tuple[int, str] | None:
     """The mask token of a family's published checkpoints, and where it comes from; None if the family has
     none, the tokenizer names its own or does not have it."""
+    ids: dict[str, Any] = {}
     if tokenizer.opened is not None:
-        named = tokenizer.opened.special_id("mask_token")
-        token = None if named is not None or text is None else tokenizer.opened.id_of(text)
-    elif text is not None and (file := tokenizer.path / "added_tokens.json").is_file():
-        added = read_json(file, "remove it, or download it again").get(text)
-        token = added if type(added) is int and added >= 0 else token
+        token = None
+        if tokenizer.opened.special_id("mask_token") is None:
+            ids = {text: tokenizer.opened.id_of(text) for text in texts}
+    elif texts and (file := tokenizer.path / "added_tokens.json").is_file():
+        added = read_json(file, "remove it, or download it again")
+        ids = {text: added.get(text) for text in texts}
+    named = [(text, own) for text, own in ids.items() if type(own) is int and own >= 0]
+    text, token = named[0] if named else (" or ".join(texts), token)
     if token is None or token >= vocab_size:
         return None
     return token, f"{token}, {text} of the published checkpoints"

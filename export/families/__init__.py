@@ -15,7 +15,7 @@ from trt_runtime.registry import Registry
 
 from .base import Family
 
-_PARTS = ("base", "transformers_network")
+_PARTS = ("base", "transformers_family", "transformers_network")
 FAMILIES: Registry[Family] = Registry(
     "model type",
     "dllm_trt.families",

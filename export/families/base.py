@@ -16,6 +16,7 @@ from ..graph.context import split_layer
 from ..graph.decoder import DecoderConfig
 
 __all__ = [
+    "BlockRule",
     "ConfigReader",
     "Family",
     "Piece",
@@ -53,6 +54,19 @@ def hf_name(weight: str) -> str:
         return _HF_OUTSIDE[weight] + ".weight"
     leaf, _, kind = where[1].partition(".")
     return f"model.layers.{where[0]}.{_HF_LAYER[leaf]}.{kind or 'weight'}"
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How a family's block-causal checkpoints decode; the fields are those of DecodingFacts. length_key: the
+    key of config.json that holds the block length. default_length: of checkpoints without it; None: the user
+    must say."""
+
+    origin: str
+    length_key: str | None = None
+    default_length: int | None = None
+    small_block: int | None = None
+    next_from_store: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,12 +117,14 @@ class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
     title: str  # its name in messages
-    # the mask token of the published checkpoints, if no configuration names it: its text in the tokenizer,
-    # and its id for checkpoints without a tokenizer
-    mask_token: str | None = None
+    # the mask token of the published checkpoints, if no configuration names it: its possible texts in the
+    # tokenizer, and its id for checkpoints without a tokenizer
+    mask_tokens: tuple[str, ...] = ()
     mask_token_id: int | None = None
     # whether config.json leaves open which attention a checkpoint was trained with, so that the user must say
     attention_is_told: bool = False
+    # how its checkpoints with block-causal attention decode; None: it has none
+    block_causal: BlockRule | None = None
     allowed_surplus: Iterable[
         str
         # regular expressions: tensors that a checkpoint may contain although the decoder does not use them

@@ -59,7 +59,7 @@ Caches = Pair | tuple[None, None]  # a graph that neither reads nor writes cache
 @dataclass(frozen=True)
 class DecoderConfig:
     """The network: what differs between families, as data and as parts. max_length: number of positions in
-    the rotation tables."""
+    the rotation tables. is_block_causal: each row of a window sees keys up to a row_len of its own."""
 
     hidden_size: int
     num_layers: int
@@ -69,6 +69,7 @@ class DecoderConfig:
     attention: Attention
     feed_forward: FeedForward
     tied_head: bool = False
+    is_block_causal: bool = False
 
 
 def weight_shapes(config: DecoderConfig) -> Shapes:
@@ -92,12 +93,14 @@ def weight_shapes(config: DecoderConfig) -> Shapes:
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """The graph's inputs. `write_index` is None in the prefix graph. Shapes: contract.py."""
+    """The graph's inputs. `write_index` is None in the prefix graph; of `kv_len` and `row_len`, the attention
+    takes one. Shapes: contract.py."""
 
     input_ids: ir.Value
     position_ids: ir.Value
     write_index: ir.Value | None
-    kv_len: ir.Value
+    kv_len: ir.Value | None
+    row_len: ir.Value | None
     logit_rows: ir.Value
 
 
@@ -139,12 +142,15 @@ class Decoder:
         x = op.Gather(embedding, op.Reshape(window.input_ids, [-1]), axis=0)
         if embedding.dtype != self.dtype:
             x = op.Cast(x, to=int(self.dtype))
-        rows = self._rows(window, caches[0][0], window.position_ids)
+        rows = self._rows(window, caches[0][0], window.position_ids, window.row_len)
         write_index = window.write_index
         if (
             write_index is None and caches[0][0] is not None
         ):  # TensorRT-RTX 1.7 builds this form of one zero per row
-            write_index = op.Min(window.kv_len, 0)
+            lengths = (
+                op.ReduceMin(window.row_len, [1], keepdims=0) if window.kv_len is None else window.kv_len
+            )
+            write_index = op.Min(lengths, 0)
         for i, cache in enumerate(caches):
             wanted = self._wanted(window, caches[0][0]) if i == self.config.num_layers - 1 else None
             x, pair = self._layer(i, x, rows, wanted, cache, write_index, prefix=window.write_index is None)
@@ -183,10 +189,19 @@ class Decoder:
         h = on.norm(x, layer_name(i, "mlp_norm"))
         return self.op.Add(x, self.config.feed_forward.build(on, h, i)), (new_key, new_value)
 
-    def _rows(self, window: GraphInputs, cache: ir.Value | None, positions: ir.Value) -> Rows:
-        """Rows at `positions`, attending to the window's own keys (prefix) or to the cache (refine) up to
-        kv_len."""
+    def _rows(
+        self,
+        window: GraphInputs,
+        cache: ir.Value | None,
+        positions: ir.Value,
+        row_len: ir.Value | None,
+    ) -> Rows:
+        """Rows at `positions` [B, rows], attending to the window's own keys (prefix) or to the cache (refine)
+        up to kv_len, or each up to its own row_len [B, rows]."""
+        if row_len is not None:
+            return self._rows_of_blocks(window, cache, positions, row_len)
         op = self.op
+        assert window.kv_len is not None
         length = op.Unsqueeze(window.kv_len, [1])
         if cache is None or window.write_index is None:
             valid = [self.lowering.valid_rows(op, window.input_ids, length)]
@@ -201,6 +216,21 @@ class Decoder:
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
         return Rows(positions, op.Shape(positions), mask)
+
+    def _rows_of_blocks(
+        self, window: GraphInputs, cache: ir.Value | None, positions: ir.Value, row_len: ir.Value
+    ) -> Rows:
+        """As _rows, with a mask for each row: pieces are [B, rows, keys]."""
+        op, length = self.op, self.op.Unsqueeze(row_len, [2])
+        if cache is None or window.write_index is None:
+            ids = op.Unsqueeze(window.input_ids, [1])
+            valid = [self.lowering.valid_rows(op, ids, length, axis=2)]
+        else:
+            written = op.Unsqueeze(window.write_index, [1, 2])
+            valid = self.lowering.valid_keys(op, cache, window.input_ids, written, length)
+        pieces = [op.Where(piece, self.constants[0], self.constants[1]) for piece in valid]
+        masked = op.Concat(*pieces, axis=2) if len(pieces) > 1 else pieces[0]
+        return Rows(positions, op.Shape(positions), op.Unsqueeze(masked, [1]))
 
     def _wanted(
         self, window: GraphInputs, cache: ir.Value | None
@@ -220,4 +250,7 @@ class Decoder:
                 op.GatherND(op.Reshape(x, shape), index, batch_dims=1), [-1, self.config.hidden_size]
             )
 
-        return self._rows(window, cache, positions), picked
+        row_len = window.row_len
+        if row_len is not None:
+            row_len = op.GatherElements(row_len, window.logit_rows, axis=1)
+        return self._rows(window, cache, positions, row_len), picked

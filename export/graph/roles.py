@@ -4,6 +4,8 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
@@ -21,7 +23,8 @@ _SPEC_DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT,
 
 def dims_of(config: DecoderConfig, dtype: str, lowering: str = contract.MODERN) -> contract.Dims:
     sizes = (config.num_layers, config.attention.num_kv_heads, config.attention.head_dim, config.vocab_size)
-    return contract.Dims(*sizes, contract.DTYPES[dtype], lowering)
+    attention = contract.BLOCK_CAUSAL if config.is_block_causal else contract.FULL
+    return contract.Dims(*sizes, contract.DTYPES[dtype], lowering, attention)
 
 
 def build(
@@ -62,13 +65,8 @@ def build(
     caches = [
         (inputs.get(key), inputs.get(value)) for key, value in zip(names[::2], names[1::2], strict=True)
     ]
-    window = GraphInputs(
-        inputs["input_ids"],
-        inputs["position_ids"],
-        inputs.get("write_index"),
-        inputs["kv_len"],
-        inputs["logit_rows"],
-    )
+    given: dict[str, Any] = {item.name: inputs.get(item.name) for item in fields(GraphInputs)}
+    window = GraphInputs(**given)
     logits, returned = Decoder(builder.op, config, spelled, IR_DTYPES[dtype], weight, linears).build(
         window, caches
     )

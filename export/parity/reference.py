@@ -27,7 +27,6 @@ from .. import pipeline
 from ..checkpoint.huggingface import StoredTensor
 from ..families.base import Reference
 from ..graph import decoder as decoders
-from ..source import ATTENTIONS
 from ..weights.sources import stored_of
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,9 +140,11 @@ class TorchBackend(Backend):
             for name in ("input_ids", "position_ids", "kv_len", "logit_rows")
         }
         keys = window.input_ids.shape[1] if own_rows_only else cache.capacity
-        valid = torch.arange(keys, device=self.device) < tensors["kv_len"][:, None]
+        limit = tensors["kv_len"] if window.row_len is None else torch.from_numpy(window.row_len)
+        limit = limit.to(self.device).reshape(len(window.input_ids), -1, 1)  # [B, 1 or S, 1]
+        valid = torch.arange(keys, device=self.device) < limit
         mask = torch.zeros(valid.shape, dtype=self.dtype, device=self.device).masked_fill(~valid, -30000.0)
-        mask = mask[:, None, None].expand(-1, 1, window.input_ids.shape[1], -1)
+        mask = mask[:, None].expand(-1, 1, window.input_ids.shape[1], -1)
         buffers = [(key[slots], value[slots]) for key, value in cache.buffers]
         writer = _Writer(buffers, window.write_index.tolist(), own_rows_only)
         hidden = self.network.hidden_states(tensors["input_ids"], tensors["position_ids"], mask, writer)
@@ -155,12 +156,13 @@ class TorchBackend(Backend):
 @dataclass(frozen=True)
 class Provenance:
     """The checkpoint behind an artifact, and what its export was told: config keys to ignore, the mask token,
-    the attention."""
+    the attention, the block length."""
 
     checkpoint: str
     ignored_keys: tuple[str, ...]
     mask_token: str | None
     attention: str | None
+    block_length: int | None
 
 
 def origin(manifest: manifests.Manifest, checkpoint: str | None) -> Provenance:
@@ -179,12 +181,18 @@ def origin(manifest: manifests.Manifest, checkpoint: str | None) -> Provenance:
             f"the manifest's source.mask_token is {mask!r}, expected a token id: export it again."
         )
     attention = manifest.source.get("attention")
-    if attention not in (None, *ATTENTIONS):
+    if attention not in (None, *manifests.ATTENTIONS):
         raise DllmError(
             f"the manifest's source.attention is {attention!r}, expected one of "
-            f"{', '.join(ATTENTIONS)}: export it again."
+            f"{', '.join(manifests.ATTENTIONS)}: export it again."
         )
-    return Provenance(name, tuple(ignored), None if mask is None else str(mask), attention)
+    length = manifest.source.get("block_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise DllmError(
+            f"the manifest's source.block_length is {length!r}, expected a whole number from 1: export it "
+            f"again."
+        )
+    return Provenance(name, tuple(ignored), None if mask is None else str(mask), attention, length)
 
 
 def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Path) -> pipeline.Source:
@@ -195,6 +203,7 @@ def source_of(manifest: manifests.Manifest, checkpoint: str | None, artifact: Pa
         ignored_keys=told.ignored_keys,
         mask_token=told.mask_token,
         attention=told.attention,
+        block_length=told.block_length,
     )
     expected, got = (
         manifest.source.get("config_sha256"),

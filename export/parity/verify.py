@@ -142,6 +142,7 @@ def fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Pa
         ignored_keys=told.ignored_keys,
         mask_token=told.mask_token,
         attention=told.attention,
+        block_length=told.block_length,
     )
     pipeline.export(config, lambda total: lambda done: None)
     return twin

@@ -19,7 +19,7 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.cli import main as cli
 from trt_runtime.decoding.policies.schedules import linear_quota, quota
-from trt_runtime.measure import cases, replay
+from trt_runtime.measure import cases, recordings, replay
 
 TOLD = {"illada": {}, "a2d_qwen3": {"attention": "full"}}
 COUNTS = {"illada": 21, "a2d_qwen3": 20}
@@ -34,8 +34,8 @@ def family(request) -> str:
 def recorded(family) -> list[cases.Case]:
     return [
         case
-        for case in cases.read_cases(GOLDENS / f"{family}_cases.json")
-        if not cases.has_block_causal_attention(case)
+        for case in recordings.read_cases(GOLDENS / f"{family}_cases.json")
+        if not recordings.has_block_causal_attention(case)
     ]
 
 

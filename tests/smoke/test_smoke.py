@@ -10,7 +10,7 @@ from serving import serving
 
 from trt_runtime.artifact import contract
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.decoding.cache_plan import PLANS
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.measure import cases, replay
 
 

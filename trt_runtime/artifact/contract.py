@@ -8,7 +8,8 @@ head_dim, V vocabulary.
 | `input_ids` | int64 [B, S] | tokens of the window |
 | `position_ids` | int64 [B, S] | absolute positions |
 | `write_index` | int64 [B] | cache row where the window's keys and values are written (refine only; prefix writes at 0) |
-| `kv_len` | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: rows of the window from kv_len on, which are padding) |
+| `kv_len` (full attention) | int64 [B] | valid rows of the cache for each sequence; keys beyond are masked (prefix: rows of the window from kv_len on, which are padding) |
+| `row_len` (block-causal attention, in place of `kv_len`) | int64 [B, S] | rows of the cache that each row of the window sees: those below it (prefix: rows of the window). Blocks are finished from left to right, so the visible rows are always the first ones; 1 or more, also for padding |
 | `logit_rows` | int64 [B, R] | rows of the window whose statistics are wanted |
 | `cache_key.{i}`, `cache_value.{i}` | model dtype [B, H, C, D] | keys after RoPE, and values (legacy: not in the prefix graph) |
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 SPARE_ROWS = 64  # rows of a cache beyond the longest canvas, which a scheduler uses for idle and padded rows
 ROLES = ("prefix", "refine")
 MODERN, LEGACY = LOWERINGS = ("modern", "legacy")
+FULL, BLOCK_CAUSAL = ATTENTIONS = ("full", "block_causal")
 HEADS = ("statistics", "logits")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_SIZE = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -48,8 +50,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Dims:
-    """What determines a model's inputs and outputs: sizes, the element type `dtype` of the caches, and the
-    lowering."""
+    """What determines a model's inputs and outputs: sizes, the element type `dtype` of the caches, the
+    lowering, and the attention."""
 
     num_layers: int
     num_kv_heads: int
@@ -57,6 +59,7 @@ class Dims:
     vocab_size: int
     dtype: str
     lowering: str = MODERN
+    attention: str = FULL
 
     @property
     def writes_caches(self) -> bool:
@@ -85,7 +88,10 @@ def inputs(role: str, dims: Dims) -> list[TensorSpec]:
     specs = [TensorSpec("input_ids", "int64", ("B", "S")), TensorSpec("position_ids", "int64", ("B", "S"))]
     if role == "refine":
         specs.append(TensorSpec("write_index", "int64", ("B",)))
-    specs += [TensorSpec("kv_len", "int64", ("B",)), TensorSpec("logit_rows", "int64", ("B", "R"))]
+    valid = TensorSpec("kv_len", "int64", ("B",))
+    if dims.attention == BLOCK_CAUSAL:
+        valid = TensorSpec("row_len", "int64", ("B", "S"))
+    specs += [valid, TensorSpec("logit_rows", "int64", ("B", "R"))]
     return specs + (_caches("cache", dims) if role == "refine" or dims.writes_caches else [])
 
 

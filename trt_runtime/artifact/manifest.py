@@ -9,137 +9,65 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trt_runtime.artifact import check, contract
 from trt_runtime.artifact.check import FILE_NAME, FileFacts, sha256_of
+from trt_runtime.artifact.facts import (
+    ABSOLUTE,
+    ATTENTIONS,
+    BLOCK_CAUSAL,
+    CATEGORICAL,
+    FULL,
+    GUMBEL,
+    MULTINOMIAL,
+    OF_BLOCKS,
+    ORIGINS,
+    ORT_CPU,
+    PROMPT_END,
+    SAMPLINGS,
+    TARGETS,
+    TENSORRT,
+    DecodingFacts,
+    GraphFacts,
+    Manifest,
+    ModelFacts,
+    Quantization,
+    check_facts,
+    check_notes,
+)
 from trt_runtime.artifact.typed import finite, typed
-from trt_runtime.errors import DllmError, shown
+from trt_runtime.errors import DllmError
 from trt_runtime.system import atomic
 
-__all__ = ["FILE_NAME", "FileFacts", "finite", "sha256_of"]  # in addition to those defined here
+__all__ = [
+    "ABSOLUTE",
+    "ATTENTIONS",
+    "BLOCK_CAUSAL",
+    "CATEGORICAL",
+    "FILE_NAME",
+    "FULL",
+    "GUMBEL",
+    "MULTINOMIAL",
+    "ORIGINS",
+    "ORT_CPU",
+    "PROMPT_END",
+    "SAMPLINGS",
+    "TARGETS",
+    "TENSORRT",
+    "DecodingFacts",
+    "FileFacts",
+    "GraphFacts",
+    "Manifest",
+    "ModelFacts",
+    "Quantization",
+    "finite",
+    "sha256_of",
+]  # in addition to those defined here
 FORMAT = "dllm-trt"
-FORMAT_VERSION = 1
-GUMBEL, CATEGORICAL = SAMPLINGS = ("gumbel", "categorical")
-ORT_CPU, TENSORRT = TARGETS = ("ort-cpu", "tensorrt")  # targets of quantised artifacts
+FORMAT_VERSION = 2  # of block-causal artifacts; artifacts with full attention are written as version 1
 _AGAIN = check.AGAIN
-_MEASURED = (
-    "kl_mean",
-    "same_token",
-    "same_commit",
-    "judged",
-    "right",
-    "right_before",
-)  # of quantization.quality, as readers show it
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
-
-    parameters: of the network only. tied_head: whether the head is the embedding. weight_bytes: of a
-    quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
-    """
-
-    family: str
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    max_length: int
-    dtype: str
-    parameters: int
-    tied_head: bool = False
-    weight_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class DecodingFacts:
-    """How the model decodes. `logit_shift`: the logits of row i - logit_shift predict token i.
-
-    sampling: how proposals are drawn, 'gumbel' (LLaDA) or 'categorical' (Dream): see sampling.py.
-    first_commit: with a cache, the block's prefix pass commits only the block's first position, whatever the
-    policy (Dream).
-    tuned: options of a generation (config.py) that 'dllm-trt tune' found best here; used where the user
-    gives none.
-    blocks_without_cache: whether cache=none decodes block by block when no block_length is given (Dream: the
-    whole canvas).
-    """
-
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    logit_shift: int
-    defaults: dict[str, Any] = field(default_factory=dict)
-    sampling: str = GUMBEL
-    first_commit: bool = False
-    blocks_without_cache: bool = True
-    tuned: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def special_token_ids(self) -> set[int]:
-        """The tokens that are not part of a text."""
-        return {self.mask_token_id, self.pad_token_id, *self.eos_token_ids}
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How linear layers are quantised, and for what: `scheme` is a name of export/quantization, `target` one
-    of TARGETS.
-
-    Graphs for 'ort-cpu' contain ONNX Runtime's own operators, which run only on its CPU provider; those for
-    'tensorrt' contain QuantizeLinear and DequantizeLinear. calibration: what it was calibrated on. quality:
-    what the export's gate measured; None if it was skipped.
-    """
-
-    scheme: str
-    target: str
-    calibration: dict[str, Any] | None = None
-    quality: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class GraphFacts:
-    """File of a graph, and its inputs and outputs as [name, dtype, axes] rows: a copy of the contract for
-    readers."""
-
-    file: str
-    inputs: list[Any]
-    outputs: list[Any]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The whole manifest. `files` is keyed by the path relative to the artifact, with forward slashes.
-
-    weight_maxima: the largest magnitude of each checkpoint tensor that is stored as it is, by the name of its
-    initializer.
-    """
-
-    producer: dict[str, str]
-    source: dict[str, Any]
-    model: ModelFacts
-    decoding: DecodingFacts
-    head: str
-    lowering: str
-    opset: int
-    graphs: dict[str, GraphFacts]
-    files: dict[str, FileFacts]
-    tokenizer: str | None = None
-    verified: dict[str, Any] | None = None
-    weight_maxima: dict[str, float] = field(default_factory=dict)
-    quantization: Quantization | None = None
-
-    @property
-    def dims(self) -> contract.Dims:
-        """What determines the inputs and outputs of its graphs."""
-        sizes = (self.model.num_layers, self.model.num_kv_heads, self.model.head_dim, self.model.vocab_size)
-        return contract.Dims(*sizes, contract.DTYPES[self.model.dtype], self.lowering)
 
 
 def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
@@ -195,8 +123,8 @@ def parse(read: object, where: str) -> Manifest:
         )
     if manifest.head not in contract.HEADS:
         raise DllmError(f"{where}: head is {manifest.head!r}, expected one of {list(contract.HEADS)}.")
-    _check_facts(manifest, where)
-    _check_notes(manifest, where)
+    check_facts(manifest, where)
+    check_notes(manifest, where)
     for name in [*manifest.files, *([manifest.tokenizer] if manifest.tokenizer else [])]:
         _check_name(name, where)
     return manifest
@@ -213,70 +141,15 @@ def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
         )
 
 
-def _check_notes(manifest: Manifest, where: str) -> None:
-    """Check what tuning and the gate recorded, as far as readers use it."""
-    for key, value in manifest.decoding.tuned.items():
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            raise DllmError(
-                f"{where}: decoding.tuned: {key} is {shown(value)}, expected a number, a string or null: "
-                f"tune it again."
-            )
-    measured = manifest.quantization.quality if manifest.quantization else None
-    if measured is not None and (
-        lacking := [key for key in _MEASURED if type(measured.get(key)) not in (int, float)]
-    ):
-        raise DllmError(
-            f"{where}: quantization.quality: {lacking[0]} is {measured.get(lacking[0])!r}, expected a "
-            f"number: {_AGAIN}."
-        )
-
-
-def _check_facts(manifest: Manifest, where: str) -> None:
-    model, decoding = manifest.model, manifest.decoding
-    if not any(name.endswith(".data") for name in manifest.files):
-        raise DllmError(f"{where}: files lists no weights (*.data): {_AGAIN}.")
-    for key, value in decoding.defaults.items():
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise DllmError(
-                f"{where}: decoding.defaults: {key} is {value!r}, expected a whole number from 1: {_AGAIN}."
-            )
-    for item in fields(model):
-        value = getattr(model, item.name)
-        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**48:
-            raise DllmError(
-                f"{where}: model.{item.name} is {str(value)[:40]}, expected a whole number from 1: {_AGAIN}."
-            )
-    if manifest.quantization is not None and manifest.quantization.target not in TARGETS:
-        raise DllmError(
-            f"{where}: quantization.target is {manifest.quantization.target!r}, expected one of "
-            f"{list(TARGETS)}: {_AGAIN}."
-        )
-    if decoding.sampling not in SAMPLINGS:
-        raise DllmError(
-            f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}."
-        )
-    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
-        if not 0 <= token < model.vocab_size:
-            raise DllmError(
-                f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}."
-            )
-    if decoding.mask_token_id in decoding.eos_token_ids or decoding.logit_shift not in (0, 1):
-        raise DllmError(
-            f"{where}: mask token {decoding.mask_token_id}, end tokens {list(decoding.eos_token_ids)}, "
-            f"logit_shift "
-            f"{decoding.logit_shift}: expected a mask token that is not an end token, and a shift of 0 or 1: "
-            f"{_AGAIN}."
-        )
-    if decoding.logit_shift and not decoding.first_commit:  # the row before a refine window would be needed
-        raise DllmError(
-            f"{where}: logit_shift is {decoding.logit_shift} without first_commit, which is not supported: "
-            f"{_AGAIN}."
-        )
-
-
 def write(manifest: Manifest, artifact: Path) -> None:
-    """Write (or atomically replace) the manifest of `artifact`."""
-    text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
+    """Write (or atomically replace) the manifest of `artifact`. One with full attention is written without
+    the facts of block-causal attention, as version 1, which earlier readers know."""
+    facts, version = asdict(manifest), FORMAT_VERSION
+    if not manifest.decoding.is_block_causal:
+        version = 1
+        for name in ("attention", *OF_BLOCKS):
+            del facts["decoding"][name]
+    text = json.dumps({"format": FORMAT, "format_version": version, **facts}, indent=2)
     atomic.replace(artifact / FILE_NAME, (text + "\n").encode())
 
 

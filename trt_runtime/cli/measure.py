@@ -6,11 +6,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from trt_runtime.artifact.manifest import DecodingFacts
 from trt_runtime.cli.options import add_backend, open_model, write_json
 from trt_runtime.cli.parser import add_output, command, progress_of, report, say
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
-from trt_runtime.measure import replay, tolerances
+from trt_runtime.measure import recordings, replay, tolerances
 from trt_runtime.measure.case_fields import Case
 from trt_runtime.model import Model
 
@@ -82,15 +83,12 @@ def _replay(args: argparse.Namespace) -> int:
         raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
     model = open_model(args)
     facts = model.manifest
-    read = decode_cases.read_file(args.cases) if args.cases else None
+    read = recordings.read_file(args.cases) if args.cases else None
     cases = decode_cases.random_cases(facts, args.count, args.seed) if read is None else read.cases
     ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
     if len(ours) < len(cases):
         say(args, f"skipped: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
-    full = [case for case in ours if not decode_cases.has_block_causal_attention(case)]
-    if len(full) < len(ours):
-        say(args, f"skipped: {len(ours) - len(full)} cases of block-causal attention; this artifact has full")
-    ours = full
+    ours = _of_attention(args, ours, facts.decoding)
     if not ours:
         raise DllmError(
             f"no case is of the family {facts.model.family}, so nothing was compared: give other cases."
@@ -104,7 +102,19 @@ def _replay(args: argparse.Namespace) -> int:
             f"recorded {len(ours)} cases in {args.record}",
         )
         return 0
-    return _compare(args, model, ours, read.format if read else decode_cases.FORMAT)
+    return _compare(args, model, ours, read.format if read else recordings.FORMAT)
+
+
+def _of_attention(args: argparse.Namespace, cases: list[Case], decoding: DecodingFacts) -> list[Case]:
+    """The cases that were recorded with the artifact's kind of attention."""
+    is_other = recordings.has_block_causal_attention
+    other, own = "block-causal", "full"
+    if decoding.is_block_causal:
+        is_other, other, own = recordings.has_full_attention, own, other
+    kept = [case for case in cases if not is_other(case)]
+    if len(kept) < len(cases):
+        say(args, f"skipped: {len(cases) - len(kept)} cases of {other} attention; this artifact has {own}")
+    return kept
 
 
 def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written: int) -> int:
@@ -124,9 +134,11 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written:
         ambiguous = difference.ambiguous and not args.exact
         near, wrong = near + ambiguous, wrong + (not ambiguous)
     if args.output is not None:
+        pairs = zip(cases, results, strict=True)
+        answered = [recordings.answer(case, result, written) for case, result in pairs]
         write_json(
             args.output,
-            {"format": written, "cases": [decode_cases.spelled_for(result, written) for result in results]},
+            {"format": written, "cases": answered},
         )
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:

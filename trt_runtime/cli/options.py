@@ -10,8 +10,8 @@ from typing import Any
 from trt_runtime import backends
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.cli.parser import as_json, progress_of
-from trt_runtime.decoding.cache_plan import PLANS
 from trt_runtime.decoding.config import GenerationConfig, configured, option_names
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies import registry
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError, check_counts
@@ -53,7 +53,7 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
     """Add the options that say how to decode; policies declare their own (`policies/options.py`)."""
     default = GenerationConfig()
     _add_policies(command.add_argument_group("decoding"), default)
-    _add_caches(command.add_argument_group("caches"), default)
+    _add_caches(command.add_argument_group("caches"))
     parser = command.add_argument_group("schedules and sampling")
     takers = ", ".join(policy.name for policy in POLICIES.all() if policy.takes_steps())
     parser.add_argument("--steps", type=int, help=f"forwards in total (default: one per token); for {takers}")
@@ -107,9 +107,10 @@ def _add_policies(parser: argparse._ArgumentGroup, default: GenerationConfig) ->
     )
 
 
-def _add_caches(parser: argparse._ArgumentGroup, default: GenerationConfig) -> None:
+def _add_caches(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
-        "--cache", help=f"{', '.join(PLANS.names())}, or module:Class (default {default.cache})"
+        "--cache",
+        help=f"{', '.join(PLANS.names())}, or module:Class (default dual; with block-causal attention block)",
     )
     parser.add_argument(
         "--refresh-every",
@@ -129,6 +130,19 @@ def _add_caches(parser: argparse._ArgumentGroup, default: GenerationConfig) -> N
         action="store_true",
         default=None,
         help="space the mask tokens of --suffix at growing distances",
+    )
+    parser.add_argument(
+        "--small-block",
+        type=int,
+        help="block-causal attention: positions of a block that are decoded before the next ones (default: "
+        "the model's)",
+    )
+    parser.add_argument(
+        "--fuse-stores",
+        action="store_true",
+        default=None,
+        help="block-causal attention: store a finished block by the first step of the next; same tokens, one "
+        "forward fewer per block",
     )
 
 

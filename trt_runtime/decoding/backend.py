@@ -25,13 +25,14 @@ from trt_runtime.errors import BackendError, DllmError, unknown
 @dataclass(frozen=True)
 class Window:
     """Inputs of a call, int64: input_ids and position_ids [B, S], write_index and kv_len [B], logit_rows [B,
-    R]."""
+    R]; row_len [B, S] with block-causal attention, whose graphs take it in place of kv_len."""
 
     input_ids: Ints
     position_ids: Ints
     write_index: Ints
     kv_len: Ints
     logit_rows: Ints
+    row_len: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,10 @@ class Backend(ABC):
             "kv_len": (1, cache.capacity),
             "logit_rows": (0, rows - 1),
         }
+        if self.manifest.decoding.is_block_causal:
+            if window.row_len is None:
+                raise DllmError("row_len is missing, which graphs with block-causal attention take.")
+            shapes["row_len"], limits["row_len"] = shapes["input_ids"], limits["kv_len"]
         for name, shape in shapes.items():
             array = getattr(window, name)
             if array.dtype != np.int64 or array.shape != shape or 0 in shape:

@@ -6,9 +6,17 @@ Forward. A plan of your own is a class in one file: an entry point of the group 
 `--cache
 my_module:MyPlan`.
 
+With full attention, cached keys are approximate until the next prefix pass:
+
     none     every forward computes the whole canvas, and nothing is reused
     prefix   a block begins with a prefix pass; its refine steps compute the block and everything after it
     dual     a block begins with a prefix pass; its refine steps compute only the block
+
+With block-causal attention, where nothing right of the block is seen (blocks.py):
+
+    none        every forward computes everything up to the end of the block
+    block       the prompt is stored by one prefix pass, each finished block by a forward; exact
+    block_dual  as block, and steps compute only the small block (the sub-block cache of Fast-dLLM v2)
 
 Positions are absolute and half-open.
 """
@@ -21,8 +29,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from trt_runtime.artifact.manifest import ATTENTIONS, FULL
+from trt_runtime.decoding.blocks import BlockView
 from trt_runtime.decoding.policies.base import Bools, Ints
-from trt_runtime.registry import Registry, of_classes
 
 PREFIX, REFINE = "prefix", "refine"  # roles: contract.ROLES
 # kinds of forwards, as traces, recorded cases and metrics name them
@@ -32,7 +41,28 @@ PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR = (
     "refine_suffix",
     "refine_near",
 )
-KINDS = (PREFIX_PASS, REFINE_BLOCK, REFINE_SUFFIX, REFINE_NEAR)
+# of block-causal attention: the prompt's whole blocks, a finished block, a finished block together with the
+# first step of the next, the whole block with its keys kept for its small blocks, and a small block
+PREFILL, STORE, STORE_AND_REFINE, REFINE_FILL, REFINE_SMALL = (
+    "prefill",
+    "store",
+    "store_and_refine",
+    "refine_fill",
+    "refine_small",
+)
+KINDS = (
+    PREFIX_PASS,
+    REFINE_BLOCK,
+    REFINE_SUFFIX,
+    REFINE_NEAR,
+    PREFILL,
+    STORE,
+    STORE_AND_REFINE,
+    REFINE_FILL,
+    REFINE_SMALL,
+)
+# refine steps that may follow one another without the host: all of a block's steps compute the same window
+REPEATABLE = (REFINE_BLOCK, REFINE_SUFFIX, REFINE_SMALL)
 
 
 @dataclass(frozen=True)
@@ -80,6 +110,10 @@ class Forward:
     role: the graph, 'prefix' or 'refine'. kind: what the window is, one of KINDS. The window consists of the
     positions [start, end), then those of `far`, which are further right. It is written to the cache from row
     `start` on; kv_len: the number of valid rows of the cache.
+
+    With block-causal attention: row_len [S] is the number of rows of the cache that each row of the window
+    sees; the first `stores` positions have their final keys and values in the cache afterwards. is_forced:
+    all candidates are committed, whatever the policy.
     """
 
     role: str
@@ -89,6 +123,9 @@ class Forward:
     candidates: Ints
     far: Ints
     kv_len: int
+    row_len: Ints | None = None
+    stores: int = 0
+    is_forced: bool = False
 
     @property
     def is_prefix_pass(self) -> bool:
@@ -118,7 +155,7 @@ class RowView:
     opens_block: the next forward is the block's first (or a repetition of it, if the first one left the
     block's first position masked).
     is_first_only: the candidates of the block's first forward are only its first mask (Dream). fills_gaps: a
-    prefix pass also has the masks before the block as candidates.
+    prefix pass also has the masks before the block as candidates. blocks: with block-causal attention.
     """
 
     is_masked: Bools
@@ -129,6 +166,7 @@ class RowView:
     opens_block: bool
     is_first_only: bool
     fills_gaps: bool
+    blocks: BlockView | None = None
 
     @property
     def inside(self) -> Ints:
@@ -159,12 +197,15 @@ class RowView:
 class CachePlan(ABC):
     """Chooses the next forward of a row. refresh, suffix: the user's options. name: on the command line
     and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do the refresh
-    options apply."""
+    options apply. attentions: which kinds of attention it is for (manifest.ATTENTIONS). fuses_stores: whether
+    a finished block may be stored by the first step of the next."""
 
     name: ClassVar[str]
     keeps_cache: ClassVar[bool] = True
+    attentions: ClassVar[tuple[str, ...]] = (FULL,)
     refresh: Refresh = field(default_factory=Refresh)
     suffix: Suffix = field(default_factory=Suffix)
+    fuses_stores: bool = False
 
     @abstractmethod
     def next_forward(self, row: RowView) -> Forward:
@@ -172,12 +213,23 @@ class CachePlan(ABC):
 
 
 class NoCache(CachePlan):
-    """Every forward is a pass over the canvas; gaps of the prompt are filled along the way."""
+    """Every forward is a pass over the canvas; gaps of the prompt are filled along the way. With block-causal
+    attention it ends with the block."""
 
     name = "none"
     keeps_cache = False
+    attentions = ATTENTIONS
 
     def next_forward(self, row: RowView) -> Forward:
+        if (blocks := row.blocks) is not None:
+            # a block's first token comes from a pass that ends before it, as when that pass stores keys
+            end = blocks.start if blocks.needs_first else blocks.end
+            return of_blocks(
+                blocks,
+                (PREFIX, PREFIX_PASS, 0, end),
+                np.array([end]) if blocks.needs_first else row.inside,
+                is_forced=blocks.needs_first,
+            )
         return prefix_pass(row, row.masked, row.after(self.suffix))
 
 
@@ -232,10 +284,17 @@ def prefix_pass(row: RowView, candidates: Ints, after: Ints) -> Forward:
     return Forward(PREFIX, PREFIX_PASS, 0, row.end, candidates, after, row.end + len(after))
 
 
-PLANS: Registry[type[CachePlan]] = Registry(
-    "cache",
-    "dllm_trt.cache_plans",
-    "a class that extends CachePlan",
-    of_classes(CachePlan),
-    (NoCache, PrefixCache, DualCache),
-)
+def of_blocks(
+    blocks: BlockView,
+    window: tuple[str, str, int, int],
+    candidates: Ints,
+    *,
+    visible: int | None = None,
+    stores: int = 0,
+    is_forced: bool = False,
+) -> Forward:
+    """A forward with block-causal attention. window: its role, kind, start and end. visible: how much of the
+    cache is valid, if more than the window's end."""
+    role, kind, start, end = window
+    row_len, none = blocks.reach[start:end], candidates[:0]
+    return Forward(role, kind, start, end, candidates, none, visible or end, row_len, stores, is_forced)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
-from trt_runtime.decoding.cache_plan import PLANS, CachePlan, Refresh, Suffix
+from trt_runtime.decoding.attention_options import check_attention
+from trt_runtime.decoding.cache_plan import CachePlan, DualCache, Refresh, Suffix
+from trt_runtime.decoding.plans import PLANS, BlockCache
 from trt_runtime.decoding.policies import registry
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.options import Value, options_of
@@ -21,6 +23,7 @@ MAX_STEPS = 100_000
 MAX_SPECULATE = 256  # each occupies a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
+    "str | None": (str, type(None)),
 }  # fmt: skip
 
 
@@ -88,9 +91,11 @@ class GenerationConfig:
 
     gen_length: tokens to generate; need not be a multiple of block_length (the last block is then shorter).
     block_length: positions that are unmasked before the next block begins. A Dream with cache 'none' has no
-        blocks by default.
-    cache: 'none' (a full pass each time), 'prefix' (keys before the block are cached) or 'dual' (keys before
-        and after it).
+        blocks by default. With block-causal attention it is also what a position sees: the default is the
+        training's.
+    cache: with full attention 'none' (a full pass each time), 'prefix' (keys before the block are cached) or
+        'dual' (keys before and after it; the default); with block-causal attention 'none', 'block' (exact;
+        the default) or 'block_dual' (steps compute only the small block).
     policy: which masked positions a forward commits, by the name of a policy (policies/registry.py), or
         'module:Class'. Its own options are keyword arguments too (`threshold=0.8`); the policy declares them.
     speculate: steps of a block that one call may verify; the tokens are the same as with one step per call.
@@ -112,12 +117,18 @@ class GenerationConfig:
     stop_at_eos: end a row once an end-of-sequence token and everything before it are committed.
     hold_back_eos: a proposed end token counts as uncertain (confidence 0), so it is committed only when the
         block has no other candidate left.
-    infill: mask tokens in the prompt are gaps to fill; without it they are refused.
+    infill: mask tokens in the prompt are gaps to fill; without it they are refused. Not with block-causal
+        attention, where a gap would not see what is right of its block.
+    small_block: of block-causal attention: positions of a block that are decoded before the next ones
+        (default: the model's).
+    fuse_stores: of block-causal attention with cache 'block': a finished block is stored by the first step of
+        the next, one forward fewer for each block. Exact; not for models whose next block begins with a token
+        of the store.
     """
 
     gen_length: int | None
     block_length: int | None
-    cache: str
+    cache: str | None
     policy: str
     steps: int | None
     temperature: float
@@ -132,13 +143,15 @@ class GenerationConfig:
     suffix: int | None
     suffix_decay: bool
     hold_back_eos: bool
+    small_block: int | None
+    fuse_stores: bool
     policy_options: Mapping[str, Value] = field(hash=False)
 
     def __init__(  # noqa: PLR0913 # the one place with the defaults
         self,
         gen_length: int | None = None,
         block_length: int | None = None,
-        cache: str = "dual",
+        cache: str | None = None,
         policy: str = "threshold",
         *,
         steps: int | None = None,
@@ -154,6 +167,8 @@ class GenerationConfig:
         suffix: int | None = None,
         suffix_decay: bool = False,
         hold_back_eos: bool = False,
+        small_block: int | None = None,
+        fuse_stores: bool = False,
         policy_options: Mapping[str, Value] | None = None,
         **options_by_name: Value,
     ) -> None:
@@ -185,20 +200,23 @@ class GenerationConfig:
         """This configuration with the model's defaults filled in, checked. Raises DllmError for a value out
         of range."""
         self._check_types()
-        defaults, keeps_cache = manifest.decoding.defaults, PLANS.find(self.cache).keeps_cache
+        facts, defaults = manifest.decoding, manifest.decoding.defaults
+        cache = self.cache or (BlockCache if facts.is_block_causal else DualCache).name
+        plan = PLANS.find(cache)
         gen = (
             self.gen_length if self.gen_length is not None else defaults.get("gen_length", DEFAULT_GEN_LENGTH)
         )
         block = self.block_length
-        if block is None and (keeps_cache or manifest.decoding.blocks_without_cache):
-            block = defaults.get("block_length", DEFAULT_BLOCK_LENGTH)
-        full = replace(self, gen_length=gen, block_length=block)
+        if block is None and (plan.keeps_cache or facts.blocks_without_cache):
+            block = defaults.get("block_length", facts.block_length or DEFAULT_BLOCK_LENGTH)
+        full = replace(self, gen_length=gen, block_length=block, cache=cache)
+        check_attention(full, facts, plan)
         self._check_policy()
         if gen < (0 if self.infill else 1):
             raise DllmError(f"gen_length is {gen}, expected a whole number from {0 if self.infill else 1}.")
         if block is not None and block < 1:
             raise DllmError(f"block_length is {block}, expected a whole number from 1.")
-        self._check_refresh()
+        full._check_refresh(plan)
         full._check_steps()
         full._check_sampling(manifest.decoding.sampling)
         return full
@@ -220,12 +238,12 @@ class GenerationConfig:
                     f"{', '.join(registry.takers(name))}."
                 )
 
-    def _check_refresh(self) -> None:
+    def _check_refresh(self, plan: type[CachePlan]) -> None:
         for name in ("refresh_every", "refresh_window", "suffix"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise DllmError(f"{name} is {value}, expected a whole number from 0.")
-        if not PLANS.find(self.cache).keeps_cache and (self.refresh_every != 1 or self.refresh_window):
+        if not plan.keeps_cache and (self.refresh_every != 1 or self.refresh_window):
             raise DllmError(
                 "refresh_every and refresh_window need a cache: use cache 'dual' or 'prefix', or remove them."
             )
@@ -299,11 +317,12 @@ class GenerationConfig:
 
     def make_plan(self) -> CachePlan:
         """The cache plan of a resolved configuration."""
+        assert self.cache is not None
         refresh, suffix = (
             Refresh(self.refresh_every, self.refresh_window),
             Suffix(self.suffix, self.suffix_decay),
         )
-        return PLANS.find(self.cache)(refresh, suffix)
+        return PLANS.find(self.cache)(refresh, suffix, self.fuse_stores)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:
         """The sampler that makes proposals, for the model of `manifest`."""

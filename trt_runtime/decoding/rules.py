@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.blocks import BlockCausal, blocks_of
 from trt_runtime.decoding.cache_plan import CachePlan
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.policies.base import Policy
@@ -23,6 +24,8 @@ class Rules:
     cache: the plan that chooses each forward.
     hold_back_eos: a proposed end token is committed only when no other candidate is left
     (policies.select_holding_back).
+    blocks: of block-causal attention; None: attention is full. stop_after_block: an end token ends the row
+    only once its block is finished (SDAR's and A2D's own loops).
     """
 
     gen_length: int
@@ -36,12 +39,18 @@ class Rules:
     sampler: Sampler = field(default_factory=Sampler)
     first_commit: bool = False
     hold_back_eos: bool = False
+    blocks: BlockCausal | None = None
+    stop_after_block: bool = False
 
 
 def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     """The decoding rules of a resolved configuration."""
     facts = manifest.decoding
     assert config.gen_length is not None
+    blocks = None
+    if config.block_length is not None:
+        small = config.small_block or facts.small_block
+        blocks = blocks_of(facts, config.block_length, small)
     return Rules(
         config.gen_length,
         config.block_length,
@@ -54,6 +63,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
         config.make_sampler(manifest),
         facts.first_commit,
         config.hold_back_eos,
+        blocks,
     )
 
 
@@ -66,8 +76,16 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
         raise DllmError("the prompt is empty: give at least one token.")
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise DllmError(f"the prompt contains token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
-    if len(ids) + config.gen_length > model.max_length:
-        left, room = model.max_length - config.gen_length, model.max_length - len(ids)
+    needed, most = len(ids) + config.gen_length, model.max_length
+    blocks = config.block_length and blocks_of(manifest.decoding, config.block_length, None)
+    if blocks and needed <= most < blocks.canvas_length(len(ids), config.gen_length):
+        raise DllmError(
+            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}: up to the end of the "
+            f"last block of {config.block_length} that is more than the model's {most}: lower gen_length by "
+            f"{needed - most // blocks.length * blocks.length}, or shorten the prompt."
+        )
+    if needed > most:
+        left, room = most - config.gen_length, most - len(ids)
         mends = [
             *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
             *([f"lower gen_length to {room}"] if room > 0 else []),

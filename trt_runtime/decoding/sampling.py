@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_runtime.artifact.manifest import GUMBEL
+from trt_runtime.artifact.manifest import CATEGORICAL, GUMBEL, MULTINOMIAL
 from trt_runtime.decoding.policies.base import Bools, Floats, Ints, RowStats
 
 
@@ -21,6 +21,8 @@ class Sampler:
     (LLaDA). At T = 0 it is the best token, which filters keep.
     categorical: the logits are divided by T and filtered by top_p, then top_k; the token is drawn from what
     is left (T = 0: the best), and all statistics are those of that distribution (Dream).
+    multinomial: as categorical, but top_k comes before top_p, and at T = 0 filters change nothing, as in
+    gumbel (SDAR, Fast-dLLM v2).
     """
 
     kind: str = GUMBEL
@@ -30,7 +32,7 @@ class Sampler:
 
     @property
     def needs_logits(self) -> bool:
-        return self.temperature > 0 or (self.kind != GUMBEL and self._filters)
+        return self.temperature > 0 or (self.kind == CATEGORICAL and self._filters)
 
     @property
     def _filters(self) -> bool:
@@ -52,7 +54,14 @@ class Sampler:
         return self._categorical(logits, mask_token_id, rng)
 
     def _categorical(self, logits: Floats, mask_token_id: int, rng: np.random.Generator) -> RowStats:
-        probability = filtered(logits, self.temperature, self.top_p, self.top_k, mask_token_id)
+        probability = filtered(
+            logits,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            mask_token_id,
+            top_k_first=self.kind == MULTINOMIAL,
+        )
         order = np.argpartition(probability, -2, axis=-1)[:, -2:]
         pair = np.sort(np.take_along_axis(probability, order, -1), -1)
         if self.temperature > 0:
@@ -90,25 +99,38 @@ def gumbel_propose(
 
 
 def filtered(
-    logits: Floats, temperature: float, top_p: float, top_k: int | None, mask_token_id: int
+    logits: Floats,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    mask_token_id: int,
+    *,
+    top_k_first: bool = False,
 ) -> Floats:
     """Probabilities [R, V] of logits [R, V] without the mask token, after temperature, top_p and top_k, in
-    this order. top_p keeps the most probable tokens up to the one that brings their sum above top_p; top_k
-    keeps the k best and their ties."""
+    this order, or top_k before top_p. top_p keeps the most probable tokens up to the one that brings their
+    sum above top_p; top_k keeps the k best and their ties."""
     wide = logits.astype(np.float64)
     if mask_token_id < wide.shape[-1]:
         wide[:, mask_token_id] = -np.inf
     if temperature > 0:
         wide /= temperature
+    if top_k_first:
+        wide = _best(wide, top_k)
     if top_p < 1:
         order = np.argsort(-wide, axis=-1, kind="stable")
         ordered = _softmax(np.take_along_axis(wide, order, -1))
         too_many = ordered.cumsum(-1) - ordered > top_p  # the sum of the tokens before is above top_p already
         np.put_along_axis(wide, order, np.where(too_many, -np.inf, np.take_along_axis(wide, order, -1)), -1)
-    if top_k is not None and top_k < wide.shape[-1]:
-        least = np.partition(wide, -top_k, axis=-1)[:, -top_k, None]
-        wide[wide < least] = -np.inf
-    return _softmax(wide)
+    return _softmax(wide if top_k_first else _best(wide, top_k))
+
+
+def _best(logits: Floats, top_k: int | None) -> Floats:
+    """The logits with all but the top_k best and their ties at -inf."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits
+    least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
+    return np.where(logits < least, -np.inf, logits)
 
 
 def _softmax(logits: Floats) -> Floats:

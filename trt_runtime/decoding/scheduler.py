@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -196,7 +196,9 @@ class Scheduler:
             idle,
             np.ones(count, np.int64),
             np.zeros((count, inputs.logit_rows.shape[1]), np.int64),
+            None if inputs.row_len is None else np.ones((count, size), np.int64),
         )
-        for name in ("input_ids", "position_ids", "write_index", "kv_len", "logit_rows"):
-            getattr(full, name)[at] = getattr(inputs, name)
+        for item in fields(Window):
+            if (array := getattr(full, item.name)) is not None:
+                array[at] = getattr(inputs, item.name)
         return full

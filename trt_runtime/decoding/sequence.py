@@ -1,7 +1,8 @@
 """One row: its canvas, its blocks, and the next forward it needs. No backend, no batch.
 
 Positions are absolute, ranges half-open. A row goes through its blocks from left to right: prefix pass ->
-select -> (refine -> select)* until the block has no mask, then the next block.
+select -> (refine -> select)* until the block has no mask, then the next block. With block-causal attention
+(blocks.py): prefill -> (step -> select)* -> store, then the next block.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trt_runtime.decoding.cache_plan import Forward, RowView
+from trt_runtime.decoding.blocks import BlockView
+from trt_runtime.decoding.cache_plan import REFINE_FILL, REPEATABLE, Forward, RowView
 from trt_runtime.decoding.policies.base import (
     BlockState,
     Bools,
@@ -58,13 +60,20 @@ class Step:
 
 
 class Sequence:
-    """The state of one row. canvas: the prompt and gen_length mask tokens; trace: grows by one step per
+    """The state of one row. canvas: the prompt and gen_length mask tokens (with block-causal attention more,
+    to the end of the last block); end: the first position after the answer; trace: grows by one step per
     forward."""
 
     def __init__(self, prompt: Ints, rules: Rules, seed: int = 0) -> None:
-        self.rules = rules
-        self.prompt_length = len(prompt)
-        self.canvas: Ints = np.concatenate([prompt, np.full(rules.gen_length, rules.mask_token_id, np.int64)])
+        self.rules, blocks = rules, rules.blocks
+        self.prompt_length, self.end = len(prompt), len(prompt) + rules.gen_length
+        length = blocks.canvas_length(len(prompt), rules.gen_length) if blocks else self.end
+        self.canvas: Ints = np.concatenate(
+            [prompt, np.full(length - len(prompt), rules.mask_token_id, np.int64)]
+        )
+        self._reach = None if blocks is None else blocks.reach(len(prompt), length)
+        self._stored = 0  # positions whose final keys and values are in the cache
+        self._filled = -1  # the start of the block whose keys and values were computed as a whole
         self.trace: list[Step] = []
         self.rng = np.random.default_rng(seed)
         self.uniform = np.random.default_rng([seed, 1]).random(len(self.canvas))
@@ -100,7 +109,17 @@ class Sequence:
     @property
     def output(self) -> Ints:
         """The generated part [gen_length]."""
-        return self.canvas[self.prompt_length :]
+        return self.canvas[self.prompt_length : self.end]
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The blocks of the answer, half-open, from left to right."""
+        size, start, ranges = self.rules.block_length or self.length, self.prompt_length, []
+        while start < self.end:
+            after = start + size if self._reach is None else int(self._reach[start])
+            ranges.append((start, min(after, self.end)))
+            start = after
+        return ranges
 
     @property
     def num_useful(self) -> int:
@@ -121,7 +140,25 @@ class Sequence:
                 self.opens_block,
                 is_first_only=self._has_first_commit and not self.rules.hold_back_eos,
                 fills_gaps=not self._has_first_commit,
+                blocks=self._block_view(),
             )
+        )
+
+    def _block_view(self) -> BlockView | None:
+        """Where the row stands among its blocks; None with full attention."""
+        blocks, where = self.rules.blocks, self.block
+        if blocks is None or self._reach is None:
+            return None
+        assert where is not None
+        start, end = blocks.block_of(where[0], self.prompt_length, self.length)
+        return BlockView(
+            self._reach,
+            start,
+            end,
+            blocks.small_block_of(where[0], self.prompt_length, self.length),
+            self._stored,
+            is_filled=self._filled == start,
+            needs_first=blocks.next_from_store and start > 0 and bool(self.is_masked[start]),
         )
 
     @property
@@ -141,7 +178,10 @@ class Sequence:
         state = replace(
             self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates
         )
-        stats, chosen, forced = self._choose(stats, state)
+        if forward.is_forced:
+            chosen, forced = np.ones(len(forward.candidates), np.bool_), True
+        else:
+            stats, chosen, forced = self._choose(stats, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
             raise DllmError(
@@ -171,15 +211,16 @@ class Sequence:
         """The policy's choices in the current block as data, if a device can follow them from this forward
         on."""
         assert self.block is not None
-        inside = bool((forward.candidates < self.block[1]).all()) and forward.start == self.block[0]
+        is_alone = not self.is_masked[forward.start : self.block[0]].any()
+        inside = bool((forward.candidates < self.block[1]).all()) and is_alone
         if (
-            forward.is_prefix_pass
+            forward.kind not in REPEATABLE
             or self.rules.sampler.needs_logits
             or self.rules.hold_back_eos
             or not inside
         ):
             return None
-        return self.rules.policy.rule(self.state, self.block[1] - self.block[0])
+        return self.rules.policy.rule(self.state, self.block[1] - forward.start)
 
     def follow(self, positions: Ints, tokens: Ints) -> None:
         """Apply what a device committed in one step of the current block."""
@@ -198,16 +239,35 @@ class Sequence:
         positions, tokens = written or chosen
         self.canvas[positions] = tokens
         self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
+        self._stored = max(self._stored, forward.stores)
+        if forward.kind == REFINE_FILL:
+            self._filled = forward.start
+        if forward.is_forced:  # it belongs to no step of the block
+            self.state = replace(self.state, num_masked=int(self.is_masked[slice(*self.block)].sum()))
+            self._advance(may_end=not self.rules.stop_after_block)
+            return
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
         before = (
             (*self.state.before, (seen[0], seen[1].confidence))
             if seen is not None and not forced
             else self.state.before
         )
-        self.state = BlockState(left, self.state.step + 1, self.state.forced + forced, before=before)
-        if self.rules.stop_at_eos and self._has_ended():
+        self.state = replace(
+            self.state,
+            num_masked=left,
+            step=self.state.step + 1,
+            forced=self.state.forced + forced,
+            before=before,
+        )
+        self._advance(may_end=not self.rules.stop_after_block)
+
+    def _advance(self, *, may_end: bool) -> None:
+        """Open the next block if this one has no mask, or end the row."""
+        assert self.block is not None
+        is_done = not self.is_masked[slice(*self.block)].any()
+        if self.rules.stop_at_eos and (may_end or is_done) and self._has_ended():
             self.block = None
-        elif not self.is_masked[slice(*self.block)].any():
+        elif is_done:
             self._open_block(self.block[1])
 
     @property
@@ -222,18 +282,28 @@ class Sequence:
     def _open_block(self, start: int) -> None:
         """Open the next block: first those of the generation, from left to right, then the gaps of the
         prompt."""
-        masked = np.flatnonzero(self.is_masked)
+        masked = np.flatnonzero(self.is_masked[: self.end])
         limit, self.before, self._number = self.length, self.block, self._number + 1
         if not len(masked):
             self.block = None
+            return
+        if self.rules.blocks is not None:
+            first = int(masked[0])
+            _, end = self.rules.blocks.small_block_of(first, self.prompt_length, self.length)
+            self._open(first, end, self.rules.blocks.length)
             return
         size = self.rules.block_length or self.length
         if masked[-1] < self.prompt_length:
             start, limit = int(masked[0]), self.prompt_length
         elif self.rules.block_length is None:
             start = int(masked[0])
-        self.block = (start, min(start + size, limit))
-        self.state = BlockState(int(self.is_masked[slice(*self.block)].sum()), 0)
+        end = min(start + size, limit)
+        self._open(start, end, end - start)
+
+    def _open(self, start: int, end: int, length: int) -> None:
+        """Open the block [start, end), or part of a block of `length` positions."""
+        self.block = (start, end)
+        self.state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
 
     def _has_ended(self) -> bool:
         """Whether there is an end-of-sequence token without a mask before it; everything after it is then
@@ -241,6 +311,8 @@ class Sequence:
         ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
         if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
             return False
+        if self.rules.stop_after_block:
+            return True
         rest = self.output[ends[0] :]
         rest[rest == self.rules.mask_token_id] = rest[0]
         return True

@@ -135,7 +135,7 @@ def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) ->
 def assemble(group: list[Wanted]) -> Window:
     """The inputs of a call, int64. Shorter rows are padded at their end, beyond their kv_len."""
     size = max(row.rows for row in group)
-    wanted_rows = max(len(row.forward.candidates) for row in group)
+    wanted_rows = max(1, *(len(row.forward.candidates) for row in group))
     ids = np.zeros((len(group), size), np.int64)
     # prefix graphs of earlier exports recognise padding by its positions, which must not be below kv_len
     position_ids = np.tile(np.arange(size, dtype=np.int64), (len(group), 1))
@@ -146,7 +146,13 @@ def assemble(group: list[Wanted]) -> Window:
         ids[i, : row.rows] = row.sequence.canvas[row.forward.positions]
         logit_rows[i, : len(row.forward.candidates)] = row.forward.logit_rows(row.sequence.rules.logit_shift)
     kv_len = np.array([row.forward.kv_len for row in group], np.int64)
-    return Window(ids, position_ids, start, kv_len, logit_rows)
+    if group[0].forward.row_len is None:
+        return Window(ids, position_ids, start, kv_len, logit_rows)
+    row_len = np.ones((len(group), size), np.int64)
+    for i, row in enumerate(group):
+        assert row.forward.row_len is not None
+        row_len[i, : row.rows] = row.forward.row_len
+    return Window(ids, position_ids, start, kv_len, logit_rows, row_len)
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
@@ -154,7 +160,7 @@ def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
     its logits."""
     count, rules = len(wanted.forward.candidates), wanted.sequence.rules
     row = stats.row(index, count)
-    if not rules.sampler.needs_logits:
+    if not rules.sampler.needs_logits or wanted.forward.is_forced:
         return row
     assert stats.logits is not None
     return rules.sampler.propose(stats.logits[index, :count], row, rules.mask_token_id, wanted.sequence.rng)

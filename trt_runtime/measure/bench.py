@@ -25,11 +25,11 @@ from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends import REFERENCE, open_backend
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
-from trt_runtime.decoding.cache_plan import PLANS
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError, check_counts, unknown
 from trt_runtime.measure import examples
 from trt_runtime.measure.peak_memory import peak_memory
+from trt_runtime.measure.variants import variants_of
 from trt_runtime.model import Model, Prompt
 from trt_runtime.system import processor
 from trt_runtime.system.progress import SILENT, Progress
@@ -109,7 +109,14 @@ def options_of(args: argparse.Namespace) -> BenchOptions:
 def run(model: Model, options: BenchOptions, progress: Progress = SILENT) -> dict[str, Any]:
     """All figures of a benchmark: machine, versions, settings, and one row per variant."""
     prompts = _prompts(model, options)
-    variants = _variants(model, options)
+    base = GenerationConfig(
+        gen_length=options.gen_length,
+        block_length=options.block_length,
+        policy="fixed",
+        threshold=options.threshold,
+        stop_at_eos=options.prompts is not None,
+    ).resolved(model.manifest)
+    variants = variants_of(base, model.manifest.decoding, options.tokens_per_step)
     names = variants if options.reference == ("all",) else options.reference
     for name in (*names, *options.variants):
         if name not in variants:
@@ -261,27 +268,6 @@ def _prompts(model: Model, options: BenchOptions) -> list[Prompt]:
         allowed = np.setdiff1d(np.arange(facts.model.vocab_size), special)
         return [rng.choice(allowed, options.prompt_length).tolist() for _ in range(options.count)]
     return list(examples.lines_of(options.prompts)[: options.count])
-
-
-def _variants(model: Model, options: BenchOptions) -> dict[str, GenerationConfig]:
-    base = GenerationConfig(
-        gen_length=options.gen_length,
-        block_length=options.block_length,
-        policy="fixed",
-        threshold=options.threshold,
-        stop_at_eos=options.prompts is not None,
-    )
-    base = base.resolved(model.manifest)
-    vanilla = replace(base, cache="none")
-    if options.tokens_per_step is not None:
-        assert base.gen_length is not None and base.block_length is not None
-        blocks = -(-base.gen_length // base.block_length)
-        base = replace(base, steps=blocks * -(-base.block_length // options.tokens_per_step))
-        return {"vanilla": vanilla} | {cache: replace(base, cache=cache) for cache in PLANS.names()}
-    single = {cache: replace(base, cache=cache) for cache in PLANS.names()}
-    return single | {
-        f"{cache}+parallel": replace(base, cache=cache, policy="threshold") for cache in PLANS.names()
-    }
 
 
 def _measure(model: Model, prompts: list[Prompt], config: GenerationConfig) -> dict[str, float]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trt_runtime.decoding.cache_plan import PLANS
 from trt_runtime.decoding.config import MAX_STEPS
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError, unknown
 
@@ -76,6 +76,12 @@ _FIELDS = (
     _Field("matches", lambda v: isinstance(v, dict), "an object"),
     _Field("alg", lambda v: isinstance(v, str), "the name of a policy"),
     _Field("top_p", lambda v: _is_number(v) and (v is None or 0 < v <= 1), "a number above 0 and at most 1"),
+    _Field("small_block", lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
+    _Field("steps_per_block", lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
+    *(
+        _Field(key, lambda v: v is None or type(v) is int or _are_rows([v]), "a token id or a list of them")
+        for key in ("stop", "stop_token", "eos_token_id")
+    ),
     _Field("top_k", lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
 )
 _RESULTS = (
@@ -154,7 +160,7 @@ def policy_name(case: Case) -> str:
     """The policy's name: as the case has it, by its number, or by the sampler that recorded it."""
     if case.get("factor") is not None:
         return "factor"
-    if case.get("api") == "mdlm" and case.get("threshold") is None and "alg" not in case:
+    if case.get("api") in ("mdlm", "bd3lm") and case.get("threshold") is None and "alg" not in case:
         return "linear"
     name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
     return "threshold" if name == "confidence_threshold" else name

@@ -13,16 +13,15 @@ there `steps` does not bound a threshold; without a cache it does (policies.Thre
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
-from trt_runtime.decoding.cache_plan import PLANS, PREFIX_PASS, REFINE_BLOCK, REFINE_NEAR, REFINE_SUFFIX
+from trt_runtime.artifact.manifest import BLOCK_CAUSAL, CATEGORICAL, FULL, Manifest
+from trt_runtime.decoding.blocks import blocks_of
+from trt_runtime.decoding.cache_plan import PREFIX_PASS
 from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
 from trt_runtime.decoding.policies.registry import POLICIES
@@ -32,15 +31,9 @@ from trt_runtime.decoding.sequence import Sequence, Step
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import case_fields
 from trt_runtime.measure.case_fields import Case, policy_name
+from trt_runtime.measure.recordings import has_block_causal_attention
 
-FORMAT = 3  # of the files written here (2 is the format of recordings of block-causal models)
-# kinds of steps in files of format 1, where 'prefix' was a refine step
-# the names of kinds in older formats
-_KINDS = {
-    1: {"full": PREFIX_PASS, "near": REFINE_NEAR, "prefix": REFINE_SUFFIX, "dual": REFINE_BLOCK},
-    2: {"full": PREFIX_PASS},
-}
-_MODES = ("none", "prefix", "dual")  # of random cases
+_MODES = {FULL: ("none", "prefix", "dual"), BLOCK_CAUSAL: ("none", "block", "block_dual")}  # of random cases
 INPUTS = (
     "id",
     "family",
@@ -55,64 +48,8 @@ INPUTS = (
     "top_p",
     "top_k",
     "attention_mask",
+    "small_block",
 )
-
-
-@dataclass(frozen=True)
-class CaseFile:
-    """The cases of a file with today's kinds of steps, and the format that they were written in."""
-
-    cases: list[Case]
-    format: int
-
-
-def read_file(path: Path) -> CaseFile:
-    """A file of cases: {"format": ..., "cases": [...]} or a plain list, which has format 1. Raises
-    DllmError."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DllmError(f"{path}: not readable as JSON ({error}): give a file of recorded cases.") from error
-    cases = read.get("cases") if isinstance(read, dict) else read
-    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise DllmError(
-            f'{path}: contains no cases: expected {{"cases": [...]}} (record some with replay --record).'
-        )
-    written = read.get("format", 1) if isinstance(read, dict) else 1
-    if type(written) is not int or not 1 <= written <= FORMAT:
-        raise DllmError(
-            f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the "
-            f"cases again."
-        )
-    return CaseFile([_with_kinds(case, _KINDS.get(written, {})) for case in cases], written)
-
-
-def read_cases(path: Path) -> list[Case]:
-    """The cases of a file. Raises DllmError."""
-    return read_file(path).cases
-
-
-def spelled_for(case: Case, written: int) -> Case:
-    """A case or a result with the kinds of its steps as a format names them."""
-    return _with_kinds(case, {new: old for old, new in _KINDS.get(written, {}).items()})
-
-
-def has_block_causal_attention(case: Case) -> bool:
-    """Whether a case was recorded with block-causal attention."""
-    return case.get("mode") in ("block", "block_dual") or case.get("api") == "bd3lm"
-
-
-def _with_kinds(case: Case, words: Mapping[str, str]) -> Case:
-    """The same with other names of the kinds; entries that are not steps are left for the checks."""
-    if not isinstance(case.get("trace"), list):
-        return case
-    steps = [
-        [words.get(step[0], step[0]), *step[1:]]
-        if isinstance(step, list) and step and isinstance(step[0], str)
-        else step
-        for step in case["trace"]
-    ]
-    return {**case, "trace": steps}
 
 
 @dataclass(frozen=True)
@@ -135,7 +72,11 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     """Inputs of `count` cases over random prompts, with all combinations of caches, policies and lengths in
     turn."""
     rng = np.random.default_rng(seed)
-    model, special = manifest.model, manifest.decoding.special_token_ids
+    model, special, modes = (
+        manifest.model,
+        manifest.decoding.special_token_ids,
+        _MODES[manifest.decoding.attention],
+    )
     words = np.array([token for token in range(model.vocab_size) if token not in special])
     options: list[Case] = [
         {"threshold": 0.9},
@@ -147,12 +88,15 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
     for i in range(count):
         block = int(rng.choice([4, 8, 16]))
         gen = max(1, min(block * int(rng.integers(2, 5)), model.max_length // 2))
-        prompt = rng.choice(words, int(rng.integers(1, max(2, min(48, model.max_length - gen)))))
+        room = model.max_length - gen - (block if manifest.decoding.is_block_causal else 0)
+        prompt = rng.choice(words, int(rng.integers(1, max(2, min(48, room)))))
+        small = {} if modes[i % 3] != "block_dual" else {"small_block": block // 2}
         cases.append(
             {
                 "id": f"random-{seed}-{i}",
                 "family": model.family,
-                "mode": _MODES[i % 3],
+                "mode": modes[i % 3],
+                **small,
                 "prompt": [prompt.tolist()],
                 "gen_length": gen,
                 "block_length": block,
@@ -185,16 +129,26 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
         raise DllmError(
             f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not support."
         )
+    plan = PLANS.find(case["mode"])
+    if facts.attention not in plan.attentions:
+        raise DllmError(
+            f"case {case.get('id')}: mode is '{case['mode']}', which is not for this model's attention "
+            f"({facts.attention}): the case is from another model."
+        )
+    ends = _ends(case)
     rules = Rules(
         gen,
         block,
-        PLANS.find(case["mode"])(),
+        plan(),
         _policy(case, block),
         facts.mask_token_id,
-        facts.eos_token_ids,
+        facts.eos_token_ids if ends is None else ends,
         facts.logit_shift,
+        stop_at_eos=ends is not None,
         sampler=sampler,
         first_commit=facts.first_commit,
+        blocks=blocks_of(facts, block, case.get("small_block", facts.small_block)) if block else None,
+        stop_after_block=not facts.next_from_store,
     )
     rows = []
     for prompt, mask in zip(
@@ -206,6 +160,16 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     return rows
 
 
+def _ends(case: Case) -> tuple[int, ...] | None:
+    """The end tokens of a recording of block-causal decoding; None if nothing ends it."""
+    if not has_block_causal_attention(case):
+        return None
+    for key in ("stop", "stop_token", "eos_token_id"):
+        if (value := case.get(key)) is not None:
+            return tuple(value) if isinstance(value, list) else (value,)
+    return None
+
+
 def _policy(case: Case, block_length: int | None) -> Policy:
     name = policy_name(case)
     if name == "factor":
@@ -214,4 +178,6 @@ def _policy(case: Case, block_length: int | None) -> Policy:
         return Threshold(float(case["threshold"]), case.get("steps") if block_length is None else None)
     blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
     policy = POLICIES.find(name)
-    return policy.made({}, policy.steps_of_block(case["steps"], blocks))
+    steps = case.get("steps_per_block") or policy.steps_of_block(case["steps"], blocks)
+    threshold = {} if case.get("threshold") is None else {"threshold": float(case["threshold"])}
+    return policy.made(threshold, steps)

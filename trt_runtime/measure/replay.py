@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from trt_runtime.decoding.backend import Backend
+from trt_runtime.decoding.cache_plan import PREFILL, STORE
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
 from trt_runtime.measure.case_fields import Case
-from trt_runtime.measure.cases import FORMAT, INPUTS, CaseRow, rows_of
+from trt_runtime.measure.cases import INPUTS, CaseRow, rows_of
+from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention
 
 _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
 
@@ -84,18 +86,21 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     """The first difference between a case's expected result and the actual one; None if they agree or the
     case expects nothing.
 
-    Expected forwards that wrote nothing are skipped. `margin`: the change of confidence within which a
-    decision is AMBIGUOUS. Fast-dLLM's v1 code may leave mask tokens, which this runtime never does. If they
-    are in the prompt, only the recorded steps are compared, because the forwards that fill the other gaps
-    come after them; if they are in the output, the trace is compared up to the first forward that wrote
-    nothing.
+    Expected forwards that wrote nothing are skipped, unless they store keys and values. `margin`: the change
+    of confidence within which a decision is AMBIGUOUS. Fast-dLLM's v1 code may leave mask tokens, which this
+    runtime never does. If they are in the prompt, only the recorded steps are compared, because the forwards
+    that fill the other gaps come after them; if they are in the output, the trace is compared up to the first
+    forward that wrote nothing.
     """
     name, result, trace = str(case.get("id")), replayed.result, _steps(case)
     mask = case.get("mask_token_id")
-    left_masks = any(mask in row for row in case.get("output", []))
+    # a block-causal recording that ended at a stop token has masks behind it, and so has our result
+    left_masks = not has_block_causal_attention(case) and any(mask in row for row in case.get("output", []))
     left_gaps = left_masks or any(mask in row for row in case.get("full_output", []))
     expected = [
-        step for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace) if step[3]
+        step
+        for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace)
+        if step[3] or step[0] in (PREFILL, STORE)
     ]
     if left_masks and not expected:
         return Mismatch(
@@ -238,7 +243,7 @@ def _result(case: Case, rows: list[CaseRow]) -> Case:
     whole = [[*row.padding, *row.sequence.canvas.tolist()] for row in rows]
     result: Case = {
         "id": case.get("id"),
-        "output": [row.sequence.output.tolist() for row in rows],
+        "output": [_output(case, row.sequence) for row in rows],
         "nfe": max(row.sequence.nfe for row in rows),
         "trace": _trace(rows),
     }
@@ -248,6 +253,17 @@ def _result(case: Case, rows: list[CaseRow]) -> Case:
     if filled or "attention_mask" in case:
         result["full_output"] = whole
     return result
+
+
+def _output(case: Case, row: Sequence) -> list[int]:
+    """The generated part in the form of recordings: Fast-dLLM v2's ends with the stop token, A2D's with the
+    last finished block, and others have all of gen_length."""
+    output: list[int] = row.output.tolist()
+    if case.get("api") == "bd3lm":
+        return [token for token in output if token != row.rules.mask_token_id]
+    if case.get("api") in ("generate", "batch_sample"):
+        return output[: row.num_useful + 1]
+    return output
 
 
 def _trace(rows: list[CaseRow]) -> list[list[Any]]:

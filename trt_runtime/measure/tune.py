@@ -93,26 +93,32 @@ class Tuner:
             ]
         )
         length = best.options["block_length"]
-        self._best(
-            [
-                best.options | more
-                for more in (
-                    {"cache": "prefix"},
-                    {"refresh_every": 2},
-                    {"refresh_every": 0, "refresh_window": length},
-                    {"refresh_every": 2, "refresh_window": length},
-                    {"suffix": 2 * length},
-                    {"suffix": length, "suffix_decay": True},
-                )
-            ]
-        )
+        self._best([best.options | more for more in self._caches(length)])
         return self._final()
+
+    def _caches(self, length: int) -> list[dict[str, Any]]:
+        """The caches to try, for blocks of `length`."""
+        facts = self.model.manifest.decoding
+        if not facts.is_block_causal:
+            return [
+                {"cache": "prefix"},
+                {"refresh_every": 2},
+                {"refresh_every": 0, "refresh_window": length},
+                {"refresh_every": 2, "refresh_window": length},
+                {"suffix": 2 * length},
+                {"suffix": length, "suffix_decay": True},
+            ]
+        small = facts.small_block
+        return [
+            *([] if facts.next_from_store else [{"fuse_stores": True}]),
+            *([{"cache": "block_dual"}] if small and small < length else []),
+        ]
 
     def is_within(self, trial: Trial) -> bool:
         return 100 * (self.baseline.right - trial.right) / len(self.examples) <= self.max_drop + 1e-9
 
     def _baseline(self) -> Trial:
-        options = {"policy": "fixed", "cache": "dual", "block_length": self.base.block_length}
+        options = {"policy": "fixed", "cache": self.base.cache, "block_length": self.base.block_length}
         trial, answers = self._decode(options)
         self.examples = [
             replace(example, answers=(answer,)) if example.answers is None else example
@@ -186,7 +192,7 @@ def run(
     tuner = Tuner(model, examples, base, max_drop, match, tell)
     chosen = tuner.run()
     # options that the choice depends on in addition to those that were tried: its policy's own
-    options = {"cache": "dual", **chosen.options} | {
+    options = {"cache": tuner.base.cache, **chosen.options} | {
         item.name: getattr(tuner.base, item.name)
         for item in options_of(POLICIES.find(chosen.options["policy"]))
         if item.name not in chosen.options and item.off is None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from trt_runtime.artifact.manifest import Manifest
-from trt_runtime.decoding.cache_plan import PLANS
 from trt_runtime.decoding.config import GenerationConfig, configured, effective_temperature, option_names
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies import registry
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError
@@ -110,7 +110,16 @@ class Common(Neutral):
         default=None, ge=1, description="forwards in total, for policies that follow a schedule"
     )
     block_length: Whole | None = Field(default=None, ge=1)
-    cache: Name | None = Field(default=None, description="none, prefix or dual")
+    cache: Name | None = Field(
+        default=None,
+        description="none, prefix or dual; with block-causal attention none, block or block_dual",
+    )
+    small_block: Whole | None = Field(
+        default=None, ge=1, description="block-causal attention: positions decoded before the next ones"
+    )
+    fuse_stores: bool | None = Field(
+        default=None, description="block-causal attention: store a block by the first step of the next"
+    )
     top_k: Whole | None = Field(default=None, ge=-1, description="-1 and 0 keep every token")
 
     @property

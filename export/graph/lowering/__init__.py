@@ -44,15 +44,15 @@ class Lowering(Protocol):
         attend to, and the tensor that the graph returns: the cache with `new` written at row `write_index`
         [B], or `new` itself."""
 
-    def valid_rows(self, op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
+    def valid_rows(self, op: OpBuilder, window: ir.Value, kv_len: ir.Value, axis: int = 1) -> ir.Value:
         """Which rows of a window [B, S] are not padding: the first kv_len [B, 1] of each, whatever their
-        positions."""
+        positions. With a window [B, 1, S], axis 2 and lengths [B, rows, 1]: those that each row sees."""
 
     def valid_keys(
         self, op: OpBuilder, cache: ir.Value, window: ir.Value, write_index: ir.Value, kv_len: ir.Value
     ) -> list[ir.Value]:
         """Which rows of the keys from `extend` a window [B, S] attends to, as consecutive pieces [B, keys].
-        write_index and kv_len are [B, 1]."""
+        write_index and kv_len are [B, 1]; or [B, 1, 1] and [B, rows, 1], and the pieces [B, rows, keys]."""
 
     def scales(self, head_dim: int, dtype: ir.DataType) -> tuple[float | None, float]:
         """How 1 / sqrt(D) is applied: the factor for queries in float32 before they are rounded to `dtype`

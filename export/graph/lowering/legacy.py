@@ -36,8 +36,8 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return op.Concat(cache, new, axis=2), new
 
 
-def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
-    return op.Less(op.Range(0, size(op, window, 1), 1), kv_len)
+def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value, axis: int = 1) -> ir.Value:
+    return op.Less(op.Range(0, size(op, window, axis), 1), kv_len)
 
 
 def valid_keys(

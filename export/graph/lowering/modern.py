@@ -28,10 +28,10 @@ def extend(op: OpBuilder, cache: ir.Value, new: ir.Value, write_index: ir.Value)
     return written, written
 
 
-def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value) -> ir.Value:
+def valid_rows(op: OpBuilder, window: ir.Value, kv_len: ir.Value, axis: int = 1) -> ir.Value:
     """By a running count: TensorRT-RTX 1.7 fails on a Range over a dynamic size next to a cache write ("uses
     before defs")."""
-    return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), 1), kv_len)
+    return op.LessOrEqual(op.CumSum(op.Add(op.Mul(window, 0), 1), axis), kv_len)
 
 
 def valid_keys(

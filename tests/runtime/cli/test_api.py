@@ -12,7 +12,7 @@ import pytest
 import trt_runtime as rt
 from trt_runtime.cli import main as cli
 from trt_runtime.decoding.sequence import Step
-from trt_runtime.measure import cases, replay
+from trt_runtime.measure import recordings, replay
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
 
@@ -191,7 +191,7 @@ def test_results_of_replay_have_confidences_and_are_still_compared(demo_artifact
     )
     assert cli.main(["replay", str(demo_artifact), str(again), "--threads", "1"]) == 0
     assert "4 with expectations, 0 mismatches" in capsys.readouterr().out
-    case = cases.read_cases(again)[0]
+    case = recordings.read_cases(again)[0]
     assert replay.follow(model.backend, case, 0.0).mismatch is None
     case["trace"][1][4][0] += 1
     assert replay.compare(case, replay.replay(model.backend, case)) is not None

@@ -11,7 +11,8 @@ import pytest
 from demo import PLAN, PROMPT, demo_task
 
 import trt_runtime as rt
-from trt_runtime.decoding.cache_plan import PLANS, PREFIX_PASS
+from trt_runtime.decoding.cache_plan import PREFIX_PASS
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies.registry import POLICIES
 
 

@@ -10,8 +10,9 @@ import pytest
 from demo import PROMPT
 from outside import OUTSIDE, added, command
 
-from trt_runtime.decoding.cache_plan import PLANS, REFINE_BLOCK, PrefixCache, RowView, Suffix
+from trt_runtime.decoding.cache_plan import REFINE_BLOCK, PrefixCache, RowView, Suffix
 from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.errors import DllmError
 
 

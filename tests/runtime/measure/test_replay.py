@@ -10,8 +10,9 @@ import pytest
 from recorded import CASE
 
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.decoding.cache_plan import PLANS, NoCache
+from trt_runtime.decoding.cache_plan import NoCache
 from trt_runtime.decoding.generator import Generator
+from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
 from trt_runtime.decoding.policies.schedules import Fixed
 from trt_runtime.decoding.rules import Rules

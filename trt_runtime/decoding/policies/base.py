@@ -49,7 +49,7 @@ class BlockState:
     `forced` (0 or 1) left the policy no choice. uniform: for each candidate [R] a number in [0, 1), the same
     in every forward. rng: for what is drawn anew in each forward. Both are set only for policies that draw,
     else None. positions: of the candidates [R] on the canvas. before: candidates and their
-    confidence in each earlier forward of the block.
+    confidence in each earlier forward of the block. length: positions of the block.
     """
 
     num_masked: int
@@ -59,6 +59,7 @@ class BlockState:
     rng: np.random.Generator | None = None
     positions: Ints | None = None
     before: tuple[tuple[Ints, Floats], ...] = ()
+    length: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ LOOP_OPTIONS = frozenset(
         "suffix",
         "suffix_decay",
         "hold_back_eos",
+        "small_block",
+        "fuse_stores",
         "policy_options",
     }
 )

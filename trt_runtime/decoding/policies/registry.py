@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from trt_runtime.decoding.policies import adaptive, confidence, schedules
+from trt_runtime.decoding.policies import adaptive, confidence, remasking, schedules
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.options import LOOP_OPTIONS, Option, options_of
 from trt_runtime.errors import DllmError
@@ -43,6 +43,9 @@ POLICIES: Registry[type[Policy]] = Registry(
         schedules.Entropy,
         schedules.MaskgitPlus,
         schedules.TopkMargin,
+        remasking.Sequential,
+        remasking.LowConfidenceStatic,
+        remasking.LowConfidenceDynamic,
         adaptive.EntropyBounded,
         adaptive.Margin,
         adaptive.Dynamic,

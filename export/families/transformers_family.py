@@ -1,0 +1,92 @@
+"""A family whose config.json and tensors are spelled as transformers spells Llama, Qwen2 and Qwen3. The file
+of such a family says only what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from trt_runtime.artifact.manifest import GUMBEL, DecodingFacts
+
+from ..graph.attention import Attention
+from ..graph.decoder import DecoderConfig
+from ..graph.feed_forward import SwiGLU
+from .base import ConfigReader, Family, Reference, decoding_defaults, hf_name, transformers_reference
+
+
+class TransformersFamily(Family):
+    """architecture: the body's name in transformers. head_dim: the body's default; None: hidden_size / heads.
+    fixed_values: keys of config.json that are implemented at these values only (None: null). ignored_keys:
+    those that compute nothing."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    logit_shift: int = 0
+    sampling: str = GUMBEL
+    fixed_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    ignored_keys: tuple[str, ...] = ("attention_dropout", "max_window_layers")
+
+    def decoder(self, config: ConfigReader) -> DecoderConfig:
+        config.require("hidden_act", "silu")
+        config.require("mlp_bias", False)
+        for key, value in self.fixed_values.items():
+            config.require(key, *(() if value is None else (value,)))
+        config.ignore(*self.ignored_keys)
+        hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")
+        return DecoderConfig(
+            hidden_size=hidden,
+            num_layers=config.positive("num_hidden_layers"),
+            vocab_size=config.positive("vocab_size"),
+            max_length=config.positive("max_position_embeddings"),
+            norm_eps=config.get("rms_norm_eps", float),
+            attention=Attention(
+                hidden,
+                num_heads=heads,
+                num_kv_heads=config.positive("num_key_value_heads", heads),
+                head_dim=config.positive("head_dim", self.head_dim or hidden // heads),
+                rope_theta=config.rope_theta(),
+                rotary_float32=False,
+                qkv_bias=self.qkv_bias,
+                qk_norm=self.qk_norm,
+            ),
+            feed_forward=SwiGLU(hidden, config.positive("intermediate_size")),
+            tied_head=config.get("tie_word_embeddings", bool, False),
+        )
+
+    def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
+        return DecodingFacts(
+            mask_token_id=config.token_id("mask_token_id", {}),
+            eos_token_ids=config.token_ids("eos_token_id", generation_config),
+            pad_token_id=config.token_id("pad_token_id", generation_config),
+            logit_shift=self.logit_shift,
+            defaults=decoding_defaults(generation_config),
+            sampling=self.sampling,
+        )
+
+    def tensor_name(self, weight: str) -> str:
+        return hf_name(weight)
+
+    def tiny_config(self) -> dict[str, Any]:
+        return {
+            "hidden_size": 48 if self.head_dim else 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            **({"head_dim": 16} if self.head_dim else {}),
+            "num_hidden_layers": 3,
+            "intermediate_size": 96,
+            "vocab_size": 128,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "mask_token_id": 126,
+            "eos_token_id": 125,
+            "pad_token_id": 125,
+        }
+
+    def reference(self, decoder: DecoderConfig) -> Reference:
+        return transformers_reference(self.architecture, decoder)

@@ -1,0 +1,61 @@
+"""Which options of a generation go with which kind of attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts
+from trt_runtime.decoding.cache_plan import CachePlan
+from trt_runtime.decoding.plans import BlockCache, BlockDualCache, names_for
+from trt_runtime.errors import DllmError
+
+if TYPE_CHECKING:
+    from trt_runtime.decoding.config import GenerationConfig
+
+# options of full attention, and the values at which they do nothing
+_OF_FULL: dict[str, Any] = {
+    "infill": False, "refresh_every": 1, "refresh_window": 0, "suffix": None, "suffix_decay": False,
+}  # fmt: skip
+_WHY = "nothing after the block is seen, and stored keys and values are exact"
+_WORDS = {FULL: "full", BLOCK_CAUSAL: "block-causal"}
+
+
+def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[CachePlan]) -> None:
+    """Raise DllmError for options of the other kind of attention."""
+    if facts.attention not in plan.attentions:
+        raise DllmError(
+            f"cache is '{config.cache}', which is not for a model with {_WORDS[facts.attention]} "
+            f"attention: use {', '.join(names_for(facts.attention))}."
+        )
+    if not facts.is_block_causal:
+        if config.small_block is not None or config.fuse_stores:
+            raise DllmError(
+                f"{'fuse_stores' if config.fuse_stores else 'small_block'} is for models with block-causal "
+                f"attention, and this model has full attention: remove it."
+            )
+        return
+    for name, off in _OF_FULL.items():
+        if getattr(config, name) != off:
+            why = "a gap would not see what is right of its block" if name == "infill" else _WHY
+            raise DllmError(f"{name} is for models with full attention: here {why}. Remove it.")
+    small = config.small_block
+    if small is not None and not 1 <= small <= (config.block_length or small):
+        raise DllmError(f"small_block is {small}, expected 1 to the block length, {config.block_length}.")
+    is_dual = issubclass(plan, BlockDualCache)
+    if is_dual and config.speculate > 1:
+        raise DllmError(
+            "speculate verifies steps of exact caches, and 'block_dual' keeps the keys and values of "
+            "earlier steps: use cache 'block', or remove speculate."
+        )
+    if is_dual and (small or facts.small_block or config.block_length) == config.block_length:
+        raise DllmError(
+            f"cache 'block_dual' keeps keys and values between the small blocks of a block, and here a "
+            f"block has only one: use cache 'block', or set small_block below {config.block_length}."
+        )
+    if config.fuse_stores and (facts.next_from_store or is_dual or not issubclass(plan, BlockCache)):
+        why = (
+            "this model's next block begins with a token of the store"
+            if facts.next_from_store
+            else f"cache '{config.cache}' does not"
+        )
+        raise DllmError(f"fuse_stores stores a block by the first step of the next: {why}. Remove it.")

@@ -1,0 +1,86 @@
+"""Blocks of block-causal attention: where they begin and end in a row. Pure NumPy.
+
+A position sees its own block, masks included, and everything before it; nothing right of the block. So the
+keys and values of a finished block never change: they are computed once more from its final tokens (the
+store), and decoding with the cache is exact. Positions are absolute, ranges half-open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_runtime.artifact.manifest import ABSOLUTE, DecodingFacts
+from trt_runtime.decoding.policies.base import Ints
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """How a row is divided. length: positions of a block. origin: where blocks are counted from
+    (manifest.ORIGINS). small: positions of a block that are decoded together. next_from_store: a block's
+    first token comes from the last row of the forward that stores the block before it."""
+
+    length: int
+    origin: str
+    small: int
+    next_from_store: bool = False
+
+    def canvas_length(self, prompt_length: int, gen_length: int) -> int:
+        """Positions of the canvas: with absolute blocks, up to the end of the last one."""
+        total = prompt_length + gen_length
+        return -(-total // self.length) * self.length if self.origin == ABSOLUTE else total
+
+    def reach(self, prompt_length: int, canvas_length: int) -> Ints:
+        """The end of each position's block [L]: the position sees everything before it."""
+        offset = self._offset(prompt_length)
+        block = (np.arange(canvas_length, dtype=np.int64) + offset) // self.length
+        return np.minimum((block + 1) * self.length - offset, canvas_length)
+
+    def block_of(self, position: int, prompt_length: int, canvas_length: int) -> tuple[int, int]:
+        """The block of a position."""
+        offset = self._offset(prompt_length)
+        first = (position + offset) // self.length * self.length - offset
+        return max(first, 0), min(first + self.length, canvas_length)
+
+    def small_block_of(self, position: int, prompt_length: int, canvas_length: int) -> tuple[int, int]:
+        """The small block of a position; small blocks are counted from the start of the block."""
+        start, end = self.block_of(position, prompt_length, canvas_length)
+        small = start + (position - start) // self.small * self.small
+        return small, min(small + self.small, end)
+
+    def _offset(self, prompt_length: int) -> int:
+        return 0 if self.origin == ABSOLUTE else -prompt_length % self.length
+
+
+def blocks_of(facts: DecodingFacts, block_length: int, small_block: int | None) -> BlockCausal | None:
+    """The blocks of a model; None if its attention is full. block_length, small_block: the user's, or the
+    model's defaults."""
+    if not facts.is_block_causal:
+        return None
+    assert facts.block_origin is not None
+    return BlockCausal(
+        block_length,
+        facts.block_origin,
+        min(small_block or block_length, block_length),
+        facts.next_from_store,
+    )
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """Where a row stands among its blocks, for cache plans (cache_plan.py).
+
+    reach [L]: the end of each position's block. start, end: the block that is being decoded. small: its small
+    block, half-open. stored: the first positions whose final keys and values are in the cache. is_filled:
+    whether the cache has keys and values of a forward over the whole block. needs_first: the block's first
+    token is still to come from the forward that stores the block before it.
+    """
+
+    reach: Ints
+    start: int
+    end: int
+    small: tuple[int, int]
+    stored: int
+    is_filled: bool
+    needs_first: bool
