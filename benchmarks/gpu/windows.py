@@ -7,6 +7,7 @@ import numpy as np
 
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.blocks import row_len_of
 
 
 def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int = 0) -> tuple[Window, Window]:
@@ -19,14 +20,17 @@ def windows(manifest: Manifest, batch: int, canvas: int, block: int, seed: int =
     ids[:, start:] = mask
     rows = np.arange(start, start + block)
     lengths, shift = np.full(batch, canvas), manifest.decoding.logit_shift
+    positions, steps = np.tile(np.arange(canvas), (batch, 1)), np.tile(rows, (batch, 1))
     full = Window(
         ids,
-        np.tile(np.arange(canvas), (batch, 1)),
+        positions,
         np.zeros(batch, np.int64),
         lengths,
         np.tile(rows - shift, (batch, 1)),
+        row_len_of(manifest.decoding, positions, lengths),
     )
     some = ids[:, rows].copy()
     some[:, ::3] = rng.choice(allowed, some[:, ::3].shape)  # as if a third were committed
     at = np.tile(np.maximum(np.arange(block) - shift, 0), (batch, 1))
-    return full, Window(some, np.tile(rows, (batch, 1)), np.full(batch, start), lengths, at)
+    seen = row_len_of(manifest.decoding, steps, lengths)
+    return full, Window(some, steps, np.full(batch, start), lengths, at, seen)

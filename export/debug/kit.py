@@ -120,11 +120,9 @@ def prompts(manifest: Manifest) -> list[list[int]]:
 
 
 def decoding(manifest: Manifest) -> GenerationConfig:
-    """A short decoding with both caches, so that there are prefix passes and refine steps."""
+    """A short decoding with the model's own cache, so that there are prefix passes and refine steps."""
     length = min(_GENERATED, manifest.model.max_length - 1)
-    return GenerationConfig(
-        gen_length=length, block_length=min(_BLOCK, length), cache="dual", stop_at_eos=False
-    )
+    return GenerationConfig(gen_length=length, block_length=min(_BLOCK, length), stop_at_eos=False)
 
 
 def write_graphs(artifact: Path, manifest: Manifest, capacity: int, out: Path, *, link: bool) -> None:

@@ -65,8 +65,7 @@ class Recording(Backend):
         with_logits = is_wanted and self.manifest.head == contract.LOGITS
         stats = self.inner.forward(role, cache, slots, window, want_logits=with_logits)
         if is_wanted:
-            small = {item.name: getattr(window, item.name) for item in fields(window)}
-            arrays = small | caches
+            arrays = {item.name: getattr(window, item.name) for item in fields(window)} | caches
             inputs = {spec.name: arrays[spec.name] for spec in contract.inputs(role, self.manifest.dims)}
             self.calls.append(
                 RecordedCall(
@@ -92,20 +91,23 @@ def outputs_of(stats: Stats, caches: dict[str, Array], dims: contract.Dims) -> d
 
 def window_of(inputs: dict[str, Array]) -> Window:
     """The window of a call, from the inputs of its graph."""
-    zeros = np.zeros(len(inputs["kv_len"]), np.int64)
+    row_len = inputs.get("row_len")
+    kv_len = inputs["kv_len"] if row_len is None else row_len.max(1)
+    zeros = np.zeros(len(kv_len), np.int64)
     return Window(
         inputs["input_ids"],
         inputs["position_ids"],
         inputs.get("write_index", zeros),
-        inputs["kv_len"],
+        kv_len,
         inputs["logit_rows"],
+        row_len,
     )
 
 
 def replayed(backend: Backend, role: str, inputs: dict[str, Array], *, want_logits: bool) -> dict[str, Array]:
     """A call on another backend, in a cache of its own with the same contents: the outputs of the graph."""
     caches = {name: value for name, value in inputs.items() if name.startswith("cache_")}
-    batch, capacity = len(inputs["kv_len"]), next(iter(caches.values())).shape[2]
+    batch, capacity = len(inputs["input_ids"]), next(iter(caches.values())).shape[2]
     cache, slots = backend.new_cache(batch, capacity), slice(0, batch)
     beyond = ((0, 0), (0, 0), (0, cache.capacity - capacity), (0, 0))  # engines have a capacity of their own
     backend.write_cache(

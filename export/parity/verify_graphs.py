@@ -6,7 +6,7 @@ The artifact's own graphs are run, with the logits exposed as an output where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.blocks import row_lengths
 from trt_runtime.errors import DllmError
 
 from ..quantize import gate as quality
@@ -27,6 +28,7 @@ from .reference import TorchBackend
 from .spelled import spelled
 
 _CANVASES = 3
+_BLOCK = 3  # positions; windows of refine steps have 4
 
 Array = np.ndarray[Any, Any]
 
@@ -130,8 +132,17 @@ def calls_of(facts: Manifest, rng: np.random.Generator, length: int) -> tuple[Wi
     edited = rng.integers(0, facts.model.vocab_size, (2, min(4, length - start)))
     valid = (np.arange(length) < kv_len[:, None])[..., None]
     full = window(canvas, 0, kv_len)
+    refine = window(edited, start, kv_len)
+    if facts.decoding.is_block_causal:
+        full, refine = (_of_blocks(call) for call in (full, refine))
     full.position_ids[~valid[..., 0]] = 0  # the contents of padding must not matter
-    return full, window(edited, start, kv_len), valid
+    return full, refine, valid
+
+
+def _of_blocks(call: Window) -> Window:
+    """The call with block-causal attention, in blocks that are short enough for a window to have several."""
+    row_len = row_lengths(call.position_ids, call.kv_len[:, None], _BLOCK)
+    return replace(call, row_len=np.maximum(row_len, 1))
 
 
 def window(ids: Array, start: int, kv_len: Array) -> Window:

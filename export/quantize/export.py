@@ -164,12 +164,11 @@ def _prepare(
         expected = quality.expect(model, examples[split:] or examples, shown) if how.gate else None
         base = GenerationConfig().resolved(model.manifest)
         decoded = quality.decode(model, examples[:split], base, shown, "decoding prompts to calibrate on")
-        facts_of, block = model.manifest.decoding, base.block_length
+        facts_of = model.manifest.decoding
         model.close()
         if not kind.is_calibrated:
             return Prepared(expected=expected)
-        assert block is not None
-        drawn = quality.canvases(decoded, block, facts_of.mask_token_id)
+        drawn = quality.canvases(decoded, facts_of.mask_token_id)
         observed = calibration.observe(twin, source, shown.each(drawn, "calibrating on canvases"))
     said = {"prompts": split, "canvases": len(drawn), "mask_ratios": list(quality.RATIOS)}
     return Prepared(observed, said, expected)

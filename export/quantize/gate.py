@@ -40,16 +40,17 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True)
 class Canvas:
     """A canvas in the middle of a decoding: ids [L], and the masked positions of its current block [R].
-    Everything after it is masked."""
+    Everything after it is masked, or left out with block-causal attention, which has a row_len [L]."""
 
     ids: Array
     masked: Array
+    row_len: Array | None = None
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An example as the model decoded it: its steps, its whole canvas, the end of its useful part, and its
-    text."""
+    """An example as the model decoded it: its steps, its whole canvas, its blocks, the end of its useful
+    part, and its text. reach [L]: of block-causal attention (Sequence.reach)."""
 
     example: Example
     steps: list[Step]
@@ -57,6 +58,8 @@ class Decoded:
     prompt_length: int
     useful_end: int
     text: str | None
+    ranges: list[tuple[int, int]]
+    reach: Array | None
 
     @property
     def useful(self) -> Array:
@@ -158,27 +161,40 @@ def decode(
         Generator(model.backend, [row]).run()
         useful = row.prompt_length + row.num_useful
         decoded.append(
-            Decoded(example, row.trace, row.canvas.copy(), row.prompt_length, useful, _text(model, row))
+            Decoded(
+                example,
+                row.trace,
+                row.canvas.copy(),
+                row.prompt_length,
+                useful,
+                _text(model, row),
+                row.ranges,
+                row.reach,
+            )
         )
     return decoded
 
 
-def canvases(decoded: Sequence[Decoded], block_length: int, mask: int) -> list[Canvas]:
+def canvases(decoded: Sequence[Decoded], mask: int) -> list[Canvas]:
     """One canvas per decoding and ratio, at each place in turn. The masked positions are drawn, the same ones
     each time."""
     rng, drawn = np.random.default_rng(0), []
     for number, done in enumerate(decoded):
-        blocks = max(1, -(-(done.useful_end - done.prompt_length) // block_length))
+        blocks = max(1, sum(start < done.useful_end for start, _ in done.ranges))
         for i, ratio in enumerate(RATIOS):
             place = round(PLACES[(number + i) % len(PLACES)] * (blocks - 1))
-            start = done.prompt_length + place * block_length
-            end = min(start + block_length, len(done.canvas))
+            start, end = done.ranges[place]
+            if done.reach is not None:
+                end = int(done.reach[start])
             masked = np.sort(
                 rng.choice(np.arange(start, end), max(1, round(ratio * (end - start))), replace=False)
             )
             ids = done.canvas.copy()
             ids[masked], ids[end:] = mask, mask
-            drawn.append(Canvas(ids, masked))
+            if done.reach is None:
+                drawn.append(Canvas(ids, masked))
+            else:
+                drawn.append(Canvas(ids[:end], masked, done.reach[:end]))
     return drawn
 
 
@@ -187,7 +203,12 @@ def window_of(canvas: Canvas, rows: Array) -> Window:
     ids = canvas.ids[None].astype(np.int64)
     length = ids.shape[1]
     return Window(
-        ids, np.arange(length)[None], np.zeros(1, np.int64), np.array([length]), rows[None].astype(np.int64)
+        ids,
+        np.arange(length)[None],
+        np.zeros(1, np.int64),
+        np.array([length]),
+        rows[None].astype(np.int64),
+        None if canvas.row_len is None else canvas.row_len[None],
     )
 
 
@@ -198,7 +219,7 @@ def expect(model: Model, examples: Sequence[Example], progress: Progress = SILEN
     assert config.block_length is not None
     decoded = decode(model, examples, config, progress, "gate: decoding prompts with the original model")
     drawn, vocabulary = (
-        canvases(decoded, config.block_length, facts.mask_token_id),
+        canvases(decoded, facts.mask_token_id),
         model.manifest.model.vocab_size,
     )
     most = max(1, _MOST_ROWS // (vocabulary * config.block_length))

@@ -146,10 +146,9 @@ def test_graphs_hold_no_foreign_operators_but_those_of_their_scheme(tiny_checkpo
 def test_canvases_are_masked_at_every_ratio_and_place():
     rng = np.random.default_rng(6)
     canvas = rng.integers(1, 50, 60)
-    done = quality.Decoded(
-        None, [], canvas, 20, 47, None
-    )  # 27 useful tokens: blocks of 8 begin at 20, 28, 36, 44
-    drawn = quality.canvases([done] * 6, 8, 0)
+    blocks = [(20, 28), (28, 36), (36, 44), (44, 52), (52, 60)]
+    done = quality.Decoded(None, [], canvas, 20, 47, None, blocks, None)  # the last block has no useful token
+    drawn = quality.canvases([done] * 6, 0)
     assert len(drawn) == 24
     for number, made_canvas in enumerate(drawn):
         ratio = quality.RATIOS[number % 4]

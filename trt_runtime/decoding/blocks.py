@@ -33,9 +33,7 @@ class BlockCausal:
 
     def reach(self, prompt_length: int, canvas_length: int) -> Ints:
         """The end of each position's block [L]: the position sees everything before it."""
-        offset = self._offset(prompt_length)
-        block = (np.arange(canvas_length, dtype=np.int64) + offset) // self.length
-        return np.minimum((block + 1) * self.length - offset, canvas_length)
+        return row_lengths(np.arange(canvas_length), canvas_length, self.length, self._offset(prompt_length))
 
     def block_of(self, position: int, prompt_length: int, canvas_length: int) -> tuple[int, int]:
         """The block of a position."""
@@ -51,6 +49,21 @@ class BlockCausal:
 
     def _offset(self, prompt_length: int) -> int:
         return 0 if self.origin == ABSOLUTE else -prompt_length % self.length
+
+
+def row_lengths(positions: Ints, valid: int | Ints, length: int, offset: int = 0) -> Ints:
+    """The end of the block of each position, at most `valid` (broadcast to the positions): the graphs'
+    row_len. length: positions of a block; offset: how many of the first block's are missing."""
+    ends = ((positions + offset) // length + 1) * length - offset
+    return np.minimum(ends, valid).astype(np.int64)
+
+
+def row_len_of(facts: DecodingFacts, positions: Ints, valid: Ints) -> Ints | None:
+    """The row_len [B, S] of windows at positions [B, S] with `valid` [B] rows of the cache, with blocks of
+    the model's own length from position 0 on; None with full attention."""
+    if facts.block_length is None:
+        return None
+    return np.maximum(row_lengths(positions, valid[:, None], facts.block_length), 1)
 
 
 def blocks_of(facts: DecodingFacts, block_length: int, small_block: int | None) -> BlockCausal | None:

@@ -71,7 +71,8 @@ class Sequence:
         self.canvas: Ints = np.concatenate(
             [prompt, np.full(length - len(prompt), rules.mask_token_id, np.int64)]
         )
-        self._reach = None if blocks is None else blocks.reach(len(prompt), length)
+        # with block-causal attention: the end of each position's block [L]
+        self.reach = None if blocks is None else blocks.reach(len(prompt), length)
         self._stored = 0  # positions whose final keys and values are in the cache
         self._filled = -1  # the start of the block whose keys and values were computed as a whole
         self.trace: list[Step] = []
@@ -116,7 +117,7 @@ class Sequence:
         """The blocks of the answer, half-open, from left to right."""
         size, start, ranges = self.rules.block_length or self.length, self.prompt_length, []
         while start < self.end:
-            after = start + size if self._reach is None else int(self._reach[start])
+            after = start + size if self.reach is None else int(self.reach[start])
             ranges.append((start, min(after, self.end)))
             start = after
         return ranges
@@ -147,12 +148,12 @@ class Sequence:
     def _block_view(self) -> BlockView | None:
         """Where the row stands among its blocks; None with full attention."""
         blocks, where = self.rules.blocks, self.block
-        if blocks is None or self._reach is None:
+        if blocks is None or self.reach is None:
             return None
         assert where is not None
         start, end = blocks.block_of(where[0], self.prompt_length, self.length)
         return BlockView(
-            self._reach,
+            self.reach,
             start,
             end,
             blocks.small_block_of(where[0], self.prompt_length, self.length),

@@ -4,6 +4,10 @@ B.5), and whether the model would generate it.
     for each sample: mask l of the target's L tokens, l spread evenly over 1..L; a forward; sum of log p of
     the masked tokens, times L / l
 
+With block-causal attention the target is a product of its blocks, each given everything before it: the
+estimates of the blocks are added, and share the samples. A first token of a block that comes from the store
+of the block before is certain after one forward.
+
 The mean is a lower bound of the log-likelihood; its standard error says how far more samples may move it.
 Shape letters: B samples of a call, L target, V vocabulary.
 """
@@ -16,7 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trt_runtime.artifact.manifest import DecodingFacts
 from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.policies.base import Floats, Ints
 from trt_runtime.errors import DllmError
@@ -43,7 +49,7 @@ def estimate(
 ) -> Likelihood:
     """The log-likelihood of `target` after `context`. Raises DllmError without logits, or for a text that is
     too long or empty."""
-    facts, mask = model.manifest.model, model.manifest.decoding.mask_token_id
+    facts = model.manifest.model
     if not context or not target or samples < 1:
         raise DllmError(
             f"{len(context)} tokens of context, {len(target)} of target, {samples} samples: expected at "
@@ -59,29 +65,72 @@ def estimate(
             f"a likelihood needs logits, but this artifact returns only statistics on {model.backend.name}: "
             f"export with HEAD=logits."
         )
-    rng, length = np.random.default_rng(seed), len(target)
-    samples = 1 if length == 1 else samples  # there is only one way to mask one token
-    ids = np.array([*context, *target], np.int64)
-    counts = stratified(samples, length, int(rng.integers(1, length + 1)))
-    masked = [np.sort(rng.choice(length, count, replace=False)) + len(context) for count in counts]
-    calls = list(
-        _calls(
-            masked, facts.vocab_size, max(1, min(model.backend.max_batch or samples, _POSITIONS // len(ids)))
-        )
-    )
+    canvas, parts = _parts(model, context, target)
+    rng, drawn = np.random.default_rng(seed), list[Ints]()
+    part_of, weights = list[int](), list[float]()
+    each = -(-samples // len(parts))
+    for number, positions in enumerate(parts):
+        length = len(positions)
+        own = 1 if length == 1 else each  # there is only one way to mask one token
+        for count in stratified(own, length, int(rng.integers(1, length + 1))):
+            drawn.append(np.sort(rng.choice(length, count, replace=False)) + positions[0])
+            part_of.append(number)
+            weights.append(length / count)
+    sums, forwards = _sums(model, canvas, drawn)
+    values, mean, variance = sums * weights, 0.0, 0.0
+    for number in range(len(parts)):
+        of_part = values[np.array(part_of) == number]
+        mean += float(np.mean(of_part))
+        variance += float(np.var(of_part, ddof=1)) / len(of_part) if len(of_part) > 1 else 0.0
+    return Likelihood(mean, math.sqrt(variance), forwards)
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Context and target [L]; with block-causal attention masks up to the end of the last block, and the
+    row_len [L]."""
+
+    ids: Ints
+    row_len: Ints | None
+
+
+def _parts(model: Model, context: list[int], target: list[int]) -> tuple[_Canvas, list[Ints]]:
+    """The canvas, and the positions that are masked together: the target, or with block-causal attention each
+    of its blocks."""
+    facts, ids = model.manifest.decoding, np.array([*context, *target], np.int64)
+    first, end = len(context), len(ids)
+    blocks = blocks_of(facts, facts.block_length, None) if facts.block_length is not None else None
+    if blocks is None:
+        return _Canvas(ids, None), [np.arange(first, end)]
+    length = min(blocks.canvas_length(first, len(target)), model.manifest.model.max_length)
+    masks = np.full(length - end, facts.mask_token_id, np.int64)
+    reach, parts = blocks.reach(first, length), list[Ints]()
+    while first < end:
+        after = min(int(reach[first]), end)
+        if facts.next_from_store and int(reach[first - 1]) == first:
+            parts.append(np.arange(first, first + 1))
+            first += 1
+        if first < after:
+            parts.append(np.arange(first, after))
+        first = after
+    return _Canvas(np.concatenate([ids, masks]), reach), parts
+
+
+def _sums(model: Model, canvas: _Canvas, masked: list[Ints]) -> tuple[Floats, int]:
+    """For each sample, the sum of log p of its masked tokens; and the number of computed rows."""
+    facts, ids = model.manifest.model, canvas.ids
+    most = max(1, min(model.backend.max_batch or len(masked), _POSITIONS // len(ids)))
+    calls = list(_calls(masked, facts.vocab_size, most))
     cache = model.backend.new_cache(max(map(len, calls)), len(ids))
-    values = np.zeros(samples)
+    sums = np.zeros(len(masked))
     for part in calls:
-        window = _window(
-            ids, [(masked[i], asked) for i, asked in part], mask, model.manifest.decoding.logit_shift
-        )
+        window = _window(canvas, [(masked[i], asked) for i, asked in part], model.manifest.decoding)
         logits = model.backend.prefix(cache, slice(0, len(part)), window, want_logits=True).logits
         assert logits is not None
         for row, (i, asked) in enumerate(part):
-            values[i] += _log_probability(logits[row, : len(asked)], ids[asked]) * length / len(masked[i])
+            sums[i] += _log_probability(logits[row, : len(asked)], ids[asked])
         del logits  # freed before the next call allocates its own
-    error = float(np.std(values, ddof=1)) / math.sqrt(samples) if samples > 1 else 0.0
-    return Likelihood(float(np.mean(values)), error, sum(map(len, calls)))
+    return sums, sum(map(len, calls))
 
 
 def _calls(masked: list[Ints], vocab_size: int, most: int) -> Iterator[list[Piece]]:
@@ -111,25 +160,30 @@ def stratified(samples: int, length: int, first: int) -> Ints:
 def is_greedy(model: Model, context: list[int], target: list[int]) -> bool:
     """Whether the model, one most confident token per forward and without a cache, writes exactly
     `target`."""
+    block = None if model.manifest.decoding.is_block_causal else len(target)
     config = GenerationConfig(
-        gen_length=len(target), block_length=len(target), cache="none", policy="fixed", stop_at_eos=False
+        gen_length=len(target), block_length=block, cache="none", policy="fixed", stop_at_eos=False
     )
     return model.generate([context], config)[0].tokens == target
 
 
-def _window(ids: Ints, rows_of: list[tuple[Ints, Ints]], mask_token_id: int, shift: int) -> Window:
+def _window(canvas: _Canvas, rows_of: list[tuple[Ints, Ints]], facts: DecodingFacts) -> Window:
     """A canvas for each pair of positions: the masked ones, and those of them that need logits."""
-    batch, length = len(rows_of), len(ids)
+    batch, length = len(rows_of), len(canvas.ids)
     rows = np.zeros((batch, max(len(asked) for _, asked in rows_of)), np.int64)
-    tokens = np.tile(ids, (batch, 1))
+    tokens = np.tile(canvas.ids, (batch, 1))
     for i, (at, asked) in enumerate(rows_of):
-        tokens[i, at], rows[i, : len(asked)] = mask_token_id, np.maximum(asked - shift, 0)
+        tokens[i, at], rows[i, : len(asked)] = (
+            facts.mask_token_id,
+            np.maximum(asked - facts.logit_shift, 0),
+        )
     return Window(
         tokens,
         np.tile(np.arange(length), (batch, 1)),
         np.zeros(batch, np.int64),
         np.full(batch, length),
         rows,
+        None if canvas.row_len is None else np.tile(canvas.row_len, (batch, 1)),
     )
 
 

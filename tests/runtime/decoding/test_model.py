@@ -12,7 +12,7 @@ from demo import PLAN, PROMPT, demo_task
 
 import trt_runtime as rt
 from trt_runtime.decoding.cache_plan import PREFIX_PASS
-from trt_runtime.decoding.plans import PLANS
+from trt_runtime.decoding.plans import names_for
 from trt_runtime.decoding.policies.registry import POLICIES
 
 
@@ -149,7 +149,7 @@ def test_what_is_refused(model, prompts, config, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cache", PLANS.names())
+@pytest.mark.parametrize("cache", names_for("full"))
 @pytest.mark.parametrize("policy", POLICIES.names())
 def test_every_policy_in_every_cache_mode_fills_the_canvas(golden_backend, golden_artifact, policy, cache):
     """Rows of unequal length as one batch equal their runs alone; no forward is wasted, and no more made than
