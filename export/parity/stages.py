@@ -3,7 +3,8 @@
 weights: every tensor of weights.data is the checkpoint's, converted. range: no activation of the reference
 leaves the dtype's range. logits: of a prefix pass on both graphs. cache: the cache after that pass and after
 a refine step, and the logits of that step, which reads the cache. decode: recorded cases of the reference,
-token by token. canvases (quantised artifacts): this machine computes the graphs correctly.
+token by token. blocks (block-causal attention): the cached decoding against a naive one. canvases (quantised
+artifacts): this machine computes the graphs correctly.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..weights import plan as weights
 from ..weights import stream
 from ..weights.sources import FP16_LARGEST
 from . import bisect as layers
-from . import verify_graphs
+from . import block_causal, verify_graphs
 from .reference import TorchBackend
 
 _CASES = 12
@@ -153,20 +154,37 @@ def decode_stage(engine: OrtBackend, reference: TorchBackend, manifest: Manifest
         return Stage("decode", False, {"first": different}, "export it again")
     recorded = replays.record(reference, random_cases(reference.manifest, _CASES))["cases"]
     margin = tolerances.CONFIDENCE[dtype]
-    followed = [replays.follow(engine, case, margin) for case in recorded]
+    return _followed("decode", [replays.follow(engine, case, margin) for case in recorded])
+
+
+def blocks_stage(engine: OrtBackend, reference: TorchBackend) -> Stage:
+    """With block-causal attention: the engine's cached decoding makes the decisions of a naive decoding in
+    PyTorch without a cache, but for those within rounding."""
+    margin = tolerances.CONFIDENCE[engine.manifest.model.dtype]
+    return _followed(
+        "blocks",
+        [
+            replays.follow_decisions(engine, case, decisions, margin)
+            for case, decisions in block_causal.cases(reference)
+        ],
+    )
+
+
+def _followed(name: str, followed: list[replays.Agreement]) -> Stage:
+    """The stage of cases whose decisions were followed."""
     wrong = [str(item.mismatch) for item in followed if item.mismatch is not None]
     decisions, ambiguous = sum(item.decisions for item in followed), sum(item.ambiguous for item in followed)
     measured: dict[str, Any] = {"cases": len(followed), "decisions": decisions, "ambiguous": ambiguous}
     if wrong:
-        return Stage("decode", False, measured | {"first": wrong[0]})
+        return Stage(name, False, measured | {"first": wrong[0]})
     if ambiguous > _MOST_AMBIGUOUS * decisions:
         return Stage(
-            "decode",
+            name,
             False,
             measured,
             "too many decisions lie within rounding, so nothing is proven: verify it in fp32",
         )
-    return Stage("decode", True, measured)
+    return Stage(name, True, measured)
 
 
 def different_facts(source: pipeline.Source, artifact: Path, manifest: Manifest) -> str:

@@ -102,6 +102,9 @@ def _exact(
         yield from stages.logits_and_cache(worst, engine.manifest.model.dtype)
         doing("decode: recording cases with the reference, and replaying them")
         yield stages.decode_stage(engine, reference, manifest)
+        if manifest.decoding.is_block_causal:
+            doing("blocks: decoding naively in PyTorch, and comparing the cached decoding with it")
+            yield stages.blocks_stage(engine, reference)
 
 
 def _quantized(

@@ -59,8 +59,8 @@ def _add_build(commands) -> None:  # type: ignore[no-untyped-def]
     )
     length = f"tokens of the longest canvas (default {base.max_length})"
     option("--max-length", type=int, default=base.max_length, help=length)
-    block = f"tokens per block (default {base.block_length})"
-    option("--block-length", type=int, default=base.block_length, help=block)
+    block = "tokens per block (default 32, or the model's own block length if that is more)"
+    option("--block-length", type=int, help=block)
     option("--max-rows", type=int, help="most positions with outputs per forward (default: a block)")
     option("--optimization-level", type=int, help="the builder's level, 0 to 5 (default: its own)")
     strip = "build without the weights; they are read from the artifact when the engine is opened"

@@ -80,6 +80,15 @@ def blocks_of(facts: DecodingFacts, block_length: int, small_block: int | None) 
     )
 
 
+def usable_length(facts: DecodingFacts, block_length: int | None, longest: int) -> int:
+    """How much of a canvas of at most `longest` positions prompt and answer can take: whole blocks, where
+    blocks are absolute. block_length: the user's; None: the model's."""
+    length = block_length or facts.block_length
+    if facts.block_origin != ABSOLUTE or length is None:
+        return longest
+    return longest // length * length
+
+
 @dataclass(frozen=True)
 class BlockView:
     """Where a row stands among its blocks, for cache plans (cache_plan.py).

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trt_runtime.artifact.manifest import Manifest
-from trt_runtime.decoding.blocks import BlockCausal, blocks_of
+from trt_runtime.decoding.blocks import BlockCausal, blocks_of, usable_length
 from trt_runtime.decoding.cache_plan import CachePlan
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.policies.base import Policy
@@ -76,23 +76,17 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
         raise DllmError("the prompt is empty: give at least one token.")
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise DllmError(f"the prompt contains token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
-    needed, most = len(ids) + config.gen_length, model.max_length
-    blocks = config.block_length and blocks_of(manifest.decoding, config.block_length, None)
-    if blocks and needed <= most < blocks.canvas_length(len(ids), config.gen_length):
-        raise DllmError(
-            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}: up to the end of the "
-            f"last block of {config.block_length} that is more than the model's {most}: lower gen_length by "
-            f"{needed - most // blocks.length * blocks.length}, or shorten the prompt."
-        )
-    if needed > most:
+    most = usable_length(manifest.decoding, config.block_length, model.max_length)
+    if len(ids) + config.gen_length > most:
         left, room = most - config.gen_length, most - len(ids)
+        said = "" if most == model.max_length else f" in whole blocks of {config.block_length}"
         mends = [
             *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
             *([f"lower gen_length to {room}"] if room > 0 else []),
         ]
         raise DllmError(
             f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the "
-            f"model's {model.max_length}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
+            f"model's {most}{said}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
         )
     if mask in ids and not config.infill:
         raise DllmError(

@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trt_runtime.artifact.tokenizer import Tokenizer
+from trt_runtime.decoding.blocks import usable_length
 from trt_runtime.decoding.config import GenerationConfig, effective_temperature
 from trt_runtime.errors import DllmError, unknown
 from trt_runtime.measure import likelihood
@@ -228,11 +229,13 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def _fitting(self, ids: list[int], length: int, advice: str = "give a smaller --gen-length") -> list[int]:
         """A prompt, cut on the left (after its BOS token) if it leaves no room for `length` more tokens; cuts
         are counted."""
-        room = self.max_length - length
+        facts = self.model.manifest.decoding
+        longest = usable_length(facts, self.config.block_length, self.max_length)
+        room = longest - length
         if room < 1:
             raise DllmError(
                 f"the answer needs {length} tokens, but prompt and answer together may have at most "
-                f"{self.max_length}: {advice}."
+                f"{longest}: {advice}."
             )
         if len(ids) <= room:
             return ids

@@ -77,7 +77,7 @@ def read_file(path: Path) -> CaseFile:
             f"{path}: format is {str(written)[:40]}, expected 1 to {FORMAT}: update dllm-trt, or record the "
             f"cases again."
         )
-    return CaseFile([_read(case, written) for case in cases], written)
+    return CaseFile([as_case(case, written) for case in cases], written)
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -104,7 +104,7 @@ def answer(case: Case, result: Case, written: int) -> Case:
     return answered
 
 
-def _read(case: Case, written: int) -> Case:
+def as_case(case: Case, written: int) -> Case:
     """A case of a file in today's form. What is not valid is left as it is, for the checks."""
     words = _KINDS.get(written, {})
     case = _with_trace(case, lambda step: [words.get(step[0], step[0]), *step[1:]])

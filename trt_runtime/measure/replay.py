@@ -155,6 +155,9 @@ class Agreement:
     mismatch: Mismatch | None
 
 
+Decision = tuple[list[int], list[int]]  # positions that are committed together, and their tokens
+
+
 def follow(backend: Backend, case: Case, margin: float) -> Agreement:
     """Compare every decision of a recorded case of one row, each after the recorded history: whatever is
     decided here, the recorded tokens are written. So one AMBIGUOUS decision does not hide the rest."""
@@ -180,6 +183,29 @@ def follow(backend: Backend, case: Case, margin: float) -> Agreement:
             )
         ambiguous += 1
     return Agreement(len(trace), ambiguous, None)
+
+
+def follow_decisions(backend: Backend, case: Case, decisions: Iterable[Decision], margin: float) -> Agreement:
+    """As `follow`, for decisions that another loop made: forwards without candidates, which only store keys
+    and values, have no counterpart in them."""
+    (row,) = rows_of(backend.manifest, case)
+    generator, name, ambiguous, number = Generator(backend, [row.sequence]), str(case.get("id")), 0, 0
+    for positions, tokens in decisions:
+        while not row.sequence.is_finished and not len(row.sequence.next_forward().candidates):
+            generator.step()
+        if row.sequence.is_finished:
+            return Agreement(number, ambiguous, Mismatch(name, f"decision {number}: expected more forwards"))
+        generator.step({0: (positions, tokens)})
+        number += 1
+        got = list(row.as_list(row.sequence.trace[-1]))
+        expected = [*got[:3], positions, tokens]
+        if got == expected:
+            continue
+        if not _is_near(row.sequence, len(row.sequence.trace) - 1, expected, margin):
+            where = f"decision {number - 1}: {_difference(expected, got)}"
+            return Agreement(number, ambiguous, Mismatch(name, where))
+        ambiguous += 1
+    return Agreement(number, ambiguous, None)
 
 
 def _steps(case: Case) -> list[list[Any]]:

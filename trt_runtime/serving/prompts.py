@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trt_runtime.artifact.tokenizer import Tokenizer
+from trt_runtime.decoding.blocks import usable_length
 from trt_runtime.decoding.config import DEFAULT_GEN_LENGTH, GenerationConfig
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.model import Model
@@ -119,6 +120,7 @@ def _with_room(
     model: Model, body: Common, config: GenerationConfig, ids: list[int], tail: list[int] | None, longest: int
 ) -> tuple[list[int], int, list[int] | None]:
     """The number of tokens to generate: as many as requested, but at most as many as fit."""
+    longest = usable_length(model.manifest.decoding, config.block_length, longest)
     room = longest - len(ids) - len(tail or [])
     if room < 1:
         raise too_long(f"{len(ids) + len(tail or [])} tokens" + (" with its suffix" if tail else ""), longest)

@@ -14,6 +14,7 @@ from trt_runtime.artifact import contract
 from trt_runtime.artifact.contract import MODERN
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.backends.tensorrt.builder import Profile, version_of
+from trt_runtime.decoding.config import DEFAULT_BLOCK_LENGTH
 from trt_runtime.errors import DllmError, check_counts, unknown
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -36,7 +37,7 @@ _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 @dataclass(frozen=True)
 class BuildConfig:
     """What to build. Sizes: rows per call, tokens of the longest canvas (the cache's capacity, rounded up),
-    tokens of a block.
+    tokens of a block (None: 32, or the model's own block length if that is more).
 
     max_rows: positions whose statistics one forward may request; None is block_length (a Dream without blocks
     requests the whole canvas).
@@ -50,7 +51,7 @@ class BuildConfig:
     targets: tuple[str, ...] = ()
     max_batch: int = 1
     max_length: int = 2048
-    block_length: int = 32
+    block_length: int | None = None
     max_rows: int | None = None
     optimization_level: int | None = None
     strip: bool = False
@@ -85,7 +86,8 @@ class BuildConfig:
                 raise DllmError(f"--{name} needs --backend tensorrt: TensorRT-RTX does not support it.")
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
-        block = min(self.block_length, length)
+        most = max(DEFAULT_BLOCK_LENGTH, manifest.decoding.block_length or 0)
+        block = min(self.block_length or most, length)
         return replace(
             self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length)
         )
@@ -102,7 +104,8 @@ class EnginePlan:
 
 def plans(config: BuildConfig) -> list[EnginePlan]:
     """The engines of a layout."""
-    batch, block, rows = (1, 1, config.max_batch), config.block_length, config.max_rows or config.block_length
+    batch, block = (1, 1, config.max_batch), config.block_length or DEFAULT_BLOCK_LENGTH
+    rows = config.max_rows or block
     whole = Profile("prefix", batch, (1, config.max_length, config.max_length), (1, min(block, rows), rows))
     window = Profile("refine", batch, (1, block, block), (1, min(block, rows), min(block, rows)))
     if config.layout == SHARED:
