@@ -70,7 +70,7 @@ def read(
         mask_token=None if mask_token is None else decoding.mask_token_id,
         attention=told if own.attention_is_told else None,
         block_length=block_length,
-        notes=(*source.notes, *notes, *said, *named.notes),
+        notes=(*source.notes, *([own.note] if own.note else []), *notes, *said, *named.notes),
     )
 
 

@@ -121,6 +121,8 @@ class Family(ABC):
     # tokenizer, and its id for checkpoints without a tokenizer
     mask_tokens: tuple[str, ...] = ()
     mask_token_id: int | None = None
+    # what a user should know about every export of this family
+    note: str | None = None
     # whether config.json leaves open which attention a checkpoint was trained with, so that the user must say
     attention_is_told: bool = False
     # how its checkpoints with block-causal attention decode; None: it has none

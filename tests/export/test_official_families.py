@@ -10,7 +10,7 @@ import pytest
 from places import GOLDENS, export_quietly, refused
 from tiny import write_checkpoint
 
-from export import families
+from export import families, pipeline
 from export.graph.attention import Attention
 from export.parity.verify import verify
 from export.pipeline import ExportConfig
@@ -77,11 +77,33 @@ def test_verification_raises_no_false_alarm(family, tmp_path, dtype, recorded_on
     assert all(stage.passed for stage in verify(made))
 
 
-@pytest.mark.parametrize("name", ["a2d_qwen2", "a2d_llama"])
-def test_a2d_on_the_other_bodies_agrees_with_transformers(tmp_path, name, recorded_once):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a2d_qwen2", {"attention": "full"}),
+        ("a2d_llama", {"attention": "full"}),
+        ("a2d_qwen2", {"attention": "block_causal"}),
+        ("a2d_llama", {"attention": "block_causal"}),
+        ("coda", {}),
+        ("qwen2", {}),
+    ],
+)
+def test_bodies_without_recorded_cases_agree_with_transformers(tmp_path, name, options, recorded_once):
     path = write_checkpoint(families.find(name), tmp_path / "checkpoint")
-    made = export_quietly(path, tmp_path / "artifact", attention="full")
-    assert manifests.load(made).model.family == name and all(stage.passed for stage in verify(made))
+    made = export_quietly(path, tmp_path / "artifact", **options)
+    facts = manifests.load(made)
+    assert facts.model.family == name and all(stage.passed for stage in verify(made))
+    assert facts.decoding.first_commit == (name in ("coda", "qwen2"))  # these decode as Dream does
+
+
+def test_an_autoregressive_qwen2_is_refused(tmp_path):
+    """It has no mask token, and nothing else tells it from Open-dCoder."""
+    path = write_checkpoint(families.find("qwen2"), tmp_path / "checkpoint", config={"mask_token_id": None})
+    refused(path, tmp_path / "out", "which token is the mask", "--mask-token")
+    notes = []
+    config = ExportConfig(str(path), tmp_path / "out", mask_token="126")
+    pipeline.export(config, lambda total: lambda done: None, notes.append)
+    assert any("an autoregressive Qwen2 has the same model_type" in note for note in notes)
 
 
 def test_it_is_quantised(tmp_path):

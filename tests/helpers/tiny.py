@@ -19,7 +19,7 @@ from export.graph.decoder import weight_shapes
 Tensors = dict[str, np.ndarray]
 # the families whose tiny checkpoints run through every test of the exporter: the others differ from them in
 # parts that tests/export/test_official_families.py and test_block_causal_families.py cover
-_OTHERS = {"illada", "a2d_qwen3", "a2d_qwen2", "a2d_llama", "sdar", "fast_dllm_qwen"}
+_OTHERS = {"illada", "a2d_qwen3", "a2d_qwen2", "a2d_llama", "sdar", "fast_dllm_qwen", "coda", "qwen2"}
 WHOLE_FAMILIES = sorted(set(families.names()) - _OTHERS)
 
 
