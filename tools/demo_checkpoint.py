@@ -1,4 +1,4 @@
-"""The demo model's checkpoint in LLaDA's official layout: tokenizer, network sizes, files."""
+"""The demo models' checkpoints in the official layouts of LLaDA and SDAR: tokenizer, network sizes, files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END, MASK, USER, ASSISTANT, UNKNOWN = SPECIAL = (
 )  # fmt: skip
 END_ID, MASK_ID = 0, 1
 VOCAB, WIDTH, LAYERS, HEADS, MLP, THETA, EPS = 192, 192, 4, 3, 384, 1000.0, 1e-5
-MAX_LENGTH = 256
+MAX_LENGTH, BLOCK_LENGTH = 256, 8
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -40,7 +40,29 @@ def make_tokenizer() -> Tokenizer:
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
-    tensors = {f"model.transformer.{name}": tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    """A checkpoint of the model with full attention, in LLaDA's layout."""
+    names = {name: f"model.transformer.{name}" for name in model.state_dict()}
+    _save(model, names, tokenizer, _config(), out)
+
+
+def save_block_causal(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
+    """A checkpoint of the block-causal model, in SDAR's layout."""
+    names = {name: stored_name(name) for name in model.state_dict()}
+    _save(model, names, tokenizer, _block_causal_config(), out)
+
+
+def stored_name(name: str) -> str:
+    """The official name of a weight of the block-causal model."""
+    head, _, rest = name.partition(".")
+    if head != "blocks":
+        return f"model.{name}"
+    layer, part, leaf = rest.split(".")
+    inside = "" if part.endswith("layernorm") else "mlp." if part[0] in "gud" else "self_attn."
+    return f"model.layers.{layer}.{inside}{part}.{leaf}"
+
+
+def _save(model: nn.Module, names: dict[str, str], tokenizer: Tokenizer, config: dict, out: Path) -> None:
+    tensors = {names[name]: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(
@@ -62,10 +84,10 @@ def save(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
             "eos_token_id": END_ID,
             "pad_token_id": END_ID,
             "gen_length": demo_task.GEN_LENGTH,
-            "block_length": 8,
+            "block_length": BLOCK_LENGTH,
         },
     )
-    write_json(out / "config.json", _config())
+    write_json(out / "config.json", config)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -112,4 +134,34 @@ def _config() -> dict:
         "use_cache": False,
         "vocab_size": VOCAB,
         "weight_tying": False,
+    }
+
+
+def _block_causal_config() -> dict:
+    """config.json, with the keys of the published SDAR."""
+    return {
+        "architectures": ["SDARForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": BLOCK_LENGTH,
+        "eos_token_id": END_ID,
+        "head_dim": WIDTH // HEADS,
+        "hidden_act": "silu",
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "mask_token_id": MASK_ID,
+        "max_position_embeddings": MAX_LENGTH,
+        "model_type": "sdar",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": HEADS,
+        "pad_token_id": END_ID,
+        "rms_norm_eps": EPS,
+        "rope_scaling": None,
+        "rope_theta": THETA,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": VOCAB,
     }

@@ -1,11 +1,9 @@
-"""Train the demo model: a LLaDA of about a million parameters that turns orders in words into JSON plans.
+"""Train a demo model: about a million parameters that turn orders in words into JSON plans.
 
     python tools/train_demo.py checkpoints/llada-demo --minutes 60
+    python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --minutes 30
 
-LLaDA's recipe (arXiv 2502.09992, section 2): mask each token of the response with probability t ~ U(0, 1),
-predict the masked ones, weigh the loss by 1/t; the response region has a fixed size and is filled up with
-end-of-text tokens. Half of the samples are masked as block decoding sees them: a window is masked with ratio
-t, everything right of it completely.
+The recipes: demo_full.py (LLaDA) and demo_block_causal.py (SDAR).
 
 Two single-thread processes average their gradients (faster on two cores than one process with two threads).
 Writes config.json, model.safetensors (bf16, the official tensor names), the tokenizer and training_log.jsonl.
@@ -23,96 +21,17 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import demo_block_causal
+import demo_full
 import demo_task
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from demo_checkpoint import (
-    ASSISTANT,
-    END_ID,
-    EPS,
-    HEADS,
-    LAYERS,
-    MASK_ID,
-    MAX_LENGTH,
-    MLP,
-    THETA,
-    USER,
-    VOCAB,
-    WIDTH,
-    make_tokenizer,
-    save,
-)
-from safetensors.torch import load_file
+from demo_checkpoint import ASSISTANT, END_ID, USER, make_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+RECIPES = {"full": demo_full, "block_causal": demo_block_causal}
 DRILLS = 0.25  # share of single-step samples
-
-
-class Linear(nn.Linear):
-    """A bias-free linear layer with float32 master weights that multiplies in bfloat16."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), self.weight.bfloat16()).float()
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(WIDTH, EPS)
-        self.ff_norm = nn.RMSNorm(WIDTH, EPS)
-        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (Linear(WIDTH, WIDTH) for _ in range(4))
-        self.ff_proj, self.up_proj, self.ff_out = Linear(WIDTH, MLP), Linear(WIDTH, MLP), Linear(MLP, WIDTH)
-        nn.init.zeros_(
-            self.attn_out.weight
-        )  # the model starts as the identity: copying is then learnt at once
-        nn.init.zeros_(self.ff_out.weight)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = self.attn_norm(x)
-        q, k, v = (
-            p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
-        h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, -1)
-    return x * cos + torch.cat([-x2, x1], -1) * sin
-
-
-class Model(nn.Module):
-    """The names of the attributes make the official tensor names of LLaDA (see `save`)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.ln_f = nn.RMSNorm(WIDTH, EPS)
-        self.ff_out = Linear(WIDTH, VOCAB)
-        nn.init.normal_(self.wte.weight, std=0.5)
-        with torch.no_grad():
-            self.ff_out.weight.copy_(self.wte.weight * 0.2)
-        angles = torch.outer(
-            torch.arange(MAX_LENGTH), THETA ** (-torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS))
-        )
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
-
-    def forward(self, ids: Tensor, first_row: int) -> Tensor:
-        """Logits [B, L - first_row, V] of the rows from `first_row`."""
-        x = self.wte(ids)
-        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        return self.ff_out(self.ln_f(x[:, first_row:]))
 
 
 def batches(
@@ -137,68 +56,16 @@ def batches(
             bucket.clear()
 
 
-def noise(response: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked positions of the response [B, G] (bool) and the loss weight of each (float)."""
-    rows, length = response.shape
-    # stratified over the batch: the same law for each row, less variance of the 1/t weights
-    t = ((torch.rand(1) + torch.arange(rows) / rows) % 1).clamp_min(0.02)[torch.randperm(rows), None]
-    position = torch.arange(length)
-    window = torch.tensor([8, 16, 32, 32, 32, 48])[torch.randint(6, (rows, 1))]
-    start = (torch.rand(rows, 1) * (length / window).ceil()).floor() * window
-    block_wise = torch.rand(rows, 1) < 0.5
-    start, end = torch.where(block_wise, start, 0), torch.where(block_wise, start + window, length)
-    inside = (position >= start) & (position < end)
-    drawn = inside & (torch.rand(rows, length) < t)
-    return drawn | (position >= end), drawn / t
-
-
-def loss_of(model: Model, ids: Tensor) -> Tensor:
-    first = ids.shape[1] - demo_task.GEN_LENGTH
-    response = ids[:, first:]
-    masked, weight = noise(response)
-    noisy = torch.cat([ids[:, :first], response.masked_fill(masked, MASK_ID)], 1)
-    losses = F.cross_entropy(model(noisy, first).flatten(0, 1), response.flatten(), reduction="none")
-    return (losses * weight.flatten()).sum() / response.numel()
-
-
-@torch.inference_mode()
-def exact_match(
-    model: Model, tokenizer: Tokenizer, ids: Tensor, examples: list, threshold: float = 0.9
-) -> float:
-    """Share of right answers, decoded by blocks of 32 with a threshold and no cache: a progress figure, not
-    the evaluation."""
-    first = ids.shape[1] - demo_task.GEN_LENGTH
-    canvas = torch.cat([ids[:, :first], torch.full((len(ids), demo_task.GEN_LENGTH), MASK_ID)], 1)
-    for end in range(first + 32, ids.shape[1] + 1, 32):
-        while (canvas[:, first:end] == MASK_ID).any():
-            probabilities = model(canvas, first).softmax(-1)
-            probabilities[..., MASK_ID] = 0
-            confidence, token = probabilities.max(-1)
-            confidence = confidence.masked_fill(canvas[:, first:] != MASK_ID, -1)
-            confidence[:, end - first :] = -1
-            commit = (confidence >= threshold) | (
-                (confidence == confidence.amax(1, keepdim=True)) & (confidence >= 0)
-            )
-            canvas[:, first:] = torch.where(commit, token, canvas[:, first:])
-    answers = tokenizer.decode_batch(canvas[:, first:].tolist())
-    return sum(demo_task.is_right(a, e.plan) for a, e in zip(answers, examples, strict=True)) / len(examples)
-
-
-def load(model: Model, tokenizer: Tokenizer, path: Path) -> None:
-    """Weights saved by `save`; rows of the embedding and the head follow their tokens, should the vocabulary
-    have changed."""
-    tensors = {
-        name.removeprefix("model.transformer."): t.float()
-        for name, t in load_file(path / "model.safetensors").items()
-    }
-    old = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab()
-    for name in ("wte.weight", "ff_out.weight"):
-        rows = model.state_dict()[name].clone()
-        for token, i in tokenizer.get_vocab().items():
-            if token in old:
-                rows[i] = tensors[name][old[token]]
-        tensors[name] = rows
-    model.load_state_dict(tensors)
+def _average_gradients(model: nn.Module, world: int) -> None:
+    """The mean of the processes' gradients, with a norm of at most 1; zero if one is not finite."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    dist.all_reduce(flat)
+    flat /= world
+    flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6)) if not math.isnan(flat.sum().item()) else 0.0
+    offset = 0
+    for p in model.parameters():
+        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
+        offset += p.numel()
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
@@ -206,9 +73,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # the same initial weights everywhere
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=world)
-    model, tokenizer = Model(), make_tokenizer()
+    recipe = RECIPES[args.attention]
+    model, tokenizer = recipe.Model(), make_tokenizer()
     if args.resume:
-        load(model, tokenizer, out)
+        recipe.load(model, tokenizer, out)
+    elif args.start is not None:
+        demo_block_causal.start_from_full(model, args.start)
     torch.manual_seed(seed + 1 + rank)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -233,12 +103,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 "step": step,
                 "sequences": sequences,
                 "loss": round(sum(recent) / len(recent), 4),
-                "exact_match_64_held_out": round(exact_match(model, tokenizer, ids, examples), 3),
+                "exact_match_64_held_out": round(recipe.exact_match(model, tokenizer, ids, examples), 3),
             }
             print(json.dumps(line), flush=True)
             with open(out / "training_log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-            save(model, tokenizer, out)
+            recipe.save(model, tokenizer, out)
             model.train()
             recent, next_report = [], clock.item() + max(60.0, args.minutes * 60 / 30)
         if done >= 1:
@@ -246,16 +116,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
         for group, peak in peaks:
             group["lr"] = peak * min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / 0.6)
         ids, _ = next(data)
-        loss = loss_of(model, ids)
+        loss = recipe.loss_of(model, ids)
         loss.backward()
-        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-        dist.all_reduce(flat)
-        flat /= world
-        flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6)) if not math.isnan(flat.sum().item()) else 0.0
-        offset = 0
-        for p in model.parameters():
-            p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
+        _average_gradients(model, world)
         muon.step()
         adamw.step()
         model.zero_grad(set_to_none=True)
@@ -276,8 +139,17 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the weights in `out`, and append to its log"
     )
+    parser.add_argument("--attention", choices=RECIPES, default="full", help="the recipe (default full)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help="with --attention block_causal: begin with the weights of a demo model with full attention",
+    )
     parser.add_argument("--port", type=int, default=29571, help="local port of the gradient exchange")
     args = parser.parse_args()
+    if args.start is not None and (args.resume or args.attention != "block_causal"):
+        parser.error("--start needs --attention block_causal, and cannot be combined with --resume")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (args.out / "training_log.jsonl").unlink(missing_ok=True)

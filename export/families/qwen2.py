@@ -1,4 +1,5 @@
-"""Open-dCoder (`model_type: qwen2`): Open-dCoder-0.5B and other models of Open-dLLM. It decodes as Dream does.
+"""Open-dCoder (`model_type: qwen2`): Open-dCoder-0.5B and other models of Open-dLLM, which decode as Dream
+does.
 
 A Qwen2.5 network with full attention, whose row i - 1 predicts token i. The checkpoints' config.json is that
 of an autoregressive Qwen2.5, which has no mask token: one that nothing names is refused, and the export says
