@@ -68,7 +68,7 @@ def estimate(
     canvas, parts = _parts(model, context, target)
     rng, drawn = np.random.default_rng(seed), list[Ints]()
     part_of, weights = list[int](), list[float]()
-    each = -(-samples // len(parts))
+    each = -(-samples // max(1, sum(len(positions) > 1 for positions in parts)))
     for number, positions in enumerate(parts):
         length = len(positions)
         own = 1 if length == 1 else each  # there is only one way to mask one token
