@@ -24,6 +24,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from model_sizes import PRESETS
+
 from export import families
 from export.families.base import ConfigReader
 from export.graph.decoder import weight_shapes
@@ -38,123 +40,6 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "fp16": ("F16", np.dtype(np.float16)),
     "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
 }
-_LLADA = {
-    "model_type": "llada",
-    "block_type": "llama",
-    "activation_type": "silu",
-    "layer_norm_type": "rms",
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "weight_tying": False,
-    "include_bias": False,
-    "max_sequence_length": 4096,
-}
-_DREAM = {
-    "model_type": "Dream",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "attention_dropout": 0.0,
-}
-_LLADA_8B = _LLADA | {
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "mask_token_id": 126336,
-    "eos_token_id": 126081,
-    "pad_token_id": 126081,
-}
-_DREAM_7B = _DREAM | {
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "max_position_embeddings": 131072,
-    "mask_token_id": 151666,
-    "eos_token_id": 151643,
-    "pad_token_id": 151643,
-    "bos_token_id": 151643,
-}
-# sizes of the published models; rope_theta and rms_norm_eps of iLLaDA are not public and stand for others
-_ILLADA_8B = {
-    "model_type": "illada",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 155136,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "mask_token_id": 5,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
-_A2D_QWEN3_600M = {
-    "model_type": "a2d-qwen3",
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "mask_token_id": 151669,
-    "eos_token_id": 151645,
-    "pad_token_id": 151643,
-}
-PRESETS: dict[str, tuple[dict[str, Any], str]] = {
-    "llada-140m": (
-        _LLADA
-        | {
-            "d_model": 768,
-            "n_layers": 12,
-            "n_heads": 12,
-            "n_kv_heads": 12,
-            "mlp_hidden_size": 2304,
-            "vocab_size": 32000,
-            "embedding_size": 32000,
-            "mask_token_id": 31999,
-            "eos_token_id": 31998,
-            "pad_token_id": 31998,
-        },
-        "fp32",
-    ),
-    "llada-1.5b": (
-        _LLADA_8B
-        | {"d_model": 2048, "n_layers": 20, "n_heads": 16, "n_kv_heads": 16, "mlp_hidden_size": 5632},
-        "bf16",
-    ),
-    "llada-8b": (_LLADA_8B, "bf16"),
-    "dream-7b": (_DREAM_7B, "bf16"),
-    "illada-8b": (_ILLADA_8B, "bf16"),
-    "a2d-qwen3-0.6b": (_A2D_QWEN3_600M, "bf16"),
-    "llada-8b-2layers": (
-        _LLADA_8B | {"n_layers": 2},
-        "bf16",
-    ),  # full width, and fits 24 GiB together with PyTorch
-    "dream-7b-2layers": (_DREAM_7B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}, "bf16"),
-}
-
 Shapes = dict[str, tuple[int, ...]]
 
 
