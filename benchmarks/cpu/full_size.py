@@ -3,12 +3,12 @@ parity of a full-width model of two layers.
 
     python benchmarks/cpu/full_size.py --model llada --output benchmarks/results
 
-Writes a random checkpoint of the published layout (LLaDA-8B or Dream-7B, bf16, 15 to 16 GB), then in turn
-copies its files (cp) and exports it (--weights copy and link), each followed by a sync that is part of its
-time. Memory is the peak of the process. With --parity the same width with two layers is exported in fp32 and
-verified against PyTorch. With --quantized it is exported in 8 and in 4 bits for the CPU instead, and each
-artifact decodes one block after a prompt of 128 tokens in a process of its own. Needs 50 GB of disk, and 20
-GB of memory for the parity and the quantised ones.
+Writes a random checkpoint of the published layout (LLaDA-8B, Dream-7B, SDAR-8B, ...; bf16, up to 16 GB), then
+in turn copies its files (cp) and exports it (--weights copy and link), each followed by a sync that is part
+of its time. Memory is the peak of the process. With --parity the same width with two layers is exported in
+fp32 and verified against PyTorch. With --quantized it is exported in 8 and in 4 bits for the CPU instead, and
+each artifact decodes one block after a prompt of 128 tokens in a process of its own. Needs 50 GB of disk, and
+20 GB of memory for the parity and the quantised ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from trt_runtime.measure.bench import Timed, machine
 from trt_runtime.model import Model, load
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESETS = {"llada": "llada-8b", "dream": "dream-7b"}
+PRESETS = {
+    "llada": "llada-8b",
+    "dream": "dream-7b",
+    "sdar": "sdar-8b",
+    "fast-dllm-v2": "fast-dllm-v2-7b",
+    "a2d": "a2d-qwen3-0.6b",
+}
+_EXPORT = {"a2d": ("--attention", "block_causal")}  # options of a model's export
 
 
 def main() -> None:
@@ -65,12 +72,13 @@ def main() -> None:
         figures = (
             quantised(preset, Path(temporary))
             if args.quantized
-            else measure(preset, Path(temporary), args.repeats)
+            else measure(preset, Path(temporary), args.repeats, _EXPORT.get(args.model, ()))
         )
     report |= figures
     if args.parity:
         with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
-            report["parity"] = parity(f"{preset}-2layers", Path(temporary))
+            told = _EXPORT.get(args.model, ())
+            report["parity"] = parity(f"{preset}-2layers", Path(temporary), told)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"full-size-{preset}{'-quantised' if args.quantized else ''}.json").write_text(
         json.dumps(report, indent=1) + "\n"
@@ -78,7 +86,7 @@ def main() -> None:
     print(json.dumps(report, indent=1))
 
 
-def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
+def measure(preset: str, scratch: Path, repeats: int, told: tuple[str, ...]) -> dict[str, Any]:
     """Seconds and peak memory of cp, export and linked export, run in turn."""
     checkpoint, out = scratch / preset, scratch / "out"
     run("tools/random_checkpoint.py", "--preset", preset, str(checkpoint))
@@ -95,6 +103,7 @@ def measure(preset: str, scratch: Path, repeats: int) -> dict[str, Any]:
         str(out),
         "--verify",
         "no",
+        *told,
     ]
     commands = {
         "cp": ["cp", "-r", str(checkpoint), str(out)],
@@ -193,7 +202,7 @@ def decode(artifact: Path) -> dict[str, Any]:
     }
 
 
-def parity(preset: str, scratch: Path) -> dict[str, Any]:
+def parity(preset: str, scratch: Path, told: tuple[str, ...]) -> dict[str, Any]:
     """The verdict of `verify` on the full-width model, in fp32 on ONNX Runtime."""
     run("tools/random_checkpoint.py", "--preset", preset, str(scratch / preset))
     run(
@@ -205,6 +214,7 @@ def parity(preset: str, scratch: Path) -> dict[str, Any]:
         str(scratch / "out"),
         "--verify",
         "yes",
+        *told,
     )
     return {"preset": preset, **(manifests.load(scratch / "out").verified or {})}
 

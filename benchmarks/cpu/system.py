@@ -11,6 +11,8 @@ variants   `dllm-trt bench`: all variants in turn, in one process, medians; two 
 scaling    ms of a prefix pass and a refine step, one size changed at a time, fp32 and w8a8 in turn, with the
            roofline: multiplications at the rate of the machine's own matrix products (measured in the same
            run), or reading the weights at the bandwidth of a copy, whichever takes longer
+blocks     `dllm-trt bench` of a random SDAR of 132 M parameters (block-causal, a Qwen3 network) beside the
+           same loop on eager PyTorch with its cache: two tokens per forward, blocks of 4 and 32
 llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and
            model file are the user's
 Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
@@ -40,7 +42,7 @@ from trt_runtime.machine import roofline
 from trt_runtime.measure.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("variants", "scaling", "llama-cpp")
+PARTS = ("variants", "scaling", "blocks", "llama-cpp")
 BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "prompt": (64, 256, 512, 1024),
@@ -63,8 +65,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--parts",
-        default="variants,scaling",
-        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling)",
+        default="variants,scaling,blocks",
+        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling,blocks)",
     )
     parser.add_argument(
         "--threads", default="1,2", help="thread counts for the variants, one run each (default 1,2)"
@@ -89,6 +91,8 @@ def main() -> None:
         scratch = Path(temporary)
         if "llama-cpp" in parts:
             write(args.output / "system-llama-cpp.json", llama_cpp.compare(args, BASE))
+        if "blocks" in parts:
+            blocks(scratch, args.repeats, args.output)
         if {"variants", "scaling"} & set(parts):
             artifact, quantised = artifacts(args.artifact, scratch)
         if "variants" in parts:
@@ -97,6 +101,21 @@ def main() -> None:
         if "scaling" in parts:
             report = {"machine": machine(), "base": BASE, **scaling(artifact, quantised[0])}
             write(args.output / "system-scaling.json", report)
+
+
+def blocks(scratch: Path, repeats: int, output: Path) -> None:
+    """Block-causal decoding at one thread, with stores of their own and fused ones."""
+    checkpoint, artifact = str(scratch / "sdar"), str(scratch / "sdar-fp32")
+    run("tools/random_checkpoint.py", "--preset", "sdar-140m", checkpoint)
+    run("-m", "export", "--checkpoint", checkpoint, "--out", artifact, "--verify", "no")
+    for length in ("4", "32"):
+        run(
+            *("-m", "trt_runtime.cli", "bench", artifact, "--threads", "1", "--repeats", str(repeats)),
+            *("--prompt-length", "256", "--gen-length", "128", "--block-length", length),
+            *("--tokens-per-step", str(TOKENS_PER_STEP), "--count", "1"),
+            *("--variants", "vanilla,block,block-fused", "--reference", "block,block-fused"),
+            *("--output", str(output / f"system-blocks-{length}.json")),
+        )
 
 
 def artifacts(fp32: Path | None, scratch: Path) -> tuple[Path, list[Path]]:
