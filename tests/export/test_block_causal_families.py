@@ -1,6 +1,5 @@
-"""Families with block-causal attention: every recorded case of their official code exactly, in both
-lowerings, on the reference, and in batches; their graphs' numbers; faults in their export and in their
-decoding are found."""
+"""Families with block-causal attention beyond their recorded cases (test_official_families.py): answers in
+the form of the file, recorded batches and quirks, the graphs' numbers, published files, engines."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from block_causal import COUNTS, TOLD, export_tiny, recording_of
+from official import BLOCK_CAUSAL, name_of
 from places import GOLDENS, ROOT, export_quietly
 from safetensors.numpy import load_file
 from tiny import write_checkpoint
@@ -27,55 +26,26 @@ from trt_runtime.decoding.blocks import row_lengths
 from trt_runtime.measure import recordings, replay
 
 
-@pytest.fixture(scope="module", params=TOLD)
-def family(request) -> str:
+@pytest.fixture(scope="module", params=BLOCK_CAUSAL, ids=name_of)
+def official(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def recorded(family):
-    read = recordings.read_cases(GOLDENS / f"{family}_cases.json")
-    return [case for case in read if not recordings.has_full_attention(case)]
+def artifact(official, tmp_path_factory):
+    return official.export(tmp_path_factory.mktemp(official.name) / "artifact")
 
 
-@pytest.fixture(scope="module")
-def artifact(family, tmp_path_factory):
-    return export_tiny(family, tmp_path_factory.mktemp(family) / "artifact")
-
-
-@pytest.mark.parametrize("lowering", contract.LOWERINGS)
-def test_all_recorded_cases_exactly(family, recorded, tmp_path, lowering):
-    """Tokens, their order, and every forward with its window; only the store that nobody reads is missing."""
-    backend = OrtBackend(export_tiny(family, tmp_path / "artifact", lowering=lowering), threads=1)
-    assert len(recorded) == COUNTS[family]
-    assert [replay.compare(case, replay.replay(backend, case)) for case in recorded] == [None] * len(recorded)
-
-
-def test_all_recorded_cases_exactly_on_the_reference(artifact, recorded):
-    reference = pytest.importorskip("export.parity.reference").TorchBackend(artifact, threads=1)
-    assert [replay.compare(case, replay.replay(reference, case)) for case in recorded] == [None] * len(
-        recorded
-    )
-
-
-def test_a_batch_of_all_of_them_is_each_alone(artifact, recorded):
-    done = replay.replay_together(OrtBackend(artifact, threads=1), recorded)
-    assert [replay.compare(case, made) for case, made in zip(recorded, done, strict=True)] == [None] * len(
-        done
-    )
-
-
-def test_the_answer_of_replay_is_the_recording(family, artifact, recorded, tmp_path, capsys):
+def test_the_answer_of_replay_is_the_recording(official, artifact, tmp_path, capsys):
     """In the form of the file: kinds, tokens and forwards as recorded, but for the last store."""
     out = tmp_path / "answers.json"
-    path = GOLDENS / f"{family}_cases.json"
-    assert cli.main(["replay", str(artifact), str(path), "--output", str(out)]) == 0
+    assert cli.main(["replay", str(artifact), str(official.file), "--output", str(out)]) == 0
     said = capsys.readouterr()
-    count = COUNTS[family]
+    count = official.count
     assert f"{count} cases on ort in fp32: {count} with expectations, 0 mismatches" in said.out
-    assert ("skipped: 20 cases of full attention" in said.err + said.out) == (family == "a2d_qwen3")
+    assert ("skipped: 20 cases of full attention" in said.err + said.out) == (official.name == "a2d_qwen3")
     answers = json.loads(out.read_text())["cases"]
-    expected = {case["id"]: case for case in recording_of(family)["cases"]}
+    expected = {case["id"]: case for case in official.recording()["cases"]}
     assert len(answers) == count
     for answer in answers:
         case = expected[answer["id"]]
@@ -88,11 +58,11 @@ def test_the_answer_of_replay_is_the_recording(family, artifact, recorded, tmp_p
         assert all(own == whole[: len(own)] and len(whole) - len(own) <= 1 for own, whole in rows)
 
 
-def test_rows_of_recorded_batches_are_the_rows_alone(family, artifact):
+def test_rows_of_recorded_batches_are_the_rows_alone(official, artifact):
     """Fast-dLLM v2's and A2D's own batches, as one batch here: what each row gives alone."""
-    backend, batches = OrtBackend(artifact, threads=1), recording_of(family).get("batch_cases", [])
+    backend, batches = OrtBackend(artifact, threads=1), official.recording().get("batch_cases", [])
     batches = [case for case in batches if case["api"] in ("batch_sample", "bd3lm")]
-    assert len(batches) == {"sdar": 0, "fastdllm_v2": 20, "a2d_qwen3": 4}[family]
+    assert len(batches) == {"sdar": 0, "fastdllm_v2": 20, "a2d_qwen3": 4}[official.name]
     for batch in batches:
         singles = batch.get("single_output", batch["output"])
         cases = [
@@ -110,11 +80,11 @@ def test_rows_of_recorded_batches_are_the_rows_alone(family, artifact):
         assert [replay.compare(*pair) for pair in zip(cases, done, strict=True)] == [None] * len(cases)
 
 
-def test_quirks_of_the_official_loops_are_not_repeated(family, artifact):
+def test_quirks_of_the_official_loops_are_not_repeated(official, artifact):
     """Where a recording says what its rule makes of the same inputs without the quirk, that is what comes
     out."""
     backend, checked = OrtBackend(artifact, threads=1), 0
-    for case in recording_of(family)["quirk_cases"]:
+    for case in official.recording()["quirk_cases"]:
         if "sane_output" not in case or len(case["prompt"]) > 1:
             continue
         sane = {**case, "output": case["sane_output"], "nfe": case["sane_nfe"]}
@@ -124,7 +94,7 @@ def test_quirks_of_the_official_loops_are_not_repeated(family, artifact):
         read = recordings.as_case(sane, 2)
         assert replay.compare(read, replay.replay(backend, read)) is None, case["id"]
         checked += 1
-    assert checked == {"sdar": 6, "fastdllm_v2": 6, "a2d_qwen3": 1}[family]
+    assert checked == {"sdar": 6, "fastdllm_v2": 6, "a2d_qwen3": 1}[official.name]
 
 
 def _window(ids, start, row_len):
@@ -141,11 +111,11 @@ def _window(ids, start, row_len):
 
 
 @pytest.mark.parametrize("lowering", contract.LOWERINGS)
-def test_the_graphs_compute_the_recorded_numbers(family, tmp_path, lowering):
+def test_the_graphs_compute_the_recorded_numbers(official, tmp_path, lowering):
     """Logits of a canvas, keys after RoPE, values, a step against cached blocks, and the store."""
-    backend = OrtBackend(export_tiny(family, tmp_path / "artifact", lowering=lowering), threads=1)
-    numbers = load_file(GOLDENS / f"{family}_forward.safetensors")
-    facts = json.loads((GOLDENS / f"{family}_forward_meta.json").read_text())
+    backend = OrtBackend(official.export(tmp_path / "artifact", lowering=lowering), threads=1)
+    numbers = load_file(GOLDENS / f"{official.name}_forward.safetensors")
+    facts = json.loads((GOLDENS / f"{official.name}_forward_meta.json").read_text())
 
     def logits(cache, start, ids, row_len):
         role = "refine" if start else "prefix"
@@ -177,13 +147,6 @@ def test_the_graphs_compute_the_recorded_numbers(family, tmp_path, lowering):
         for layer in range(3):
             stored = held[f"cache_key.{layer}"][:, :, start:end]
             assert np.abs(stored - numbers[f"{name}.stored_key.{layer}"]).max() < 1e-4
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_verification_raises_no_false_alarm(family, tmp_path, dtype, recorded_once):
-    stages = list(verify(export_tiny(family, tmp_path / "artifact", dtype=dtype)))
-    assert [stage.name for stage in stages] == ["weights", "range", "logits", "cache", "decode", "blocks"]
-    assert all(stage.passed for stage in stages), [str(stage) for stage in stages]
 
 
 def test_published_sdar_files_are_understood(tmp_path):

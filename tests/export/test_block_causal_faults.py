@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from block_causal import export_tiny
+from official import BY_NAME
 from places import GOLDENS, refused
 
 from export import pipeline
@@ -96,7 +96,7 @@ _GRAPHS = [
 def test_a_fault_of_the_export_is_found(monkeypatch, tmp_path, name, fault, stage, recorded_once):
     with monkeypatch.context() as patch:
         fault(patch)
-        broken = export_tiny(name, tmp_path / "broken")
+        broken = BY_NAME[name].export(tmp_path / "broken")
     failed = [item.name for item in verify(broken) if not item.passed]
     assert failed[:1] == [stage], failed
     if stage == "logits":
@@ -149,7 +149,7 @@ _LOOPS = [
 @pytest.mark.parametrize(("name", "fault"), _LOOPS)
 def test_a_fault_of_the_loop_is_found(monkeypatch, tmp_path, name, fault):
     """The runtime's loop decodes both sides of the stage 'decode', but not the naive side of 'blocks'."""
-    made = export_tiny(name, tmp_path / "artifact")
+    made = BY_NAME[name].export(tmp_path / "artifact")
     fault(monkeypatch)
     failed = [item.name for item in verify(made) if not item.passed]
     assert failed == ["blocks"]

@@ -8,21 +8,21 @@ import sys
 import types
 
 import pytest
-from block_causal import TOLD, export_tiny
+from official import BY_NAME
 from places import GOLDENS, ROOT, export_quietly, refused
 
 from export.parity.verify import verify
 from trt_runtime.artifact import manifest as manifests
 
 
-@pytest.fixture(scope="module", params=TOLD)
+@pytest.fixture(scope="module", params=BY_NAME)
 def family(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def artifact(family, tmp_path_factory):
-    return export_tiny(family, tmp_path_factory.mktemp(family) / "artifact")
+    return BY_NAME[family].export(tmp_path_factory.mktemp(family) / "artifact")
 
 
 def test_the_manifest_says_how_blocks_are_counted(family, artifact):
@@ -84,7 +84,7 @@ def test_readers_of_before_refuse_these_artifacts_alone(family, artifact, tmp_pa
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, changed, said):
-    made = export_tiny("sdar", tmp_path / "artifact")
+    made = BY_NAME["sdar"].export(tmp_path / "artifact")
     facts = json.loads((made / "manifest.json").read_text())
     facts["decoding"] |= changed
     (made / "manifest.json").write_text(json.dumps(facts))

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from official import BLOCK_CAUSAL, FULL, name_of
 from places import GOLDENS, export_quietly, refused
 from tiny import write_checkpoint
 
@@ -15,45 +16,35 @@ from export.graph.attention import Attention
 from export.parity.verify import verify
 from export.pipeline import ExportConfig
 from export.quantize import export as quantize
+from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.cli import main as cli
 from trt_runtime.decoding.policies.schedules import linear_quota, quota
-from trt_runtime.measure import cases, recordings, replay
-
-TOLD = {"illada": {}, "a2d_qwen3": {"attention": "full"}}
-COUNTS = {"illada": 21, "a2d_qwen3": 20}
+from trt_runtime.measure import replay
 
 
-@pytest.fixture(scope="module", params=TOLD)
-def family(request) -> str:
+@pytest.fixture(scope="module", params=[*FULL, *BLOCK_CAUSAL], ids=name_of)
+def official(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def recorded(family) -> list[cases.Case]:
-    return [
-        case
-        for case in recordings.read_cases(GOLDENS / f"{family}_cases.json")
-        if not recordings.has_block_causal_attention(case)
-    ]
+def recorded(official):
+    return official.cases()
 
 
 @pytest.fixture(scope="module")
-def artifact(family, tmp_path_factory):
-    return export_quietly(
-        GOLDENS / f"{family}_tiny", tmp_path_factory.mktemp(family) / "artifact", **TOLD[family]
-    )
+def artifact(official, tmp_path_factory):
+    return official.export(tmp_path_factory.mktemp(official.name) / "artifact")
 
 
-@pytest.mark.parametrize("lowering", ["modern", "legacy"])
-def test_all_recorded_cases_exactly(family, recorded, tmp_path, lowering):
-    """Tokens, their order and the number of forwards."""
-    made = export_quietly(
-        GOLDENS / f"{family}_tiny", tmp_path / "artifact", lowering=lowering, **TOLD[family]
-    )
-    backend = OrtBackend(made, threads=1)
-    assert len(recorded) == COUNTS[family]
+@pytest.mark.parametrize("lowering", contract.LOWERINGS)
+def test_all_recorded_cases_exactly(official, recorded, tmp_path, lowering):
+    """Tokens, their order, and every forward with its window; with block-causal attention only the store that
+    nobody reads is missing."""
+    backend = OrtBackend(official.export(tmp_path / "artifact", lowering=lowering), threads=1)
+    assert len(recorded) == official.count
     assert [replay.compare(case, replay.replay(backend, case)) for case in recorded] == [None] * len(recorded)
 
 
@@ -71,10 +62,12 @@ def test_a_batch_of_all_of_them_is_each_alone(artifact, recorded):
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_verification_raises_no_false_alarm(family, tmp_path, dtype, recorded_once):
-    made = export_quietly(GOLDENS / f"{family}_tiny", tmp_path / "artifact", dtype=dtype, **TOLD[family])
-    assert all(stage.passed for stage in verify(made))
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_verification_raises_no_false_alarm(official, tmp_path, dtype, recorded_once):
+    stages = list(verify(official.export(tmp_path / "artifact", dtype=dtype)))
+    names = ["weights", "range", "logits", "cache", "decode", "blocks"]
+    assert [stage.name for stage in stages] == names[: 5 + official.is_block_causal]
+    assert all(stage.passed for stage in stages), [str(stage) for stage in stages]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +158,10 @@ def test_the_attention_must_be_told_where_config_json_does_not_say(tmp_path, cap
 
 @pytest.mark.parametrize(("name", "mask"), [("illada", 5), ("a2d_qwen3", 1000)])
 def test_the_mask_is_the_published_checkpoints_where_nothing_names_it(tmp_path, name, mask):
-    made = export_quietly(GOLDENS / f"{name}_tiny", tmp_path / "out", **TOLD[name])
+    told = next(official.told for official in FULL if official.name == name)
+    made = export_quietly(GOLDENS / f"{name}_tiny", tmp_path / "out", **told)
     assert manifests.load(made).decoding.mask_token_id == mask
-    given = export_quietly(GOLDENS / f"{name}_tiny", tmp_path / "given", mask_token="7", **TOLD[name])
+    given = export_quietly(GOLDENS / f"{name}_tiny", tmp_path / "given", mask_token="7", **told)
     assert manifests.load(given).decoding.mask_token_id == 7
 
 

@@ -19,7 +19,13 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 
-ACCEPTED = ["Dream-v0-Base-7B", "Dream-v0-Instruct-7B", "LLaDA-8B-Instruct", "LLaDA-8B-Instruct-DARE"] + [
+ACCEPTED = [
+    "Dream-v0-Base-7B",
+    "Dream-v0-Instruct-7B",
+    "LLaDA-8B-Instruct",
+    "LLaDA-8B-Instruct-DARE",
+    "SDAR-8B-Chat",
+] + [
     f"small-llada-configs/{name}"
     for name in (
         "F4k3r22-LLaDA-from-scratch.config.json",
@@ -31,7 +37,6 @@ ACCEPTED = ["Dream-v0-Base-7B", "Dream-v0-Instruct-7B", "LLaDA-8B-Instruct", "LL
     )
 ]
 REFUSED = {
-    "SDAR-8B-Chat": ("unknown model type 'sdar'",),
     **{
         f"small-llada-configs/midstreeeam-{name}.json": ("layer_norm_type is 'default'", "supported is 'rms'")
         for name in ("llada_40m", "llada_100m", "llada_400m", "llada_debug")
@@ -57,6 +62,7 @@ def test_every_real_configuration_is_accepted_or_refused_by_name(tmp_path):
     for i, name in enumerate(ACCEPTED):
         sizes[name] = facts_of_checkpoint(str(_alone(tmp_path / str(i), name)), "bf16").parameters
     assert sizes["Dream-v0-Base-7B"] == sizes["Dream-v0-Instruct-7B"] == 7_615_616_512
+    assert sizes["SDAR-8B-Chat"] == 8_190_735_360
     assert sizes["LLaDA-8B-Instruct"] == sizes["LLaDA-8B-Instruct-DARE"] == 8_015_581_184
     for name, said in REFUSED.items():
         path = _alone(tmp_path / name.replace("/", "-"), name)

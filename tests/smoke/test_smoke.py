@@ -10,7 +10,7 @@ from serving import serving
 
 from trt_runtime.artifact import contract
 from trt_runtime.backends.ort import OrtBackend
-from trt_runtime.decoding.plans import PLANS
+from trt_runtime.decoding.plans import names_for
 from trt_runtime.measure import cases, replay
 
 
@@ -23,7 +23,7 @@ def test_every_family_is_exported_and_decodes(tiny_artifact):
         names = [name for name, _, _ in manifest.graphs[role].inputs]
         assert names == [spec.name for spec in contract.inputs(role, manifest.dims)]
     recorded = replay.record(backend, cases.random_cases(manifest, 6))["cases"]
-    assert {case["mode"] for case in recorded} == set(PLANS.names())
+    assert {case["mode"] for case in recorded} == set(names_for("full"))
     together = replay.replay_together(backend, recorded)
     assert [replay.compare(case, done) for case, done in zip(recorded, together, strict=True)] == [None] * 6
     backend.close()

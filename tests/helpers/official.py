@@ -1,0 +1,59 @@
+"""Checkpoints whose official decoding was recorded, and how they are exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from places import GOLDENS, export_quietly
+
+from trt_runtime.measure import recordings
+from trt_runtime.measure.case_fields import Case
+
+
+@dataclass(frozen=True)
+class Official:
+    """name: of its files; count: of the recorded cases of its kind of attention; told: options of its
+    export."""
+
+    name: str
+    count: int
+    told: dict = field(default_factory=dict)
+    is_block_causal: bool = False
+
+    @property
+    def checkpoint(self) -> Path:
+        return GOLDENS / f"{self.name}_tiny"
+
+    @property
+    def file(self) -> Path:
+        return GOLDENS / f"{self.name}_cases.json"
+
+    def recording(self) -> dict:
+        """The file of recorded cases, as it stands."""
+        return json.loads(self.file.read_text())
+
+    def cases(self) -> list[Case]:
+        """Those with its kind of attention, as ours."""
+        is_other = (
+            recordings.has_full_attention if self.is_block_causal else recordings.has_block_causal_attention
+        )
+        return [case for case in recordings.read_cases(self.file) if not is_other(case)]
+
+    def export(self, out: Path, **options) -> Path:
+        return export_quietly(self.checkpoint, out, **self.told, **options)
+
+
+FULL = [Official("illada", 21), Official("a2d_qwen3", 20, {"attention": "full"})]
+BLOCK_CAUSAL = [
+    Official("sdar", 59, {}, True),
+    Official("fastdllm_v2", 60, {}, True),
+    Official("a2d_qwen3", 25, {"attention": "block_causal"}, True),
+]
+BY_NAME = {official.name: official for official in BLOCK_CAUSAL}
+
+
+def name_of(official: Official) -> str:
+    """For the ids of parametrised tests."""
+    return f"{official.name}-{'block-causal' if official.is_block_causal else 'full'}"
