@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from trt_runtime.artifact.manifest import Manifest, Quantization
+from trt_runtime.artifact.manifest import ABSOLUTE, Manifest, Quantization
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.model import Model, Prompt, Result, Update
 from trt_runtime.system import program, screen
@@ -204,6 +204,10 @@ def describe(path: Path, manifest: Manifest) -> str:
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
         "verified": verdict,
     }
+    if decoding.is_block_causal:
+        origin = "position 0" if decoding.block_origin == ABSOLUTE else "the end of the prompt"
+        small = f", decoded in small blocks of {decoding.small_block}" if decoding.small_block else ""
+        rows["attention"] = f"block-causal: blocks of {decoding.block_length} from {origin}{small}"
     if decoding.tuned:
         rows["tuned"] = (
             ", ".join(f"{key} {value}" for key, value in decoding.tuned.items())
