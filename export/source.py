@@ -174,8 +174,6 @@ def checked_facts(
     ids = {key: next(free) for key in token_names.missing(config, generation_config)}
     if config.get(token_names.MASK) is None and generation_config.get(token_names.MASK) is not None:
         ids[token_names.MASK] = generation_config[token_names.MASK]
-    if family.block_causal is not None and family.block_causal.length_key is not None:
-        reader.ignore(family.block_causal.length_key)
     _decoding(family, reader, decoder, generation_config, ids, ignored_keys)
     return facts_of_config(decoder, config, dtype)
 
@@ -204,6 +202,8 @@ def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader
         )
     family, reader = families.find(model_type), ConfigReader(config, where)
     decoder = family.decoder(reader)
+    if family.block_causal is not None and family.block_causal.length_key is not None:
+        reader.ignore(family.block_causal.length_key)  # _blocks reads it, where it is needed
     _check_sizes(decoder, where)
     return family, reader, decoder
 

@@ -29,7 +29,7 @@ from demo_checkpoint import (
     save_block_causal,
     stored_name,
 )
-from demo_network import Linear, rotate
+from demo_network import Linear, heads_of, rotate, rotations
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -57,9 +57,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         h = self.input_layernorm(x)
-        q, k, v = (
-            p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = heads_of(h, HEADS, self.q_proj, self.k_proj, self.v_proj)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v, mask)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
@@ -77,9 +75,9 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(WIDTH, EPS)
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
         nn.init.constant_(self.norm.weight, 0.2)
-        angles = torch.outer(torch.arange(MAX_LENGTH), THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+        cos, sin = rotations(MAX_LENGTH, HEAD_DIM, THETA)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, first_row: int) -> Tensor:
         """Logits [B, L - first_row, V] of the rows from `first_row`. positions [L], mask [L, L] (bool)."""

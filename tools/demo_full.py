@@ -14,7 +14,7 @@ import demo_task
 import torch
 import torch.nn.functional as F
 from demo_checkpoint import EPS, HEADS, LAYERS, MASK_ID, MAX_LENGTH, MLP, THETA, VOCAB, WIDTH, save
-from demo_network import Linear, rotate
+from demo_network import Linear, heads_of, rotate, rotations
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -36,9 +36,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         h = self.attn_norm(x)
-        q, k, v = (
-            p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = heads_of(h, HEADS, self.q_proj, self.k_proj, self.v_proj)
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
         h = self.ff_norm(x)
@@ -57,11 +55,9 @@ class Model(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.5)
         with torch.no_grad():
             self.ff_out.weight.copy_(self.wte.weight * 0.2)
-        angles = torch.outer(
-            torch.arange(MAX_LENGTH), THETA ** (-torch.arange(0, WIDTH // HEADS, 2) / (WIDTH // HEADS))
-        )
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+        cos, sin = rotations(MAX_LENGTH, WIDTH // HEADS, THETA)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, first_row: int) -> Tensor:
         """Logits [B, L - first_row, V] of the rows from `first_row`."""

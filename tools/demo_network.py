@@ -22,6 +22,17 @@ class Linear(nn.Linear):
         return F.linear(x.bfloat16(), self.weight.bfloat16()).float()
 
 
+def heads_of(h: Tensor, count: int, *projections: nn.Module) -> list[Tensor]:
+    """Projections of h [B, L, D], split into heads: [B, count, L, D / count] each."""
+    return [projection(h).unflatten(-1, (count, -1)).transpose(1, 2) for projection in projections]
+
+
+def rotations(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim] of half-split RoPE."""
+    angles = torch.outer(torch.arange(length), theta ** (-torch.arange(0, head_dim, 2) / head_dim))
+    return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, -1)
     return x * cos + torch.cat([-x2, x1], -1) * sin

@@ -63,7 +63,7 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON result"
     )
     args = parser.parse_args()
-    preset = PRESETS[args.model]
+    preset, told = PRESETS[args.model], _EXPORT.get(args.model, ())
     if args.decode:
         print(json.dumps(decode(args.decode)))
         return
@@ -72,12 +72,11 @@ def main() -> None:
         figures = (
             quantised(preset, Path(temporary))
             if args.quantized
-            else measure(preset, Path(temporary), args.repeats, _EXPORT.get(args.model, ()))
+            else measure(preset, Path(temporary), args.repeats, told)
         )
     report |= figures
     if args.parity:
         with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
-            told = _EXPORT.get(args.model, ())
             report["parity"] = parity(f"{preset}-2layers", Path(temporary), told)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"full-size-{preset}{'-quantised' if args.quantized else ''}.json").write_text(

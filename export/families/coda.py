@@ -21,9 +21,7 @@ class Coda(Dream):
     head_dim = 128
     fixed_values: ClassVar = {"attention_bias": False, "use_sliding_window": False}
     ignored_keys = (
-        "attention_dropout",
-        "max_window_layers",
-        "sliding_window",
+        *Dream.ignored_keys,
         # of training
         "block_masking_probability",
         "mask_block_sizes",

@@ -30,7 +30,7 @@ class Dream(TransformersFamily):
         "is_causal": False,
         "full_attn_mask": True,
     }
-    ignored_keys: tuple[str, ...] = ("attention_dropout", "max_window_layers", "sliding_window")
+    ignored_keys = (*TransformersFamily.ignored_keys, "sliding_window")
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
         facts = super().decoding(config, generation_config)

@@ -25,7 +25,7 @@ class FastDllmQwen(TransformersFamily):
     sampling = MULTINOMIAL
     block_causal = BlockRule(ABSOLUTE, length_key="bd_size", small_block=8, next_from_store=True)
     fixed_values: ClassVar = {"use_sliding_window": False}
-    ignored_keys = ("attention_dropout", "max_window_layers", "sliding_window", "conplemenrary_mask")
+    ignored_keys = (*TransformersFamily.ignored_keys, "sliding_window", "conplemenrary_mask")
 
     def tiny_config(self) -> dict[str, Any]:
         return {"model_type": "Fast_dLLM_Qwen", **super().tiny_config(), "bd_size": 16}

@@ -27,8 +27,7 @@ class Sdar(TransformersFamily):
     block_causal = BlockRule(ABSOLUTE, length_key="block_size")
     fixed_values: ClassVar = {"attention_bias": False, "use_sliding_window": False}
     ignored_keys = (
-        "attention_dropout",
-        "max_window_layers",
+        *TransformersFamily.ignored_keys,
         "sliding_window",
         "attn_implementation",
         "debug",

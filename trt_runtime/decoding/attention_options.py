@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts
+from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.cache_plan import CachePlan
 from trt_runtime.decoding.plans import BlockCache, BlockDualCache, names_for
 from trt_runtime.errors import DllmError
@@ -47,7 +48,8 @@ def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[C
             "speculate verifies steps of exact caches, and 'block_dual' keeps the keys and values of "
             "earlier steps: use cache 'block', or remove speculate."
         )
-    if is_dual and (small or facts.small_block or config.block_length) == config.block_length:
+    blocks = blocks_of(facts, config.block_length, small)
+    if is_dual and blocks is not None and not blocks.has_small_blocks:
         raise DllmError(
             f"cache 'block_dual' keeps keys and values between the small blocks of a block, and here a "
             f"block has only one: use cache 'block', or set small_block below {config.block_length}."

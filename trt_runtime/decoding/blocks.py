@@ -26,6 +26,11 @@ class BlockCausal:
     small: int
     next_from_store: bool = False
 
+    @property
+    def has_small_blocks(self) -> bool:
+        """Whether a block is decoded in several parts."""
+        return self.small < self.length
+
     def canvas_length(self, prompt_length: int, gen_length: int) -> int:
         """Positions of the canvas: with absolute blocks, up to the end of the last one."""
         total = prompt_length + gen_length
@@ -66,18 +71,17 @@ def row_len_of(facts: DecodingFacts, positions: Ints, valid: Ints) -> Ints | Non
     return np.maximum(row_lengths(positions, valid[:, None], facts.block_length), 1)
 
 
-def blocks_of(facts: DecodingFacts, block_length: int, small_block: int | None) -> BlockCausal | None:
+def blocks_of(
+    facts: DecodingFacts, block_length: int | None = None, small_block: int | None = None
+) -> BlockCausal | None:
     """The blocks of a model; None if its attention is full. block_length, small_block: the user's, or the
     model's defaults."""
     if not facts.is_block_causal:
         return None
-    assert facts.block_origin is not None
-    return BlockCausal(
-        block_length,
-        facts.block_origin,
-        min(small_block or block_length, block_length),
-        facts.next_from_store,
-    )
+    assert facts.block_origin is not None and facts.block_length is not None
+    length = block_length or facts.block_length
+    small = min(small_block or facts.small_block or length, length)
+    return BlockCausal(length, facts.block_origin, small, facts.next_from_store)
 
 
 def usable_length(facts: DecodingFacts, block_length: int | None, longest: int) -> int:

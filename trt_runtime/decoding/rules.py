@@ -47,10 +47,6 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     """The decoding rules of a resolved configuration."""
     facts = manifest.decoding
     assert config.gen_length is not None
-    blocks = None
-    if config.block_length is not None:
-        small = config.small_block or facts.small_block
-        blocks = blocks_of(facts, config.block_length, small)
     return Rules(
         config.gen_length,
         config.block_length,
@@ -63,7 +59,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
         config.make_sampler(manifest),
         facts.first_commit,
         config.hold_back_eos,
-        blocks,
+        blocks_of(facts, config.block_length, config.small_block),
     )
 
 

@@ -12,6 +12,9 @@ from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError, unknown
 
 Case = dict[str, Any]
+# `api` of recordings: A2D's samplers, with full and with block-causal attention, and Fast-dLLM v2's functions
+MDLM, BD3LM = "mdlm", "bd3lm"
+FAST_DLLM_V2 = ("generate", "batch_sample")
 
 
 def _are_rows(value: Any) -> bool:
@@ -160,7 +163,7 @@ def policy_name(case: Case) -> str:
     """The policy's name: as the case has it, by its number, or by the sampler that recorded it."""
     if case.get("factor") is not None:
         return "factor"
-    if case.get("api") in ("mdlm", "bd3lm") and case.get("threshold") is None and "alg" not in case:
+    if case.get("api") in (MDLM, BD3LM) and case.get("threshold") is None and "alg" not in case:
         return "linear"
     name = str(case.get("alg", "threshold" if case.get("threshold") is not None else "fixed"))
     return "threshold" if name == "confidence_threshold" else name

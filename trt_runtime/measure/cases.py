@@ -147,7 +147,7 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
         stop_at_eos=ends is not None,
         sampler=sampler,
         first_commit=facts.first_commit,
-        blocks=blocks_of(facts, block, case.get("small_block", facts.small_block)) if block else None,
+        blocks=blocks_of(facts, block, case.get("small_block", facts.small_block) or block),
         stop_after_block=not facts.next_from_store,
     )
     rows = []

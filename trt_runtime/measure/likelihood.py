@@ -99,7 +99,7 @@ def _parts(model: Model, context: list[int], target: list[int]) -> tuple[_Canvas
     of its blocks."""
     facts, ids = model.manifest.decoding, np.array([*context, *target], np.int64)
     first, end = len(context), len(ids)
-    blocks = blocks_of(facts, facts.block_length, None) if facts.block_length is not None else None
+    blocks = blocks_of(facts)
     if blocks is None:
         return _Canvas(ids, None), [np.arange(first, end)]
     length = min(blocks.canvas_length(first, len(target)), model.manifest.model.max_length)

@@ -33,7 +33,7 @@ from trt_runtime.decoding.cache_plan import (
     STORE,
 )
 from trt_runtime.errors import DllmError
-from trt_runtime.measure.case_fields import Case
+from trt_runtime.measure.case_fields import BD3LM, FAST_DLLM_V2, MDLM, Case
 
 FORMAT = 3
 # kinds of steps as older formats name them; in format 1, 'prefix' was a refine step
@@ -47,8 +47,6 @@ _KINDS = {
     },
 }
 _FAMILIES = {"fastdllm_v2": "fast_dllm_qwen"}  # names in recordings: those of our families
-MDLM, BD3LM = "mdlm", "bd3lm"  # A2D's samplers: full and block-causal attention
-_ROUNDS_DOWN = ("generate", "batch_sample")  # Fast-dLLM v2's functions
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def _block_causal(case: Case) -> Case:
     if not _are_rows(prompt) or type(block) is not int or block < 1 or type(gen) is not int:
         return changed
     length = len(prompt[0])
-    if case.get("api") in _ROUNDS_DOWN:
+    if case.get("api") in FAST_DLLM_V2:
         gen = (length // block + gen // block) * block - length
         if _are_rows(output):
             changed["output"] = [row[:gen] for row in output]

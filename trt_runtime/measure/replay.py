@@ -18,7 +18,7 @@ from trt_runtime.decoding.cache_plan import PREFILL, STORE
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.measure.case_fields import Case
+from trt_runtime.measure.case_fields import BD3LM, FAST_DLLM_V2, Case
 from trt_runtime.measure.cases import INPUTS, CaseRow, rows_of
 from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention
 
@@ -161,51 +161,36 @@ Decision = tuple[list[int], list[int]]  # positions that are committed together,
 def follow(backend: Backend, case: Case, margin: float) -> Agreement:
     """Compare every decision of a recorded case of one row, each after the recorded history: whatever is
     decided here, the recorded tokens are written. So one AMBIGUOUS decision does not hide the rest."""
-    (row,) = rows_of(backend.manifest, case)
-    generator, name, ambiguous, trace = (
-        Generator(backend, [row.sequence]),
-        str(case.get("id")),
-        0,
-        _steps(case),
-    )
-    for number, expected in enumerate(trace):
-        if row.sequence.is_finished:
-            return Agreement(
-                number, ambiguous, Mismatch(name, f"step {number}: expected {len(trace)} forwards")
-            )
-        generator.step({0: (expected[3], expected[4])})
-        got = list(row.as_list(row.sequence.trace[-1]))
-        if got == expected:
-            continue
-        if not _is_near(row.sequence, number, expected, margin):
-            return Agreement(
-                number + 1, ambiguous, Mismatch(name, f"step {number}: {_difference(expected, got)}")
-            )
-        ambiguous += 1
-    return Agreement(len(trace), ambiguous, None)
+    return _follow(backend, case, _steps(case), margin, "step")
 
 
 def follow_decisions(backend: Backend, case: Case, decisions: Iterable[Decision], margin: float) -> Agreement:
-    """As `follow`, for decisions that another loop made: forwards without candidates, which only store keys
-    and values, have no counterpart in them."""
+    """As `follow`, for decisions that another loop made: its forwards had other windows, and forwards without
+    candidates, which only store keys and values, have no counterpart in it."""
+    return _follow(backend, case, [list(decision) for decision in decisions], margin, "decision")
+
+
+def _follow(backend: Backend, case: Case, expected: list[list[Any]], margin: float, word: str) -> Agreement:
+    """expected: steps, or the last two entries of steps: positions and tokens. word: what to call one."""
     (row,) = rows_of(backend.manifest, case)
-    generator, name, ambiguous, number = Generator(backend, [row.sequence]), str(case.get("id")), 0, 0
-    for positions, tokens in decisions:
-        while not row.sequence.is_finished and not len(row.sequence.next_forward().candidates):
+    generator, name, ambiguous = Generator(backend, [row.sequence]), str(case.get("id")), 0
+    for number, item in enumerate(expected):
+        any_window, (positions, tokens) = len(item) == 2, item[-2:]
+        while any_window and not row.sequence.is_finished and not row.sequence.next_forward().candidates.size:
             generator.step()
         if row.sequence.is_finished:
-            return Agreement(number, ambiguous, Mismatch(name, f"decision {number}: expected more forwards"))
-        generator.step({0: (positions, tokens)})
-        number += 1
-        got = list(row.as_list(row.sequence.trace[-1]))
-        expected = [*got[:3], positions, tokens]
-        if got == expected:
-            continue
-        if not _is_near(row.sequence, len(row.sequence.trace) - 1, expected, margin):
-            where = f"decision {number - 1}: {_difference(expected, got)}"
+            where = f"{word} {number}: expected {len(expected)} forwards"
             return Agreement(number, ambiguous, Mismatch(name, where))
+        generator.step({0: (positions, tokens)})
+        got = list(row.as_list(row.sequence.trace[-1]))
+        wanted = [*got[:3], *item] if any_window else item
+        if got == wanted:
+            continue
+        if not _is_near(row.sequence, len(row.sequence.trace) - 1, wanted, margin):
+            where = f"{word} {number}: {_difference(wanted, got)}"
+            return Agreement(number + 1, ambiguous, Mismatch(name, where))
         ambiguous += 1
-    return Agreement(number, ambiguous, None)
+    return Agreement(len(expected), ambiguous, None)
 
 
 def _steps(case: Case) -> list[list[Any]]:
@@ -285,9 +270,9 @@ def _output(case: Case, row: Sequence) -> list[int]:
     """The generated part in the form of recordings: Fast-dLLM v2's ends with the stop token, A2D's with the
     last finished block, and others have all of gen_length."""
     output: list[int] = row.output.tolist()
-    if case.get("api") == "bd3lm":
+    if case.get("api") == BD3LM:
         return [token for token in output if token != row.rules.mask_token_id]
-    if case.get("api") in ("generate", "batch_sample"):
+    if case.get("api") in FAST_DLLM_V2:
         return output[: row.num_useful + 1]
     return output
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.policies.options import options_of
 from trt_runtime.decoding.policies.registry import POLICIES
@@ -98,8 +99,8 @@ class Tuner:
 
     def _caches(self, length: int) -> list[dict[str, Any]]:
         """The caches to try, for blocks of `length`."""
-        facts = self.model.manifest.decoding
-        if not facts.is_block_causal:
+        blocks = blocks_of(self.model.manifest.decoding, length)
+        if blocks is None:
             return [
                 {"cache": "prefix"},
                 {"refresh_every": 2},
@@ -108,10 +109,9 @@ class Tuner:
                 {"suffix": 2 * length},
                 {"suffix": length, "suffix_decay": True},
             ]
-        small = facts.small_block
         return [
-            *([] if facts.next_from_store else [{"fuse_stores": True}]),
-            *([{"cache": "block_dual"}] if small and small < length else []),
+            *([] if blocks.next_from_store else [{"fuse_stores": True}]),
+            *([{"cache": "block_dual"}] if blocks.has_small_blocks else []),
         ]
 
     def is_within(self, trial: Trial) -> bool:

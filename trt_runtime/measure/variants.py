@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from trt_runtime.artifact.manifest import DecodingFacts
+from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.plans import BlockCache, BlockDualCache, names_for
 
@@ -31,9 +32,10 @@ def variants_of(
 def _caches(base: GenerationConfig, facts: DecodingFacts) -> dict[str, dict[str, Any]]:
     """The caches to measure, as options by name."""
     caches: dict[str, dict[str, Any]] = {name: {"cache": name} for name in names_for(facts.attention)}
-    if not facts.is_block_causal:
+    blocks = blocks_of(facts, base.block_length, base.small_block)
+    if blocks is None:
         return caches
-    if (base.small_block or facts.small_block or base.block_length) == base.block_length:
+    if not blocks.has_small_blocks:
         del caches[BlockDualCache.name]
     if not facts.next_from_store:
         caches["block-fused"] = {"cache": BlockCache.name, "fuse_stores": True}

@@ -23,7 +23,7 @@ from trt_runtime.decoding.policies.base import (
     RowStats,
     most_confident,
 )
-from trt_runtime.decoding.policies.options import Value, option
+from trt_runtime.decoding.policies.options import Value, option, threshold_option
 
 Trials = tuple[Mapping[str, Value], ...]
 
@@ -59,9 +59,7 @@ class Margin(Policy):
     (arXiv 2502.06768)."""
 
     name: ClassVar[str] = "margin"
-    threshold: float = option(
-        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
-    )
+    threshold: float = threshold_option()
     trials: ClassVar[Trials] = ({"threshold": 0.8}, {"threshold": 0.9})
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
@@ -74,9 +72,7 @@ class Dynamic(Policy):
     (1 - masks left / masks at first))."""
 
     name: ClassVar[str] = "dynamic"
-    threshold: float = option(
-        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
-    )
+    threshold: float = threshold_option()
     alpha: float = option(
         0.3,
         low=0,
@@ -98,9 +94,7 @@ class LocalLeap(Policy):
     one, low_threshold is enough."""
 
     name: ClassVar[str] = "localleap"
-    threshold: float = option(
-        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
-    )
+    threshold: float = threshold_option()
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.6}, {"low_threshold": 0.75})
     radius: ClassVar[int] = 4
@@ -123,9 +117,7 @@ class Hierarchy(Policy):
     """
 
     name: ClassVar[str] = "hierarchy"
-    threshold: float = option(
-        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
-    )
+    threshold: float = threshold_option()
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.6}, {"low_threshold": 0.75})
 
@@ -177,9 +169,7 @@ class SlowFast(Policy):
     """
 
     name: ClassVar[str] = "slowfast"
-    threshold: float = option(
-        0.9, low=0, low_is_open=True, high=1, help="confidence from which a position is committed"
-    )
+    threshold: float = threshold_option()
     low_threshold: float = option(0.6, low=0, low_is_open=True, high=1, help="the lower threshold")
     trials: ClassVar[Trials] = ({"low_threshold": 0.3},)
     window: ClassVar[int] = 2

@@ -5,24 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from trt_runtime.decoding.policies.base import BlockState, Bools, CommitRule, Policy, RowStats, most_confident
-from trt_runtime.decoding.policies.options import Value, option
-
-
-def threshold_option() -> Any:
-    """The confidence from which a position is committed, as several policies declare it."""
-    return option(
-        0.9,
-        low=0,
-        low_is_open=True,
-        high=1,
-        hint="0.9 is usual; 1 commits one token per forward",
-        help="confidence from which a position is committed",
-    )
+from trt_runtime.decoding.policies.options import Value, option, threshold_option
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class Threshold(Policy):
     """
 
     name: ClassVar[str] = "threshold"
-    threshold: float = threshold_option()
+    threshold: float = threshold_option(hint="0.9 is usual; 1 commits one token per forward")
     steps_per_block: int | None = None
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:

@@ -120,6 +120,12 @@ def option(
     return dataclasses.field(default=default, metadata={_KEY: declared})
 
 
+def threshold_option(*, hint: str = "") -> Any:
+    """The option `threshold`, as several policies declare it."""
+    said = "confidence from which a position is committed"
+    return option(0.9, low=0, low_is_open=True, high=1, hint=hint, help=said)
+
+
 def options_of(policy: type[Any]) -> list[Option]:
     """The options that a policy declares, in order."""
     fields = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()

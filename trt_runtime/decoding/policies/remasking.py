@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from trt_runtime.decoding.policies.base import BlockState, Bools, Policy, RowStats, most_confident
-from trt_runtime.decoding.policies.confidence import threshold_option
+from trt_runtime.decoding.policies.options import threshold_option
 from trt_runtime.decoding.policies.schedules import quota
 
 
@@ -58,7 +58,7 @@ class LowConfidenceDynamic(_OfBlock):
     confident, as many as the quota (SDAR, arXiv 2510.06303)."""
 
     name: ClassVar[str] = "low_confidence_dynamic"
-    threshold: float = threshold_option()
+    threshold: float = threshold_option(hint="0.9 is usual; 1 commits one token per forward")
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         count = self.count(state)
