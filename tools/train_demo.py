@@ -2,10 +2,12 @@
 
     python tools/train_demo.py checkpoints/llada-demo --minutes 60
     python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --minutes 30
+    python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --minutes 3 --device cuda --processes 1
 
 The recipes: demo_full.py (LLaDA) and demo_block_causal.py (SDAR).
 
-Two single-thread processes average their gradients (faster on two cores than one process with two threads).
+Two single-thread processes average their gradients (faster on two cores than one process with two threads);
+with --device cuda, one process trains on the GPU.
 Writes config.json, model.safetensors (bf16, the official tensor names), the tokenizer and training_log.jsonl.
 Needs torch, safetensors and tokenizers. Shape notation: B batch, L length, D width, H heads, V vocabulary.
 """
@@ -59,8 +61,9 @@ def batches(
 def _average_gradients(model: nn.Module, world: int) -> None:
     """The mean of the processes' gradients, with a norm of at most 1; zero if one is not finite."""
     flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-    dist.all_reduce(flat)
-    flat /= world
+    if world > 1:
+        dist.all_reduce(flat)
+        flat /= world
     flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6)) if not math.isnan(flat.sum().item()) else 0.0
     offset = 0
     for p in model.parameters():
@@ -71,6 +74,7 @@ def _average_gradients(model: nn.Module, world: int) -> None:
 def train(rank: int, args: argparse.Namespace) -> None:
     out, seed, rate, world = args.out, args.seed, args.rate, args.processes
     torch.set_num_threads(1)
+    torch.set_default_device(args.device)
     torch.manual_seed(seed)  # the same initial weights everywhere
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=world)
     recipe = RECIPES[args.attention]
@@ -88,7 +92,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     data = batches(tokenizer, random.Random(seed * 1000 + rank), args.batch, held_out=False, drills=DRILLS)
     tests = batches(tokenizer, random.Random(seed * 1000 + 999), 64, held_out=True)
     start, step, sequences, next_report, recent = time.time(), 0, 0, 60.0, []
-    clock = torch.zeros(1)
+    clock = torch.zeros(1, device="cpu")
     while True:
         clock[0] = time.time() - start
         dist.broadcast(clock, 0)
@@ -146,10 +150,13 @@ def main() -> None:
         metavar="FILE",
         help="with --attention block_causal: begin with the weights of a demo model with full attention",
     )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda, with one process")
     parser.add_argument("--port", type=int, default=29571, help="local port of the gradient exchange")
     args = parser.parse_args()
     if args.start is not None and (args.resume or args.attention != "block_causal"):
         parser.error("--start needs --attention block_causal, and cannot be combined with --resume")
+    if args.device != "cpu" and args.processes != 1:
+        parser.error(f"--device {args.device} takes one process: give --processes 1")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (args.out / "training_log.jsonl").unlink(missing_ok=True)

@@ -9,7 +9,8 @@ Everything goes into one file, OUT/gpu-report-NAME.json: machine, versions, hash
 times, shares of the machine's limits, and failures with their reasons. The file is written after every stage
 and can be shared as it is (docs/how-to/deploy-on-gpus.md); `benchmarks/reports/gpu.py` merges several.
 Engines are built in a stage with its own time limit, after all stages that need no engine. The model fits the
-GPU: 8 B parameters from 40 GiB on, else 1.5 B. Requires the packages in NEEDED; uses ONNX Runtime with CUDA,
+GPU: 8 B parameters from 40 GiB on, else 1.5 B; --preset sdar-8b --block-length 4 chooses another, whose name
+becomes part of the file's. Requires the packages in NEEDED; uses ONNX Runtime with CUDA,
 cuda-bindings and TensorRT where they can be imported.
 """
 
@@ -93,6 +94,7 @@ def _options() -> argparse.ArgumentParser:
     option("--twin", action="store_true", help="run the CPU twin of every stage")
     preset = "a preset of tools/random_checkpoint.py (default: the largest that fits the GPU)"
     option("--preset", help=preset)
+    option("--block-length", type=int, help="tokens of a block (default 32; the twin: 8)")
     work = "a directory for checkpoint, artifact and engines, kept afterwards (default: a temporary one)"
     option("--work", type=Path, help=work)
     option("--tensorrt86", default="", help="where tools/unpack_tensorrt86.sh unpacked TensorRT 8.6")
@@ -119,12 +121,14 @@ def main() -> None:
         settings = Settings(
             str(work),
             str(work / "stages"),
-            preset=args.preset or (TWIN["preset"] if args.twin else preset_for(memory_gib())),
+            preset="" if args.preset or args.twin else preset_for(memory_gib()),
             tensorrt86=args.tensorrt86,
         )
         settings = replace(settings, **TWIN) if args.twin else settings  # type: ignore[arg-type]
+        asked = {"preset": args.preset, "block_length": args.block_length}
+        settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
         Path(settings.out).mkdir(parents=True, exist_ok=True)
-        report = Report(args.output, settings)
+        report = Report(args.output, settings, args.preset)
         deadline = time.perf_counter() + args.total_seconds
         for name in chosen:
             most = min(args.stage_seconds, deadline - time.perf_counter())
@@ -157,8 +161,9 @@ def _check(stages: list[str], is_twin: bool) -> None:
 class Report:
     """The report file: the results of the stages so far."""
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: Settings, preset: str | None) -> None:
         name = "twin" if settings.is_twin else _slug(gpu_name())
+        name += f"-{_slug(preset)}-block-{settings.block_length}" if preset else ""
         self.file, self.stages, self.settings = out / f"gpu-report-{name}.json", dict[str, Any](), settings
 
     def add(self, name: str, result: dict[str, Any]) -> None:

@@ -70,9 +70,10 @@ def model(settings: Settings, note: Any) -> None:
 
     from export import families
 
-    config, dtype = random_checkpoint.PRESETS.get(
-        settings.preset, (families.find("llada").tiny_config(), settings.dtype)
-    )
+    preset, tiny = random_checkpoint.PRESETS.get(settings.preset), settings.preset.removeprefix("tiny-")
+    config, dtype = preset or (families.find(tiny).tiny_config(), settings.dtype)
+    family = families.find(config["model_type"])
+    is_block_causal = family.block_causal is not None and not family.attention_is_told
     begin = time.perf_counter()
     random_checkpoint.write(config, settings.checkpoint, dtype)
     size = sum(file.stat().st_size for file in settings.checkpoint.iterdir())
@@ -99,6 +100,7 @@ def model(settings: Settings, note: Any) -> None:
         "--overwrite",
         "--lowering",
         "modern",
+        *(["--block-length", str(settings.block_length)] if is_block_causal else []),
     ]
     subprocess.run(
         command, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

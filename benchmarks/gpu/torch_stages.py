@@ -42,7 +42,7 @@ def torch_eager(settings: Any, note: Callable[..., None]) -> None:
     longest = next(row for row in rows if row["canvas"] == settings.canvases[-1] and row["batch"] == 1)
     note(
         tokens_per_second=tokens_per_second(backend, settings),
-        tokens_per_second_at_schedule=at_the_schedule(longest, settings),
+        tokens_per_second_at_schedule=at_the_schedule(longest, settings, backend.manifest),
     )
     wide = outputs(_widened(backend, settings, note), settings)
     arrays = {
@@ -109,7 +109,7 @@ def torch_graph(settings: Any, note: Callable[..., None]) -> None:
             )
             with torch.inference_mode():
                 row[f"{role}_ms"] = _captured_ms(forward, settings)
-        row["tokens_per_second_at_schedule"] = at_the_schedule(row, settings)
+        row["tokens_per_second_at_schedule"] = at_the_schedule(row, settings, backend.manifest)
         note(**{form.replace(" ", "_"): row | shares(backend.manifest, settings, row)})
 
 
