@@ -2,7 +2,7 @@
 
     python tools/train_demo.py checkpoints/llada-demo --minutes 60
     python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --minutes 30
-    python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --minutes 3 --device cuda --processes 1
+    python tools/train_demo.py checkpoints/sdar-demo --attention block_causal --device cuda --processes 1
 
 The recipes: demo_full.py (LLaDA) and demo_block_causal.py (SDAR).
 

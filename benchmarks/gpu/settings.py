@@ -10,8 +10,8 @@ LARGE_FROM = 40  # GiB: the reference runs the model in fp32
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. preset: of tools/random_checkpoint.py, or tiny-FAMILY. tokens_per_forward: rate of the
-    fixed schedule. repeats: timed calls of each kind."""
+    """What is measured. preset: of tools/random_checkpoint.py, or tiny-FAMILY. tokens_per_forward: rate of
+    the fixed schedule. repeats: timed calls of each kind."""
 
     work: str
     out: str
