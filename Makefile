@@ -84,9 +84,10 @@ docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and aga
 bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
 	$(BIN)/python benchmarks/cpu/system.py && $(BIN)/python benchmarks/reports/system.py
 
-frontier: $(VENV)/.dev ## accuracy against tokens per forward: every policy, cache, refresh and block length on the shipped model (about 15 minutes)
+frontier: $(VENV)/.dev ## accuracy against tokens per forward: every policy, cache, refresh and block length on both shipped models (about 25 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no
-	$(BIN)/python benchmarks/cpu/frontier.py $(DEMO)
+	$(BIN)/python -m export --model sdar --out artifacts/sdar-demo --overwrite --verify no
+	$(BIN)/python benchmarks/cpu/frontier.py $(DEMO) artifacts/sdar-demo
 
 gpu-report: ## parity and speed on this GPU, stage by stage, into benchmarks/results (no installs: PYTHON=one that has torch)
 	$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON))) benchmarks/gpu/report.py $(REPORT)

@@ -25,6 +25,7 @@ from .weights.plan import MODES
 # what is exported without --checkpoint: its path in the checkout, and its title
 DEMO_CHECKPOINTS = {
     "llada": ("checkpoints/llada-demo", "the demo checkpoint"),
+    "sdar": ("checkpoints/sdar-demo", "the block-causal demo checkpoint"),
     "dream": ("tests/data/goldens/dream_tiny", "a tiny random checkpoint (its text means nothing)"),
 }
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from places import DEMO, GOLDENS, export_quietly
+from places import BLOCK_CAUSAL_DEMO, DEMO, GOLDENS, export_quietly
 from tiny import WHOLE_FAMILIES, write_checkpoint
 
 from export import families
@@ -85,6 +85,11 @@ def golden_units() -> dict:
 @pytest.fixture(scope="session")
 def demo_artifact(tmp_path_factory) -> Path:
     return export_quietly(DEMO, tmp_path_factory.mktemp("demo") / "artifact", head="logits")
+
+
+@pytest.fixture(scope="session")
+def block_causal_demo(tmp_path_factory) -> Path:
+    return export_quietly(BLOCK_CAUSAL_DEMO, tmp_path_factory.mktemp("block-causal") / "artifact")
 
 
 @pytest.fixture(scope="session", params=WHOLE_FAMILIES)

@@ -28,19 +28,19 @@ def held_out(count: int) -> list[demo_task.Example]:
 
 def case_inputs(model: rt.Model, examples: list[demo_task.Example]) -> list[dict[str, object]]:
     """Inputs of decode cases over these prompts, cycling through caches and policies."""
-    modes, policies = (
-        ("none", "prefix", "dual"),
-        ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7}),
-    )
+    modes: list[dict[str, object]] = [{"mode": "none"}, {"mode": "prefix"}, {"mode": "dual"}]
+    if model.manifest.decoding.is_block_causal:
+        modes = [{"mode": "none"}, {"mode": "block"}, {"mode": "block_dual", "small_block": 4}]
+    policies = ({"threshold": 0.9}, {"threshold": None, "factor": 1.0}, {"threshold": 0.7})
     return [
         {
             "id": f"demo-{i}",
-            "family": "llada",
-            "mode": modes[i % 3],
+            "family": model.manifest.model.family,
             "prompt": [model.encode(example.prompt)],
             "gen_length": demo_task.GEN_LENGTH,
             "block_length": 8,
             "steps": 48,
+            **modes[i % 3],
             **policies[i // 3 % 3],
         }
         for i, example in enumerate(examples)

@@ -1,13 +1,15 @@
-"""Accuracy against tokens per forward on the demo model, for all decoding options on the same held-out
+"""Accuracy against tokens per forward on both demo models, for all decoding options on the same held-out
 prompts.
 
-    make frontier                   # all of it: about 15 minutes on 2 cores
+    make frontier                   # both models: about 20 minutes on 2 cores
+    python benchmarks/cpu/frontier.py artifacts/sdar-demo                              # one of them
     python benchmarks/cpu/frontier.py artifacts/llada-demo --count 40 --only factor    # writes nothing
 
-Writes benchmarks/results/frontier.json, docs/frontier.png and .svg, and the table between the marks of
-docs/benchmarks.md (needs the `bench` extra). Exact match is that of tools/demo_task.py, with the standard
-error of a proportion; tokens per forward (TPF) counts tokens before the end of the answer. `same`: answers
-equal, token for token, to those of one token per forward with the same cache and blocks.
+Writes benchmarks/results/frontier-NAME.json of each artifact. Then draws all such files: docs/frontier.png
+and .svg, and the tables between the marks of docs/benchmarks.md (needs the `bench` extra). Exact match is
+that of tools/demo_task.py, with the standard error of a proportion; tokens per forward (TPF) counts tokens
+before the end of the answer, and forwards that store a block count too. `same`: answers equal, token for
+token, to those of one token per forward with the same cache and blocks.
 """
 
 from __future__ import annotations
@@ -31,12 +33,42 @@ from trt_runtime.measure.bench import machine
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- frontier: begin -->", "<!-- frontier: end -->"
 BLOCKS = 12  # of 8, in a generation of 96
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+RESULTS = ROOT / "benchmarks" / "results"
 Config = rt.GenerationConfig
 
 
-def variants() -> dict[str, dict[str, Config]]:
+def variants(is_block_causal: bool) -> dict[str, dict[str, Config]]:
     """The decoding options to compare, by group and name."""
-    thresholds = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    return _block_causal() if is_block_causal else _full()
+
+
+def _block_causal() -> dict[str, dict[str, Config]]:
+    return {
+        "vanilla": {
+            "no cache, one token per forward": Config(cache="none", policy="fixed"),
+            "block, one token per forward": Config(policy="fixed"),
+            "block, one token per forward, stores apart": Config(policy="fixed", fuse_stores=False),
+        },
+        "fixed schedule": {
+            f"block, fixed, {n} forwards per block": Config(policy="fixed", steps=BLOCKS * n)
+            for n in (6, 4, 3, 2, 1)
+        },
+        "threshold, block": {f"block, threshold {t:g}": Config(threshold=t) for t in THRESHOLDS},
+        "threshold, stores apart": {
+            f"block, stores apart, threshold {t:g}": Config(threshold=t, fuse_stores=False)
+            for t in THRESHOLDS
+        },
+        "threshold, no cache": {
+            f"no cache, threshold {t:g}": Config(cache="none", threshold=t) for t in (0.5, 0.7, 0.9)
+        },
+        **_other_policies("block"),
+        "block length": {f"block, threshold 0.9, blocks of {n}": Config(block_length=n) for n in (4, 16)},
+        "speculation": _speculation("block"),
+    }
+
+
+def _full() -> dict[str, dict[str, Config]]:
     near = {"refresh_every": 0}
     return {
         "vanilla": {
@@ -47,14 +79,14 @@ def variants() -> dict[str, dict[str, Config]]:
             f"dual, fixed, {n} forwards per block": Config(policy="fixed", steps=BLOCKS * n)
             for n in (6, 4, 3, 2, 1)
         },
-        "threshold, dual": {f"dual, threshold {t:g}": Config(threshold=t) for t in thresholds},
+        "threshold, dual": {f"dual, threshold {t:g}": Config(threshold=t) for t in THRESHOLDS},
         "threshold, prefix": {
-            f"prefix, threshold {t:g}": Config(cache="prefix", threshold=t) for t in thresholds
+            f"prefix, threshold {t:g}": Config(cache="prefix", threshold=t) for t in THRESHOLDS
         },
         "threshold, no cache": {
             f"no cache, threshold {t:g}": Config(cache="none", threshold=t) for t in (0.5, 0.7, 0.9)
         },
-        **_other_policies(),
+        **_other_policies("dual"),
         "refresh": {
             "dual, rebuilt every 2 blocks": Config(refresh_every=2),
             "dual, rebuilt every 4 blocks": Config(refresh_every=4),
@@ -70,35 +102,38 @@ def variants() -> dict[str, dict[str, Config]]:
         "block length": {
             f"dual, threshold 0.9, blocks of {n}": Config(block_length=n) for n in (4, 16, 32, 96)
         },
-        "speculation": {
-            f"dual, one token per step, {n} verified per call": Config(policy="fixed", speculate=n)
-            for n in (2, 4, 8)
-        }
-        | {"dual, threshold 0.9, 4 verified per call": Config(speculate=4)},
+        "speculation": _speculation("dual"),
     }
 
 
-def _other_policies() -> dict[str, dict[str, Config]]:
+def _speculation(cache: str) -> dict[str, Config]:
     return {
-        "factor": {f"dual, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
-        "eb": {f"dual, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
+        f"{cache}, one token per step, {n} verified per call": Config(policy="fixed", speculate=n)
+        for n in (2, 4, 8)
+    } | {f"{cache}, threshold 0.9, 4 verified per call": Config(speculate=4)}
+
+
+def _other_policies(cache: str) -> dict[str, dict[str, Config]]:
+    return {
+        "factor": {f"{cache}, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
+        "eb": {f"{cache}, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
         "margin": {
-            f"dual, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
+            f"{cache}, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
         },
         "dynamic": {
-            f"dual, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)
+            f"{cache}, dynamic 0.9, alpha {a:g}": Config(policy="dynamic", alpha=a) for a in (0.2, 0.4, 0.6)
         },
         "localleap": {
-            f"dual, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t)
+            f"{cache}, localleap 0.9, {t:g} nearby": Config(policy="localleap", low_threshold=t)
             for t in (0.5, 0.6, 0.75)
         },
         "hierarchy": {
-            f"dual, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t)
+            f"{cache}, hierarchy 0.9, {t:g} of a run": Config(policy="hierarchy", low_threshold=t)
             for t in (0.5, 0.6, 0.75)
         },
-        "prophet": {"dual, prophet": Config(policy="prophet")},
+        "prophet": {f"{cache}, prophet": Config(policy="prophet")},
         "slowfast": {
-            f"dual, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t)
+            f"{cache}, slowfast 0.9, sees to {t:g}": Config(policy="slowfast", low_threshold=t)
             for t in (0.3, 0.6)
         },
     }
@@ -128,6 +163,7 @@ def evaluate(
 
 
 def table(report: dict[str, Any]) -> str:
+    """The figures of one model."""
     lines = [
         "| decoding | exact match % | TPF | forwards | same as one per forward % |",
         "|---|---|---|---|---|",
@@ -138,20 +174,65 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['name']} | {row['exact_match']:.1f} ± {row['standard_error']:.1f} | "
             f"{row['tokens_per_forward']:.2f} | {row['forwards']:.1f} | {same} |"
         )
-    return "\n".join([*lines, "", "![accuracy against tokens per forward](frontier.png)"])
+    return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
-    """A line per group that has a knob, marks for the others."""
+def best(reports: dict[str, dict[str, Any]], drop: float = 1.0) -> str:
+    """Of each model, the most tokens per forward at the accuracy of one token per forward less `drop`
+    points."""
+    lines = [
+        "| model | attention | cache | one token per forward % | fastest within one point | exact match % | TPF |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, report in reports.items():
+        single = next(row for row in report["rows"] if row["group"] == "vanilla")
+        least = single["exact_match"] - drop
+        kept = [row for row in report["rows"] if row["exact_match"] >= least]
+        row = max(kept, key=lambda row: row["tokens_per_forward"])
+        attention = report["attention"]
+        cells = [model, attention, "exact" if attention == "block-causal" else "approximate"]
+        cells += [f"{single['exact_match']:.1f}", row["name"]]
+        cells += [f"{row['exact_match']:.1f} ± {row['standard_error']:.1f}", f"{row['tokens_per_forward']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document(reports: dict[str, dict[str, Any]]) -> str:
+    """The tables of all models, and the plot."""
+    parts = [best(reports), "![accuracy against tokens per forward](frontier.png)"]
+    for model, report in reports.items():
+        parts += [f"`{model}`, {report['attention']} attention, {report['prompts']} prompts:", table(report)]
+    return "\n\n".join(parts)
+
+
+def plot(reports: dict[str, dict[str, Any]], file: Path) -> None:
+    """A panel per model; a line per group that has a knob, marks for the others."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 5.5))
-    names = list(dict.fromkeys(row["group"] for row in report["rows"]))
-    colours = plt.get_cmap("tab20").colors
-    for i, name in enumerate(names):
+    figure, panels = plt.subplots(
+        len(reports), figsize=(10, 5.2 * len(reports)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, (model, report) in zip(panels[:, 0], reports.items(), strict=True):
+        _panel(axes, report, plt.get_cmap("tab20").colors)
+        title = f"{model}: {report['attention']} attention, {report['prompts']} held-out prompts"
+        axes.set(ylabel="exact match, %", title=title, xlim=(0, None), ylim=(0, 101))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    panels[-1, 0].set(xlabel="tokens per forward")
+    for suffix in (".png", ".svg"):
+        figure.savefig(
+            file.with_suffix(suffix),
+            dpi=130,
+            metadata={"Date": None} if suffix == ".svg" else {"Software": None},
+        )
+    plt.close(figure)
+
+
+def _panel(axes: Any, report: dict[str, Any], colours: Any) -> None:
+    for i, name in enumerate(dict.fromkeys(row["group"] for row in report["rows"])):
         rows = sorted(
             (row for row in report["rows"] if row["group"] == name), key=lambda row: row["tokens_per_forward"]
         )
@@ -167,34 +248,18 @@ def plot(report: dict[str, Any], file: Path) -> None:
             linewidth=1.4 if joined else 0,
             elinewidth=0.6,
         )
-    axes.set(
-        xlabel="tokens per forward",
-        ylabel="exact match, %",
-        title=f"Demo model, {report['prompts']} held-out prompts",
-        xlim=(0, None),
-        ylim=(0, 101),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    for suffix in (".png", ".svg"):
-        figure.savefig(
-            file.with_suffix(suffix),
-            dpi=130,
-            metadata={"Date": None} if suffix == ".svg" else {"Software": None},
-        )
-    plt.close(figure)
 
 
 def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str, Any]:
     """The figures of all groups (or of those in `only`)."""
     examples = held_out(count)
-    groups, rows, single = variants(), [], {}
+    is_block_causal = model.manifest.decoding.is_block_causal
+    groups, rows, single = variants(is_block_causal), [], {}
     for group, configs in groups.items():
         for name, config in configs.items() if not only or group in only else ():
             figures, answers = evaluate(model, examples, config, batch)
             if config.policy == "fixed" and config.steps is None and config.speculate == 1:
-                single[config.cache] = answers
+                single.setdefault(config.cache, answers)
             base = single.get(config.cache) if config.block_length is None else None
             same = (
                 None
@@ -203,45 +268,50 @@ def measure(model: rt.Model, count: int, batch: int, only: set[str]) -> dict[str
             )
             rows.append({"group": group, "name": name, **figures, "same": same})
             print(f"{name:46} {figures}", file=sys.stderr, flush=True)
-    return {"prompts": count, "seed": SEED, "rows": rows, "machine": machine()}
+    attention = "block-causal" if is_block_causal else "full"
+    return {"attention": attention, "prompts": count, "seed": SEED, "rows": rows, "machine": machine()}
+
+
+def of_results() -> dict[str, dict[str, Any]]:
+    """The reports under benchmarks/results by the model's name, those of full attention first."""
+    reports = {
+        file.stem.removeprefix("frontier-"): json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(RESULTS.glob("frontier-*.json"))
+    }
+    return dict(sorted(reports.items(), key=lambda item: item[1]["attention"] != "full"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("artifact", type=Path, help="the exported demo model")
+    parser.add_argument(
+        "artifacts", type=Path, nargs="*", help="exported demo models (none: draw what was measured before)"
+    )
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default 500)")
     parser.add_argument("--batch", type=int, default=20, help="prompts per batch (default 20)")
-    parser.add_argument(
-        "--only",
-        default="",
-        help=f"run only these groups, comma-separated, and write nothing: {', '.join(variants())}",
-    )
-    parser.add_argument(
-        "--from-json",
-        type=Path,
-        metavar="FILE",
-        help="do not measure: draw the table and plot from this file",
-    )
+    groups = list(dict.fromkeys([*variants(False), *variants(True)]))
+    only_help = f"run only this group, and write nothing (may be repeated): {'; '.join(groups)}"
+    parser.add_argument("--only", action="append", default=[], help=only_help)
     args = parser.parse_args()
-    only = {name.strip() for name in args.only.split(",") if name.strip()}
-    if args.count < 1 or args.batch < 1 or only - set(variants()):
+    if args.count < 1 or args.batch < 1 or set(args.only) - set(groups):
         raise SystemExit(
-            f"error: --count {args.count}, --batch {args.batch}, --only '{args.only}': expected --count and "
-            f"--batch of at least 1, and --only with groups of: {', '.join(variants())}."
+            f"error: --count {args.count}, --batch {args.batch}, --only {args.only}: expected --count and "
+            f"--batch of at least 1, and --only with a group of: {'; '.join(groups)}."
         )
-    if args.from_json:
-        report = json.loads(args.from_json.read_text(encoding="utf-8"))
-    else:
-        report = measure(rt.load(args.artifact), args.count, args.batch, only)
-    if only:
-        print(table(report))
+    for artifact in args.artifacts:
+        with rt.load(artifact) as model:
+            report = measure(model, args.count, args.batch, set(args.only))
+        if args.only:
+            print(table(report))
+        else:
+            file = RESULTS / f"frontier-{artifact.resolve().name}.json"
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    reports = of_results()
+    if args.only or not reports:
         return
-    results = ROOT / "benchmarks" / "results" / "frontier.json"
-    results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(report, ROOT / "docs" / "frontier")
-    insert(ROOT / "docs" / "benchmarks.md", BEGIN, END, table(report))
+    plot(reports, ROOT / "docs" / "frontier")
+    insert(ROOT / "docs" / "benchmarks.md", BEGIN, END, document(reports))
 
 
 if __name__ == "__main__":

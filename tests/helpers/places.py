@@ -12,6 +12,7 @@ from trt_runtime.errors import DllmError
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 DEMO = ROOT / "checkpoints" / "llada-demo"
+BLOCK_CAUSAL_DEMO = ROOT / "checkpoints" / "sdar-demo"
 
 
 def export_quietly(checkpoint: Path, out: Path, **options) -> Path:

@@ -139,10 +139,9 @@ def _add_caches(parser: argparse._ArgumentGroup) -> None:
     )
     parser.add_argument(
         "--fuse-stores",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="block-causal attention: store a finished block by the first step of the next; same tokens, one "
-        "forward fewer per block",
+        "forward fewer per block (default: where the model allows it)",
     )
 
 

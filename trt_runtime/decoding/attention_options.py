@@ -21,6 +21,11 @@ _WHY = "nothing after the block is seen, and stored keys and values are exact"
 _WORDS = {FULL: "full", BLOCK_CAUSAL: "block-causal"}
 
 
+def may_fuse_stores(plan: type[CachePlan], facts: DecodingFacts) -> bool:
+    """Whether a finished block may be stored by the first step of the next."""
+    return plan.may_fuse_stores and facts.is_block_causal and not facts.next_from_store
+
+
 def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[CachePlan]) -> None:
     """Raise DllmError for options of the other kind of attention."""
     if facts.attention not in plan.attentions:
@@ -54,7 +59,7 @@ def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[C
             f"cache 'block_dual' keeps keys and values between the small blocks of a block, and here a "
             f"block has only one: use cache 'block', or set small_block below {config.block_length}."
         )
-    if config.fuse_stores and (facts.next_from_store or is_dual or not issubclass(plan, BlockCache)):
+    if config.fuse_stores and not may_fuse_stores(plan, facts):
         why = (
             "this model's next block begins with a token of the store"
             if facts.next_from_store

@@ -197,12 +197,13 @@ class RowView:
 class CachePlan(ABC):
     """Chooses the next forward of a row. refresh, suffix: the user's options. name: on the command line
     and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do the refresh
-    options apply. attentions: which kinds of attention it is for (manifest.ATTENTIONS). fuses_stores: whether
-    a finished block may be stored by the first step of the next."""
+    options apply. attentions: which kinds of attention it is for (manifest.ATTENTIONS). may_fuse_stores: whether it
+    can store a finished block by the first step of the next. fuses_stores: whether it does."""
 
     name: ClassVar[str]
     keeps_cache: ClassVar[bool] = True
     attentions: ClassVar[tuple[str, ...]] = (FULL,)
+    may_fuse_stores: ClassVar[bool] = False
     refresh: Refresh = field(default_factory=Refresh)
     suffix: Suffix = field(default_factory=Suffix)
     fuses_stores: bool = False

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from trt_runtime.artifact.manifest import CATEGORICAL, Manifest
-from trt_runtime.decoding.attention_options import check_attention
+from trt_runtime.artifact.manifest import CATEGORICAL, DecodingFacts, Manifest
+from trt_runtime.decoding.attention_options import check_attention, may_fuse_stores
 from trt_runtime.decoding.cache_plan import CachePlan, DualCache, Refresh, Suffix
 from trt_runtime.decoding.plans import PLANS, BlockCache
 from trt_runtime.decoding.policies import registry
@@ -23,7 +23,7 @@ MAX_STEPS = 100_000
 MAX_SPECULATE = 256  # each occupies a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
-    "str | None": (str, type(None)),
+    "str | None": (str, type(None)), "bool | None": (bool, type(None)),
 }  # fmt: skip
 
 
@@ -121,9 +121,9 @@ class GenerationConfig:
         attention, where a gap would not see what is right of its block.
     small_block: of block-causal attention: positions of a block that are decoded before the next ones
         (default: the model's).
-    fuse_stores: of block-causal attention with cache 'block': a finished block is stored by the first step of
-        the next, one forward fewer for each block. Exact; not for models whose next block begins with a token
-        of the store.
+    fuse_stores: of block-causal attention with cache 'block': whether a finished block is stored by the first
+        step of the next, one forward fewer for each block. Exact. None: wherever the model allows it; models
+        whose next block begins with a token of the store do not.
     """
 
     gen_length: int | None
@@ -144,7 +144,7 @@ class GenerationConfig:
     suffix_decay: bool
     hold_back_eos: bool
     small_block: int | None
-    fuse_stores: bool
+    fuse_stores: bool | None
     policy_options: Mapping[str, Value] = field(hash=False)
 
     def __init__(  # noqa: PLR0913 # the one place with the defaults
@@ -168,7 +168,7 @@ class GenerationConfig:
         suffix_decay: bool = False,
         hold_back_eos: bool = False,
         small_block: int | None = None,
-        fuse_stores: bool = False,
+        fuse_stores: bool | None = None,
         policy_options: Mapping[str, Value] | None = None,
         **options_by_name: Value,
     ) -> None:
@@ -315,14 +315,16 @@ class GenerationConfig:
         steps = None if self.steps is None else policy.steps_of_block(self.steps, self._num_blocks)
         return policy.made(self.policy_options, steps)
 
-    def make_plan(self) -> CachePlan:
-        """The cache plan of a resolved configuration."""
+    def make_plan(self, facts: DecodingFacts) -> CachePlan:
+        """The cache plan of a resolved configuration, for a model with these facts."""
         assert self.cache is not None
+        plan = PLANS.find(self.cache)
+        fuses = may_fuse_stores(plan, facts) if self.fuse_stores is None else self.fuse_stores
         refresh, suffix = (
             Refresh(self.refresh_every, self.refresh_window),
             Suffix(self.suffix, self.suffix_decay),
         )
-        return PLANS.find(self.cache)(refresh, suffix, self.fuse_stores)
+        return plan(refresh, suffix, fuses)
 
     def make_sampler(self, manifest: Manifest) -> Sampler:
         """The sampler that makes proposals, for the model of `manifest`."""

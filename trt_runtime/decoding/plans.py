@@ -29,11 +29,12 @@ from trt_runtime.registry import Registry, of_classes
 
 class BlockCache(CachePlan):
     """Exact, with block-causal attention: the prompt's whole blocks are stored by one prefix pass, and each
-    finished block by a forward over its final tokens, or by the next block's first step (`fuses_stores`). The
-    last block is not stored."""
+    finished block by the next block's first step or, without `fuse_stores` and where a model takes the next
+    block's first token from the store, by a forward of its own. The last block is not stored."""
 
     name = "block"
     attentions = (BLOCK_CAUSAL,)
+    may_fuse_stores = True
 
     def next_forward(self, row: RowView) -> Forward:
         assert row.blocks is not None
@@ -62,6 +63,7 @@ class BlockDualCache(BlockCache):
     that forward (Fast-dLLM v2, arXiv 2509.26328)."""
 
     name = "block_dual"
+    may_fuse_stores = False
 
     def _step(self, row: RowView, blocks: BlockView) -> Forward:
         start, end = blocks.small

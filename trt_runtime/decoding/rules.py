@@ -50,7 +50,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
     return Rules(
         config.gen_length,
         config.block_length,
-        config.make_plan(),
+        config.make_plan(facts),
         config.make_policy(),
         facts.mask_token_id,
         facts.eos_token_ids,

@@ -109,10 +109,7 @@ class Tuner:
                 {"suffix": 2 * length},
                 {"suffix": length, "suffix_decay": True},
             ]
-        return [
-            *([] if blocks.next_from_store else [{"fuse_stores": True}]),
-            *([{"cache": "block_dual"}] if blocks.has_small_blocks else []),
-        ]
+        return [{"cache": "block_dual"}] if blocks.has_small_blocks else []
 
     def is_within(self, trial: Trial) -> bool:
         return 100 * (self.baseline.right - trial.right) / len(self.examples) <= self.max_drop + 1e-9

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from trt_runtime.artifact.manifest import DecodingFacts
+from trt_runtime.decoding.attention_options import may_fuse_stores
 from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.plans import BlockCache, BlockDualCache, names_for
@@ -37,6 +38,7 @@ def _caches(base: GenerationConfig, facts: DecodingFacts) -> dict[str, dict[str,
         return caches
     if not blocks.has_small_blocks:
         del caches[BlockDualCache.name]
-    if not facts.next_from_store:
+    if may_fuse_stores(BlockCache, facts):
+        caches[BlockCache.name] |= {"fuse_stores": False}
         caches["block-fused"] = {"cache": BlockCache.name, "fuse_stores": True}
     return caches

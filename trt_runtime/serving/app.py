@@ -21,6 +21,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from trt_runtime import __version__
+from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.plans import names_for
+from trt_runtime.errors import DllmError
 from trt_runtime.model import Model
 from trt_runtime.serving.answers import CHAT, TEXT, Answer, ServeOptions, check_count
 from trt_runtime.serving.cors import allow
@@ -89,7 +92,7 @@ def create_app(model: Model, options: ServeOptions) -> FastAPI:
     add_error_handlers(app, metrics)
     app.state.trouble = lambda: _trouble(worker, options, preparing)
     _status(app, worker, options)
-    _models(app, options, metrics)
+    _models(app, worker.model, options, metrics)
     _completions(app, worker, options, preparing)
     return app
 
@@ -127,8 +130,19 @@ def _status(app: FastAPI, worker: Worker, options: ServeOptions) -> None:
         return {"version": __version__}
 
 
-def _models(app: FastAPI, options: ServeOptions, metrics: Metrics) -> None:
-    facts = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
+def _caches(model: Model) -> list[str]:
+    """The cache plans that decode with this model's other defaults."""
+    names = []
+    for name in names_for(model.manifest.decoding.attention):
+        with contextlib.suppress(DllmError):
+            GenerationConfig(cache=name).resolved(model.manifest)
+            names.append(name)
+    return names
+
+
+def _models(app: FastAPI, model: Model, options: ServeOptions, metrics: Metrics) -> None:
+    facts: dict[str, Any] = {"id": options.name, "object": "model", "created": 0, "owned_by": "dllm-trt"}
+    facts["caches"] = _caches(model)  # not OpenAI's: the page offers them
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

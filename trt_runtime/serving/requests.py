@@ -118,7 +118,7 @@ class Common(Neutral):
         default=None, ge=1, description="block-causal attention: positions decoded before the next ones"
     )
     fuse_stores: bool | None = Field(
-        default=None, description="block-causal attention: store a block by the first step of the next"
+        default=None, description="block-causal attention: store a block by the first step of the next (default: if possible)"
     )
     top_k: Whole | None = Field(default=None, ge=-1, description="-1 and 0 keep every token")
 

@@ -88,8 +88,9 @@ def test_a_store_fused_with_the_next_step_changes_only_the_number_of_forwards(fa
         with pytest.raises(DllmError, match="next block begins with a token of the store"):
             _rows(backend, fuse_stores=True)
         return
-    plain, fused = _run(backend), _run(backend, fuse_stores=True)
+    plain, fused = _run(backend, fuse_stores=False), _run(backend, fuse_stores=True)
     assert _decisions(fused) == _decisions(plain)
+    assert [row.trace for row in fused] == [row.trace for row in _run(backend)]  # the default
     for one, other in zip(plain, fused, strict=True):
         stores = sum(step.kind in ("store", "prefill") for step in one.trace)
         assert other.nfe == one.nfe - stores
@@ -172,6 +173,7 @@ def test_an_end_token_ends_the_row_at_once_and_is_the_last_of_its_text(backend):
         ({"small_block": 9}, "small_block is 9, expected 1 to the block length, 8"),
         ({"small_block": 0}, "small_block is 0"),
         ({"cache": "block_dual", "small_block": 8}, "a block has only one: use cache 'block'"),
+        ({"cache": "block_dual"}, "a block has only one: use cache 'block'"),
         (
             {"cache": "block_dual", "small_block": 4, "speculate": 2},
             "speculate verifies steps of exact caches",

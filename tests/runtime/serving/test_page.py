@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "tools"))
 sync_api = pytest.importorskip("playwright.sync_api")
 from trt_runtime.decoding.config import GenerationConfig  # noqa: E402
 from trt_runtime.errors import DllmError  # noqa: E402
+from trt_runtime.model import load  # noqa: E402
 from trt_runtime.serving.process import examples  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -114,6 +115,28 @@ def test_the_examples_that_the_page_offers_are_answered_right(browser, model, de
             assert demo_task.is_right(
                 page.locator(".turn:not(.user) .text").nth(number).text_content(), plans[prompt]
             ), prompt
+        page.close()
+
+
+def test_blocks_with_exact_caches_are_shown_as_the_model_decodes_them(browser, block_causal_demo):
+    """The same page for a model with block-causal attention: its blocks are aligned to the prompt's start, so
+    the first and the last may be short."""
+    with load(block_causal_demo, "ort", threads=1) as model, serving(model) as (url, _):
+        expected = model.generate([PROMPT], GenerationConfig())[0]
+        page = browser.new_page()
+        page.add_init_script(WATCH)
+        page.goto(url)
+        _ask(page, PROMPT)
+        page.wait_for_selector(".facts .bar")
+        assert page.text_content(".turn:not(.user) .text") == expected.text
+        running = [count for _, count in page.evaluate("window.seen") if count]
+        assert running and max(running) == model.manifest.decoding.block_length
+        assert f"{expected.nfe} forwards (NFE)" in page.text_content(".turn .facts")
+        assert page.locator("#cache option").all_text_contents() == ["model's", "none", "block"]
+        page.select_option("#cache", "none")
+        _ask(page, PROMPT)
+        page.wait_for_selector(".facts .bar >> nth=1")
+        assert page.locator(".turn:not(.user) .text").nth(1).text_content() == expected.text
         page.close()
 
 
