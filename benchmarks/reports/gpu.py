@@ -51,7 +51,9 @@ def main() -> None:
     )
     parser.add_argument("--print", action="store_true", help="print the tables; change no document")
     args = parser.parse_args()
-    files = args.reports or sorted((ROOT / "benchmarks" / "results").glob("gpu-report-*.json"))
+    files = args.reports or sorted(
+        (ROOT / "benchmarks" / "results").glob("gpu-report-*.json"), key=lambda file: file.stem
+    )
     if not files:
         raise SystemExit(
             "error: benchmarks/results: no gpu-report-*.json: run 'make gpu-report' on a GPU machine first."
@@ -109,7 +111,8 @@ def merged(reports: list[dict[str, Any]]) -> str:
             passed = results.get(stage, {}).get("parity", {}).get("passed")
             cells = [
                 device_of(results),
-                f"{settings['preset']} {settings['dtype']}, canvas {settings['canvases'][-1]}",
+                f"{settings['preset']} {settings['dtype']}, canvas {settings['canvases'][-1]}, "
+                f"block {settings['block_length']}",
                 name,
                 f"{row['refine_ms']:.2f}",
                 _share(row, "refine"),

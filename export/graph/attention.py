@@ -58,7 +58,16 @@ class Attention:
         _, scale = on.lowering.scales(self.head_dim, on.dtype)
         group = self.num_heads // self.num_kv_heads
         attended = on.lowering.attention(
-            on.op, query, keys, values, rows.mask, scale=scale, head_dim=self.head_dim, group=group
+            on.op,
+            query,
+            keys,
+            values,
+            rows.mask,
+            scale=scale,
+            head_dim=self.head_dim,
+            group=group,
+            softmax_type=rows.mask_type,
+            dtype=on.dtype,
         )
         flat = on.op.Reshape(
             on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim]

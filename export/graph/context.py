@@ -45,12 +45,13 @@ def is_linear(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], and the additive
-    attention mask."""
+    """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], the additive
+    attention mask, and its type."""
 
     positions: ir.Value
     shape: ir.Value
     mask: ir.Value
+    mask_type: ir.DataType
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,9 @@ class Decoder:
         self.on = Context(
             op, lowering, dtype, weight, linears, (weight(ROPE_COS), weight(ROPE_SIN)), config.norm_eps
         )
+        self.mask_type = lowering.softmax_type(dtype) if config.is_block_causal else dtype
         self.constants = [
-            op.initializer(ir.tensor(value, dtype=dtype), name)
+            op.initializer(ir.tensor(value, dtype=self.mask_type), name)
             for name, value in (("valid", 0.0), ("masked", MASKED))
         ]
 
@@ -215,7 +216,7 @@ class Decoder:
         )  # [B, keys]; booleans do not concatenate everywhere
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
-        return Rows(positions, op.Shape(positions), mask)
+        return Rows(positions, op.Shape(positions), mask, self.mask_type)
 
     def _rows_of_blocks(
         self, window: GraphInputs, cache: ir.Value | None, positions: ir.Value, row_len: ir.Value
@@ -230,7 +231,7 @@ class Decoder:
             valid = self.lowering.valid_keys(op, cache, window.input_ids, written, length)
         pieces = [op.Where(piece, self.constants[0], self.constants[1]) for piece in valid]
         masked = op.Concat(*pieces, axis=2) if len(pieces) > 1 else pieces[0]
-        return Rows(positions, op.Shape(positions), op.Unsqueeze(masked, [1]))
+        return Rows(positions, op.Shape(positions), op.Unsqueeze(masked, [1]), self.mask_type)
 
     def _wanted(
         self, window: GraphInputs, cache: ir.Value | None

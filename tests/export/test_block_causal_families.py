@@ -187,16 +187,25 @@ def test_it_is_quantised(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdar", "fast_dllm_qwen"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_tensorrt_rtx_builds_it(tmp_path, name, dtype):
+@pytest.mark.parametrize(("dtype", "lowering"), [("fp16", "modern"), ("bf16", "modern"), ("fp16", "legacy")])
+def test_tensorrt_rtx_builds_it(tmp_path, name, dtype, lowering):
+    """Engines of one and two graphs, and of one and two profiles; attention is one fused kernel."""
     pytest.importorskip("tensorrt_rtx_bindings")
     from trt_runtime.backends.tensorrt import store
 
-    path = write_checkpoint(families.find(name), tmp_path / "checkpoint", model={"num_hidden_layers": 2})
-    made = export_quietly(path, tmp_path / "artifact", dtype=dtype)
-    sizes = store.BuildConfig(
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"hidden_size": 128} | ({"head_dim": 64} if name == "sdar" else {})  # fp16 sums in fp32 from 64 on
+    path = write_checkpoint(families.find(name), tmp_path / "checkpoint", model=sizes)
+    made = export_quietly(path, tmp_path / "artifact", dtype=dtype, lowering=lowering)
+    config = store.BuildConfig(
         "tensorrt-rtx", targets=("sm86", "sm89", "sm120"), max_batch=2, max_length=64, block_length=8
     )
-    for layout, names in (("shared", ["shared"]), ("split", ["prefix", "refine"])):
-        engines = store.build(made, tmp_path / "engines", store.replace(sizes, layout=layout))
-        assert sorted(file.stem for file in engines.glob("*.engine")) == names
+    layouts = {"shared": ["shared"], "split": ["prefix", "refine"]}
+    for layout in layouts if lowering == "modern" else ["split"]:
+        engines = store.build(made, tmp_path / "engines", store.replace(config, layout=layout))
+        assert sorted(file.stem for file in engines.glob("*.engine")) == layouts[layout]
+        built = json.loads((engines / "engine.json").read_text(encoding="utf-8"))
+        for engine, kernels in built["attention"].items():
+            # the prefix graph alone: TensorRT-RTX 1.7 takes the scale out of its fp16 attention, and says so
+            sums = "fp16" if (engine, dtype, lowering) == ("prefix", "fp16", "modern") else "fp32"
+            assert [(kernel["sums"], kernel["dtype"]) for kernel in kernels] == [(sums, dtype)]

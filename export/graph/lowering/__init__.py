@@ -69,9 +69,14 @@ class Lowering(Protocol):
         scale: float,
         head_dim: int,
         group: int,
+        softmax_type: ir.DataType,
+        dtype: ir.DataType,
     ) -> ir.Value:
-        """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys]; N =
-        group * H."""
+        """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys], in
+        softmax_type; N = group * H."""
+
+    def softmax_type(self, dtype: ir.DataType) -> ir.DataType:
+        """The type in which softmax is computed in a graph of `dtype` whose rows have masks of their own."""
 
 
 LOWERINGS: dict[str, Lowering] = {contract.MODERN: modern, contract.LEGACY: legacy}

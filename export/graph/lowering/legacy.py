@@ -71,11 +71,21 @@ def attention(
     scale: float,
     head_dim: int,
     group: int,
+    softmax_type: ir.DataType,
+    dtype: ir.DataType,
 ) -> ir.Value:
     if group > 1:
         key, value = (_repeat(op, tensor, head_dim, group) for tensor in (key, value))
     scores = op.MatMul(query if scale == 1 else op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
+    if softmax_type == dtype:
+        return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
+    weights = op.Softmax(op.Add(op.Cast(scores, to=int(softmax_type)), mask), axis=-1)
+    return op.MatMul(op.Cast(weights, to=int(dtype)), value)
+
+
+def softmax_type(dtype: ir.DataType) -> ir.DataType:
+    """float32: with a 16-bit mask for each row, TensorRT-RTX 1.7 sums fp16 attention in fp16."""
+    return _FLOAT
 
 
 def _repeat(op: OpBuilder, x: ir.Value, head_dim: int, group: int) -> ir.Value:

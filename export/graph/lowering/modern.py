@@ -58,5 +58,11 @@ def attention(
     scale: float,
     head_dim: int,
     group: int,
+    softmax_type: ir.DataType,
+    dtype: ir.DataType,
 ) -> ir.Value:
     return op.Attention(query, key, value, mask, scale=scale)
+
+
+def softmax_type(dtype: ir.DataType) -> ir.DataType:
+    return dtype

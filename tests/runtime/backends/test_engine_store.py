@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -140,10 +141,14 @@ def test_engines_that_were_changed_or_are_of_something_else_are_refused(artifact
         store.build(artifact, tmp_path, SMALL)
 
 
-def test_profiles_hold_what_the_loop_asks_for():
-    """A prefix pass takes up to the canvas, a refine step up to the block; all of them any batch up to the
-    most."""
-    (shared,) = store.plans(SMALL)
+def test_profiles_hold_what_the_loop_asks_for(artifact):
+    """A prefix pass takes up to the canvas, a refine step up to the block (and the block before it, where
+    that is stored by the same call); all of them any batch up to the most."""
+    facts = manifests.load(artifact).decoding
+    blocks = replace(facts, attention="block_causal", block_length=8, block_origin="absolute")
+    for those, most in ((blocks, 16), (replace(blocks, next_from_store=True), 8)):
+        assert store.plans(SMALL, those)[0].profiles[1].rows == (1, 8, most)
+    (shared,) = store.plans(SMALL, facts)
     whole, window = shared.profiles
     assert (whole.rows, window.rows, whole.batch, window.asked) == (
         (1, 64, 64),

@@ -23,6 +23,8 @@ SIZES = BuildConfig(
 MODELS = {
     "llada": lambda d: {"d_model": 2 * d, "n_heads": 2, "n_kv_heads": 2},
     "dream": lambda d: {"hidden_size": 2 * d, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "sdar": lambda d: {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": d},
+    "fast_dllm_qwen": lambda d: {"hidden_size": 2 * d, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from trt_runtime.artifact import contract
 from trt_runtime.artifact.contract import MODERN
-from trt_runtime.artifact.manifest import Manifest
+from trt_runtime.artifact.manifest import DecodingFacts, Manifest
 from trt_runtime.backends.tensorrt.builder import Profile, version_of
+from trt_runtime.decoding.attention_options import may_fuse_stores
 from trt_runtime.decoding.config import DEFAULT_BLOCK_LENGTH
+from trt_runtime.decoding.plans import BlockCache
 from trt_runtime.errors import DllmError, check_counts, unknown
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -102,12 +104,14 @@ class EnginePlan:
     profiles: tuple[Profile, ...]
 
 
-def plans(config: BuildConfig) -> list[EnginePlan]:
-    """The engines of a layout."""
+def plans(config: BuildConfig, facts: DecodingFacts) -> list[EnginePlan]:
+    """The engines of a layout. A refine step takes up to a block, or two where a block's store is fused with
+    the first step of the next."""
     batch, block = (1, 1, config.max_batch), config.block_length or DEFAULT_BLOCK_LENGTH
     rows = config.max_rows or block
     whole = Profile("prefix", batch, (1, config.max_length, config.max_length), (1, min(block, rows), rows))
-    window = Profile("refine", batch, (1, block, block), (1, min(block, rows), min(block, rows)))
+    most = min(2 * block, config.max_length) if may_fuse_stores(BlockCache, facts) else block
+    window = Profile("refine", batch, (1, block, most), (1, min(block, rows), min(block, rows)))
     if config.layout == SHARED:
         return [EnginePlan(SHARED, "refine", (whole, window))]
     return [

@@ -99,6 +99,7 @@ def describe(
 ) -> dict[str, Any]:
     """Everything an engine depends on, in words: what its key is made from. kernels: facts about the
     plugins."""
+    facts = manifest.decoding
     return circumstances(manifest, config.backend, trt, gpu) | {
         "layout": config.layout,
         "targets": sorted(config.targets),
@@ -108,7 +109,7 @@ def describe(
         "inspect": config.inspect,
         "plugins": kernels or {},
         "workarounds": [item.why for item in builder.workarounds(config.backend, trt)],
-        "profiles": {plan.name: [asdict(profile) for profile in plan.profiles] for plan in plans(config)},
+        "profiles": {plan.name: [asdict(profile) for profile in plan.profiles] for plan in plans(config, facts)},
     }
 
 
@@ -140,7 +141,7 @@ def build(
     timing = out / f"{TIMING}-{trt.__version__}-sm{gpu.compute_capability if gpu else 0}"
     with atomic.sealed(directory) as target:
         seconds, attention = {}, {}
-        for plan in plans(config):
+        for plan in plans(config, manifest.decoding):
             job = BuildJob(
                 plan.name,
                 artifact / manifest.graphs[plan.role].file,
