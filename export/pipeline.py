@@ -17,19 +17,14 @@ import onnx_ir as ir
 from trt_runtime import __version__
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.artifact.manifest import (
-    FileFacts,
-    GraphFacts,
-    Manifest,
-    Quantization,
-)
+from trt_runtime.artifact.manifest import ORT_CPU, FileFacts, GraphFacts, Manifest, Quantization
 from trt_runtime.errors import DllmError
 from trt_runtime.system import atomic
 
 from .checkpoint import tokenizer as tokenizer_files
 from .graph import lint, roles
 from .graph import lowering as lowerings
-from .graph.linears import Linears
+from .graph.linears import FusedLinears, Linears
 from .schemes.base import Scheme
 from .source import (
     Source,
@@ -67,7 +62,8 @@ class ExportConfig:
     weights: 'copy' streams them into weights.data; 'link' uses the checkpoint's own files in place.
     mask_token: as text or id, for a checkpoint that does not name it or names the wrong one.
     attention: of manifest.ATTENTIONS, for a checkpoint whose config does not say. block_length: of
-    block-causal attention, for a checkpoint whose config does not say, or says it wrong.
+    block-causal attention, for a checkpoint whose config does not say, or says it wrong. target: 'ort-cpu'
+    computes experts by ONNX Runtime's own operator; None: by standard ones.
     """
 
     checkpoint: str
@@ -82,6 +78,7 @@ class ExportConfig:
     mask_token: str | None = None
     attention: str | None = None
     block_length: int | None = None
+    target: str | None = None
 
     def read(self) -> Source:
         """The checkpoint, read. Raises DllmError."""
@@ -113,12 +110,13 @@ def export(
     for text in source.notes:
         note(text)
     check_target(config, source.checkpoint.path)
+    source, linears = _for_target(config, source, scheme)
     planned = weights.plan(
         source.decoder, source.family, source.checkpoint, config.dtype, config.weights, scheme
     )
     with atomic.sealed(config.out, overwrite=config.overwrite) as directory:
         for role in contract.ROLES:
-            _write_graph(role, source, config, planned, directory, scheme)
+            _write_graph(role, source, config, planned, directory, linears)
         written = stream.stream(planned, directory, progress(weights.total_size(planned)))
         if scheme is not None and scheme.is_calibrated:
             scheme.calibration.write(directory)
@@ -136,6 +134,22 @@ def export(
         if completed is not manifest:
             manifests.write(completed, directory)
     return completed
+
+
+def _for_target(config: ExportConfig, source: Source, scheme: Scheme | None) -> tuple[Source, Linears | None]:
+    """The source with its experts in the form of ONNX Runtime's own operator, if that is wanted, and what
+    builds its linear layers. Raises DllmError."""
+    if scheme is not None:
+        return (source.fused() if scheme.fuses_experts else source), scheme
+    if config.target != ORT_CPU:
+        return source, None
+    if facts_of_source(source, config.dtype).experts is None:
+        raise DllmError(
+            f"--target {ORT_CPU} without --quantize is for models with a mixture of experts: remove it."
+        )
+    if config.dtype == "bf16":
+        raise DllmError(f"--target {ORT_CPU} computes in fp32 or fp16, got bf16: export with DTYPE=fp32.")
+    return source.fused(), FusedLinears()
 
 
 def check_target(config: ExportConfig, checkpoint: Path) -> None:
@@ -186,10 +200,10 @@ def _write_graph(
     config: ExportConfig,
     planned: list[weights.Weight],
     directory: Path,
-    scheme: Scheme | None = None,
+    linears: Linears | None = None,
 ) -> None:
-    model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, scheme)
-    operators = frozenset[str]() if scheme is None else scheme.operators
+    model = graph_of(role, source, config.dtype, config.head, config.lowering, planned, linears)
+    operators = frozenset[str]() if linears is None else linears.operators
     lint.check(
         model, role, roles.dims_of(source.decoder, config.dtype, config.lowering), config.head, operators
     )
@@ -216,7 +230,7 @@ def _manifest(
     written: stream.StreamedWeights,
     scheme: Scheme | None,
 ) -> Manifest:
-    decoder, checkpoint = source.decoder, source.checkpoint
+    checkpoint = source.checkpoint
     dims = roles.dims_of(source.decoder, config.dtype, config.lowering)
     files = dict(written.files)
     for path in sorted(directory.rglob("*")):
@@ -231,7 +245,7 @@ def _manifest(
         )
         for role in contract.ROLES
     }
-    facts = facts_of_config(decoder, checkpoint.config, config.dtype)
+    facts = facts_of_source(source, config.dtype)
     if scheme is not None:
         facts = replace(facts, weight_bytes=written.files[weights.FILE_NAME].size)
     versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxscript", "numpy")}

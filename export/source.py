@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts, ModelFacts
+from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts, ExpertFacts, ModelFacts
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.errors import DllmError
 
@@ -19,6 +19,7 @@ from .checkpoint import tokenizer as tokenizer_files
 from .checkpoint.huggingface import Checkpoint
 from .families.base import ConfigReader, Family
 from .graph.decoder import DecoderConfig, weight_shapes
+from .graph.experts import MixtureOfExperts
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Source:
     attention: str | None = None
     block_length: int | None = None
     notes: tuple[str, ...] = ()
+
+    def fused(self) -> Source:
+        """With the experts in the form of ONNX Runtime's own operator."""
+        part = self.decoder.feed_forward
+        if not isinstance(part, MixtureOfExperts):
+            return self
+        return replace(self, decoder=replace(self.decoder, feed_forward=part.fused()))
+
+    def as_in(self, facts: ModelFacts) -> Source:
+        """With the experts in the form that an artifact has them."""
+        return self.fused() if facts.experts is not None and facts.experts.is_fused else self
 
 
 def read(
@@ -52,13 +64,18 @@ def read(
     where = str(source.path / "config.json")
     own, reader, decoder = understood(source.config, where)
     if family is not None and families.find(family) is not own:
-        model_type = source.config["model_type"]
         raise DllmError(
-            f"{where}: model_type is '{model_type}', but MODEL={family} was asked for: give "
-            f"MODEL={families.name_of(model_type)}."
+            f"{where}: model_type is '{source.config['model_type']}', but MODEL={family} was asked for: give "
+            f"MODEL={families.of(source.config)[0]}."
         )
     told = _attention_of(own, attention, where)
-    named = token_names.find(source, decoder.vocab_size, mask_token, (own.mask_tokens, own.mask_token_id))
+    named = token_names.find(
+        source,
+        decoder.vocab_size,
+        mask_token,
+        (own.mask_tokens, own.mask_token_id),
+        ends_with_padding=own.ends_with_padding,
+    )
     blocks, said = _blocks(own, reader, told, block_length)
     decoder = replace(decoder, is_block_causal=told == BLOCK_CAUSAL)
     decoding, notes = _decoding(own, reader, decoder, source.generation_config, named.ids, ignored_keys)
@@ -66,7 +83,7 @@ def read(
         source,
         own,
         decoder,
-        replace(decoding, **blocks),
+        replace(decoding, **blocks, is_mask_known=named.is_mask_known),
         mask_token=None if mask_token is None else decoding.mask_token_id,
         attention=told if own.attention_is_told else None,
         block_length=block_length,
@@ -200,7 +217,7 @@ def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader
         raise DllmError(
             f"{where}: model_type is {model_type!r}, expected one of {', '.join(families.names())}."
         )
-    family, reader = families.find(model_type), ConfigReader(config, where)
+    family, reader = families.of(config)[1], ConfigReader(config, where)
     decoder = family.decoder(reader)
     if family.block_causal is not None and family.block_causal.length_key is not None:
         reader.ignore(family.block_causal.length_key)  # _blocks reads it, where it is needed
@@ -211,18 +228,43 @@ def understood(config: dict[str, Any], where: str) -> tuple[Family, ConfigReader
 def facts_of_config(decoder: DecoderConfig, config: dict[str, Any], dtype: str) -> ModelFacts:
     """What a manifest says about a network."""
     return ModelFacts(
-        family=families.name_of(config["model_type"]),
+        family=families.of(config)[0],
         num_layers=decoder.num_layers,
         num_heads=decoder.attention.num_heads,
         num_kv_heads=decoder.attention.num_kv_heads,
         head_dim=decoder.attention.head_dim,
         hidden_size=decoder.hidden_size,
-        intermediate_size=decoder.feed_forward.intermediate_size,
+        intermediate_size=_dense_size(decoder),
         vocab_size=decoder.vocab_size,
         max_length=decoder.max_length,
         dtype=dtype,
         parameters=sum(math.prod(shape) for shape in weight_shapes(decoder).values()),
         tied_head=decoder.tied_head,
+        experts=_experts(decoder),
+    )
+
+
+def _dense_size(decoder: DecoderConfig) -> int:
+    """The width of the layers without experts, or that of an expert if all have them."""
+    parts = [decoder.feed_forward_of(layer) for layer in range(decoder.num_layers)]
+    dense = [part for part in parts if not isinstance(part, MixtureOfExperts)]
+    return (dense or parts)[0].intermediate_size
+
+
+def _experts(decoder: DecoderConfig) -> ExpertFacts | None:
+    """What a manifest says about experts."""
+    parts = [decoder.feed_forward_of(layer) for layer in range(decoder.num_layers)]
+    mixed = [part for part in parts if isinstance(part, MixtureOfExperts)]
+    if not mixed:
+        return None
+    part = mixed[0]
+    return ExpertFacts(
+        num_experts=part.num_experts,
+        top_k=part.router.top_k,
+        intermediate_size=part.intermediate_size,
+        num_layers=len(mixed),
+        shared_size=part.shared.intermediate_size if part.shared else 0,
+        is_fused=part.is_fused,
     )
 
 

@@ -27,8 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from model_sizes import PRESETS
 
 from export import families
-from export.families.base import ConfigReader
-from export.graph.decoder import weight_shapes
+from export.families.base import ConfigReader, tensor_shapes
 
 _BLOCK, _STRIDE = (
     1 << 23,
@@ -48,11 +47,8 @@ def write(
 ) -> None:
     """A checkpoint directory: config.json and model.safetensors, or shards with an index if it is larger
     than one shard."""
-    family = families.find(config["model_type"])
-    shapes = {
-        family.tensor_name(name): shape
-        for name, shape in weight_shapes(family.decoder(ConfigReader(config, "config.json"))).items()
-    }
+    _, family = families.of(config)
+    shapes = tensor_shapes(family, family.decoder(ConfigReader(config, "config.json")))
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     itemsize, noise = _DTYPES[dtype][1].itemsize, _Noise(dtype, seed)

@@ -222,6 +222,7 @@ class Model:
             row.trace,
             row.ranges,
             [self.tokenizer.piece(token) if self.tokenizer else str(token) for token in shown],
+            row.num_edits,
         )
 
     def sequence(self, prompt: Prompt, config: GenerationConfig, *, raw: bool = False) -> Sequence:
@@ -239,12 +240,7 @@ class Model:
         useful = first + row.num_useful
         settled = min(settled, useful)
         committed = self._text(row.canvas[first:settled], is_whole=row.is_finished)
-        changed = [
-            (p - first, c)
-            for step in steps
-            for p, c in zip(step.positions, step.confidence, strict=True)
-            if p < row.end
-        ]
+        changed = [(p - first, c) for step in steps for p, c in step.changed if p < row.end]
         rest = row.canvas[settled:useful]
         provisional = self._text(rest[rest != row.rules.mask_token_id])
         return Update(

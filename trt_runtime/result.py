@@ -21,7 +21,7 @@ class Result:
     finished.
     blocks: half-open ranges of the canvas, as they were decoded. pieces: the text of each of the canvas's
     last len(pieces) tokens: the answer's, with filled gaps in the prompt the prompt's too; token ids without
-    a tokenizer.
+    a tokenizer. num_edits: how often a committed token was changed.
     """
 
     text: str | None
@@ -35,6 +35,7 @@ class Result:
     trace: list[Step]
     blocks: list[tuple[int, int]] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    num_edits: int = 0
 
     def __repr__(self) -> str:
         answer = f"text={_start(self.text)}" if self.text is not None else f"tokens={_first(self.tokens)}"

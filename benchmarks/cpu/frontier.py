@@ -115,8 +115,12 @@ def _speculation(cache: str) -> dict[str, Config]:
 
 def _other_policies(cache: str) -> dict[str, dict[str, Config]]:
     return {
-        "factor": {f"{cache}, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)},
-        "eb": {f"{cache}, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)},
+        "factor": {
+            f"{cache}, factor {f:g}": Config(policy="factor", factor=f) for f in (0.25, 0.5, 1.0, 2.0)
+        },
+        "eb": {
+            f"{cache}, eb, gamma {g:g}": Config(policy="eb", gamma=g) for g in (0.01, 0.05, 0.2, 0.5, 1.0)
+        },
         "margin": {
             f"{cache}, margin {t:g}": Config(policy="margin", threshold=t) for t in (0.5, 0.7, 0.9, 0.97)
         },
@@ -192,7 +196,10 @@ def best(reports: dict[str, dict[str, Any]], drop: float = 1.0) -> str:
         attention = report["attention"]
         cells = [model, attention, "exact" if attention == "block-causal" else "approximate"]
         cells += [f"{single['exact_match']:.1f}", row["name"]]
-        cells += [f"{row['exact_match']:.1f} ± {row['standard_error']:.1f}", f"{row['tokens_per_forward']:.2f}"]
+        cells += [
+            f"{row['exact_match']:.1f} ± {row['standard_error']:.1f}",
+            f"{row['tokens_per_forward']:.2f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

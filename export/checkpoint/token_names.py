@@ -25,6 +25,7 @@ class Found:
 
     ids: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_mask_known: bool = True
 
 
 def missing(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[str]:
@@ -50,10 +51,13 @@ def find(
     vocab_size: int,
     given: str | None = None,
     of_family: tuple[tuple[str, ...], int | None] = ((), None),
+    *,
+    ends_with_padding: bool = False,
 ) -> Found:
     """The token ids that config.json lacks, so that all three tokens are known. given: the mask token, as
     text or id, which takes precedence. of_family: possible texts, and the id, of the mask token in the
-    family's published checkpoints, used if nothing else names it. Raises DllmError, saying how to give it,
+    family's published checkpoints, used if nothing else names it. ends_with_padding: the family's end token is
+    its padding token, where nothing else names one. Raises DllmError, saying how to give it,
     if nothing names the mask or an end token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
@@ -71,8 +75,15 @@ def find(
         names.ids[MASK] = named
         names.notes.append(f"config.json has no {MASK}: it is {named!r}, of generation_config.json")
     for key in missing(config, generation_config):
+        pad = generation_config.get(PAD) if config.get(PAD) is None else config[PAD]
+        if key == END and ends_with_padding and pad is not None and tokenizer.opened is None:
+            names.ids[key] = pad
+            names.notes.append(f"config.json has no {key}: it is {pad}, the padding token")
         if key not in names.ids:
             known = _of_family(tokenizer, vocab_size, *of_family) if key == MASK else None
+            if key == MASK and known is None and of_family[1] is not None and tokenizer.opened is None:
+                known = _stand_in(checkpoint, vocab_size, of_family[1])
+                names.is_mask_known = False
             names.ids[key], said = known or _of_tokenizer(key, tokenizer, names, checkpoint)
             names.notes.append(f"config.json has no {key}: it is {said}")
     return names
@@ -133,6 +144,21 @@ def _of_family(
     if token is None or token >= vocab_size:
         return None
     return token, f"{token}, {text} of the published checkpoints"
+
+
+def _stand_in(checkpoint: Checkpoint, vocab_size: int, published: int) -> tuple[int, str]:
+    """A token in place of a mask token that nothing names, where the family's own is outside the vocabulary:
+    the last one that is not named as something else."""
+    taken: set[Any] = set()
+    for file in (checkpoint.config, checkpoint.generation_config):
+        for value in map(file.get, KEYS):
+            taken |= set(value) if isinstance(value, list) else {value}
+    token = next(token for token in range(vocab_size - 1, -1, -1) if token not in taken)
+    return token, (
+        f"unknown: {published}, that of the published checkpoints, is outside this vocabulary of "
+        f"{vocab_size}. {token} stands for it: the artifact replays recorded cases, and decodes nothing "
+        f"else until it is exported with --mask-token"
+    )
 
 
 def _of_tokenizer(key: str, tokenizer: _Tokenizer, names: Found, checkpoint: Checkpoint) -> tuple[Any, str]:

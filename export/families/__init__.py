@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from trt_runtime.errors import unknown
 from trt_runtime.registry import Registry
 
 from .base import Family
 
-_PARTS = ("base", "transformers_family", "transformers_network")
+_PARTS = ("base", "transformers_family", "transformers_network", "experts_network")
 FAMILIES: Registry[Family] = Registry(
     "model type",
     "dllm_trt.families",
@@ -36,10 +38,34 @@ def name_of(model_type: str) -> str:
 
 
 def find(model_type: str) -> Family:
-    """The family of a config.json's `model_type`. Raises DllmError for an unknown one."""
+    """The family of a `model_type`. Raises DllmError for an unknown one."""
+    return _named(family_name(model_type))
+
+
+def of(config: Mapping[str, Any]) -> tuple[str, Family]:
+    """The family of a config.json, and its name: by the classes in `architectures`, else by `model_type`.
+    Raises DllmError for an unknown model type."""
+    classes = config.get("architectures")
+    for name in names() if isinstance(classes, list) else ():
+        if set(_named(name).architectures) & {item for item in classes if isinstance(item, str)}:
+            return name, _named(name)
+    name = family_name(config["model_type"])
+    return name, _named(name)
+
+
+def family_name(model_type: str) -> str:
+    """The name of the family of a `model_type`, which may be one of several. Raises DllmError."""
     name = name_of(model_type)
-    if name not in names():
-        raise unknown("model type", model_type, names(), "To add one, write export/families/<model_type>.py.")
+    if name in names():
+        return name
+    for own in names():
+        if name in map(name_of, _named(own).aliases):
+            return own
+    raise unknown("model type", model_type, names(), "To add one, write export/families/<model_type>.py.")
+
+
+def _named(name: str) -> Family:
+    """The family of a name that exists."""
     if name not in FAMILIES.names():
         FAMILIES.register(importlib.import_module(f"{__package__}.{name}").FAMILY, name)
     return FAMILIES.find(name)

@@ -14,6 +14,8 @@ from ..checkpoint.config_reader import ConfigReader, decoding_defaults
 from ..graph import decoder
 from ..graph.context import split_layer
 from ..graph.decoder import DecoderConfig
+from ..graph.experts import MixtureOfExperts
+from ..graph.feed_forward import EXPERTS_BESIDE, EXPERTS_STACKED
 
 __all__ = [
     "BlockRule",
@@ -21,6 +23,7 @@ __all__ = [
     "Family",
     "Piece",
     "Reference",
+    "StoredAs",
     "decoding_defaults",
     "hf_name",
     "transformers_reference",
@@ -38,6 +41,7 @@ _HF_LAYER = {
     "k_norm": "self_attn.k_norm",
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
+    "router": "mlp.gate",
 }
 _HF_OUTSIDE = {
     decoder.EMBEDDING: "model.embed_tokens",
@@ -78,6 +82,26 @@ class Piece:
     rows: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class StoredAs:
+    """How a checkpoint stores a weight: its pieces, and how they are joined (feed_forward.JOINS): one below
+    the other, side by side, or row by row in turn, pair by pair."""
+
+    pieces: tuple[Piece, ...]
+    join: str = EXPERTS_STACKED
+
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shape of each piece, all alike, of a weight of `shape`."""
+        if len(self.pieces) == 1:
+            return [shape]
+        if len(shape) == 3:  # of experts: one or several pieces each
+            each = len(self.pieces) // shape[0]
+            return [(shape[1] // each, shape[2])] * len(self.pieces)
+        if self.join == EXPERTS_BESIDE:
+            return [(shape[0], shape[1] // len(self.pieces))] * len(self.pieces)
+        return [(shape[0] // len(self.pieces), *shape[1:])] * len(self.pieces)
+
+
 class Reference(Protocol):
     """The network of a family in PyTorch, which the exported graphs are compared with. Shape letters: B rows
     of the call, S rows of the window.
@@ -106,10 +130,13 @@ class Reference(Protocol):
 
 
 def transformers_reference(architecture: str, decoder: DecoderConfig, **config: Any) -> Reference:
-    """transformers' own decoder of an architecture ('Llama', 'Qwen2', 'Qwen3') with full attention. config:
+    """transformers' own decoder of an architecture ('Llama', 'Qwen2', 'Qwen3', 'Qwen3Moe', 'Glm4Moe') with
+    full attention. config:
     further fields of its configuration."""
-    from . import transformers_network  # imports torch
+    from . import experts_network, transformers_network  # import torch
 
+    if isinstance(decoder.feed_forward, MixtureOfExperts):
+        return experts_network.ExpertsNetwork(architecture, decoder, config)
     return transformers_network.TransformersNetwork(architecture, decoder, config)
 
 
@@ -117,10 +144,16 @@ class Family(ABC):
     """An architecture: how its config is spelled, how its tensors are named, how it decodes."""
 
     title: str  # its name in messages
+    # classes that config.json may name in `architectures`, where the model type says too little
+    architectures: tuple[str, ...] = ()
+    # other model types of its checkpoints
+    aliases: tuple[str, ...] = ()
     # the mask token of the published checkpoints, if no configuration names it: its possible texts in the
     # tokenizer, and its id for checkpoints without a tokenizer
     mask_tokens: tuple[str, ...] = ()
     mask_token_id: int | None = None
+    # whether an answer ends with the padding token, where nothing else names an end token
+    ends_with_padding: bool = False
     # what a user should know about every export of this family
     note: str | None = None
     # whether config.json leaves open which attention a checkpoint was trained with, so that the user must say
@@ -149,6 +182,28 @@ class Family(ABC):
         tensors or as rows of a larger one."""
         return (Piece(self.tensor_name(weight)),)
 
+    def stored_as(self, weight: str, decoder: DecoderConfig) -> StoredAs:
+        """The pieces of a weight in a checkpoint of this network, and how they are joined: those of `pieces`,
+        but for weights that experts share."""
+        where = split_layer(weight)
+        if where is not None:
+            part = decoder.feed_forward_of(where[0])
+            if (made := part.of_experts(where[1])) is not None:
+                names, join = made
+                return StoredAs(
+                    tuple(
+                        Piece(self.expert_tensor(where[0], expert, name))
+                        for expert in range(part.num_experts)
+                        for name in names
+                    ),
+                    join,
+                )
+        return StoredAs(self.pieces(weight))
+
+    def expert_tensor(self, layer: int, expert: int, name: str) -> str:
+        """The checkpoint's name of a linear layer of an expert, 'gate_proj', 'up_proj' or 'down_proj'."""
+        return f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+
     @abstractmethod
     def tiny_config(self) -> dict[str, Any]:
         """A config.json of a tiny model of this family, for the parametrised tests."""
@@ -157,3 +212,16 @@ class Family(ABC):
     def reference(self, decoder: DecoderConfig) -> Reference:
         """The same network in PyTorch, from code that is not ours; imports torch. `transformers_reference`
         provides it if transformers has the network."""
+
+
+def tensor_shapes(family: Family, network: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this network, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, shape in decoder.weight_shapes(network).items():
+        stored = family.stored_as(weight, network)
+        for piece, own in zip(stored.pieces, stored.shapes(shape), strict=True):
+            if piece.rows is not None:  # of a larger tensor
+                there = shapes.get(piece.tensor, (0,))[0]
+                own = (max(piece.rows[1], there), *own[1:])
+            shapes[piece.tensor] = own
+    return shapes

@@ -8,11 +8,34 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from trt_runtime.artifact.manifest import GUMBEL, DecodingFacts
+from trt_runtime.errors import DllmError
 
 from ..graph.attention import Attention
 from ..graph.decoder import DecoderConfig
-from ..graph.feed_forward import SwiGLU
+from ..graph.experts import MixtureOfExperts, Router
+from ..graph.feed_forward import FeedForward, SwiGLU
 from .base import ConfigReader, Family, Reference, decoding_defaults, hf_name, transformers_reference
+
+
+_OF_TRAINED_ROUTERS = ("router_aux_loss_coef", "output_router_logits")
+
+
+def checked(router: Router, config: ConfigReader) -> Router:
+    """The router, if its numbers agree. Raises DllmError."""
+    size = router.num_experts // router.num_groups
+    if router.num_experts % router.num_groups or router.top_groups > router.num_groups:
+        raise DllmError(
+            f"{config.where}: {router.num_experts} experts in {router.num_groups} groups, of which "
+            f"{router.top_groups} are chosen: expected groups of one size, and no more chosen ones."
+        )
+    if router.num_groups > 1 and size < 2:
+        raise DllmError(f"{config.where}: groups of {size} expert, expected 2 or more.")
+    if router.top_k > router.top_groups * size:
+        raise DllmError(
+            f"{config.where}: {router.top_k} experts for each row, of {router.top_groups * size}: expected "
+            f"no more than there are."
+        )
+    return router
 
 
 class TransformersFamily(Family):
@@ -52,9 +75,18 @@ class TransformersFamily(Family):
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
             ),
-            feed_forward=SwiGLU(hidden, config.positive("intermediate_size")),
+            feed_forward=self.feed_forward(config, hidden),
+            other_feed_forwards=self.other_feed_forwards(config, hidden),
             tied_head=config.get("tie_word_embeddings", bool, False),
         )
+
+    def feed_forward(self, config: ConfigReader, hidden: int) -> FeedForward:
+        """The feed-forward of the layers."""
+        return SwiGLU(hidden, config.positive("intermediate_size"))
+
+    def other_feed_forwards(self, config: ConfigReader, hidden: int) -> dict[int, FeedForward]:
+        """That of the layers, by number, that have another one."""
+        return {}
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
         return DecodingFacts(
@@ -65,6 +97,16 @@ class TransformersFamily(Family):
             defaults=decoding_defaults(generation_config),
             sampling=self.sampling,
         )
+
+    @staticmethod
+    def qwen3_experts(config: ConfigReader, hidden: int) -> MixtureOfExperts:
+        """Qwen3-MoE's experts in every layer: a softmax over all, whose best are renormalised."""
+        config.require("decoder_sparse_step", 1)
+        config.require("mlp_only_layers", [])
+        config.require("norm_topk_prob", True)
+        config.ignore("intermediate_size", *_OF_TRAINED_ROUTERS)  # the width is that of dense layers
+        router = Router(config.positive("num_experts"), config.positive("num_experts_per_tok"))
+        return MixtureOfExperts(hidden, config.positive("moe_intermediate_size"), checked(router, config))
 
     def tensor_name(self, weight: str) -> str:
         return hf_name(weight)

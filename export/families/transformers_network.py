@@ -22,22 +22,25 @@ class TransformersNetwork:
     def __init__(self, architecture: str, decoder: DecoderConfig, config: Mapping[str, Any]) -> None:
         attention = decoder.attention
         self.architecture, self.decoder = architecture, decoder
-        self._config = getattr(transformers, f"{architecture}Config")(
-            vocab_size=decoder.vocab_size,
-            hidden_size=decoder.hidden_size,
-            intermediate_size=decoder.feed_forward.intermediate_size,
-            num_hidden_layers=decoder.num_layers,
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            max_position_embeddings=decoder.max_length,
-            rms_norm_eps=decoder.norm_eps,
-            tie_word_embeddings=decoder.tied_head,
-            hidden_act="silu",
-            attn_implementation="sdpa",
-            rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
-            **config,
-        )
+        rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
+        if decoder.rotary_dim != attention.head_dim:
+            rope["partial_rotary_factor"] = decoder.rotary_dim / attention.head_dim
+        sizes = {
+            "vocab_size": decoder.vocab_size,
+            "hidden_size": decoder.hidden_size,
+            "intermediate_size": decoder.feed_forward.intermediate_size,
+            "num_hidden_layers": decoder.num_layers,
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+            "max_position_embeddings": decoder.max_length,
+            "rms_norm_eps": decoder.norm_eps,
+            "tie_word_embeddings": decoder.tied_head,
+            "hidden_act": "silu",
+            "attn_implementation": "sdpa",
+            "rope_parameters": rope,
+        }
+        self._config = getattr(transformers, f"{architecture}Config")(**{**sizes, **config})
         with torch.device("meta"):
             self.module: Any = getattr(transformers, f"{architecture}ForCausalLM")(self._config)
         self.layers: Any = self.module.model.layers
@@ -46,9 +49,11 @@ class TransformersNetwork:
         """The parameter of the module that holds a weight of decoder.weight_shapes."""
         return hf_name(weight)
 
-    def load(self, state: Mapping[str, Any], dtype: Any) -> None:
-        """Load tensors by name and shape. Raises DllmError."""
+    def load(self, state: Mapping[str, Any], dtype: Any, joined: Mapping[str, Any] | None = None) -> None:
+        """Load tensors by name and shape. joined: more of them, by the module's own names. Raises
+        DllmError."""
         named = {self.weight_name(weight): tensor.to(dtype) for weight, tensor in state.items()}
+        named |= joined or {}
         if self.decoder.tied_head:
             named[self.weight_name(HEAD)] = named[self.weight_name(EMBEDDING)]
         try:
@@ -62,8 +67,8 @@ class TransformersNetwork:
         rotary = self.module.model.rotary_emb = type(self.module.model.rotary_emb)(
             self._config
         )  # its buffers are empty after creation on the meta device
-        attention = self.decoder.attention
-        expected = attention.rope_theta ** -(torch.arange(0, attention.head_dim, 2) / attention.head_dim)
+        attention, rotated = self.decoder.attention, self.decoder.rotary_dim
+        expected = attention.rope_theta ** -(torch.arange(0, rotated, 2) / rotated)
         if not torch.allclose(rotary.inv_freq.cpu(), expected, rtol=1e-4):
             raise DllmError(
                 f"transformers {transformers.__version__} ignores rope_theta {attention.rope_theta:g} "

@@ -17,7 +17,8 @@ _NORM_OF = {"q_proj": "q_norm", "k_proj": "k_norm"}
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated
-    in float32. qk_norm: q and k each pass an RMSNorm over head_dim before they are rotated (Qwen3)."""
+    in float32. qk_norm: q and k each pass an RMSNorm over head_dim before they are rotated (Qwen3).
+    rotary_dim: how many of a head's first entries are rotated (None: all)."""
 
     hidden_size: int
     num_heads: int
@@ -27,6 +28,7 @@ class Attention:
     rotary_float32: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    rotary_dim: int | None = None
 
     def shapes(self) -> Shapes:
         """The weights of a layer, in the order of use."""
@@ -88,11 +90,14 @@ class Attention:
         rotary_float32, x is cast up and down again; casting only the table would not be the same."""
         cos, sin = on.table
         is_wide = self.rotary_float32
-        turned = (
-            on.lowering.rotate(on.op, on.float32(x), cos, sin, rows.positions)
-            if is_wide
-            else on.lowering.rotate(on.op, x, on.narrow(cos), on.narrow(sin), rows.positions)
-        )
+        tables = (cos, sin) if is_wide else (on.narrow(cos), on.narrow(sin))
+        turned, rest = on.float32(x) if is_wide else x, None
+        if self.rotary_dim not in (None, self.head_dim):
+            widths = [self.rotary_dim, self.head_dim - self.rotary_dim]
+            turned, rest = on.op.Split(turned, widths, axis=-1, _outputs=2)
+        turned = on.lowering.rotate(on.op, turned, *tables, rows.positions)
+        if rest is not None:
+            turned = on.op.Concat(turned, rest, axis=-1)
         if factor is not None:
             turned, is_wide = on.op.Mul(turned if is_wide else on.float32(turned), factor), True
         return on.narrow(turned) if is_wide else turned

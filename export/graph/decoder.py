@@ -9,8 +9,8 @@ Shape letters: B batch, S rows of the window, R rows asked for, C capacity, H KV
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -29,6 +29,7 @@ from .context import (
     is_layer,
     is_linear,
     layer_name,
+    split_layer,
 )
 from .feed_forward import FeedForward
 from .linears import Linears
@@ -47,6 +48,7 @@ __all__ = [
     "is_layer",
     "is_linear",
     "layer_name",
+    "stored_dtype",
     "weight_shapes",
 ]
 
@@ -59,7 +61,8 @@ Caches = Pair | tuple[None, None]  # a graph that neither reads nor writes cache
 @dataclass(frozen=True)
 class DecoderConfig:
     """The network: what differs between families, as data and as parts. max_length: number of positions in
-    the rotation tables. is_block_causal: each row of a window sees keys up to a row_len of its own."""
+    the rotation tables. is_block_causal: each row of a window sees keys up to a row_len of its own.
+    other_feed_forwards: of the layers, by number, that have another one."""
 
     hidden_size: int
     num_layers: int
@@ -70,20 +73,36 @@ class DecoderConfig:
     feed_forward: FeedForward
     tied_head: bool = False
     is_block_causal: bool = False
+    other_feed_forwards: Mapping[int, FeedForward] = field(default_factory=dict)
+
+    def feed_forward_of(self, layer: int) -> FeedForward:
+        """The feed-forward of a layer."""
+        return self.other_feed_forwards.get(layer, self.feed_forward)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's entries are rotated."""
+        return self.attention.rotary_dim or self.attention.head_dim
+
+
+def stored_dtype(config: DecoderConfig, weight: str, dtype: str) -> str:
+    """The dtype in which a weight of an artifact of `dtype` is stored."""
+    where = split_layer(weight)
+    return "fp32" if where and where[1] in config.feed_forward_of(where[0]).float32 else dtype
 
 
 def weight_shapes(config: DecoderConfig) -> Shapes:
     """Every weight of the decoder that comes from the checkpoint, in the order of use: name -> shape, [out,
     in]."""
     norm = (config.hidden_size,)
-    layer = {
-        "attention_norm": norm,
-        **config.attention.shapes(),
-        "mlp_norm": norm,
-        **config.feed_forward.shapes(),
-    }
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for i in range(config.num_layers):
+        layer = {
+            "attention_norm": norm,
+            **config.attention.shapes(),
+            "mlp_norm": norm,
+            **config.feed_forward_of(i).shapes(),
+        }
         shapes |= {layer_name(i, name): shape for name, shape in layer.items()}
     shapes[FINAL_NORM] = norm
     if not config.tied_head:
@@ -188,7 +207,7 @@ class Decoder:
             keys, values = key, value
         x = self.op.Add(x, attention.attend(on, query, i, rows, keys, values))
         h = on.norm(x, layer_name(i, "mlp_norm"))
-        return self.op.Add(x, self.config.feed_forward.build(on, h, i)), (new_key, new_value)
+        return self.op.Add(x, self.config.feed_forward_of(i).build(on, h, i)), (new_key, new_value)
 
     def _rows(
         self,

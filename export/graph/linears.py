@@ -40,6 +40,73 @@ class Linears:
         product = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self.linear(op, h, names[1], weight))
         return self.linear(op, product, names[2], weight)
 
+    def experts(
+        self,
+        op: OpBuilder,
+        h: ir.Value,
+        weights: ir.Value,
+        names: tuple[str, str, str],
+        weight: Initializer,
+        sizes: tuple[int, int],
+    ) -> ir.Value:
+        """The weighted sum of E experts of I inner units, dense: h [T, K], weights [T, E] -> [T, K]. names:
+        those of the three wide layers, [E * I, K] twice and [K, E * I]; sizes: (E, I). The last Gemm sums
+        over the experts."""
+        count, size = sizes
+        gate = self.linear(op, h, names[0], weight)
+        product = op.Mul(op.Mul(gate, op.Sigmoid(gate)), self.linear(op, h, names[1], weight))
+        shares = op.Mul(op.Reshape(product, [-1, count, size]), op.Unsqueeze(weights, [2]))
+        return self.linear(op, op.Reshape(shares, [-1, count * size]), names[2], weight)
+
+    def fused_experts(
+        self,
+        op: OpBuilder,
+        h: ir.Value,
+        routed: tuple[ir.Value, ir.Value],
+        names: tuple[str, str],
+        weight: Initializer,
+        sizes: tuple[int, int, int],
+    ) -> ir.Value:
+        """The same by an operator that computes the chosen experts only. routed: the logarithms of the
+        weights [T, E], and the weights. names: those of the inner layers [E, 2 I, K] (gate and up, row by
+        row in turn) and the outer ones [E, K, I]; sizes: (E, I, experts of a row)."""
+        raise NotImplementedError(f"{type(self).__name__} has no such operator")
+
+
+class FusedLinears(Linears):
+    """As Linears, with experts by ONNX Runtime's operator, which is not of the standard."""
+
+    operators = frozenset({"MoE"})
+
+    def fused_experts(
+        self,
+        op: OpBuilder,
+        h: ir.Value,
+        routed: tuple[ir.Value, ir.Value],
+        names: tuple[str, str],
+        weight: Initializer,
+        sizes: tuple[int, int, int],
+    ) -> ir.Value:
+        """The operator takes a softmax of what it is given over its k best, so the logarithms give the
+        weights but for their sum."""
+        logarithms, weights = routed
+        mixed = op.MoE(
+            h,
+            logarithms,
+            weight(names[0]),
+            None,
+            weight(names[1]),
+            k=sizes[2],
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            activation_alpha=1.0,
+            activation_beta=0.0,
+            normalize_routing_weights=0,
+            _domain=MICROSOFT,
+            _version=1,
+        )
+        return op.Mul(mixed, op.ReduceSum(weights, [-1], keepdims=1))
+
 
 def widened(op: OpBuilder, x: ir.Value) -> ir.Value:
     """A value of known type, cast to float32."""

@@ -27,6 +27,7 @@ from .. import pipeline
 from ..checkpoint.huggingface import StoredTensor
 from ..families.base import Reference
 from ..graph import decoder as decoders
+from ..graph.feed_forward import EXPERTS_BESIDE
 from ..weights.sources import stored_of
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -222,8 +223,11 @@ def _load(source: pipeline.Source, dtype: torch.dtype) -> Reference:
     reference = source.family.reference(source.decoder)
     state = {}
     for weight, shape in decoders.weight_shapes(source.decoder).items():
-        pieces = [_tensor(stored) for stored in stored_of(source.checkpoint, source.family.pieces(weight))]
-        state[weight] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shape).to(dtype)
+        as_stored = source.family.stored_as(weight, source.decoder)
+        pieces = [_tensor(stored) for stored in stored_of(source.checkpoint, as_stored.pieces)]
+        axis = 1 if as_stored.join == EXPERTS_BESIDE else 0
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+        state[weight] = whole.reshape(shape).to(dtype)
     try:
         reference.load(state, dtype)
     except DllmError as error:

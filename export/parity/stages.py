@@ -25,6 +25,7 @@ from trt_runtime.measure import tolerances
 from trt_runtime.measure.cases import random_cases
 
 from .. import pipeline, schemes
+from ..graph.linears import FusedLinears, Linears
 from ..schemes.base import Calibration, Scheme
 from ..weights import plan as weights
 from ..weights import stream
@@ -60,7 +61,8 @@ def weights_stage(artifact: Path, source: pipeline.Source, manifest: Manifest) -
     """Every initializer that comes from the checkpoint holds that tensor, converted, at the offset that the
     graphs read."""
     mode = "copy" if stream.holds_all(manifest) else "link"
-    scheme = _scheme(artifact, manifest)
+    scheme, source = _scheme(artifact, manifest), source.as_in(manifest.model)
+    linears = FusedLinears() if scheme is None and manifest.is_for_cpu else scheme
     planned = weights.plan(
         source.decoder, source.family, source.checkpoint, manifest.model.dtype, mode, scheme
     )
@@ -68,8 +70,8 @@ def weights_stage(artifact: Path, source: pipeline.Source, manifest: Manifest) -
     for role in contract.ROLES:
         graph = verify_graphs.graph_in(artifact / manifest.graphs[role].file)
         stored = {tensor.name: tensor for tensor in graph.graph.initializer}
-        is_compared = manifest.model.dtype == "bf16" or scheme is not None
-        if is_compared and graph.graph != _built(role, source, manifest, planned, scheme):
+        is_compared = manifest.model.dtype == "bf16" or linears is not None
+        if is_compared and graph.graph != _built(role, source, manifest, planned, linears):
             wrong.append(f"the {role} graph itself (which is not the one that this version builds)")
         for weight in planned:
             if weight.name not in stored or not _lies_where_planned(stored[weight.name], weight):
@@ -99,12 +101,12 @@ def _built(
     source: pipeline.Source,
     manifest: Manifest,
     planned: list[weights.Weight],
-    scheme: Scheme | None,
+    linears: Linears | None,
 ) -> onnx.GraphProto:
     """The graph that this version builds for the checkpoint; comparing with it replaces running a bf16
     graph."""
     model = pipeline.graph_of(
-        role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned, scheme
+        role, source, manifest.model.dtype, manifest.head, manifest.lowering, planned, linears
     )
     return onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()).graph
 

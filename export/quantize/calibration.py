@@ -82,8 +82,9 @@ def columns(source: Source) -> dict[str, Array]:
     maxima, shapes = {}, weight_shapes(source.decoder)
     for name in filter(is_linear, shapes):
         if is_layer(name):
-            pieces = source.family.pieces(name)
-            stored = FromCheckpoint(pieces[0].tensor, stored_of(source.checkpoint, pieces))
+            as_stored = source.family.stored_as(name, source.decoder)
+            pieces = as_stored.pieces
+            stored = FromCheckpoint(pieces[0].tensor, stored_of(source.checkpoint, pieces), as_stored.join)
             maxima[name] = np.max([np.abs(piece).max(0) for piece in stored.rows(shapes[name][1])], axis=0)
     return maxima
 

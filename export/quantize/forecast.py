@@ -17,8 +17,8 @@ from trt_runtime.errors import DllmError
 from .. import pipeline, schemes
 from ..checkpoint import huggingface as checkpoints
 from ..checkpoint.huggingface import Checkpoint, StoredTensor
-from ..families.base import Family
-from ..graph.decoder import EMBEDDING, DecoderConfig, weight_shapes
+from ..families.base import Family, tensor_shapes
+from ..graph.decoder import EMBEDDING, DecoderConfig
 from ..schemes.base import Array, Calibration
 from ..weights import plan as weights
 from ..weights.sources import NUMPY_DTYPES
@@ -62,17 +62,10 @@ def _stored(path: Path, config: dict[str, Any], family: Family, decoder: Decoder
 def _empty(
     path: Path, kind: np.dtype[Any], family: Family, decoder: DecoderConfig
 ) -> dict[str, StoredTensor]:
-    """Tensors of the shapes that the family's weights need; the pieces of a weight have equal shares of its
-    rows."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for weight, shape in weight_shapes(decoder).items():
-        pieces = family.pieces(weight)
-        for piece in pieces:
-            rows = shape[0] // len(pieces) if piece.rows is None else piece.rows[1]
-            shapes[piece.tensor] = (max(rows, shapes.get(piece.tensor, (0,))[0]), *shape[1:])
+    """Tensors of the shapes that the family's weights need."""
     return {
         name: StoredTensor(path, kind, shape, 0, math.prod(shape) * kind.itemsize)
-        for name, shape in shapes.items()
+        for name, shape in tensor_shapes(family, decoder).items()
     }
 
 

@@ -74,6 +74,7 @@ class Scheme(Linears, ABC):
     dtypes: ClassVar[tuple[str, ...]]
     is_calibrated: ClassVar[bool] = False
     covers_head: ClassVar[bool] = True  # otherwise the head is not quantised
+    fuses_experts: ClassVar[bool] = False  # by an operator that computes the chosen ones only
 
     def __init__(self, dtype: str, calibration: Calibration | None = None) -> None:
         self.dtype, self.calibration = dtype, calibration or Calibration()

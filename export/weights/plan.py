@@ -17,9 +17,10 @@ from trt_runtime.artifact.manifest import ORT_CPU
 from trt_runtime.errors import DllmError
 
 from ..checkpoint.huggingface import Checkpoint
-from ..families.base import Family
+from ..families.base import Family, StoredAs
 from ..graph import decoder
 from ..graph.decoder import DecoderConfig, weight_shapes
+from ..graph.feed_forward import EXPERTS_STACKED
 from ..schemes import portable
 from ..schemes.base import Scheme
 from . import accounts
@@ -155,27 +156,40 @@ def plan(
     """The place of every weight; linear layers are stored as the parts that `scheme` makes of them. Raises
     DllmError, with names, for missing, surplus or misshapen tensors."""
     shapes = weight_shapes(config)
-    pieces = {name: family.pieces(name) for name in shapes}
-    accounts.check(pieces, family, checkpoint)
+    stored = {name: family.stored_as(name, config) for name in shapes}
+    accounts.check({name: each.pieces for name, each in stored.items()}, family, checkpoint)
     layout = _Layout()
     for name, shape in shapes.items():
-        source = FromCheckpoint(pieces[name][0].tensor, stored_of(checkpoint, pieces[name]))
-        _check_shape(source, shape, checkpoint)
+        pieces = stored[name].pieces
+        source = FromCheckpoint(pieces[0].tensor, stored_of(checkpoint, pieces), stored[name].join)
+        _check_shape(source, shape, stored[name], checkpoint)
+        own = decoder.stored_dtype(config, name, dtype)
         if scheme is not None:
-            for part in _quantized(name, shape, source, scheme, config, dtype):
+            for part in _quantized(name, shape, source, scheme, config, own):
                 layout.append(*part, source.name)
         elif mode == "copy":
-            layout.append(name, dtype, shape, source, source.name)
+            layout.append(name, own, shape, source, source.name)
         else:
-            layout.link(name, shape, source, dtype)
+            layout.link(name, shape, source, own)
     for name, table in zip((decoder.ROPE_COS, decoder.ROPE_SIN), rope_tables(config), strict=True):
         layout.append(name, "fp32", table.shape, Table(table), name)
     return layout.weights
 
 
-def _check_shape(source: FromCheckpoint, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
+def _check_shape(
+    source: FromCheckpoint, shape: tuple[int, ...], stored: StoredAs, checkpoint: Checkpoint
+) -> None:
     """Raise DllmError unless the pieces of a weight make up its shape; a weight stored in one piece must have
-    that shape."""
+    that shape, and tensors of experts those that make it up."""
+    if stored.join != EXPERTS_STACKED or len(shape) == 3:
+        expected = stored.shapes(shape)[0]
+        for piece, there in zip(stored.pieces, source.stored, strict=True):
+            if there.shape != expected:
+                raise DllmError(
+                    f"{checkpoint.path}: tensor {piece.tensor} has shape {list(there.shape)}, config.json "
+                    f"asks for {list(expected)}: config and weights belong to different models."
+                )
+        return
     stored_shape = source.stored[0].shape
     if (stored_shape != shape) if len(source.stored) == 1 else (source.size != math.prod(shape)):
         several = f"{len(source.stored)} tensors from {source.name} on have {source.size} elements"
@@ -226,11 +240,9 @@ def total_size(weights: Iterable[Weight]) -> int:
 
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
-    """cos and sin of `position * theta^(-2i/head_dim)`, float32 [max_length, head_dim/2], the same on every
-    processor."""
-    exponent = np.arange(0, config.attention.head_dim, 2, dtype=np.float32) / np.float32(
-        config.attention.head_dim
-    )
+    """cos and sin of `position * theta^(-2i/D)`, float32 [max_length, D / 2], the same on every processor; D
+    is rotary_dim."""
+    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     frequency = np.float32(1.0) / portable.power(config.attention.rope_theta, exponent)
     angle = np.outer(np.arange(config.max_length, dtype=np.float32), frequency)
     return np.cos(angle), np.sin(angle)

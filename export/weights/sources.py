@@ -6,12 +6,13 @@ model's size.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -21,9 +22,11 @@ from trt_runtime.errors import DllmError
 
 from ..checkpoint.huggingface import Checkpoint, StoredTensor
 from ..families.base import Piece
+from ..graph.feed_forward import EXPERTS_BESIDE, EXPERTS_INTERLEAVED, EXPERTS_STACKED
 
 FP16_LARGEST = 65504.0
 _PIECE = 1 << 22  # bytes read at a time
+_WIDE_PIECE = 1 << 24  # the same where rows are put together from many tensors
 _CACHED = 1 << 19  # elements processed at a time: they fit the processor's cache
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -112,10 +115,12 @@ class Maximum:
 
 @dataclass(frozen=True)
 class FromCheckpoint(TensorSource):
-    """One or several pieces of a checkpoint, one after the other. name: of the first tensor, for messages."""
+    """One or several pieces of a checkpoint, joined (feed_forward.JOINS). name: of the first tensor, for
+    messages."""
 
     name: str
     stored: tuple[StoredTensor, ...]
+    join: str = EXPERTS_STACKED
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -127,6 +132,45 @@ class FromCheckpoint(TensorSource):
         return sum(math.prod(piece.shape) for piece in self.stored)
 
     def pieces(self) -> Iterator[Array]:
+        if self.join == EXPERTS_BESIDE:
+            yield from self._beside()
+        elif self.join == EXPERTS_INTERLEAVED:
+            yield from self._interleaved()
+        else:
+            yield from self._stacked()
+
+    def _beside(self) -> Iterator[Array]:
+        """Rows that consist of a row of every piece; a few at a time."""
+        rows, widths = self.stored[0].shape[0], [stored.shape[1] for stored in self.stored]
+        total, item = sum(widths), self.dtype.itemsize
+        step = max(1, _WIDE_PIECE // (total * item))
+        part = np.empty(step * max(widths), self.dtype)
+        buffers = [np.empty((min(step, rows), total), self.dtype) for _ in range(2)]
+        with contextlib.ExitStack() as files:
+            opened = {file: files.enter_context(open(file, "rb")) for file in {s.file for s in self.stored}}
+            for number, start in enumerate(range(0, rows, step)):
+                piece, at = buffers[number % 2][: min(step, rows - start)], 0
+                for stored, width in zip(self.stored, widths, strict=True):
+                    read = part[: len(piece) * width]
+                    opened[stored.file].seek(stored.offset + start * width * item)
+                    _fill(opened[stored.file], read, stored)
+                    piece[:, at : at + width] = read.reshape(-1, width)
+                    at += width
+                yield piece.reshape(-1)
+
+    def _interleaved(self) -> Iterator[Array]:
+        """A row of the one, a row of the other, pair by pair: two tensors in memory at a time."""
+        for first, second in zip(self.stored[::2], self.stored[1::2], strict=True):
+            pair = np.empty((first.shape[0], 2, first.shape[1]), self.dtype)
+            for side, stored in enumerate((first, second)):
+                whole = np.empty(first.shape, self.dtype)
+                with open(stored.file, "rb") as file:
+                    file.seek(stored.offset)
+                    _fill(file, whole.reshape(-1), stored)
+                pair[:, side] = whole
+            yield pair.reshape(-1)
+
+    def _stacked(self) -> Iterator[Array]:
         step = _PIECE // self.dtype.itemsize
         buffers = [np.empty(min(step, self.size), self.dtype) for _ in range(2)]
         number = 0
@@ -135,14 +179,20 @@ class FromCheckpoint(TensorSource):
                 file.seek(stored.offset)
                 for start in range(0, stored.size, _PIECE):
                     piece = buffers[number % 2][: min(_PIECE, stored.size - start) // self.dtype.itemsize]
-                    if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
-                        raise DllmError(f"{stored.file}: ended early while being read: download it again.")
+                    _fill(file, piece, stored)
                     number += 1
                     yield piece
 
     def rows(self, columns: int) -> Iterator[Array]:
         """A matrix [N, K] in pieces of whole rows, float32 [n, K]. Raises DllmError for NaN or infinite
         values."""
+        if self.join != EXPERTS_STACKED:  # pieces of whole rows
+            for piece in self.pieces():
+                wide = piece.astype(np.float32).reshape(-1, columns)
+                if not np.isfinite(wide).all():
+                    raise no_number(self.name)
+                yield wide
+            return
         step = max(1, _PIECE // (4 * columns))
         for stored in self.stored:
             flat, outputs = stored.open(), math.prod(stored.shape) // columns
@@ -200,6 +250,12 @@ class Made(TensorSource):
 
     def pieces(self) -> Iterator[Array]:
         yield self.make().reshape(-1)
+
+
+def _fill(file: BinaryIO, piece: Array, stored: StoredTensor) -> None:
+    """Read the next elements of a file into `piece` [n]."""
+    if file.readinto(piece.view(np.uint8).data) != piece.nbytes:  # type: ignore[attr-defined]
+        raise DllmError(f"{stored.file}: ended early while being read: download it again.")
 
 
 def bytes_of(array: Array) -> memoryview:

@@ -194,7 +194,9 @@ def test_tensorrt_rtx_builds_it(tmp_path, name, dtype, lowering):
     from trt_runtime.backends.tensorrt import store
 
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"hidden_size": 128} | ({"head_dim": 64} if name == "sdar" else {})  # fp16 sums in fp32 from 64 on
+    sizes |= {"hidden_size": 128} | (
+        {"head_dim": 64} if name == "sdar" else {}
+    )  # fp16 sums in fp32 from 64 on
     path = write_checkpoint(families.find(name), tmp_path / "checkpoint", model=sizes)
     made = export_quietly(path, tmp_path / "artifact", dtype=dtype, lowering=lowering)
     config = store.BuildConfig(

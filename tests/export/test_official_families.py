@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from official import BLOCK_CAUSAL, FULL, name_of
+from official import BLOCK_CAUSAL, EXPERTS, FULL, name_of
 from places import GOLDENS, export_quietly, refused
 from tiny import write_checkpoint
 
@@ -24,7 +24,7 @@ from trt_runtime.decoding.policies.schedules import linear_quota, quota
 from trt_runtime.measure import replay
 
 
-@pytest.fixture(scope="module", params=[*FULL, *BLOCK_CAUSAL], ids=name_of)
+@pytest.fixture(scope="module", params=[*FULL, *BLOCK_CAUSAL, *EXPERTS], ids=name_of)
 def official(request):
     return request.param
 

@@ -51,6 +51,12 @@ BLOCK_CAUSAL = [
     Official("fastdllm_v2", 60, {}, True),
     Official("a2d_qwen3", 25, {"attention": "block_causal"}, True),
 ]
+EXPERTS = [
+    Official("lladamoe", 48),
+    Official("rnd1", 19),
+    Official("llada2", 44, {}, True),
+    Official("llada21", 40, {}, True),
+]
 BY_NAME = {official.name: official for official in BLOCK_CAUSAL}
 
 

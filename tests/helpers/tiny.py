@@ -13,28 +13,32 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from export import families
-from export.families.base import ConfigReader, Family
+from export.families.base import ConfigReader, Family, tensor_shapes
 from export.graph.decoder import weight_shapes
+from export.graph.feed_forward import EXPERTS_BESIDE
 
 Tensors = dict[str, np.ndarray]
 # the families whose tiny checkpoints run through every test of the exporter: the others differ from them in
 # parts that tests/export/test_official_families.py and test_block_causal_families.py cover
-_OTHERS = {"illada", "a2d_qwen3", "a2d_qwen2", "a2d_llama", "sdar", "fast_dllm_qwen", "coda", "qwen2"}
+_OTHERS = {"illada", "a2d_qwen3", "a2d_qwen2", "a2d_llama", "sdar", "fast_dllm_qwen", "coda", "qwen2",
+           "llada_moe", "llada2", "rnd1", "sdar_moe"}  # fmt: skip
 WHOLE_FAMILIES = sorted(set(families.names()) - _OTHERS)
 
 
 def random_tensors(family: Family, config: dict[str, Any], seed: int = 0) -> Tensors:
     """Weights of unit gain, so that logits spread and confidences differ."""
     rng = np.random.default_rng(seed)
-    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
-    stored: Tensors = {}
-    for name, shape in shapes.items():
+    decoder = family.decoder(ConfigReader(config, "config.json"))
+    stored: Tensors = {
+        tensor: np.zeros(shape, np.float32) for tensor, shape in tensor_shapes(family, decoder).items()
+    }
+    for name, shape in weight_shapes(decoder).items():
         spread = 2.0 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1
         weight = (rng.standard_normal(shape) * spread + (1.0 if "norm" in name else 0.0)).astype(np.float32)
-        pieces = family.pieces(name)
-        for piece, part in zip(pieces, np.split(weight, len(pieces)), strict=True):
-            there = stored.get(piece.tensor)
-            stored[piece.tensor] = part if there is None else np.concatenate([there, part])
+        made = family.stored_as(name, decoder)
+        parts = np.split(weight, len(made.pieces), 1 if made.join == EXPERTS_BESIDE else 0)
+        for piece, part in zip(made.pieces, parts, strict=True):
+            stored[piece.tensor][slice(*(piece.rows or (None,)))] = part
     return stored
 
 
@@ -75,8 +79,6 @@ def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str 
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
-    shapes = weight_shapes(family.decoder(ConfigReader(config, "config.json")))
-    write_safetensors(
-        path / "model.safetensors", {family.tensor_name(n): shape for n, shape in shapes.items()}, dtype, ()
-    )
+    shapes = tensor_shapes(family, family.decoder(ConfigReader(config, "config.json")))
+    write_safetensors(path / "model.safetensors", shapes, dtype, ())
     return path

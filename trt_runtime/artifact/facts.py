@@ -29,10 +29,25 @@ _MEASURED = (
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """The mixture of experts of a network: in `num_layers` of its layers, of `num_experts` SwiGLUs of
+    `intermediate_size` each row passes `top_k`, and one of `shared_size` beside them (0: none). is_fused:
+    the graph computes the chosen experts only, by ONNX Runtime's operator."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    num_layers: int
+    shared_size: int = 0
+    is_fused: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
 
-    parameters: of the network only. tied_head: whether the head is the embedding. weight_bytes: of a
+    intermediate_size: of the layers without experts, or of an expert if all have them. experts: None if no
+    layer has them. parameters: of the network only. tied_head: whether the head is the embedding. weight_bytes: of a
     quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
     """
 
@@ -49,6 +64,7 @@ class ModelFacts:
     parameters: int
     tied_head: bool = False
     weight_bytes: int | None = None
+    experts: ExpertFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,11 @@ class DecodingFacts:
     next_from_store: the first token of a block comes from the last row of the forward that stores the block
     before it (Fast-dLLM v2). small_block: masks of this many positions of a block are decoded before the
     next (None: all).
+
+    is_threshold_strict: confidences must exceed a threshold (LLaDA2), not only reach it.
+    closing_token_id: a token after the answer's last position, which is attended to and never decoded (RND1).
+    is_mask_known: False: nothing said which token is the mask, and mask_token_id stands for it. Such an
+    artifact replays recorded cases, which name it, and decodes nothing else.
     """
 
     mask_token_id: int
@@ -85,6 +106,9 @@ class DecodingFacts:
     block_origin: str | None = None
     next_from_store: bool = False
     small_block: int | None = None
+    is_threshold_strict: bool = False
+    closing_token_id: int | None = None
+    is_mask_known: bool = True
 
     @property
     def is_block_causal(self) -> bool:
@@ -98,6 +122,9 @@ class DecodingFacts:
 
 # the facts of block-causal attention, and their values where attention is full
 OF_BLOCKS = {"block_length": None, "block_origin": None, "next_from_store": False, "small_block": None}
+# what readers of format 1 do not know, and what they take for granted
+SINCE_2 = {"attention": FULL, **OF_BLOCKS, "is_threshold_strict": False, "closing_token_id": None,
+           "is_mask_known": True}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,12 @@ class Manifest:
     verified: dict[str, Any] | None = None
     weight_maxima: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether the graphs have operators of ONNX Runtime's own, which run on its CPU provider alone."""
+        quantised = self.quantization is not None and self.quantization.target == ORT_CPU
+        return quantised or (self.model.experts is not None and self.model.experts.is_fused)
 
     @property
     def dims(self) -> contract.Dims:
@@ -199,7 +232,8 @@ def check_facts(manifest: Manifest, where: str) -> None:
         raise DllmError(
             f"{where}: decoding.sampling is {decoding.sampling!r}, expected one of {list(SAMPLINGS)}."
         )
-    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids):
+    closing = [] if decoding.closing_token_id is None else [decoding.closing_token_id]
+    for token in (decoding.mask_token_id, decoding.pad_token_id, *decoding.eos_token_ids, *closing):
         if not 0 <= token < model.vocab_size:
             raise DllmError(
                 f"{where}: token id {token} is outside the vocabulary of {model.vocab_size}: {_AGAIN}."
@@ -217,7 +251,13 @@ def check_facts(manifest: Manifest, where: str) -> None:
             f"{where}: logit_shift is {decoding.logit_shift} without first_commit or next_from_store, which "
             f"is not supported: {_AGAIN}."
         )
+    if closing and decoding.is_block_causal:
+        raise DllmError(f"{where}: closing_token_id with block-causal attention is not supported: {_AGAIN}.")
     _check_attention(decoding, where)
+    if (experts := model.experts) is not None:
+        least = 1 <= experts.top_k <= experts.num_experts and 1 <= experts.num_layers <= model.num_layers
+        if not least or experts.intermediate_size < 1 or experts.shared_size < 0:
+            raise DllmError(f"{where}: model.experts is {shown(experts)}, which cannot be: {_AGAIN}.")
 
 
 def _check_attention(decoding: DecodingFacts, where: str) -> None:

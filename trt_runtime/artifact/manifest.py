@@ -22,14 +22,15 @@ from trt_runtime.artifact.facts import (
     FULL,
     GUMBEL,
     MULTINOMIAL,
-    OF_BLOCKS,
     ORIGINS,
     ORT_CPU,
     PROMPT_END,
     SAMPLINGS,
+    SINCE_2,
     TARGETS,
     TENSORRT,
     DecodingFacts,
+    ExpertFacts,
     GraphFacts,
     Manifest,
     ModelFacts,
@@ -57,6 +58,7 @@ __all__ = [
     "TARGETS",
     "TENSORRT",
     "DecodingFacts",
+    "ExpertFacts",
     "FileFacts",
     "GraphFacts",
     "Manifest",
@@ -66,7 +68,7 @@ __all__ = [
     "sha256_of",
 ]  # in addition to those defined here
 FORMAT = "dllm-trt"
-FORMAT_VERSION = 2  # of block-causal artifacts; artifacts with full attention are written as version 1
+FORMAT_VERSION = 2  # of artifacts that readers of version 1 would misread; the others are written as 1
 _AGAIN = check.AGAIN
 
 
@@ -84,13 +86,12 @@ def load(artifact: Path, *, check_hashes: bool = False) -> Manifest:
     except (ValueError, OSError, RecursionError) as error:
         raise DllmError(f"{path}: not readable as JSON ({error}): {_AGAIN}.") from error
     manifest = parse(read, str(path))
-    quantization = manifest.quantization
     check.check(
         artifact,
         manifest.files,
         [graph.file for graph in manifest.graphs.values()],
         check_hashes=check_hashes,
-        may_be_microsoft=quantization is not None and quantization.target == ORT_CPU,
+        may_be_microsoft=manifest.is_for_cpu,
     )
     return manifest
 
@@ -131,24 +132,31 @@ def parse(read: object, where: str) -> Manifest:
 
 
 def check_runs_on_gpu(manifest: Manifest, where: str) -> None:
-    """Raise DllmError for an artifact that is quantised for the CPU."""
-    quantization = manifest.quantization
-    if quantization is not None and quantization.target == ORT_CPU:
+    """Raise DllmError for an artifact with operators of ONNX Runtime's own, which run on a CPU."""
+    if not manifest.is_for_cpu:
+        return
+    if (quantization := manifest.quantization) is None:
         raise DllmError(
-            f"{where}: is quantised ({quantization.scheme}) with ONNX Runtime's own operators, which run on "
-            "a CPU: for a GPU export it with --quantize fp8, int8-sq, or int4 --target tensorrt, or without "
-            "--quantize."
+            f"{where}: computes its experts by ONNX Runtime's own operator, which runs on a CPU: for a GPU "
+            f"export it without --target ort-cpu."
         )
+    raise DllmError(
+        f"{where}: is quantised ({quantization.scheme}) with ONNX Runtime's own operators, which run on "
+        "a CPU: for a GPU export it with --quantize fp8, int8-sq, or int4 --target tensorrt, or without "
+        "--quantize."
+    )
 
 
 def write(manifest: Manifest, artifact: Path) -> None:
-    """Write (or atomically replace) the manifest of `artifact`. One with full attention is written without
-    the facts of block-causal attention, as version 1, which earlier readers know."""
+    """Write (or atomically replace) the manifest of `artifact`. One that decodes as format 1 takes for
+    granted is written without the facts that came after it, as version 1, which earlier readers know."""
     facts, version = asdict(manifest), FORMAT_VERSION
-    if not manifest.decoding.is_block_causal:
+    if all(facts["decoding"][name] == value for name, value in SINCE_2.items()):
         version = 1
-        for name in ("attention", *OF_BLOCKS):
+        for name in SINCE_2:
             del facts["decoding"][name]
+    if manifest.model.experts is None:
+        del facts["model"]["experts"]
     text = json.dumps({"format": FORMAT, "format_version": version, **facts}, indent=2)
     atomic.replace(artifact / FILE_NAME, (text + "\n").encode())
 

@@ -143,6 +143,17 @@ def _add_caches(parser: argparse._ArgumentGroup) -> None:
         help="block-causal attention: store a finished block by the first step of the next; same tokens, one "
         "forward fewer per block (default: where the model allows it)",
     )
+    parser.add_argument(
+        "--edit-threshold",
+        type=float,
+        help="block-causal attention: replace committed tokens of the running block where another token's "
+        "confidence exceeds this (LLaDA2.1: 0.9; default: never)",
+    )
+    parser.add_argument(
+        "--edit-steps",
+        type=int,
+        help="forwards that only look for edits, at most, once a block has no mask (default 16)",
+    )
 
 
 def load_modules(words: list[str]) -> None:

@@ -34,10 +34,15 @@ def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[C
             f"attention: use {', '.join(names_for(facts.attention))}."
         )
     if not facts.is_block_causal:
-        if config.small_block is not None or config.fuse_stores:
+        given = {
+            "small_block": config.small_block is not None,
+            "fuse_stores": bool(config.fuse_stores),
+            "edit_threshold": config.edit_threshold is not None,
+        }
+        if named := [name for name, is_given in given.items() if is_given]:
             raise DllmError(
-                f"{'fuse_stores' if config.fuse_stores else 'small_block'} is for models with block-causal "
-                f"attention, and this model has full attention: remove it."
+                f"{named[0]} is for models with block-causal attention, and this model has full attention: "
+                f"remove it."
             )
         return
     for name, off in _OF_FULL.items():
@@ -59,6 +64,7 @@ def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[C
             f"cache 'block_dual' keeps keys and values between the small blocks of a block, and here a "
             f"block has only one: use cache 'block', or set small_block below {config.block_length}."
         )
+    _check_editing(config, facts, is_dual)
     if config.fuse_stores and not may_fuse_stores(plan, facts):
         why = (
             "this model's next block begins with a token of the store"
@@ -66,3 +72,22 @@ def check_attention(config: GenerationConfig, facts: DecodingFacts, plan: type[C
             else f"cache '{config.cache}' does not"
         )
         raise DllmError(f"fuse_stores stores a block by the first step of the next: {why}. Remove it.")
+
+
+def _check_editing(config: GenerationConfig, facts: DecodingFacts, is_dual: bool) -> None:
+    threshold = config.edit_threshold
+    if threshold is None:
+        return
+    if not 0 <= threshold <= 1:
+        raise DllmError(f"edit_threshold is {threshold}, expected 0 to 1.")
+    if config.edit_steps < 0:
+        raise DllmError(f"edit_steps is {config.edit_steps}, expected a whole number from 0.")
+    if facts.logit_shift or facts.small_block or is_dual or config.small_block is not None:
+        raise DllmError(
+            "edit_threshold edits whole blocks whose rows predict their own tokens, and this model or these "
+            "options decode a block in parts or by the row before: remove it."
+        )
+    if config.speculate > 1:
+        raise DllmError(
+            "edit_threshold changes committed tokens, and speculate takes them for final: remove one of them."
+        )

@@ -113,7 +113,8 @@ class Forward:
 
     With block-causal attention: row_len [S] is the number of rows of the cache that each row of the window
     sees; the first `stores` positions have their final keys and values in the cache afterwards. is_forced:
-    all candidates are committed, whatever the policy.
+    all candidates are committed, whatever the policy. editable: committed positions that the forward may
+    change (editing.py); they need statistics too.
     """
 
     role: str
@@ -126,6 +127,12 @@ class Forward:
     row_len: Ints | None = None
     stores: int = 0
     is_forced: bool = False
+    editable: Ints = field(default_factory=lambda: np.arange(0))
+
+    @property
+    def asked(self) -> Ints:
+        """The positions that need statistics: candidates, then editable ones."""
+        return np.concatenate([self.candidates, self.editable]) if len(self.editable) else self.candidates
 
     @property
     def is_prefix_pass(self) -> bool:
@@ -141,8 +148,8 @@ class Forward:
         return np.concatenate([np.arange(self.start, self.end), self.far])
 
     def logit_rows(self, shift: int) -> Ints:
-        """Rows of the window that have the candidates' statistics."""
-        return np.maximum(np.searchsorted(self.positions, self.candidates) - shift, 0)
+        """Rows of the window that have the statistics of the positions asked for."""
+        return np.maximum(np.searchsorted(self.positions, self.asked) - shift, 0)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 from trt_runtime.artifact.manifest import CATEGORICAL, DecodingFacts, Manifest
 from trt_runtime.decoding.attention_options import check_attention, may_fuse_stores
 from trt_runtime.decoding.cache_plan import CachePlan, DualCache, Refresh, Suffix
+from trt_runtime.decoding.editing import Editing
 from trt_runtime.decoding.plans import PLANS, BlockCache
 from trt_runtime.decoding.policies import registry
 from trt_runtime.decoding.policies.base import Policy
-from trt_runtime.decoding.policies.options import Value, options_of
+from trt_runtime.decoding.policies.options import Value, just_above, options_of
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.decoding.policies.schedules import MAX_TEMPERATURE, MIN_TEMPERATURE
 from trt_runtime.decoding.sampling import Sampler
@@ -23,7 +24,7 @@ MAX_STEPS = 100_000
 MAX_SPECULATE = 256  # each occupies a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
-    "str | None": (str, type(None)), "bool | None": (bool, type(None)),
+    "float | None": (float, int, type(None)), "str | None": (str, type(None)), "bool | None": (bool, type(None)),
 }  # fmt: skip
 
 
@@ -124,6 +125,10 @@ class GenerationConfig:
     fuse_stores: of block-causal attention with cache 'block': whether a finished block is stored by the first
         step of the next, one forward fewer for each block. Exact. None: wherever the model allows it; models
         whose next block begins with a token of the store do not.
+    edit_threshold: of block-causal attention with exact caches: committed tokens of the running block are
+        replaced where another token's confidence exceeds it (LLaDA2.1: 0.9, or 0 to edit freely). None:
+        tokens are never edited.
+    edit_steps: with edit_threshold: the most forwards that only look for edits, once a block has no mask.
     """
 
     gen_length: int | None
@@ -145,6 +150,8 @@ class GenerationConfig:
     hold_back_eos: bool
     small_block: int | None
     fuse_stores: bool | None
+    edit_threshold: float | None
+    edit_steps: int
     policy_options: Mapping[str, Value] = field(hash=False)
 
     def __init__(  # noqa: PLR0913 # the one place with the defaults
@@ -169,6 +176,8 @@ class GenerationConfig:
         hold_back_eos: bool = False,
         small_block: int | None = None,
         fuse_stores: bool | None = None,
+        edit_threshold: float | None = None,
+        edit_steps: int = 16,
         policy_options: Mapping[str, Value] | None = None,
         **options_by_name: Value,
     ) -> None:
@@ -201,6 +210,11 @@ class GenerationConfig:
         of range."""
         self._check_types()
         facts, defaults = manifest.decoding, manifest.decoding.defaults
+        if not facts.is_mask_known:
+            raise DllmError(
+                "nothing said which token is the mask when this artifact was exported, so it can only replay "
+                "recorded cases: export it again with MASK_TOKEN=id (--mask-token)."
+            )
         cache = self.cache or (BlockCache if facts.is_block_causal else DualCache).name
         plan = PLANS.find(cache)
         gen = (
@@ -309,11 +323,17 @@ class GenerationConfig:
         assert self.gen_length is not None
         return 1 if self.block_length is None else max(1, -(-self.gen_length // self.block_length))
 
-    def make_policy(self) -> Policy:
-        """The policy of a resolved configuration."""
-        policy = POLICIES.find(self.policy)
+    def make_policy(self, facts: DecodingFacts) -> Policy:
+        """The policy of a resolved configuration, for a model with these facts."""
+        policy, options = POLICIES.find(self.policy), self.policy_options
         steps = None if self.steps is None else policy.steps_of_block(self.steps, self._num_blocks)
-        return policy.made(self.policy_options, steps)
+        if facts.is_threshold_strict:
+            options = {**options, "threshold": just_above(float(self.threshold))}
+        return policy.made(options, steps)
+
+    def make_editing(self) -> Editing | None:
+        """Whether and how committed tokens are edited."""
+        return None if self.edit_threshold is None else Editing(self.edit_threshold, self.edit_steps)
 
     def make_plan(self, facts: DecodingFacts) -> CachePlan:
         """The cache plan of a resolved configuration, for a model with these facts."""

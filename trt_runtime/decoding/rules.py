@@ -9,6 +9,7 @@ from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.decoding.blocks import BlockCausal, blocks_of, usable_length
 from trt_runtime.decoding.cache_plan import CachePlan
 from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.editing import Editing
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.sampling import Sampler
 from trt_runtime.errors import DllmError
@@ -25,7 +26,8 @@ class Rules:
     hold_back_eos: a proposed end token is committed only when no other candidate is left
     (policies.select_holding_back).
     blocks: of block-causal attention; None: attention is full. stop_after_block: an end token ends the row
-    only once its block is finished (SDAR's and A2D's own loops).
+    only once its block is finished (SDAR's and A2D's own loops). closing_token_id: of DecodingFacts.
+    editing: whether and how committed tokens are edited.
     """
 
     gen_length: int
@@ -41,6 +43,8 @@ class Rules:
     hold_back_eos: bool = False
     blocks: BlockCausal | None = None
     stop_after_block: bool = False
+    closing_token_id: int | None = None
+    editing: Editing | None = None
 
 
 def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
@@ -51,7 +55,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
         config.gen_length,
         config.block_length,
         config.make_plan(facts),
-        config.make_policy(),
+        config.make_policy(facts),
         facts.mask_token_id,
         facts.eos_token_ids,
         facts.logit_shift,
@@ -60,6 +64,8 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
         facts.first_commit,
         config.hold_back_eos,
         blocks_of(facts, config.block_length, config.small_block),
+        closing_token_id=facts.closing_token_id,
+        editing=config.make_editing(),
     )
 
 
@@ -73,6 +79,7 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise DllmError(f"the prompt contains token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
     most = usable_length(manifest.decoding, config.block_length, model.max_length)
+    most -= manifest.decoding.closing_token_id is not None
     if len(ids) + config.gen_length > most:
         left, room = most - config.gen_length, most - len(ids)
         said = "" if most == model.max_length else f" in whole blocks of {config.block_length}"

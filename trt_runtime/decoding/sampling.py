@@ -23,15 +23,23 @@ class Sampler:
     is left (T = 0: the best), and all statistics are those of that distribution (Dream).
     multinomial: as categorical, but top_k comes before top_p, and at T = 0 filters change nothing, as in
     gumbel (SDAR, Fast-dLLM v2).
+
+    from_logits: the graph does not know which token is the mask, so its statistics are computed again.
     """
 
     kind: str = GUMBEL
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
+    from_logits: bool = False
 
     @property
     def needs_logits(self) -> bool:
+        return self.from_logits or self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether a proposal is other than the best token with its own probability."""
         return self.temperature > 0 or (self.kind == CATEGORICAL and self._filters)
 
     @property
@@ -43,6 +51,8 @@ class Sampler:
     ) -> RowStats:
         """The statistics [R] of proposals sampled from logits [R, V]; `stats` are the graph's. The mask is
         never proposed."""
+        if not self.draws:
+            return plain(logits, mask_token_id)
         if self.kind == GUMBEL:
             kept = None
             if self._filters:
@@ -72,6 +82,19 @@ class Sampler:
         confidence = np.take_along_axis(probability, token[:, None], -1)[:, 0]
         entropy = -(probability * np.log(probability + 1e-10)).sum(-1)
         return RowStats(token.astype(np.int64), confidence, pair[:, 0], entropy, best=pair[:, 1])
+
+
+def plain(logits: Floats, mask_token_id: int) -> RowStats:
+    """The statistics [R] that a graph returns, from logits [R, V]: the mask keeps its share of the
+    softmax."""
+    wide = logits.astype(np.float64)
+    probability = _softmax(wide)
+    entropy = -(probability * np.log(np.maximum(probability, 1e-300))).sum(-1)
+    allowed = probability.copy()
+    allowed[:, mask_token_id] = -1
+    token = allowed.argmax(-1)
+    pair = np.sort(np.partition(allowed, -2, axis=-1)[:, -2:], -1)
+    return RowStats(token.astype(np.int64), pair[:, 1], pair[:, 0], entropy)
 
 
 def gumbel_propose(

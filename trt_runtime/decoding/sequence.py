@@ -14,6 +14,7 @@ import numpy as np
 
 from trt_runtime.decoding.blocks import BlockView
 from trt_runtime.decoding.cache_plan import REFINE_FILL, REPEATABLE, Forward, RowView
+from trt_runtime.decoding.editing import EditState
 from trt_runtime.decoding.policies.base import (
     BlockState,
     Bools,
@@ -32,8 +33,10 @@ Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the bl
 
 @dataclass(frozen=True)
 class Step:
-    """A finished forward, for traces: its window, and the positions and tokens that it committed. seen: what
-    the policy chose from, i.e. the candidates, their statistics, and the block's state."""
+    """A finished forward, for traces: its window, and the positions and tokens that it committed. edits: the
+    positions that it changed, and their new tokens; None where tokens are never edited. seen: what the policy
+    chose from, i.e. the candidates, their statistics, and the block's state. looked: the positions that could
+    be edited, and their statistics."""
 
     kind: str
     start: int
@@ -41,6 +44,17 @@ class Step:
     positions: list[int]
     tokens: list[int]
     seen: Seen | None = field(default=None, repr=False, compare=False)
+    edits: Written | None = None
+    looked: tuple[Ints, RowStats] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def changed(self) -> list[tuple[int, float | None]]:
+        """Every position that was written, with its confidence."""
+        committed: list[tuple[int, float | None]] = list(zip(self.positions, self.confidence, strict=True))
+        if not self.edits or self.looked is None:
+            return committed
+        sure = dict(zip(self.looked[0].tolist(), self.looked[1].confidence.tolist(), strict=True))
+        return [*committed, *((position, sure[position]) for position in self.edits[0])]
 
     @property
     def confidence(self) -> list[float | None]:
@@ -51,11 +65,12 @@ class Step:
         return [by_position.get(position) for position in self.positions]
 
     def as_list(self) -> list[object]:
-        """The step in the form of recorded cases: [kind, start, length, positions, tokens]."""
-        return [self.kind, self.start, self.length, self.positions, self.tokens]
+        """The step in the form of recorded cases: [kind, start, length, positions, tokens], and with editing
+        the edited positions and their new tokens."""
+        return [self.kind, self.start, self.length, self.positions, self.tokens, *(self.edits or ())]
 
     def with_confidence(self) -> list[object]:
-        """The step in the form of results: `as_list` and the confidence of each position."""
+        """The step in the form of results: `as_list` and the confidence of each committed position."""
         return [*self.as_list(), self.confidence]
 
 
@@ -68,9 +83,9 @@ class Sequence:
         self.rules, blocks = rules, rules.blocks
         self.prompt_length, self.end = len(prompt), len(prompt) + rules.gen_length
         length = blocks.canvas_length(len(prompt), rules.gen_length) if blocks else self.end
-        self.canvas: Ints = np.concatenate(
-            [prompt, np.full(length - len(prompt), rules.mask_token_id, np.int64)]
-        )
+        closing = [] if rules.closing_token_id is None else [rules.closing_token_id]
+        masks = np.full(length - len(prompt), rules.mask_token_id, np.int64)
+        self.canvas: Ints = np.concatenate([prompt, masks, np.array(closing, np.int64)])
         # with block-causal attention: the end of each position's block [L]
         self.reach = None if blocks is None else blocks.reach(len(prompt), length)
         self._stored = 0  # positions whose final keys and values are in the cache
@@ -81,6 +96,7 @@ class Sequence:
         self.block: tuple[int, int] | None = None
         self.before: tuple[int, int] | None = None  # the block before
         self._number = -1  # of the block
+        self._edits = EditState()  # of the running block
         self.num_free = 0  # steps of the trace without a forward of their own (speculation.py)
         self.state = BlockState(0, 0)
         self._open_block(self.prompt_length)
@@ -128,11 +144,16 @@ class Sequence:
         ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
         return int(ends[0]) if len(ends) else self.rules.gen_length
 
+    @property
+    def num_edits(self) -> int:
+        """How often a committed token was changed."""
+        return sum(len(step.edits[0]) for step in self.trace if step.edits)
+
     def next_forward(self) -> Forward:
         """The forward that the row makes next. A prefix pass may also fill masks before the block (gaps of
         the prompt)."""
         assert self.block is not None, "the row is finished"
-        return self.rules.cache.next_forward(
+        forward = self.rules.cache.next_forward(
             RowView(
                 self.is_masked,
                 *self.block,
@@ -144,6 +165,10 @@ class Sequence:
                 blocks=self._block_view(),
             )
         )
+        if self.rules.editing is None or forward.end < self.block[1]:  # a store alone
+            return forward
+        inside = np.arange(max(self.block[0], self.prompt_length), self.block[1])
+        return replace(forward, editable=inside[~self.is_masked[inside]])
 
     def _block_view(self) -> BlockView | None:
         """Where the row stands among its blocks; None with full attention."""
@@ -179,8 +204,10 @@ class Sequence:
         state = replace(
             self.state, uniform=self.uniform[forward.candidates], rng=self.rng, positions=forward.candidates
         )
-        if forward.is_forced:
-            chosen, forced = np.ones(len(forward.candidates), np.bool_), True
+        count = len(forward.candidates)
+        asked, stats = stats, stats.part(slice(count))
+        if forward.is_forced or not count:
+            chosen, forced = np.ones(count, np.bool_), forward.is_forced
         else:
             stats, chosen, forced = self._choose(stats, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
@@ -189,8 +216,22 @@ class Sequence:
                 f"the model proposed the mask token ({self.rules.mask_token_id}): the graph does not match "
                 f"the manifest: export the artifact again."
             )
-        written = (positions.tolist(), tokens.tolist())
-        self._write(forward, written, instead or written, (forward.candidates, stats, state), forced)
+        written, edits, looked = (positions.tolist(), tokens.tolist()), None, None
+        if self.rules.editing is not None:
+            rest = asked.part(slice(count, None))
+            which = self.rules.editing.select(rest, self.canvas[forward.editable])
+            edits = forward.editable[which].tolist(), rest.token[which].tolist()
+            looked = forward.editable, rest
+        step = Step(
+            forward.kind,
+            forward.start,
+            forward.rows,
+            *written,
+            (forward.candidates, stats, state),
+            edits,
+            looked,
+        )
+        self._write(forward, step, instead, forced)
 
     def _choose(self, stats: RowStats, state: BlockState) -> tuple[RowStats, Bools, bool]:
         """The effective statistics [R], the candidates to commit [R], and whether the commit is forced: the
@@ -218,6 +259,7 @@ class Sequence:
             forward.kind not in REPEATABLE
             or self.rules.sampler.needs_logits
             or self.rules.hold_back_eos
+            or self.rules.editing is not None
             or not inside
         ):
             return None
@@ -225,21 +267,20 @@ class Sequence:
 
     def follow(self, positions: Ints, tokens: Ints) -> None:
         """Apply what a device committed in one step of the current block."""
-        self._write(self.next_forward(), (positions.tolist(), tokens.tolist()), forced=self._is_forced)
+        forward = self.next_forward()
+        step = Step(forward.kind, forward.start, forward.rows, positions.tolist(), tokens.tolist())
+        self._write(forward, step, None, self._is_forced)
 
-    def _write(
-        self,
-        forward: Forward,
-        chosen: Written,
-        written: Written | None = None,
-        seen: Seen | None = None,
-        forced: bool = False,
-    ) -> None:
-        """Write positions into the canvas, record the step with what was chosen, and advance."""
+    def _write(self, forward: Forward, step: Step, instead: Written | None, forced: bool) -> None:
+        """Write a step, or what stands `instead` of it, into the canvas, record it, and advance."""
         assert self.block is not None
-        positions, tokens = written or chosen
-        self.canvas[positions] = tokens
-        self.trace.append(Step(forward.kind, forward.start, forward.rows, *chosen, seen))
+        had_masks, seen = bool(self.is_masked[slice(*self.block)].any()), step.seen
+        for positions, tokens in [instead] if instead else [(step.positions, step.tokens), *_edits_of(step)]:
+            self.canvas[positions] = tokens
+        self.trace.append(step)
+        if forward.end >= self.block[1]:
+            has_edited = any(positions for positions, _ in _edits_of(step))
+            self._edits = self._edits.after(had_masks=had_masks, has_edited=has_edited)
         self._stored = max(self._stored, forward.stores)
         if forward.kind == REFINE_FILL:
             self._filled = forward.start
@@ -263,9 +304,14 @@ class Sequence:
         self._advance(may_end=not self.rules.stop_after_block)
 
     def _advance(self, *, may_end: bool) -> None:
-        """Open the next block if this one has no mask, or end the row."""
+        """Open the next block if this one is done, or end the row. A block is done without masks in the
+        answer (behind it, nothing has to be decoded), and, where tokens are edited, without any and with
+        nothing to edit."""
         assert self.block is not None
-        is_done = not self.is_masked[slice(*self.block)].any()
+        (start, end), editing = self.block, self.rules.editing
+        is_done = not self.is_masked[start : end if editing else min(end, self.end)].any()
+        is_done = is_done and (editing is None or self._edits.is_done(editing))
+        may_end = may_end and editing is None
         if self.rules.stop_at_eos and (may_end or is_done) and self._has_ended():
             self.block = None
         elif is_done:
@@ -284,7 +330,7 @@ class Sequence:
         """Open the next block: first those of the generation, from left to right, then the gaps of the
         prompt."""
         masked = np.flatnonzero(self.is_masked[: self.end])
-        limit, self.before, self._number = self.length, self.block, self._number + 1
+        limit, self.before, self._number = self.end, self.block, self._number + 1
         if not len(masked):
             self.block = None
             return
@@ -303,7 +349,7 @@ class Sequence:
 
     def _open(self, start: int, end: int, length: int) -> None:
         """Open the block [start, end), or part of a block of `length` positions."""
-        self.block = (start, end)
+        self.block, self._edits = (start, end), EditState()
         self.state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
 
     def _has_ended(self) -> bool:
@@ -317,3 +363,7 @@ class Sequence:
         rest = self.output[ends[0] :]
         rest[rest == self.rules.mask_token_id] = rest[0]
         return True
+
+
+def _edits_of(step: Step) -> list[Written]:
+    return [step.edits] if step.edits else []

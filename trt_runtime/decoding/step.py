@@ -135,7 +135,7 @@ def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) ->
 def assemble(group: list[Wanted]) -> Window:
     """The inputs of a call, int64. Shorter rows are padded at their end, beyond their kv_len."""
     size = max(row.rows for row in group)
-    wanted_rows = max(1, *(len(row.forward.candidates) for row in group))
+    wanted_rows = max(1, *(len(row.forward.asked) for row in group))
     ids = np.zeros((len(group), size), np.int64)
     # prefix graphs of earlier exports recognise padding by its positions, which must not be below kv_len
     position_ids = np.tile(np.arange(size, dtype=np.int64), (len(group), 1))
@@ -144,7 +144,7 @@ def assemble(group: list[Wanted]) -> Window:
     for i, row in enumerate(group):
         position_ids[i, : row.rows] = row.forward.positions
         ids[i, : row.rows] = row.sequence.canvas[row.forward.positions]
-        logit_rows[i, : len(row.forward.candidates)] = row.forward.logit_rows(row.sequence.rules.logit_shift)
+        logit_rows[i, : len(row.forward.asked)] = row.forward.logit_rows(row.sequence.rules.logit_shift)
     kv_len = np.array([row.forward.kv_len for row in group], np.int64)
     if group[0].forward.row_len is None:
         return Window(ids, position_ids, start, kv_len, logit_rows)
@@ -156,9 +156,9 @@ def assemble(group: list[Wanted]) -> Window:
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:
-    """The statistics of a row's candidates; with a temperature or filters, those of proposals sampled from
+    """The statistics of what a row asks for; with a temperature or filters, those of proposals sampled from
     its logits."""
-    count, rules = len(wanted.forward.candidates), wanted.sequence.rules
+    count, rules = len(wanted.forward.asked), wanted.sequence.rules
     row = stats.row(index, count)
     if not rules.sampler.needs_logits or wanted.forward.is_forced:
         return row

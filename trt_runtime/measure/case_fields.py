@@ -35,10 +35,10 @@ def _are_steps(value: Any, needed: bool) -> bool:
 
 def _is_step(value: Any, several: bool) -> bool:
     """Whether this is a step of a trace; with `several` rows its positions may be [row, position] pairs."""
-    kinds = (str, int, int, list, list, list)
+    kinds = (str, int, int, list, list, list, list, list)
     ok = (
         isinstance(value, list)
-        and len(value) in (5, 6)
+        and 5 <= len(value) <= 8
         and all(isinstance(v, k) for v, k in zip(value, kinds, strict=False))
     )
     places = ok and (_are_rows([value[3]]) or (several and _are_rows(value[3])))
@@ -85,6 +85,12 @@ _FIELDS = (
         _Field(key, lambda v: v is None or type(v) is int or _are_rows([v]), "a token id or a list of them")
         for key in ("stop", "stop_token", "eos_token_id")
     ),
+    _Field(
+        "editing_threshold", lambda v: v is None or (_is_number(v) and v >= 0), "a number from 0, or null"
+    ),
+    _Field("max_post_steps", lambda v: type(v) is int and v >= 0, "a whole number from 0"),
+    _Field("at_least", lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+    _Field("gamma", lambda v: _is_number(v) and v is not None, "a number"),
     _Field("top_k", lambda v: v is None or (type(v) is int and v >= 1), "a whole number from 1"),
 )
 _RESULTS = (
@@ -151,7 +157,8 @@ def check(case: Case) -> None:
     _check_fields(case, (*_policy_fields(case), *_batch_fields(case), *_RESULTS))
     if case["mode"] not in PLANS.names():
         raise unknown("mode", case["mode"], PLANS.names())
-    if policy_name(case) not in (*_schedules(), "threshold", "factor"):
+    others = ("threshold", "factor", "eb_confidence")
+    if policy_name(case) not in (*_schedules(), *others):
         raise unknown("alg", policy_name(case), ["confidence_threshold", *_schedules()])
 
 

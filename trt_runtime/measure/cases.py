@@ -14,16 +14,19 @@ there `steps` does not bound a threshold; without a cache it does (policies.Thre
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from trt_runtime.artifact.manifest import BLOCK_CAUSAL, CATEGORICAL, FULL, Manifest
+from trt_runtime.artifact.manifest import BLOCK_CAUSAL, CATEGORICAL, FULL, DecodingFacts, Manifest
 from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.cache_plan import PREFIX_PASS
 from trt_runtime.decoding.config import GenerationConfig
+from trt_runtime.decoding.editing import Editing
 from trt_runtime.decoding.plans import PLANS
 from trt_runtime.decoding.policies.base import Policy
 from trt_runtime.decoding.policies.confidence import Factor, Threshold
+from trt_runtime.decoding.policies.options import just_above
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.decoding.rules import Rules, check_prompt
 from trt_runtime.decoding.sampling import Sampler
@@ -60,12 +63,15 @@ class CaseRow:
     sequence: Sequence
     padding: list[int]
 
-    def as_list(self, step: Step) -> tuple[str, int, int, list[int], list[int]]:
+    def as_list(self, step: Step) -> tuple[Any, ...]:
+        """A step in the form of recorded cases, with positions that count the padding."""
         pad = len(self.padding)
         start, length = (
             (0, step.length + pad) if step.kind == PREFIX_PASS else (step.start + pad, step.length)
         )
-        return step.kind, start, length, [position + pad for position in step.positions], step.tokens
+        edited, new = step.edits or ([], [])
+        edits = ([position + pad for position in edited], new) if step.edits is not None else ()
+        return step.kind, start, length, [position + pad for position in step.positions], step.tokens, *edits
 
 
 def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
@@ -109,7 +115,8 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
 
 def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     case_fields.check(case)
-    if case.get("mask_token_id", manifest.decoding.mask_token_id) != manifest.decoding.mask_token_id:
+    mask = case.get("mask_token_id", manifest.decoding.mask_token_id)
+    if mask != manifest.decoding.mask_token_id and manifest.decoding.is_mask_known:
         raise DllmError(
             f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, but the artifact's is "
             f"{manifest.decoding.mask_token_id}: the case is from another model."
@@ -124,8 +131,10 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
     # GenerationConfig
     config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
     top_p, top_k = case.get("top_p"), case.get("top_k")
-    sampler = Sampler(facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k)
-    if sampler.needs_logits and facts.sampling != CATEGORICAL:
+    sampler = Sampler(
+        facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k, mask != facts.mask_token_id
+    )
+    if sampler.draws and facts.sampling != CATEGORICAL:
         raise DllmError(
             f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not support."
         )
@@ -140,15 +149,16 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
         gen,
         block,
         plan(),
-        _policy(case, block),
-        facts.mask_token_id,
+        _policy(case, block, facts),
+        mask,
         facts.eos_token_ids if ends is None else ends,
         facts.logit_shift,
         stop_at_eos=ends is not None,
         sampler=sampler,
         first_commit=facts.first_commit,
         blocks=blocks_of(facts, block, case.get("small_block", facts.small_block) or block),
-        stop_after_block=not facts.next_from_store,
+        stop_after_block=not facts.next_from_store and not case.get("stop_early"),
+        editing=_editing(case),
     )
     rows = []
     for prompt, mask in zip(
@@ -170,14 +180,26 @@ def _ends(case: Case) -> tuple[int, ...] | None:
     return None
 
 
-def _policy(case: Case, block_length: int | None) -> Policy:
-    name = policy_name(case)
+def _editing(case: Case) -> Editing | None:
+    if case.get("editing_threshold") is None:
+        return None
+    return Editing(float(case["editing_threshold"]), case["max_post_steps"])
+
+
+def _policy(case: Case, block_length: int | None, facts: DecodingFacts) -> Policy:
+    name, threshold = policy_name(case), case.get("threshold")
+    if threshold is not None and facts.is_threshold_strict:
+        threshold = just_above(float(threshold))
     if name == "factor":
         return Factor(float(case["factor"]))
     if name == "threshold":
-        return Threshold(float(case["threshold"]), case.get("steps") if block_length is None else None)
+        return Threshold(float(threshold), case.get("steps") if block_length is None else None)
+    if name == "eb_confidence":
+        return POLICIES.find(name).made({"gamma": float(case["gamma"])})
     blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
     policy = POLICIES.find(name)
     steps = case.get("steps_per_block") or policy.steps_of_block(case["steps"], blocks)
-    threshold = {} if case.get("threshold") is None else {"threshold": float(case["threshold"])}
-    return policy.made(threshold, steps)
+    options = {} if threshold is None else {"threshold": float(threshold)}
+    if case.get("at_least") is not None:
+        options, steps = {**options, "at_least": case["at_least"]}, None
+    return policy.made(options, steps)

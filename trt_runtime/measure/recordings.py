@@ -10,8 +10,12 @@ A recording of block-causal decoding differs from a case of ours in a few ways, 
 - `gen_length` is rounded by the loop: up to whole blocks (SDAR), or down (Fast-dLLM v2).
 - A2D's loop passes over all finished tokens before every block (`prefix`), which is our prefill, and then our
   store of the block before.
-- `steps` are those of a block (SDAR), and a case names its end tokens (`stop`, `stop_token`,
+- `steps` are those of a block (SDAR, LLaDA2), and a case names its end tokens (`stop`, `stop_token`,
   `eos_token_id`).
+- LLaDA2's and RND1's files say format 1, but are recordings of their own code. LLaDA2's recomputes everything
+  up to the end of the block in each step (`full`) and decodes the last block to its end, behind gen_length,
+  and behind an end token; here a step is a window over the block, and the prefill and the stores are forwards
+  of their own. RND1's canvas is given as a whole: its answer is a gap of the prompt.
 """
 
 from __future__ import annotations
@@ -46,7 +50,12 @@ _KINDS = {
         "sub": REFINE_SMALL,
     },
 }
-_FAMILIES = {"fastdllm_v2": "fast_dllm_qwen"}  # names in recordings: those of our families
+# names in recordings: those of our families
+_FAMILIES = {
+    "fastdllm_v2": "fast_dllm_qwen",
+    "lladamoe": "llada_moe",
+    "llada21": "llada2",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,10 @@ def has_full_attention(case: Case) -> bool:
 
 def answer(case: Case, result: Case, written: int) -> Case:
     """The result of a case in the form of the file's format."""
+    if is_llada2(case):
+        return _as_whole_passes(result)
+    if is_rnd1(case):
+        return _with_trace(result, lambda step: ["full", *step[1:]]) | {"output": case_output(case, result)}
     words = {new: old for old, new in _KINDS.get(written, {}).items()}
     answered = _with_trace(result, lambda step: [words.get(step[0], step[0]), *step[1:]])
     if written == 2 and case.get("api") == BD3LM:
@@ -105,6 +118,10 @@ def answer(case: Case, result: Case, written: int) -> Case:
 def as_case(case: Case, written: int) -> Case:
     """A case of a file in today's form. What is not valid is left as it is, for the checks."""
     words = _KINDS.get(written, {})
+    if is_llada2(case):
+        return _llada2(case)
+    if is_rnd1(case):
+        return _rnd1(case)
     case = _with_trace(case, lambda step: [words.get(step[0], step[0]), *step[1:]])
     if isinstance(family := case.get("family"), str):
         case = {**case, "family": _FAMILIES.get(family, family)}
@@ -177,3 +194,113 @@ def _with_trace(case: Case, converted: Callable[[list[Any]], list[Any]]) -> Case
         for step in case["trace"]
     ]
     return {**case, "trace": steps}
+
+
+def is_llada2(case: Case) -> bool:
+    """Whether a case was recorded by LLaDA2's code."""
+    return case.get("mode") == "block" and "eos_early_stop" in case
+
+
+def is_rnd1(case: Case) -> bool:
+    """Whether a case was recorded by RND1's code."""
+    return "seq_len" in case
+
+
+def _llada2(case: Case) -> Case:
+    """LLaDA2's recording as our loop decodes it."""
+    edits, gen, block = "editing_threshold" in case, case.get("gen_length"), case.get("block_length")
+    changed = {
+        **case,
+        "family": "llada2",
+        "alg": "low_confidence_dynamic",
+        "stop_early": bool(case.get("eos_early_stop")),
+    }
+    if edits:
+        changed |= {"at_least": case.get("num_to_transfer"), "steps": 1}
+        if not case.get("eos_early_stop"):
+            changed["eos_token_id"] = None
+    prompt, trace = case.get("prompt"), case.get("trace")
+    if not _are_rows(prompt) or type(gen) is not int or type(block) is not int or block < 1:
+        return changed
+    if not edits and type(steps := case.get("steps")) is int:
+        changed["steps_per_block"] = max(1, min(steps, gen // max(1, case.get("minimal_topk") or 1)))
+    if isinstance(trace, list) and all(isinstance(step, list) and len(step) >= 5 for step in trace):
+        steps_here = trace if edits else _until_final(trace, case, len(prompt[0]), gen)
+        changed["trace"] = _with_stores(steps_here, len(prompt[0]), block)
+        changed["nfe"] = len(changed["trace"])
+    return changed
+
+
+def _until_final(trace: list[Any], case: Case, prompt_length: int, gen: int) -> list[Any]:
+    """The steps until everything in the answer is decided: an end token with no mask before it, if the case
+    stops early, or all of gen_length."""
+    ends, left = {case.get("eos_token_id")}, set(range(prompt_length, prompt_length + gen))
+    first_end = prompt_length + gen
+    for number, step in enumerate(trace):
+        written = dict(zip(step[3], step[4], strict=False))
+        left -= set(written)
+        inside = [p for p, token in written.items() if token in ends and p < prompt_length + gen]
+        first_end = min([first_end, *inside])
+        is_ended = case.get("eos_early_stop") and first_end < prompt_length + gen
+        if not left or (is_ended and not any(position < first_end for position in left)):
+            return trace[: number + 1]
+    return trace
+
+
+def _with_stores(trace: list[Any], prompt_length: int, block: int) -> list[Any]:
+    """Passes over everything up to the end of a block as steps over the block, with the prefill and the
+    stores between them."""
+    edits = [[], []] if trace and len(trace[0]) == 7 else []
+    start = prompt_length // block * block
+    steps = [[PREFILL, 0, start, [], [], *edits]] if start else []
+    end = start + block
+    for step in trace:
+        if step[1] + step[2] != end:
+            steps.append([STORE, end - block, block, [], [], *edits])
+            end = step[1] + step[2]
+        steps.append([REFINE_BLOCK, end - block, block, *step[3:]])
+    return steps
+
+
+def _as_whole_passes(result: Case) -> Case:
+    """The reverse for a result: only what the official loop makes."""
+    steps = [
+        ["full", 0, step[1] + step[2], *step[3:]]
+        for step in result["trace"]
+        if step[0] not in (PREFILL, STORE)
+    ]
+    return {**result, "trace": steps, "nfe": len(steps)}
+
+
+def _rnd1(case: Case) -> Case:
+    """RND1's recording: the whole canvas is a prompt with one gap. Forwards that wrote nothing are left
+    out."""
+    changed = {key: value for key, value in case.items() if key not in ("nfe", "nfe_nonempty")}
+    changed |= {"mode": "none", "gen_length": 0, "alg": "entropy_linear"}
+    if case.get("eb_gamma") is not None:
+        changed |= {"alg": "eb_confidence", "gamma": case["eb_gamma"]}
+    prompt, output, mask = case.get("prompt"), case.get("output"), case.get("mask_token_id")
+    length = case.get("seq_len")
+    if not _are_rows(prompt) or type(length) is not int or type(mask) is not int:
+        return changed
+    last = case.get("eos_token_id" if case.get("add_eos_at_end") else "pad_token_id")
+    suffix = case.get("suffix") or []
+    given = suffix[0] if _are_rows(suffix) else suffix
+    gap = length - len(prompt[0]) - len(given) - 1
+    changed["prompt_length"] = len(prompt[0])
+    changed["prompt"] = [[*prompt[0], *[mask] * max(0, gap), *given, last]]
+    del changed["eos_token_id"]
+    if _are_rows(output):
+        changed["full_output"] = [[*prompt[0], *output[0]]]
+        changed["output"] = [[]]
+    if isinstance(trace := case.get("trace"), list):
+        kept = [step for step in trace if isinstance(step, list) and len(step) > 3 and step[3]]
+        changed["trace"] = [[PREFIX_PASS, *step[1:]] for step in kept]
+        changed["nfe"] = len(kept)
+    return changed
+
+
+def case_output(case: Case, result: Case) -> list[list[int]]:
+    """RND1's output: everything right of the prompt."""
+    whole: list[list[int]] = result["full_output"]
+    return [row[case["prompt_length"] :] for row in whole]

@@ -16,11 +16,11 @@ import numpy as np
 from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.cache_plan import PREFILL, STORE
 from trt_runtime.decoding.generator import Generator
-from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.decoding.sequence import Sequence, Step
 from trt_runtime.errors import DllmError
 from trt_runtime.measure.case_fields import BD3LM, FAST_DLLM_V2, Case
 from trt_runtime.measure.cases import INPUTS, CaseRow, rows_of
-from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention
+from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention, is_llada2
 
 _ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
 
@@ -72,8 +72,8 @@ def replayed(case: Case, rows: list[CaseRow]) -> Replayed:
 
 
 def with_confidence(replayed: Replayed) -> Case:
-    """The result with a sixth entry in each step of its trace: the confidence of each position, null if it is
-    unknown."""
+    """The result with one more entry in each step of its trace: the confidence of each committed position,
+    null if it is unknown."""
     traces = [[step.confidence for step in row.trace] for row in replayed.rows]
     merged = [
         [*step, [value for trace in traces if number < len(trace) for value in trace[number]]]
@@ -100,7 +100,7 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     expected = [
         step
         for step in (list(takewhile(lambda step: step[3], trace)) if left_masks else trace)
-        if step[3] or step[0] in (PREFILL, STORE)
+        if step[3] or len(step) == 7 or step[0] in (PREFILL, STORE)
     ]
     if left_masks and not expected:
         return Mismatch(
@@ -175,13 +175,15 @@ def _follow(backend: Backend, case: Case, expected: list[list[Any]], margin: flo
     (row,) = rows_of(backend.manifest, case)
     generator, name, ambiguous = Generator(backend, [row.sequence]), str(case.get("id")), 0
     for number, item in enumerate(expected):
-        any_window, (positions, tokens) = len(item) == 2, item[-2:]
+        any_window = len(item) == 2
+        positions, tokens, *edits = item if any_window else item[3:]
+        written = (positions + edits[0], tokens + edits[1]) if edits else (positions, tokens)
         while any_window and not row.sequence.is_finished and not row.sequence.next_forward().candidates.size:
             generator.step()
         if row.sequence.is_finished:
             where = f"{word} {number}: expected {len(expected)} forwards"
             return Agreement(number, ambiguous, Mismatch(name, where))
-        generator.step({0: (positions, tokens)})
+        generator.step({0: written})
         got = list(row.as_list(row.sequence.trace[-1]))
         wanted = [*got[:3], *item] if any_window else item
         if got == wanted:
@@ -194,8 +196,8 @@ def _follow(backend: Backend, case: Case, expected: list[list[Any]], margin: flo
 
 
 def _steps(case: Case) -> list[list[Any]]:
-    """The steps that a case expects, without confidences."""
-    return [step[:5] for step in case.get("trace", [])]
+    """The steps that a case expects, without confidences: five entries, and with editing two more."""
+    return [step[: 7 if len(step) > 6 else 5] for step in case.get("trace", [])]
 
 
 def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:
@@ -206,7 +208,10 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
     and shrinks towards both ends.
     """
     seen = row.trace[number].seen
-    if seen is None or row.trace[number].as_list()[:3] != expected[:3]:
+    step = row.trace[number]
+    if seen is None or step.as_list()[:3] != expected[:3] or len(step.as_list()) != len(expected):
+        return False
+    if len(expected) == 7 and not _are_near_edits(row, step, expected, margin):
         return False
     candidates, stats, state = seen
     if not set(expected[3]) <= set(candidates.tolist()) or row.rules.mask_token_id in expected[4]:
@@ -229,6 +234,27 @@ def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> 
         -4 * margin
     )  # the two logits are within twice the error that moves p so far
     return bool((again == wanted).all() and (same_token | close)[wanted].all())
+
+
+def _are_near_edits(row: Sequence, step: Step, expected: list[Any], margin: float) -> bool:
+    """Whether each edit that differs from the expected ones is within the margin: of the threshold, or of
+    another token."""
+    if step.looked is None or row.rules.editing is None:
+        return False
+    (places, stats), theirs = step.looked, dict(zip(expected[5], expected[6], strict=True))
+    mine = dict(zip(*(step.edits or ([], [])), strict=True))
+    if not set(theirs) <= set(places.tolist()):
+        return False
+    for i, position in enumerate(places.tolist()):
+        if mine.get(position) == theirs.get(position):
+            continue
+        sure = float(stats.confidence[i])
+        is_near = abs(sure - row.rules.editing.threshold) <= 4 * margin * sure * (1 - sure) + _ROUNDING
+        is_close = stats.runner_up[i] > sure * np.exp(-4 * margin)
+        is_same = theirs.get(position, int(stats.token[i])) == stats.token[i]
+        if not (is_close or (is_near and is_same)):
+            return False
+    return True
 
 
 def must_match(case: Case, dtype: str) -> bool:
@@ -272,7 +298,7 @@ def _output(case: Case, row: Sequence) -> list[int]:
     output: list[int] = row.output.tolist()
     if case.get("api") == BD3LM:
         return [token for token in output if token != row.rules.mask_token_id]
-    if case.get("api") in FAST_DLLM_V2:
+    if case.get("api") in FAST_DLLM_V2 or is_llada2(case):
         return output[: row.num_useful + 1]
     return output
 
@@ -285,9 +311,13 @@ def _trace(rows: list[CaseRow]) -> list[list[Any]]:
     merged = []
     for number in range(max(len(trace) for trace in traces)):
         steps = [(i, trace[number]) for i, trace in enumerate(traces) if number < len(trace)]
-        kind, start, length, _, _ = steps[0][1]
-        positions = [[i, position] for i, step in steps for position in step[3]]
-        merged.append([kind, start, length, positions, [token for _, step in steps for token in step[4]]])
+        kind, start, length = steps[0][1][:3]
+        pairs = range(3, len(steps[0][1]), 2)  # commits and, with editing, edits
+        written: list[list[Any]] = []
+        for at in pairs:
+            written.append([[i, position] for i, step in steps for position in step[at]])
+            written.append([token for _, step in steps for token in step[at + 1]])
+        merged.append([kind, start, length, *written])
     return merged
 
 
@@ -295,13 +325,18 @@ def _difference(expected: list[Any], got: list[Any]) -> str:
     for what, mine, theirs in zip(("kind", "window start", "window length"), got, expected, strict=False):
         if mine != theirs:
             return f"{what}: expected {theirs}, got {mine}"
-    if got[3] != expected[3]:
-        first = next((p for p in got[3] + expected[3] if (p in got[3]) != (p in expected[3])), None)
-        return f"position {first}: expected positions {expected[3]}, got {got[3]}"
-    position, theirs, mine = next(
-        item for item in zip(expected[3], expected[4], got[4], strict=True) if item[1] != item[2]
-    )
-    return f"position {position}: expected token {theirs}, got {mine}"
+    for at, word in ((3, "positions"), (5, "edits of")):
+        if got[at : at + 2] == expected[at : at + 2]:
+            continue
+        if len(got) != len(expected):
+            return f"edits: expected {expected[5:]}, got {got[5:]}"
+        if got[at] != expected[at]:
+            first = next((p for p in got[at] + expected[at] if (p in got[at]) != (p in expected[at])), None)
+            return f"position {first}: expected {word} {expected[at]}, got {got[at]}"
+        both = zip(expected[at], expected[at + 1], got[at + 1], strict=True)
+        position, theirs, mine = next(item for item in both if item[1] != item[2])
+        return f"position {position}: expected token {theirs}, got {mine}"
+    return "the same"
 
 
 def _first_token(expected: list[list[int]], got: list[list[int]]) -> str:

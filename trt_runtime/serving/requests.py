@@ -118,7 +118,14 @@ class Common(Neutral):
         default=None, ge=1, description="block-causal attention: positions decoded before the next ones"
     )
     fuse_stores: bool | None = Field(
-        default=None, description="block-causal attention: store a block by the first step of the next (default: if possible)"
+        default=None,
+        description="block-causal attention: store a block by the first step of the next (default: if possible)",
+    )
+    edit_threshold: float | None = Field(
+        default=None, ge=0, le=1, description="replace committed tokens of the running block above this"
+    )
+    edit_steps: Whole | None = Field(
+        default=None, ge=0, description="forwards of a block that only look for edits, at most"
     )
     top_k: Whole | None = Field(default=None, ge=-1, description="-1 and 0 keep every token")
 

@@ -109,7 +109,9 @@ def describe(
         "inspect": config.inspect,
         "plugins": kernels or {},
         "workarounds": [item.why for item in builder.workarounds(config.backend, trt)],
-        "profiles": {plan.name: [asdict(profile) for profile in plan.profiles] for plan in plans(config, facts)},
+        "profiles": {
+            plan.name: [asdict(profile) for profile in plan.profiles] for plan in plans(config, facts)
+        },
     }
 
 

@@ -54,6 +54,30 @@ class EntropyBounded(Policy):
 
 
 @dataclass(frozen=True)
+class EntropyBoundedByConfidence(Policy):
+    """As 'eb', with the positions in order of falling confidence: as many as keep the sum of their entropies
+    but for the largest within gamma (RND1)."""
+
+    name: ClassVar[str] = "eb_confidence"
+    is_joint: ClassVar[bool] = True
+    gamma: float = option(
+        0.1,
+        low=0,
+        hint="0.1 is usual; larger commits more at once",
+        help="bound on the sum of entropies, in nats",
+    )
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        order = np.argsort(np.where(is_masked, -stats.confidence, np.inf), kind="stable")
+        order = order[: int(is_masked.sum())]
+        entropies = stats.entropy[order].astype(np.float64)
+        others = np.cumsum(entropies) - np.maximum.accumulate(entropies)
+        chosen = np.zeros_like(is_masked)
+        chosen[order[: max(1, int(np.flatnonzero(others <= self.gamma)[-1:].sum() + 1))]] = True
+        return chosen & is_masked
+
+
+@dataclass(frozen=True)
 class Margin(Policy):
     """All positions whose best token leads the second by the threshold, and the one with the largest lead
     (arXiv 2502.06768)."""

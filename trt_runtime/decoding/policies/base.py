@@ -35,6 +35,13 @@ class RowStats:
     entropy: Floats
     best: Floats | None = None
 
+    def part(self, which: slice) -> RowStats:
+        """The statistics of some of the rows."""
+        best = None if self.best is None else self.best[which]
+        return RowStats(
+            self.token[which], self.confidence[which], self.runner_up[which], self.entropy[which], best
+        )
+
     @property
     def margin(self) -> Floats:
         """Probability of the best token minus that of the second best."""

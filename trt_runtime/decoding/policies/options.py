@@ -17,6 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trt_runtime.errors import DllmError, shown
 
 Value = int | float | bool | str
@@ -43,6 +45,8 @@ LOOP_OPTIONS = frozenset(
         "hold_back_eos",
         "small_block",
         "fuse_stores",
+        "edit_threshold",
+        "edit_steps",
         "policy_options",
     }
 )
@@ -103,6 +107,11 @@ class Option:
         return off + (
             f"{least} and at most {self.high:g}" if self.low_is_open else f"{self.low:g} to {self.high:g}"
         )
+
+
+def just_above(threshold: float) -> float:
+    """The threshold that exactly the float32 confidences above `threshold` reach."""
+    return float(np.nextafter(np.float32(threshold), np.float32(np.inf)))
 
 
 def option(

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from trt_runtime.decoding.policies.base import BlockState, Bools, Policy, RowStats, most_confident
-from trt_runtime.decoding.policies.options import threshold_option
+from trt_runtime.decoding.policies.options import option, threshold_option
 from trt_runtime.decoding.policies.schedules import quota
 
 
@@ -55,12 +55,13 @@ class LowConfidenceStatic(_OfBlock):
 @dataclass(frozen=True)
 class LowConfidenceDynamic(_OfBlock):
     """Every position with confidence >= threshold if these are at least the schedule's quota, else the most
-    confident, as many as the quota (SDAR, arXiv 2510.06303)."""
+    confident, as many as the quota (SDAR, arXiv 2510.06303; LLaDA2)."""
 
     name: ClassVar[str] = "low_confidence_dynamic"
     threshold: float = threshold_option(hint="0.9 is usual; 1 commits one token per forward")
+    at_least: int = option(1, low=1, help="a step commits no fewer positions, if as many are masked")
 
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
-        count = self.count(state)
+        count = max(self.at_least, self.count(state))
         sure = is_masked & (stats.confidence >= self.threshold)
         return sure if sure.sum() >= count else most_confident(stats.confidence, is_masked, count)

@@ -51,6 +51,26 @@ class Fixed(Policy):
 
 
 @dataclass(frozen=True)
+class EntropyLinear(Policy):
+    """All positions but those of highest entropy, of which a share of the block's masks stays that falls
+    linearly to 0 (RND1). Steps that would commit nothing are skipped: their forward would change nothing."""
+
+    name: ClassVar[str] = "entropy_linear"
+    is_schedule: ClassVar[bool] = True
+    steps_per_block: int | None = None
+
+    def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
+        steps, left = max(1, self.steps_per_block or state.num_masked), int(is_masked.sum())
+        numbers = np.arange(steps - 1, -1, -1, dtype=np.float32)
+        stay = np.floor(np.float32(state.num_masked) * numbers / np.float32(steps)).astype(np.int64)
+        kept = int(next((count for count in stay if count < left), 0))
+        order = np.argsort(np.where(is_masked, -stats.entropy, np.inf), kind="stable")[:kept]
+        chosen = is_masked.copy()
+        chosen[order] = False
+        return chosen
+
+
+@dataclass(frozen=True)
 class Decaying(Policy):
     """Dream's schedules (arXiv 2508.15487): time runs from 1 to 0.001, and a step commits the fraction of it
     that has passed. The positions are the best by `score`, or with alg_temp > 0 sampled from softmax(score /

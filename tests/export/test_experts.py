@@ -1,0 +1,206 @@
+"""Mixture-of-experts models: the router and the experts against a plain computation and the recorded numbers
+of the official code; ONNX Runtime's own operator against the standard graph; faults injected."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from official import EXPERTS, name_of
+from places import GOLDENS, refused
+from safetensors.numpy import load_file
+from tiny import write_checkpoint
+
+from export import families
+from export.families.base import ConfigReader, tensor_shapes
+from export.parity import verify_graphs
+from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
+from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.cli import main as cli
+from trt_runtime.decoding.backend import Window
+from trt_runtime.decoding.blocks import row_lengths
+from trt_runtime.errors import DllmError
+from trt_runtime.measure import recordings, replay
+
+
+@pytest.fixture(scope="module", params=EXPERTS, ids=name_of)
+def official(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def numbers(official):
+    return load_file(GOLDENS / f"{official.name}_forward.safetensors")
+
+
+def _chosen(official, logits, layer):
+    """The experts [T, k] and weights [T, k] that a router's logits [T, E] mean, restated without a graph."""
+    config = json.loads((official.checkpoint / "config.json").read_text())
+    k, x = config["num_experts_per_tok"], logits.astype(np.float64)
+    if official.name in ("lladamoe", "rnd1"):
+        p = np.exp(x - x.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        chosen = np.argsort(-p, axis=-1, kind="stable")[:, :k]
+        weights = np.take_along_axis(p, chosen, 1)
+        return chosen, weights / weights.sum(-1, keepdims=True) if official.name == "rnd1" else weights
+    bias = load_file(official.checkpoint / "model.safetensors")[
+        f"model.layers.{layer}.mlp.gate.expert_bias"
+    ].astype(np.float64)
+    scores = 1 / (1 + np.exp(-x))
+    ranked = (scores + bias).reshape(len(x), config["n_group"], -1)
+    sums = np.sort(ranked, axis=-1)[..., -2:].sum(-1)
+    kept = np.argsort(-sums, axis=-1, kind="stable")[:, : config["topk_group"]]
+    allowed = np.zeros_like(sums, dtype=bool)
+    np.put_along_axis(allowed, kept, True, 1)
+    ranked = np.where(allowed[..., None], ranked, -np.inf).reshape(len(x), -1)
+    chosen = np.argsort(-ranked, axis=-1, kind="stable")[:, :k]
+    weights = np.take_along_axis(scores, chosen, 1)
+    return chosen, weights / weights.sum(-1, keepdims=True) * config["routed_scaling_factor"]
+
+
+@pytest.mark.parametrize("lowering", contract.LOWERINGS)
+@pytest.mark.parametrize("target", [None, "ort-cpu"])
+def test_the_graphs_compute_the_recorded_numbers(official, numbers, tmp_path, lowering, target):
+    """Router logits, the experts and weights that follow from them, keys after RoPE, values, and logits of a
+    whole canvas."""
+    artifact = official.export(tmp_path / "artifact", lowering=lowering, target=target)
+    facts = json.loads((GOLDENS / f"{official.name}_forward_meta.json").read_text())
+    mixed = [layer for layer in range(3) if f"c0.experts.{layer}" in numbers]
+    assert len(mixed) == manifests.load(artifact).model.experts.num_layers
+    names = [f"layers.{layer}.router_logits" for layer in mixed]
+    backend = OrtBackend(
+        artifact, threads=1, model_bytes=verify_graphs.exposed(artifact, "refine", [*names, contract.LOGITS])
+    )
+    for case in ("c0", "c1"):
+        ids, length = numbers[f"{case}.input_ids"].astype(np.int64), facts[case]["L"]
+        rows = np.arange(length)[None]
+        reach = None
+        if official.is_block_causal:
+            reach = row_lengths(np.arange(length), length, facts[case]["block_length"])[None]
+        window = Window(ids, rows, np.zeros(1, np.int64), np.array([length]), rows, reach)
+        cache = backend.new_cache(1, length)
+        got = backend.run(cache, slice(0, 1), window, [*names, contract.LOGITS])
+        expected = numbers[f"{case}.full_logits"]
+        assert np.abs(got[contract.LOGITS] - expected).max() < 2e-4 * np.abs(expected).max()
+        for layer, name in zip(mixed[:-1], names, strict=False):  # the last layer has other rows
+            theirs = numbers[f"{case}.router_logits.{layer}"]
+            assert np.abs(got[name] - theirs).max() < 2e-4 * np.abs(theirs).max()
+            chosen, weights = _chosen(official, got[name], layer)
+            recorded = numbers[f"{case}.experts.{layer}"]
+            assert (np.sort(chosen, 1) == np.sort(recorded, 1)).all()
+            own = np.take_along_axis(weights, np.argsort(chosen, 1), 1)
+            applied = np.take_along_axis(
+                numbers[f"{case}.expert_weights.{layer}"], np.argsort(recorded, 1), 1
+            )
+            assert np.abs(own - applied).max() < 1e-4
+
+
+def test_all_recorded_cases_exactly_by_onnx_runtime_s_operator(official, tmp_path):
+    artifact = official.export(tmp_path / "artifact", target="ort-cpu")
+    assert manifests.load(artifact).model.experts.is_fused
+    backend, cases = OrtBackend(artifact, threads=1), official.cases()
+    assert len(cases) == official.count
+    assert [replay.compare(case, replay.replay(backend, case)) for case in cases] == [None] * len(cases)
+
+
+def test_the_answer_of_replay_is_the_recording(official, tmp_path, capsys):
+    """In the form of the file. LLaDA2's loop stops where the answer is decided: its steps are the first ones
+    of the recording."""
+    out, artifact = tmp_path / "answers.json", official.export(tmp_path / "artifact")
+    assert cli.main(["replay", str(artifact), str(official.file), "--output", str(out)]) == 0
+    count = official.count
+    assert f"{count} cases on ort in fp32: {count} with expectations, 0 mismatches" in capsys.readouterr().out
+    expected = {case["id"]: case for case in official.recording()["cases"]}
+    answers = json.loads(out.read_text())["cases"]
+    assert len(answers) == count
+    for answer in answers:
+        case = expected[answer["id"]]
+        assert answer["output"] == case["output"], answer["id"]
+        steps = [step[:-1] for step in answer["trace"]]  # without confidences
+        theirs = [step for step in case["trace"] if official.name != "rnd1" or step[3]]
+        if official.name == "lladamoe":
+            theirs = [step for step in theirs if step[3]]
+        assert steps == theirs[: len(steps)], answer["id"]
+        assert len(steps) == len(theirs) or official.name == "llada2"
+        if official.name == "llada21":
+            assert sum(len(step[5]) for step in steps) == case["n_edited"]
+
+
+def test_quirks_of_the_official_loop_are_not_repeated(tmp_path):
+    """LLaDA2.0 with an end token in the prompt: the official answer is empty."""
+    (official,) = (item for item in EXPERTS if item.name == "llada2")
+    backend = OrtBackend(official.export(tmp_path / "artifact"), threads=1)
+    (case,) = official.recording()["quirk_cases"]
+    read = recordings.as_case({k: v for k, v in case.items() if k not in ("output", "trace", "nfe")}, 1)
+    done = replay.replay(backend, read)
+    assert 0 < len(done.result["output"][0]) <= case["gen_length"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("llada2", {"use_bias": None}, "use_bias is not false"),
+        ("llada2", {"n_group": 3}, "8 experts in 3 groups"),
+        ("llada2", {"n_group": 8}, "groups of 1 expert"),
+        ("llada2", {"num_experts_per_tok": 5}, "5 experts for each row, of 4"),
+        ("llada2", {"rotary_dim": 4}, "rotary_dim is 4"),
+        ("llada2", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ("llada2", {"score_function": "softmax"}, "score_function is 'softmax'"),
+        ("llada_moe", {"moe_layer_freq": [1, 2, 1]}, "moe_layer_freq is [1, 2, 1]"),
+        ("llada_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8"),
+        ("llada_moe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ("llada_moe", {"num_experts_per_tok": 9}, "9 experts for each row"),
+        ("rnd1", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ("rnd1", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("sdar_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(tmp_path, name, change, said):
+    path = write_checkpoint(families.find(name), tmp_path / "checkpoint", config=change)
+    options = {"block_length": 4} if name == "sdar_moe" else {}
+    refused(path, tmp_path / "out", said, **({} if name == "sdar_moe" else options))
+
+
+def test_a_family_is_found_by_its_class_and_by_its_other_names():
+    """LLaDA-MoE's model type is that of the dense model."""
+    moe = families.find("llada_moe").tiny_config()
+    assert families.of(moe)[0] == "llada_moe" and moe["model_type"] == "llada"
+    assert families.of({"model_type": "llada", "architectures": ["LLaDAModelLM"]})[0] == "llada"
+    for other, name in (("lladamoe", "llada_moe"), ("llada2_moe", "llada2"), ("llada2_moe_veomni", "llada2")):
+        assert families.of({"model_type": other})[0] == name
+    with pytest.raises(DllmError, match="llada2, llada_moe"):
+        families.of({"model_type": "llada3"})
+
+
+def test_a_tensor_of_another_expert_count_or_width_is_refused(tmp_path):
+    def drop(tensors):
+        del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+
+    def widen(tensors):
+        name = "model.layers.1.mlp.experts.3.down_proj.weight"
+        tensors[name] = np.concatenate([tensors[name], tensors[name]], 1)
+
+    for change, said in (
+        (drop, "1 tensors are missing: model.layers.1.mlp.experts.7.up_proj.weight"),
+        (widen, "experts.3.down_proj.weight has shape [48, 48], config.json asks for [48, 24]"),
+    ):
+        path = tmp_path / change.__name__
+        write_checkpoint(families.find("rnd1"), path, change=change)
+        refused(path, tmp_path / "out", said)
+
+
+def test_the_target_is_for_models_with_experts(tmp_path):
+    dense = write_checkpoint(families.find("llada"), tmp_path / "dense")
+    refused(dense, tmp_path / "out", "--target ort-cpu without --quantize", target="ort-cpu")
+    moe = write_checkpoint(families.find("rnd1"), tmp_path / "moe")
+    refused(moe, tmp_path / "out", "computes in fp32 or fp16, got bf16", target="ort-cpu", dtype="bf16")
+
+
+def test_names_of_tensors_are_those_of_the_official_checkpoints(official):
+    config = json.loads((official.checkpoint / "config.json").read_text())
+    _, family = families.of(config)
+    shapes = tensor_shapes(family, family.decoder(ConfigReader(config, "config.json")))
+    there = load_file(official.checkpoint / "model.safetensors")
+    assert shapes == {name: tensor.shape for name, tensor in there.items()}
