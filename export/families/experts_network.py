@@ -49,6 +49,13 @@ class ExpertsNetwork(TransformersNetwork):
         }
         super().__init__(architecture, decoder, {**sizes, **own[architecture], **config})
 
+    @property
+    def routers(self) -> dict[int, Any]:
+        """The routers by layer; their output is logits [T, E], weights and experts [T, k]."""
+        layers = range(self.decoder.num_layers)
+        mixed = [i for i in layers if isinstance(self.decoder.feed_forward_of(i), MixtureOfExperts)]
+        return {layer: self.layers[layer].mlp.gate for layer in mixed}
+
     def weight_name(self, weight: str) -> str:
         name = hf_name(weight.replace(".shared_", "."))
         if weight.endswith(experts.ROUTER_BIAS):

@@ -19,7 +19,7 @@ from .context import Context, Shapes, layer_name
 from .feed_forward import EXPERTS_BESIDE, EXPERTS_INTERLEAVED, EXPERTS_STACKED, FeedForward, SwiGLU
 
 ROUTER, ROUTER_BIAS = "router", "router.bias"
-ROUTER_LOGITS = "router_logits"
+ROUTER_LOGITS, EXPERT_WEIGHTS = "router_logits", "expert_weights"  # values that verify exposes
 GATE, UP, DOWN = "experts_gate_proj", "experts_up_proj", "experts_down_proj"
 INNER, OUTER = "experts_inner_proj", "experts_outer_proj"  # of the fused form
 SCORES = ("softmax", "sigmoid")
@@ -119,7 +119,7 @@ class MixtureOfExperts(FeedForward):
     def build(self, on: Context, h: ir.Value, layer: int) -> ir.Value:
         op, router = on.op, self.router
         weights, logits = router.build(on, h, layer)
-        logits.name = layer_name(layer, ROUTER_LOGITS)  # verify exposes them under this name
+        logits.name, weights.name = layer_name(layer, ROUTER_LOGITS), layer_name(layer, EXPERT_WEIGHTS)
         if self.is_fused:
             logarithms = op.Where(op.Greater(weights, 0.0), op.Log(op.Max(weights, _LEAST)), _NEVER)
             routed = on.narrow(logarithms), on.narrow(weights)

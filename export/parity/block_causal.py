@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from trt_runtime.artifact.manifest import ABSOLUTE
+from trt_runtime.decoding.policies.options import just_above
 from trt_runtime.measure.case_fields import Case
 from trt_runtime.measure.replay import Decision
 
@@ -56,19 +57,24 @@ class NaiveDecoding:
                 tokens[start] = token
                 yield [start], [token]
             for small in range(max(start, 0), min(stop, end), self.small_block):
-                yield from self._of_small(tokens, blocks, small, min(small + self.small_block, stop), stop)
+                last = min(small + self.small_block, stop)
+                answer = range(small, min(last, end))  # behind it, nothing has to be decoded
+                while any(tokens[position] == facts.mask_token_id for position in answer):
+                    yield self._committed(tokens, blocks, range(small, last), stop)
 
-    def _of_small(
-        self, tokens: list[int], blocks: list[tuple[int, int]], first: int, last: int, stop: int
-    ) -> Iterator[Decision]:
-        mask = self.reference.source.decoding.mask_token_id
-        while masked := [p for p in range(first, last) if tokens[p] == mask]:
-            proposed = self._proposed(tokens[:stop], blocks, masked)
-            best = max(range(len(masked)), key=lambda i: (proposed[i][1], -i))
-            chosen = [i for i in range(len(masked)) if i == best or proposed[i][1] >= self.threshold]
-            for i in chosen:
-                tokens[masked[i]] = proposed[i][0]
-            yield [masked[i] for i in chosen], [proposed[i][0] for i in chosen]
+    def _committed(
+        self, tokens: list[int], blocks: list[tuple[int, int]], inside: range, stop: int
+    ) -> Decision:
+        """One forward and what it commits, which is written into `tokens`."""
+        masked = [p for p in inside if tokens[p] == self.reference.source.decoding.mask_token_id]
+        proposed = self._proposed(tokens[:stop], blocks, masked)
+        best = max(range(len(masked)), key=lambda i: (proposed[i][1], -i))
+        is_strict = self.reference.source.decoding.is_threshold_strict
+        least = just_above(self.threshold) if is_strict else self.threshold
+        chosen = [i for i in range(len(masked)) if i == best or proposed[i][1] >= least]
+        for i in chosen:
+            tokens[masked[i]] = proposed[i][0]
+        return [masked[i] for i in chosen], [proposed[i][0] for i in chosen]
 
     @torch.inference_mode()
     def _proposed(

@@ -13,25 +13,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from trt_runtime.artifact import contract
+from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import Manifest
 from trt_runtime.artifact.tokenizer import Tokenizer
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.decoding.backend import Window
 from trt_runtime.measure import replay as replays
 from trt_runtime.measure import tolerances
 from trt_runtime.measure.cases import random_cases
 
 from .. import pipeline, schemes
 from ..graph.linears import FusedLinears, Linears
+from ..quantize import gate as quality
 from ..schemes.base import Calibration, Scheme
 from ..weights import plan as weights
 from ..weights import stream
 from ..weights.sources import FP16_LARGEST
 from . import bisect as layers
-from . import block_causal, verify_graphs
+from . import block_causal, experts, verify_graphs
 from .reference import TorchBackend
 
 _CASES = 12
@@ -70,7 +74,7 @@ def weights_stage(artifact: Path, source: pipeline.Source, manifest: Manifest) -
     for role in contract.ROLES:
         graph = verify_graphs.graph_in(artifact / manifest.graphs[role].file)
         stored = {tensor.name: tensor for tensor in graph.graph.initializer}
-        is_compared = manifest.model.dtype == "bf16" or linears is not None
+        is_compared = manifest.model.dtype == "bf16" or linears is not None or manifest.model.experts
         if is_compared and graph.graph != _built(role, source, manifest, planned, linears):
             wrong.append(f"the {role} graph itself (which is not the one that this version builds)")
         for weight in planned:
@@ -156,17 +160,55 @@ def decode_stage(engine: OrtBackend, reference: TorchBackend, manifest: Manifest
         return Stage("decode", False, {"first": different}, "export it again")
     recorded = replays.record(reference, random_cases(reference.manifest, _CASES))["cases"]
     margin = tolerances.CONFIDENCE[dtype]
-    return _followed("decode", [replays.follow(engine, case, margin) for case in recorded])
+    excuse = _within_a_gap(reference, engine.manifest.model.dtype)
+    return _followed("decode", [replays.follow(engine, case, margin, excuse) for case in recorded])
+
+
+def _within_a_gap(reference: TorchBackend, dtype: str) -> replays.Excuse | None:
+    """Whether a router's choice in a forward lies within rounding, so that another decision proves nothing;
+    None for a model without experts."""
+    if reference.manifest.model.experts is None:
+        return None
+
+    def excused(canvas: np.ndarray[Any, Any], reach: np.ndarray[Any, Any] | None) -> bool:
+        rows = np.arange(len(canvas))[None]
+        start, length = np.zeros(1, np.int64), np.array([len(canvas)])
+        window = Window(canvas[None], rows, start, length, rows, None if reach is None else reach[None])
+        return experts.least_gap(reference, window, dtype) <= 1
+
+    return excused
+
+
+def experts_stage(artifact: Path, reference: TorchBackend, name: str = "experts") -> Stage:
+    """Every row passes the experts that the reference's passes, with their weights, but for choices within
+    rounding."""
+    rng, facts = np.random.default_rng(1), reference.manifest
+    length = min(48, facts.model.max_length)
+    calls = [verify_graphs.calls_of(facts, rng, length) for _ in range(2)]
+    threads = quality.threads_of(facts.model.parameters)
+    seen = experts.compare(artifact, reference, calls, threads)
+    dtype = manifests.load(artifact).model.dtype
+    allowed = tolerances.EXPERT_WEIGHTS[dtype]
+    measured = {
+        "rows": seen.rows,
+        "other experts": seen.flipped,
+        "their largest gap over rounding": seen.gap,
+        "smallest gap over rounding": seen.smallest,
+        "weights": seen.weights,
+        "allowed": allowed,
+    }
+    return Stage(name, seen.gap <= 1 and seen.weights <= allowed, measured)
 
 
 def blocks_stage(engine: OrtBackend, reference: TorchBackend) -> Stage:
     """With block-causal attention: the engine's cached decoding makes the decisions of a naive decoding in
     PyTorch without a cache, but for those within rounding."""
-    margin = tolerances.CONFIDENCE[engine.manifest.model.dtype]
+    dtype = engine.manifest.model.dtype
+    margin, excuse = tolerances.CONFIDENCE[dtype], _within_a_gap(reference, dtype)
     return _followed(
         "blocks",
         [
-            replays.follow_decisions(engine, case, decisions, margin)
+            replays.follow_decisions(engine, case, decisions, margin, excuse)
             for case, decisions in block_causal.cases(reference)
         ],
     )
@@ -177,6 +219,8 @@ def _followed(name: str, followed: list[replays.Agreement]) -> Stage:
     wrong = [str(item.mismatch) for item in followed if item.mismatch is not None]
     decisions, ambiguous = sum(item.decisions for item in followed), sum(item.ambiguous for item in followed)
     measured: dict[str, Any] = {"cases": len(followed), "decisions": decisions, "ambiguous": ambiguous}
+    if excused := sum(item.excused for item in followed):
+        measured["of these by another expert"] = excused
     if wrong:
         return Stage(name, False, measured | {"first": wrong[0]})
     if ambiguous > _MOST_AMBIGUOUS * decisions:
@@ -208,7 +252,7 @@ def _expected_facts(source: pipeline.Source, artifact: Path, manifest: Manifest)
     decoding = source.decoding
     if manifest.tokenizer is not None:
         decoding = pipeline.decoding_of(source, Tokenizer(artifact / manifest.tokenizer))
-    facts = asdict(pipeline.facts_of_source(source, manifest.model.dtype))
+    facts = asdict(pipeline.facts_of_source(source.as_in(manifest.model), manifest.model.dtype))
     del facts["weight_bytes"]  # the file's size, checked with it
     fields = asdict(decoding)
     del fields["tuned"]  # recorded by 'dllm-trt tune': the user's choice, not a fact about the checkpoint

@@ -65,8 +65,9 @@ def test_a_batch_of_all_of_them_is_each_alone(artifact, recorded):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_verification_raises_no_false_alarm(official, tmp_path, dtype, recorded_once):
     stages = list(verify(official.export(tmp_path / "artifact", dtype=dtype)))
-    names = ["weights", "range", "logits", "cache", "decode", "blocks"]
-    assert [stage.name for stage in stages] == names[: 5 + official.is_block_causal]
+    experts = ["experts", *(["experts in fp16"] if dtype == "fp16" else [])] if official in EXPERTS else []
+    names = ["weights", "range", "logits", "cache", *experts, "decode"]
+    assert [stage.name for stage in stages] == names + ["blocks"] * official.is_block_causal
     assert all(stage.passed for stage in stages), [str(stage) for stage in stages]
 
 

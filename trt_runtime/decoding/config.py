@@ -24,7 +24,8 @@ MAX_STEPS = 100_000
 MAX_SPECULATE = 256  # each occupies a row of the cache
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "int | None": (int, type(None)), "float": (float, int), "str": (str,), "bool": (bool,),
-    "float | None": (float, int, type(None)), "str | None": (str, type(None)), "bool | None": (bool, type(None)),
+    "float | None": (float, int, type(None)), "str | None": (str, type(None)),
+    "bool | None": (bool, type(None)),
 }  # fmt: skip
 
 

@@ -16,6 +16,13 @@ LOGITS = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2.4e-1}
 # Reasons as above.
 CACHE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2.4e-1}
 
+# A router's choice between two experts lies within rounding if their logits differ by less than this, over
+# max(1, largest logit): LOGITS, which is the error at the end of the network.
+ROUTER = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2.4e-1}
+
+# The weight of an expert against the reference's, in rows with the same experts.
+EXPERT_WEIGHTS = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2.4e-1}
+
 # Prefix graph against refine graph at index 0: the same arithmetic but for the width of the attention's inner
 # loops.
 SAME_GRAPH = {"fp32": 1e-5, "fp16": 1e-2}
