@@ -105,6 +105,77 @@ def _blocks(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphP
     ]
 
 
+def _experts(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
+    """QMoE of 4 bits: every expert in float arithmetic over its dequantised weights, weighted by the operator's
+    router_weights [T, E]; activations are rounded to 8 bits in blocks before both products."""
+    facts = {item.name: item.i for item in node.attribute}
+    names, block = _Names(node), facts["block_size"]
+    x, inner, inner_scale, outer, outer_scale, weights = (node.input[i] for i in (0, 2, 3, 5, 6, 14))
+
+    def constant(name: str, value: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), names(name)))
+        return names(name)
+
+    def product(name: str, rows: str, stored: str, scale: str) -> list[NodeProto]:
+        """Rounded rows [..., T, K] times the experts' weights [E, N, K]: [E, T, N]."""
+        weight, scales = tensors[stored], tensors[scale]
+        count, outputs, number = scales.dims
+        weight.data_type = TensorProto.UINT4
+        weight.dims[:] = [count, outputs, number * block]
+        middle = helper.make_tensor(
+            names(f"{name}.middle"), TensorProto.UINT4, scales.dims, [8] * (count * outputs * number)
+        )
+        graph.initializer.append(middle)
+        lead = [] if name == "inner" else [count]
+        split = constant(f"{name}.split", np.array([*lead, -1, number, block], np.int64))
+        joined = constant(f"{name}.joined", np.array([*lead, -1, number * block], np.int64))
+        own = [f"{name}.{part}" for part in ("x", "magnitude", "largest", "step", "own", "ratio", "rounded")]
+        x_, magnitude, largest, step, scale_, ratio, rounded = map(names, own)
+        return [
+            helper.make_node("Reshape", [rows, split], [x_]),
+            helper.make_node("Abs", [x_], [magnitude]),
+            helper.make_node("ReduceMax", [magnitude, last], [largest], keepdims=1),
+            helper.make_node("Mul", [largest, share], [step]),
+            helper.make_node("Max", [step, tiny], [scale_]),
+            helper.make_node("Div", [x_, scale_], [ratio]),
+            helper.make_node("Round", [ratio], [rounded]),
+            helper.make_node("Mul", [rounded, scale_], [names(f"{name}.blocks")]),
+            helper.make_node("Reshape", [names(f"{name}.blocks"), joined], [names(f"{name}.rows")]),
+            helper.make_node(
+                "DequantizeLinear",
+                [stored, scale, names(f"{name}.middle")],
+                [names(f"{name}.weight")],
+                axis=2,
+                block_size=block,
+            ),
+            helper.make_node("Transpose", [names(f"{name}.weight")], [names(f"{name}.turned")], perm=[0, 2, 1]),
+            helper.make_node(
+                "MatMul", [names(f"{name}.rows"), names(f"{name}.turned")], [names(f"{name}.product")]
+            ),
+        ]
+
+    share, tiny = constant("share", np.float32(1 / 127)), constant("tiny", np.float32(_TINY))
+    last = constant("last", np.array([-1], np.int64))
+    first, axis = constant("first", np.array([0], np.int64)), constant("axis", np.array([2], np.int64))
+    count, doubled = tensors[inner_scale].dims[:2]
+    pairs = constant("pairs", np.array([count, -1, doubled // 2, 2], np.int64))
+    zero, one = constant("zero", np.int64(0)), constant("one", np.int64(1))
+    return [
+        *product("inner", x, inner, inner_scale),
+        helper.make_node("Reshape", [names("inner.product"), pairs], [names("pair")]),
+        helper.make_node("Gather", [names("pair"), zero], [names("gate")], axis=3),
+        helper.make_node("Gather", [names("pair"), one], [names("up")], axis=3),
+        helper.make_node("Sigmoid", [names("gate")], [names("sigmoid")]),
+        helper.make_node("Mul", [names("gate"), names("sigmoid")], [names("silu")]),
+        helper.make_node("Mul", [names("silu"), names("up")], [names("act")]),
+        *product("outer", names("act"), outer, outer_scale),
+        helper.make_node("Transpose", [weights], [names("by_expert")], perm=[1, 0]),
+        helper.make_node("Unsqueeze", [names("by_expert"), axis], [names("shares")]),
+        helper.make_node("Mul", [names("outer.product"), names("shares")], [names("weighted")]),
+        helper.make_node("ReduceSum", [names("weighted"), first], [node.output[0]], keepdims=0),
+    ]
+
+
 class _Names:
     """Names of the values inside the expansion of one node."""
 
@@ -118,4 +189,5 @@ class _Names:
 _RULES: dict[str, Callable[[NodeProto, dict[str, TensorProto], onnx.GraphProto], list[NodeProto]]] = {
     "MatMulIntegerToFloat": _integer,
     "MatMulNBits": _blocks,
+    "QMoE": _experts,
 }

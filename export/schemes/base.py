@@ -80,8 +80,8 @@ class Scheme(Linears, ABC):
         self.dtype, self.calibration = dtype, calibration or Calibration()
 
     @abstractmethod
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
-        """What is stored in place of a layer's weight [N, K]: suffix -> part."""
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredPart]:
+        """What is stored in place of a layer's weight [N, K], or of experts' [E, N, K]: suffix -> part."""
 
     @abstractmethod
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:

@@ -158,6 +158,8 @@ def plan(
     shapes = weight_shapes(config)
     stored = {name: family.stored_as(name, config) for name in shapes}
     accounts.check({name: each.pieces for name, each in stored.items()}, family, checkpoint)
+    if scheme is not None:
+        scheme.shapes = shapes
     layout = _Layout()
     for name, shape in shapes.items():
         pieces = stored[name].pieces
@@ -223,9 +225,9 @@ def _quantized(
             stored if factor is None else Made(partial(_scaled, stored, factor, NUMPY_DTYPES[dtype])),
         )
     if is_covered:
-        outputs, inputs = shape
+        outputs, inputs = math.prod(shape[:-1]), shape[-1]
         quantized = Quantized(scheme, name, (outputs, inputs), stored)
-        for suffix, part in scheme.parts(name, (outputs, inputs)).items():
+        for suffix, part in scheme.parts(name, shape).items():
             yield f"{name}.{suffix}", part.dtype, part.shape, Made(partial(quantized.take, suffix))
 
 

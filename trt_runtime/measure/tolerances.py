@@ -34,6 +34,10 @@ SAME_GRAPH = {"fp32": 1e-5, "fp16": 1e-2}
 # and more. For TensorRT the prefix graph against the refine graph, in float arithmetic.
 QUANTIZED_GRAPH = {"ort-cpu": 5e-2, "tensorrt": 5e-2}
 
+# Of a quantised artifact with experts, the share of rows that must be within QUANTIZED_GRAPH: the last bit of a
+# sum may choose another expert for a row, which then differs by more. A wrong kernel is wrong in all rows.
+MOST_ROWS = 0.8
+
 # A decision is AMBIGUOUS if moving confidences by this much turns it into the expected one. fp32: a relative
 # logit error of 1e-5 on logits of 30. fp16: 3.6e-2 was the largest confidence error seen on random models.
 CONFIDENCE = {"fp32": 1e-4, "fp16": 4e-2, "bf16": 2e-1}
