@@ -1,6 +1,7 @@
 # Targets set up what they need. `make help` lists them.
 #   MODEL=llada|dream  CHECKPOINT=dir|hub id  DTYPE=fp32|fp16|bf16  WEIGHTS=copy|link  HEAD=statistics|logits  OUT=dir  OVERWRITE=1  VERIFY=0
 #   MASK_TOKEN=token, where config.json names none  ATTENTION=full|block_causal and BLOCK_LENGTH=n, where config.json does not say  PYTHON=python3.x
+#   TARGET=ort-cpu: experts by ONNX Runtime's own operator
 #   QUANTIZE=w8a8|int4|fp8|int8-sq  TARGET=ort-cpu|tensorrt (int4 has both)  DATA=file of prompts (and answers)  MATCH=exact|json  GATE=yes|no
 
 PYTHON ?= python3
@@ -49,10 +50,10 @@ EXPORT_ARGUMENTS = $(if $(or $(MODEL),$(CHECKPOINT)),$(if $(MODEL),--model $(MOD
   --weights $(WEIGHTS) $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(OUT),--out '$(OUT)') --verify $(if $(filter 0,$(VERIFY)),no,auto) \
   $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(MASK_TOKEN),--mask-token '$(MASK_TOKEN)') $(if $(ATTENTION),--attention $(ATTENTION)) \
   $(if $(BLOCK_LENGTH),--block-length $(BLOCK_LENGTH)) \
-  $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(TARGET),--target $(TARGET)) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
+  $(if $(TARGET),--target $(TARGET)) $(if $(QUANTIZE),--quantize $(QUANTIZE) $(if $(DATA),--data '$(DATA)',$(if $(CHECKPOINT),,--data $(DEMO_DATA))) \
   --match $(if $(DATA)$(CHECKPOINT),$(MATCH),json) --gate $(GATE))
 
-export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: CHECKPOINT=dir|hub id (its config.json says the model), or MODEL=llada|dream alone for a demo [DTYPE=fp32|fp16|bf16] [OUT=dir] [OVERWRITE=1] [MASK_TOKEN=token] [ATTENTION=full|block_causal] [BLOCK_LENGTH=n] [WEIGHTS=copy|link] [HEAD=statistics|logits] [VERIFY=0] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file [TARGET=ort-cpu|tensorrt] [MATCH=exact|json] [GATE=yes|no]]
+export: $(VENV)/.runtime $(if $(QUANTIZE),$(if $(DATA)$(CHECKPOINT),,$(DEMO_DATA))) ## checkpoint -> artifact: CHECKPOINT=dir|hub id (its config.json says the model), or MODEL=llada|dream alone for a demo [DTYPE=fp32|fp16|bf16] [OUT=dir] [OVERWRITE=1] [MASK_TOKEN=token] [ATTENTION=full|block_causal] [BLOCK_LENGTH=n] [WEIGHTS=copy|link] [HEAD=statistics|logits] [VERIFY=0] [TARGET=ort-cpu] [QUANTIZE=w8a8|int4|fp8|int8-sq DATA=file [TARGET=ort-cpu|tensorrt] [MATCH=exact|json] [GATE=yes|no]]
 	$(BIN)/python -m export $(EXPORT_ARGUMENTS)
 
 $(DEMO_DATA): | $(VENV)/.runtime

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trt_runtime.artifact import contract
-from trt_runtime.artifact.manifest import ATTENTIONS, TARGETS
+from trt_runtime.artifact.manifest import ATTENTIONS, TARGETS, TENSORRT
 from trt_runtime.cli import parser as cli_parser
 from trt_runtime.cli.parser import say
 from trt_runtime.errors import DllmError
@@ -87,7 +87,9 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     quantize = "linear layers in fewer bits: w8a8 or int4 on a CPU, fp8, int8-sq or int4 with TensorRT; "
     quantize += "needs --data"
     option("--quantize", choices=NAMES, help=quantize)
-    option("--target", choices=TARGETS, help="with --quantize int4, which both have (default ort-cpu)")
+    target = "with --quantize int4, which both have (default ort-cpu); without --quantize, ort-cpu computes "
+    target += "experts by ONNX Runtime's own operator, for a CPU"
+    option("--target", choices=TARGETS, help=target)
     data = "with --quantize: one prompt per line, or JSON lines with prompts and answers, to calibrate with "
     data += "and to measure the quality on"
     option("--data", type=Path, help=data)
@@ -114,6 +116,7 @@ def config_of(args: argparse.Namespace) -> ExportConfig:
         args.mask_token,
         args.attention,
         args.block_length,
+        None if args.quantize else args.target,
     )
 
 
@@ -121,7 +124,9 @@ def quantization_of(args: argparse.Namespace) -> QuantizeConfig | None:
     """The quantisation that the options describe; None without --quantize. Raises DllmError."""
     if args.quantize is not None:
         return QuantizeConfig(args.quantize, args.target, args.data, args.match, args.gate == "yes")
-    for name, default in (("target", None), ("data", None), ("match", "exact"), ("gate", "yes")):
+    if args.target == TENSORRT:
+        raise DllmError(f"--target {TENSORRT} needs --quantize int4: remove it: every artifact runs there.")
+    for name, default in (("data", None), ("match", "exact"), ("gate", "yes")):
         if getattr(args, name) != default:
             raise DllmError(f"--{name} needs --quantize: remove it, or add --quantize SCHEME.")
     return None

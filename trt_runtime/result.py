@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trt_runtime.decoding.sequence import Step
+from trt_runtime.decoding.trace import Step
 
 _SHOWN = 60  # characters of a text in a repr
 

@@ -185,7 +185,7 @@ def best(reports: dict[str, dict[str, Any]], drop: float = 1.0) -> str:
     """Of each model, the most tokens per forward at the accuracy of one token per forward less `drop`
     points."""
     lines = [
-        "| model | attention | cache | one token per forward % | fastest within one point | exact match % | TPF |",
+        "| model | attention | cache | one a forward % | fastest within a point | exact match % | TPF |",
         "|---|---|---|---|---|---|---|",
     ]
     for model, report in reports.items():

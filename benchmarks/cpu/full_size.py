@@ -39,6 +39,10 @@ PRESETS = {
     "sdar": "sdar-8b",
     "fast-dllm-v2": "fast-dllm-v2-7b",
     "a2d": "a2d-qwen3-0.6b",
+    "llada-moe": "llada-moe-7b",
+    "llada2": "llada2-mini",
+    "rnd1": "rnd1-30b",
+    "sdar-30b": "sdar-30b",
 }
 _EXPORT = {"a2d": ("--attention", "block_causal")}  # options of a model's export
 

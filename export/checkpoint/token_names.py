@@ -56,9 +56,9 @@ def find(
 ) -> Found:
     """The token ids that config.json lacks, so that all three tokens are known. given: the mask token, as
     text or id, which takes precedence. of_family: possible texts, and the id, of the mask token in the
-    family's published checkpoints, used if nothing else names it. ends_with_padding: the family's end token is
-    its padding token, where nothing else names one. Raises DllmError, saying how to give it,
-    if nothing names the mask or an end token."""
+    family's published checkpoints, used if nothing else names it. ends_with_padding: the end token of
+    the family is its padding token, where nothing else names one. Raises DllmError, saying how to give it, if
+    nothing names the mask or an end token."""
     names, tokenizer = Found(), _Tokenizer(checkpoint.path)
     config, generation_config = checkpoint.config, checkpoint.generation_config
     named = generation_config.get(MASK) if config.get(MASK) is None else config[MASK]

@@ -46,8 +46,9 @@ def of(config: Mapping[str, Any]) -> tuple[str, Family]:
     """The family of a config.json, and its name: by the classes in `architectures`, else by `model_type`.
     Raises DllmError for an unknown model type."""
     classes = config.get("architectures")
-    for name in names() if isinstance(classes, list) else ():
-        if set(_named(name).architectures) & {item for item in classes if isinstance(item, str)}:
+    named = {item for item in classes if isinstance(item, str)} if isinstance(classes, list) else set()
+    for name in names() if named else ():
+        if named & set(_named(name).architectures):
             return name, _named(name)
     name = family_name(config["model_type"])
     return name, _named(name)

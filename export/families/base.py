@@ -188,8 +188,8 @@ class Family(ABC):
         where = split_layer(weight)
         if where is not None:
             part = decoder.feed_forward_of(where[0])
-            if (made := part.of_experts(where[1])) is not None:
-                names, join = made
+            if (of_experts := part.of_experts(where[1])) is not None:
+                names, join = of_experts
                 return StoredAs(
                     tuple(
                         Piece(self.expert_tensor(where[0], expert, name))
@@ -222,6 +222,7 @@ def tensor_shapes(family: Family, network: DecoderConfig) -> dict[str, tuple[int
         for piece, own in zip(stored.pieces, stored.shapes(shape), strict=True):
             if piece.rows is not None:  # of a larger tensor
                 there = shapes.get(piece.tensor, (0,))[0]
-                own = (max(piece.rows[1], there), *own[1:])
-            shapes[piece.tensor] = own
+                shapes[piece.tensor] = (max(piece.rows[1], there), *own[1:])
+            else:
+                shapes[piece.tensor] = own
     return shapes

@@ -29,7 +29,7 @@ class ExpertsNetwork(TransformersNetwork):
             "num_experts_per_tok": part.router.top_k,
             "norm_topk_prob": part.router.is_normalised,
         }
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "Qwen3Moe": {
                 "num_experts": part.num_experts,
                 "mlp_only_layers": sorted(decoder.other_feed_forwards),
@@ -62,9 +62,9 @@ class ExpertsNetwork(TransformersNetwork):
             return name.replace(".bias", ".e_score_correction_bias")
         return name.replace(".mlp.", ".mlp.shared_experts.") if ".shared_" in weight else name
 
-    def load(self, state: Mapping[str, Any], dtype: Any) -> None:
+    def load(self, state: Mapping[str, Any], dtype: Any, joined: Mapping[str, Any] | None = None) -> None:
         """Load tensors by name and shape; transformers joins those of the experts. Raises DllmError."""
-        joined: dict[str, torch.Tensor] = {}
+        joined = dict(joined or {})
         left = dict(state)
         for layer in range(self.decoder.num_layers):
             part = self.decoder.feed_forward_of(layer)

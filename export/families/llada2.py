@@ -82,16 +82,16 @@ class Llada2(TransformersFamily):
                 f"{config.where}: use_bias is not false, which is not implemented: supported is false."
             )
         factor = config.get("partial_rotary_factor", float, 1.0)
-        made = super().decoder(config)
-        size = made.attention.head_dim
+        network = super().decoder(config)
+        size = network.attention.head_dim
         rotated = int(size * factor)
         if not 0 < factor <= 1 or rotated % 2:
             raise DllmError(
-                f"{config.where}: partial_rotary_factor is {factor:g}, expected above 0 and at most 1, and an "
-                f"even part of head_dim {size}."
+                f"{config.where}: partial_rotary_factor is {factor:g}, expected above 0 and at most 1, and "
+                f"an even part of head_dim {size}."
             )
         config.require("rotary_dim", rotated)
-        return replace(made, attention=replace(made.attention, rotary_dim=rotated))
+        return replace(network, attention=replace(network.attention, rotary_dim=rotated))
 
     def feed_forward(self, config: ConfigReader, hidden: int) -> MixtureOfExperts:
         size = config.positive("moe_intermediate_size")

@@ -16,7 +16,6 @@ from ..graph.experts import MixtureOfExperts, Router
 from ..graph.feed_forward import FeedForward, SwiGLU
 from .base import ConfigReader, Family, Reference, decoding_defaults, hf_name, transformers_reference
 
-
 _OF_TRAINED_ROUTERS = ("router_aux_loss_coef", "output_router_logits")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .context import Context, Rows, Shapes, layer_name
+from .lowering.heads import Heads
 
 _NORM_OF = {"q_proj": "q_norm", "k_proj": "k_norm"}
 
@@ -59,18 +60,8 @@ class Attention:
         """Attention of the queries to keys and values [B, H, C, D]: [T, hidden]."""
         _, scale = on.lowering.scales(self.head_dim, on.dtype)
         group = self.num_heads // self.num_kv_heads
-        attended = on.lowering.attention(
-            on.op,
-            query,
-            keys,
-            values,
-            rows.mask,
-            scale=scale,
-            head_dim=self.head_dim,
-            group=group,
-            softmax_type=rows.mask_type,
-            dtype=on.dtype,
-        )
+        heads = Heads(scale, self.head_dim, group, on.dtype, rows.mask_type)
+        attended = on.lowering.attention(on.op, query, keys, values, rows.mask, heads)
         flat = on.op.Reshape(
             on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim]
         )

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from .context import Context, Shapes, layer_name
 
-
 # how the tensors of experts make up one weight: one below the other, side by side, or row by row in turn
 EXPERTS_STACKED, EXPERTS_BESIDE, EXPERTS_INTERLEAVED = JOINS = ("stacked", "beside", "interleaved")
 

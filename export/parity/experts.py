@@ -72,9 +72,7 @@ class RoutedRows:
     weights: float = 0.0
     smallest: float = field(default=np.inf)
 
-    def add(
-        self, router: Router, bias: Array | None, mine: Routed, theirs: Routed, allowed: float
-    ) -> Array:
+    def add(self, router: Router, bias: Array | None, mine: Routed, theirs: Routed, allowed: float) -> Array:
         """Compare a layer's rows; returns which of them pass other experts [T]."""
         own = gaps(router, theirs[0], bias) / (allowed * max(1.0, float(np.abs(theirs[0]).max())))
         differs = ((mine[1] > 0) != (theirs[1] > 0)).any(-1)
@@ -112,10 +110,8 @@ def watched(reference: TorchBackend) -> Iterator[dict[int, Routed]]:
 def biases(reference: TorchBackend) -> dict[int, Array]:
     """What each router adds to its scores where it chooses."""
     routers: Mapping[int, Any] = getattr(reference.network, "routers", {})
-    found = {layer: getattr(module, "e_score_correction_bias", None) for layer, module in routers.items()}
-    return {
-        layer: bias.detach().float().cpu().numpy() for layer, bias in found.items() if bias is not None
-    }
+    named = {layer: getattr(item, "e_score_correction_bias", None) for layer, item in routers.items()}
+    return {layer: bias.detach().float().cpu().numpy() for layer, bias in named.items() if bias is not None}
 
 
 def compare(

@@ -106,8 +106,8 @@ def _blocks(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphP
 
 
 def _experts(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.GraphProto) -> list[NodeProto]:
-    """QMoE of 4 bits: every expert in float arithmetic over its dequantised weights, weighted by the operator's
-    router_weights [T, E]; activations are rounded to 8 bits in blocks before both products."""
+    """QMoE of 4 bits: every expert in float arithmetic over its dequantised weights, weighted by the
+    operator's router_weights [T, E]; activations are rounded to 8 bits in blocks before both products."""
     facts = {item.name: item.i for item in node.attribute}
     names, block = _Names(node), facts["block_size"]
     x, inner, inner_scale, outer, outer_scale, weights = (node.input[i] for i in (0, 2, 3, 5, 6, 14))
@@ -117,45 +117,11 @@ def _experts(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.Graph
         return names(name)
 
     def product(name: str, rows: str, stored: str, scale: str) -> list[NodeProto]:
-        """Rounded rows [..., T, K] times the experts' weights [E, N, K]: [E, T, N]."""
-        weight, scales = tensors[stored], tensors[scale]
-        count, outputs, number = scales.dims
-        weight.data_type = TensorProto.UINT4
-        weight.dims[:] = [count, outputs, number * block]
-        middle = helper.make_tensor(
-            names(f"{name}.middle"), TensorProto.UINT4, scales.dims, [8] * (count * outputs * number)
-        )
-        graph.initializer.append(middle)
-        lead = [] if name == "inner" else [count]
-        split = constant(f"{name}.split", np.array([*lead, -1, number, block], np.int64))
-        joined = constant(f"{name}.joined", np.array([*lead, -1, number * block], np.int64))
-        own = [f"{name}.{part}" for part in ("x", "magnitude", "largest", "step", "own", "ratio", "rounded")]
-        x_, magnitude, largest, step, scale_, ratio, rounded = map(names, own)
-        return [
-            helper.make_node("Reshape", [rows, split], [x_]),
-            helper.make_node("Abs", [x_], [magnitude]),
-            helper.make_node("ReduceMax", [magnitude, last], [largest], keepdims=1),
-            helper.make_node("Mul", [largest, share], [step]),
-            helper.make_node("Max", [step, tiny], [scale_]),
-            helper.make_node("Div", [x_, scale_], [ratio]),
-            helper.make_node("Round", [ratio], [rounded]),
-            helper.make_node("Mul", [rounded, scale_], [names(f"{name}.blocks")]),
-            helper.make_node("Reshape", [names(f"{name}.blocks"), joined], [names(f"{name}.rows")]),
-            helper.make_node(
-                "DequantizeLinear",
-                [stored, scale, names(f"{name}.middle")],
-                [names(f"{name}.weight")],
-                axis=2,
-                block_size=block,
-            ),
-            helper.make_node("Transpose", [names(f"{name}.weight")], [names(f"{name}.turned")], perm=[0, 2, 1]),
-            helper.make_node(
-                "MatMul", [names(f"{name}.rows"), names(f"{name}.turned")], [names(f"{name}.product")]
-            ),
-        ]
+        lead = [] if name == "inner" else [tensors[scale].dims[0]]
+        return _of_experts(names, name, (rows, stored, scale), (tensors, graph), (block, lead))
 
-    share, tiny = constant("share", np.float32(1 / 127)), constant("tiny", np.float32(_TINY))
-    last = constant("last", np.array([-1], np.int64))
+    for key, value in (("share", np.float32(1 / 127)), ("tiny", np.float32(_TINY)), ("last", np.array([-1]))):
+        constant(key, value)
     first, axis = constant("first", np.array([0], np.int64)), constant("axis", np.array([2], np.int64))
     count, doubled = tensors[inner_scale].dims[:2]
     pairs = constant("pairs", np.array([count, -1, doubled // 2, 2], np.int64))
@@ -173,6 +139,50 @@ def _experts(node: NodeProto, tensors: dict[str, TensorProto], graph: onnx.Graph
         helper.make_node("Unsqueeze", [names("by_expert"), axis], [names("shares")]),
         helper.make_node("Mul", [names("outer.product"), names("shares")], [names("weighted")]),
         helper.make_node("ReduceSum", [names("weighted"), first], [node.output[0]], keepdims=0),
+    ]
+
+
+def _of_experts(
+    names: _Names,
+    name: str,
+    inputs: tuple[str, str, str],
+    where: tuple[dict[str, TensorProto], onnx.GraphProto],
+    sizes: tuple[int, list[int]],
+) -> list[NodeProto]:
+    """Rows [..., T, K], rounded to 8 bits in blocks, times the experts' weights [E, N, K]: [E, T, N]. inputs:
+    rows, weights, scales; sizes: of a block, and the rows' axes before T."""
+    (rows, stored, scale), (tensors, graph), (block, lead) = inputs, where, sizes
+    count, outputs, number = tensors[scale].dims
+    tensors[stored].data_type = TensorProto.UINT4
+    tensors[stored].dims[:] = [count, outputs, number * block]
+    middle = [8] * (count * outputs * number)
+    graph.initializer.extend(
+        [
+            helper.make_tensor(names(f"{name}.middle"), TensorProto.UINT4, tensors[scale].dims, middle),
+            numpy_helper.from_array(np.array([*lead, -1, number, block], np.int64), names(f"{name}.split")),
+            numpy_helper.from_array(np.array([*lead, -1, number * block], np.int64), names(f"{name}.joined")),
+        ]
+    )
+
+    def own(part: str) -> str:
+        return names(f"{name}.{part}")
+
+    share, tiny, last = names("share"), names("tiny"), names("last")
+    return [
+        helper.make_node("Reshape", [rows, own("split")], [own("x")]),
+        helper.make_node("Abs", [own("x")], [own("magnitude")]),
+        helper.make_node("ReduceMax", [own("magnitude"), last], [own("largest")], keepdims=1),
+        helper.make_node("Mul", [own("largest"), share], [own("step")]),
+        helper.make_node("Max", [own("step"), tiny], [own("scale")]),
+        helper.make_node("Div", [own("x"), own("scale")], [own("ratio")]),
+        helper.make_node("Round", [own("ratio")], [own("rounded")]),
+        helper.make_node("Mul", [own("rounded"), own("scale")], [own("blocks")]),
+        helper.make_node("Reshape", [own("blocks"), own("joined")], [own("rows")]),
+        helper.make_node(
+            "DequantizeLinear", [stored, scale, own("middle")], [own("weight")], axis=2, block_size=block
+        ),
+        helper.make_node("Transpose", [own("weight")], [own("turned")], perm=[0, 2, 1]),
+        helper.make_node("MatMul", [own("rows"), own("turned")], [own("product")]),
     ]
 
 

@@ -167,9 +167,7 @@ def fp32_twin(manifest: Manifest, checkpoint: str | None, directory: Path) -> Pa
 
 def _write(artifact: Path, manifest: Manifest, finished: list[Stage]) -> None:
     against = f"transformers {transformers.__version__} on PyTorch {torch.__version__}, fp32, CPU"
-    backend = f"onnxruntime {onnxruntime.__version__}" + (
-        ", fp32 twin" if needs_twin(manifest) else ""
-    )
+    backend = f"onnxruntime {onnxruntime.__version__}" + (", fp32 twin" if needs_twin(manifest) else "")
     if manifest.quantization is not None:
         against = "the checkpoint, quantised again by this version, and the quality that its export measured"
     verified = {

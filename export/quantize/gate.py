@@ -23,7 +23,7 @@ from trt_runtime.decoding.backend import Window
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence as Row
-from trt_runtime.decoding.sequence import Step
+from trt_runtime.decoding.trace import Step
 from trt_runtime.measure import tolerances
 from trt_runtime.measure.examples import Example, is_right
 from trt_runtime.model import Model

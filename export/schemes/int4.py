@@ -82,7 +82,6 @@ class Int4(Scheme):
     def head(self, op: OpBuilder, x: ir.Value, name: str, weight: Initializer) -> ir.Value:
         return self.linear(op, x, name, weight)
 
-
     def fused_experts(
         self,
         op: OpBuilder,
@@ -117,7 +116,6 @@ class Int4(Scheme):
             _domain=MICROSOFT,
             _version=1,
         )
-
 
     def _expert_block(self, name: str) -> int:
         """Numbers of a block of an experts' weight: the operator has one size for both of a layer, and whole

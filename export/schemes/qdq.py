@@ -55,7 +55,7 @@ class Int4Blocks(_QDQ):
     title = "4-bit weights in blocks of 64"
     block = 64
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         rows, columns = shape
         if columns % self.block:
             raise DllmError(
@@ -95,7 +95,7 @@ class _Static(_QDQ):
         largest = self.calibration.inputs[name]
         return largest if columns is None else largest / columns
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         scale = StoredPart(self.dtype, (shape[0],) if self.per_output else ())
         return {
             self.stored: StoredPart(self.stored, shape),

@@ -42,7 +42,7 @@ class W8A8(Scheme):
         }
         self._constants = {name: op.initializer(ir.tensor(value), name) for name, value in constants.items()}
 
-    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, StoredPart]:
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         rows, columns = shape
         return {"int8": StoredPart("int8", (columns, rows)), "scale": StoredPart("fp32", (rows,))}
 

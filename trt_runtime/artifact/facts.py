@@ -47,8 +47,8 @@ class ModelFacts:
     """What the network is. `dtype` is one of contract.DTYPES; `max_length` is the longest canvas in tokens.
 
     intermediate_size: of the layers without experts, or of an expert if all have them. experts: None if no
-    layer has them. parameters: of the network only. tied_head: whether the head is the embedding. weight_bytes: of a
-    quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
+    layer has them. parameters: of the network only. tied_head: whether the head is the embedding.
+    weight_bytes: of a quantised model's weights as they are stored; None: `parameters` numbers of `dtype`.
     """
 
     family: str
@@ -251,13 +251,16 @@ def check_facts(manifest: Manifest, where: str) -> None:
             f"{where}: logit_shift is {decoding.logit_shift} without first_commit or next_from_store, which "
             f"is not supported: {_AGAIN}."
         )
-    if closing and decoding.is_block_causal:
-        raise DllmError(f"{where}: closing_token_id with block-causal attention is not supported: {_AGAIN}.")
     _check_attention(decoding, where)
-    if (experts := model.experts) is not None:
-        least = 1 <= experts.top_k <= experts.num_experts and 1 <= experts.num_layers <= model.num_layers
-        if not least or experts.intermediate_size < 1 or experts.shared_size < 0:
-            raise DllmError(f"{where}: model.experts is {shown(experts)}, which cannot be: {_AGAIN}.")
+    _check_experts(model, where)
+
+
+def _check_experts(model: ModelFacts, where: str) -> None:
+    if (experts := model.experts) is None:
+        return
+    least = 1 <= experts.top_k <= experts.num_experts and 1 <= experts.num_layers <= model.num_layers
+    if not least or experts.intermediate_size < 1 or experts.shared_size < 0:
+        raise DllmError(f"{where}: model.experts is {shown(experts)}, which cannot be: {_AGAIN}.")
 
 
 def _check_attention(decoding: DecodingFacts, where: str) -> None:
@@ -271,8 +274,9 @@ def _check_attention(decoding: DecodingFacts, where: str) -> None:
         if named:
             raise DllmError(f"{where}: decoding.{named[0]} is given, but attention is '{FULL}': {_AGAIN}.")
         return
-    if decoding.first_commit:
-        raise DllmError(f"{where}: first_commit with block-causal attention is not supported: {_AGAIN}.")
+    for name in ("first_commit", "closing_token_id"):
+        if getattr(decoding, name) not in (False, None):
+            raise DllmError(f"{where}: {name} with block-causal attention is not supported: {_AGAIN}.")
     lengths = {"block_length": decoding.block_length, "small_block": decoding.small_block or 1}
     for name, length in lengths.items():
         if length is None or not 1 <= length < 2**31:

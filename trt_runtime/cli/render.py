@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from trt_runtime.artifact.manifest import ABSOLUTE, Manifest, Quantization
+from trt_runtime.artifact.manifest import ABSOLUTE, ExpertFacts, Manifest, Quantization
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.model import Model, Prompt, Result, Update
 from trt_runtime.system import program, screen
@@ -193,7 +193,8 @@ def describe(path: Path, manifest: Manifest) -> str:
         "model": f"{model.family}, {model.parameters / 1e6:,.1f} M parameters, {model.dtype}",
         "network": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
         f"{model.num_kv_heads} KV heads "
-        f"of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}",
+        f"of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}"
+        + _experts(model.experts),
         "canvas": f"up to {model.max_length} tokens; the cache takes {per_token / 1024:g} KiB per token",
         "decoding": f"mask {decoding.mask_token_id}, end {', '.join(map(str, decoding.eos_token_ids))}, "
         f"logit shift {decoding.logit_shift}, {decoding.sampling} sampling, defaults: "
@@ -216,6 +217,17 @@ def describe(path: Path, manifest: Manifest) -> str:
     if manifest.quantization is not None:
         rows["quantised"] = _quantised(manifest.quantization)
     return "\n".join(f"{name:10} {text}" for name, text in rows.items())
+
+
+def _experts(experts: ExpertFacts | None) -> str:
+    if experts is None:
+        return ""
+    shared = f" and one of {experts.shared_size} for all" if experts.shared_size else ""
+    how = "; the chosen ones are computed, by ONNX Runtime's own operator" if experts.is_fused else ""
+    return (
+        f"; in {experts.num_layers} layers {experts.top_k} of {experts.num_experts} experts of "
+        f"{experts.intermediate_size} for each row{shared}{how}"
+    )
 
 
 def _quantised(facts: Quantization) -> str:

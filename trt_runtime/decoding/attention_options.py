@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trt_runtime.artifact.manifest import BLOCK_CAUSAL, FULL, DecodingFacts
 from trt_runtime.decoding.blocks import blocks_of
 from trt_runtime.decoding.cache_plan import CachePlan
-from trt_runtime.decoding.plans import BlockCache, BlockDualCache, names_for
+from trt_runtime.decoding.plans import BlockDualCache, names_for
 from trt_runtime.errors import DllmError
 
 if TYPE_CHECKING:

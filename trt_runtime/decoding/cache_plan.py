@@ -204,8 +204,8 @@ class RowView:
 class CachePlan(ABC):
     """Chooses the next forward of a row. refresh, suffix: the user's options. name: on the command line
     and in requests. keeps_cache: whether a forward reads what an earlier one wrote; only then do the refresh
-    options apply. attentions: which kinds of attention it is for (manifest.ATTENTIONS). may_fuse_stores: whether it
-    can store a finished block by the first step of the next. fuses_stores: whether it does."""
+    options apply. attentions: which kinds of attention it is for (manifest.ATTENTIONS). may_fuse_stores:
+    whether it can store a finished block by the first step of the next. fuses_stores: whether it does."""
 
     name: ClassVar[str]
     keeps_cache: ClassVar[bool] = True

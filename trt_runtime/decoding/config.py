@@ -121,15 +121,13 @@ class GenerationConfig:
         block has no other candidate left.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused. Not with block-causal
         attention, where a gap would not see what is right of its block.
-    small_block: of block-causal attention: positions of a block that are decoded before the next ones
-        (default: the model's).
+    small_block: of block-causal attention: how many positions of a block are decoded first (None: the model's).
     fuse_stores: of block-causal attention with cache 'block': whether a finished block is stored by the first
         step of the next, one forward fewer for each block. Exact. None: wherever the model allows it; models
         whose next block begins with a token of the store do not.
-    edit_threshold: of block-causal attention with exact caches: committed tokens of the running block are
-        replaced where another token's confidence exceeds it (LLaDA2.1: 0.9, or 0 to edit freely). None:
-        tokens are never edited.
-    edit_steps: with edit_threshold: the most forwards that only look for edits, once a block has no mask.
+    edit_threshold, edit_steps: of block-causal attention with exact caches: above which confidence of another
+        token a committed one of the running block is replaced (None: never), and how many forwards of a
+        block may only look for edits (editing.py).
     """
 
     gen_length: int | None

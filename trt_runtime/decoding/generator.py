@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from trt_runtime.decoding.backend import Backend, Cache
-from trt_runtime.decoding.sequence import Sequence, Written
+from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.step import Wanted, advance, assemble, groups, wanted_of
+from trt_runtime.decoding.trace import Written
 
 
 class Generator:

@@ -8,7 +8,7 @@ select -> (refine -> select)* until the block has no mask, then the next block. 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,53 +25,8 @@ from trt_runtime.decoding.policies.base import (
     without_confidence,
 )
 from trt_runtime.decoding.rules import Rules
+from trt_runtime.decoding.trace import Step, Written
 from trt_runtime.errors import DllmError
-
-Written = tuple[list[int], list[int]]  # positions and their tokens
-Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the block's state
-
-
-@dataclass(frozen=True)
-class Step:
-    """A finished forward, for traces: its window, and the positions and tokens that it committed. edits: the
-    positions that it changed, and their new tokens; None where tokens are never edited. seen: what the policy
-    chose from, i.e. the candidates, their statistics, and the block's state. looked: the positions that could
-    be edited, and their statistics."""
-
-    kind: str
-    start: int
-    length: int
-    positions: list[int]
-    tokens: list[int]
-    seen: Seen | None = field(default=None, repr=False, compare=False)
-    edits: Written | None = None
-    looked: tuple[Ints, RowStats] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def changed(self) -> list[tuple[int, float | None]]:
-        """Every position that was written, with its confidence."""
-        committed: list[tuple[int, float | None]] = list(zip(self.positions, self.confidence, strict=True))
-        if not self.edits or self.looked is None:
-            return committed
-        sure = dict(zip(self.looked[0].tolist(), self.looked[1].confidence.tolist(), strict=True))
-        return [*committed, *((position, sure[position]) for position in self.edits[0])]
-
-    @property
-    def confidence(self) -> list[float | None]:
-        """The confidence of the committed positions; None if it is not known here."""
-        if self.seen is None:
-            return [None] * len(self.positions)
-        by_position = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
-        return [by_position.get(position) for position in self.positions]
-
-    def as_list(self) -> list[object]:
-        """The step in the form of recorded cases: [kind, start, length, positions, tokens], and with editing
-        the edited positions and their new tokens."""
-        return [self.kind, self.start, self.length, self.positions, self.tokens, *(self.edits or ())]
-
-    def with_confidence(self) -> list[object]:
-        """The step in the form of results: `as_list` and the confidence of each committed position."""
-        return [*self.as_list(), self.confidence]
 
 
 class Sequence:
@@ -275,11 +230,13 @@ class Sequence:
         """Write a step, or what stands `instead` of it, into the canvas, record it, and advance."""
         assert self.block is not None
         had_masks, seen = bool(self.is_masked[slice(*self.block)].any()), step.seen
-        for positions, tokens in [instead] if instead else [(step.positions, step.tokens), *_edits_of(step)]:
+        for positions, tokens in (
+            [instead] if instead else [(step.positions, step.tokens), *step.written_edits]
+        ):
             self.canvas[positions] = tokens
         self.trace.append(step)
         if forward.end >= self.block[1]:
-            has_edited = any(positions for positions, _ in _edits_of(step))
+            has_edited = any(positions for positions, _ in step.written_edits)
             self._edits = self._edits.after(had_masks=had_masks, has_edited=has_edited)
         self._stored = max(self._stored, forward.stores)
         if forward.kind == REFINE_FILL:
@@ -363,7 +320,3 @@ class Sequence:
         rest = self.output[ends[0] :]
         rest[rest == self.rules.mask_token_id] = rest[0]
         return True
-
-
-def _edits_of(step: Step) -> list[Written]:
-    return [step.edits] if step.edits else []

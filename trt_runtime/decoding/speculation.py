@@ -21,8 +21,9 @@ import numpy as np
 from trt_runtime.decoding.backend import Backend, Cache, Stats
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.policies.base import Ints, RowStats
-from trt_runtime.decoding.sequence import Seen, Sequence, Written
+from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.step import Wanted, assemble, forward, propose, wanted_of
+from trt_runtime.decoding.trace import Seen, Written
 from trt_runtime.errors import DllmError
 
 

@@ -14,7 +14,8 @@ from trt_runtime.artifact.contract import ROLES
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.decoding.cache_plan import Forward
 from trt_runtime.decoding.policies.base import CommitRule, RowStats
-from trt_runtime.decoding.sequence import Sequence, Written
+from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.decoding.trace import Written
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,13 @@ from trt_runtime.machine.roofline import (
     MEMORY_LAYOUTS,
     Work,
     _item,
+    active_parameters,
+    dense_rows,
+    flops,
     memory,
     needed_bytes,
     opening_bytes,
+    read_bytes,
     runs,
     seconds,
     weight_bytes,
@@ -153,10 +157,7 @@ def report(
     """The forecast as plain data: bytes, seconds and rates (GB/s, TFLOPS) for the named devices."""
     devices = [find(name) for name in names]
     weights, only_cpu = weight_bytes(facts), all(device.is_cpu for device in devices)
-    layouts = {
-        device.name: [layout for layout in MEMORY_LAYOUTS if runs(facts, layout, device, quantised)]
-        for device in devices
-    }
+    layouts = {d.name: [item for item in MEMORY_LAYOUTS if runs(facts, item, d, quantised)] for d in devices}
     used = [layout for layout in MEMORY_LAYOUTS if any(layout in those for those in layouts.values())]
     engines = None if quantised is not None and quantised.target == ORT_CPU else weights
 
@@ -203,9 +204,28 @@ def report(
             }
             for device in devices
         },
+        "experts": _experts(facts, work, devices),
         "verdicts": [
             verdict(facts, work, device, layout) for device in devices for layout in layouts[device.name]
         ],
+    }
+
+
+def _experts(facts: ModelFacts, work: Work, devices: list[DeviceSpec]) -> dict[str, Any] | None:
+    """What a mixture of experts costs: parameters that a row passes, bytes that a forward reads by its rows,
+    and up to how many rows a dense forward costs no more than reading the weights."""
+    if (experts := facts.experts) is None:
+        return None
+    rows = work.batch * min(work.block_length, work.length), work.batch * work.length
+    chosen = replace(facts, experts=replace(experts, is_fused=True))
+    return {
+        "active_parameters": active_parameters(facts),
+        "rows": list(rows),
+        "read_bytes": [read_bytes(facts, count) for count in rows],
+        "read_bytes_of_the_chosen": [read_bytes(chosen, count) for count in rows],
+        "flops": [flops(facts, count, 0, count) for count in rows],
+        "flops_of_the_chosen": [flops(chosen, count, 0, count) for count in rows],
+        "dense_rows": {device.name: dense_rows(facts, device) for device in devices},
     }
 
 

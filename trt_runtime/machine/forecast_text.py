@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from trt_runtime.artifact.manifest import ModelFacts
+from trt_runtime.artifact.manifest import ExpertFacts, ModelFacts
 from trt_runtime.machine.devices import size_text
 
 FORECAST = (
@@ -52,8 +53,40 @@ def describe(facts: ModelFacts, forecast: dict[str, Any], *, verdicts: bool) -> 
             f"{_ms(row['refine_step_seconds']):>16}"
             f"  {', '.join(fitting) or 'nothing'}"
         )
+    if forecast["experts"] is not None and facts.experts is not None:
+        lines += ["", *_experts(facts.experts, forecast["experts"], work)]
     lines += ["", *(forecast["verdicts"] if verdicts else []), f"({FORECAST}{_measured(forecast)})"]
     return "\n".join(lines)
+
+
+def _experts(experts: ExpertFacts, costs: dict[str, Any], work: dict[str, int]) -> Iterator[str]:
+    """What a mixture of experts costs, in words."""
+    yield (
+        f"experts: {experts.top_k} of {experts.num_experts} for each row; a row passes "
+        f"{_count(costs['active_parameters'])} parameters"
+    )
+    for number, kind in enumerate(("refine step", "prefix pass")):
+        read, chosen = costs["read_bytes"][number], costs["read_bytes_of_the_chosen"][number]
+        ratio = costs["flops"][number] / costs["flops_of_the_chosen"][number]
+        if experts.is_fused:
+            yield f"  a {kind} of {costs['rows'][number]} rows reads {size_text(chosen)} of weights"
+            continue
+        yield (
+            f"  a {kind} of {costs['rows'][number]} rows reads {size_text(read)} of weights (the chosen "
+            f"experts alone: {size_text(chosen)}) and multiplies {ratio:.1f} times as much as they need"
+        )
+    if experts.is_fused:
+        return
+    fine = {name: rows for name, rows in costs["dense_rows"].items() if rows is not None}
+    ordered = [f"{rows} on {name}" for name, rows in sorted(fine.items(), key=lambda item: item[1])]
+    limits = ", ".join(ordered) if len(ordered) < 4 else f"{ordered[0]} to {ordered[-1]}"
+    if limits:
+        yield (
+            f"  the dense graph is fine up to this many rows of a forward, where its arithmetic takes as "
+            f"long as reading the weights: {limits}"
+        )
+    if any(costs["rows"][1] > rows for rows in fine.values()) and work["length"] > 1:
+        yield "  longer passes cost more than the chosen experts would; on a CPU export with --target ort-cpu"
 
 
 def _measured(forecast: dict[str, Any]) -> str:

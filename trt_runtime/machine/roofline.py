@@ -3,6 +3,9 @@
 Shape letters: B batch, S rows of the window, R rows with outputs, C capacity, H KV heads, N heads, D
 head_dim, V vocabulary.
 
+Experts: a dense graph computes all of them for every row, and reads all their weights; ONNX Runtime's own
+operator computes the chosen ones, and reads those that any row has chosen.
+
 Time: a forward takes as long as its multiplications at the device's dense rate, or as reading weights and
 cache at its bandwidth, whichever is longer; measured times are longer still. A GPU's rates are published
 ones, the rates of this machine's CPU are measured (devices.py).
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 from trt_runtime import backends
 from trt_runtime.artifact import contract
-from trt_runtime.artifact.manifest import ModelFacts, Quantization
+from trt_runtime.artifact.manifest import ExpertFacts, ModelFacts, Quantization
 from trt_runtime.backends.spec import Layout
 from trt_runtime.backends.tensorrt.store import PIECE, SCHEME_FROM
 from trt_runtime.machine.devices import DeviceSpec
@@ -82,7 +85,7 @@ def memory(facts: ModelFacts, work: Work, layout: Layout, *, on_cpu: bool = Fals
     # the graph's head multiplies in float32: backends keep a converted copy of its weights
     head = facts.vocab_size * facts.hidden_size * 4 if layout.wide_head and _item(facts) == 2 else 0
     # the residual stream and its norm; gate, up and their product
-    activations = rows * (2 * facts.hidden_size + 3 * facts.intermediate_size) * _item(facts)
+    activations = rows * (2 * facts.hidden_size + 3 * max(_widths(facts))) * _item(facts)
     if layout.scores:
         activations += work.batch * facts.num_heads * work.length * work.length * 4
     statistics = (
@@ -113,8 +116,10 @@ def flops(facts: ModelFacts, rows: int, keys: int, asked: int) -> float:
     and the last layer and head on `asked` positions."""
     hidden, wide = facts.hidden_size, facts.num_heads * facts.head_dim
     key_value = 2 * hidden * facts.num_kv_heads * facts.head_dim
-    pruned = 2 * hidden * wide + 3 * hidden * facts.intermediate_size  # q, o and the MLP
-    layers = 2 * rows * facts.num_layers * key_value + 2 * pruned * (rows * (facts.num_layers - 1) + asked)
+    mlp = [3 * hidden * width for width in _widths(facts)]  # of each layer
+    query = 2 * hidden * wide  # q and o
+    of_rows = rows * sum(mlp[:-1]) + asked * mlp[-1] + query * (rows * (facts.num_layers - 1) + asked)
+    layers = 2 * rows * facts.num_layers * key_value + 2 * of_rows
     attention = 4 * wide * keys * (rows * (facts.num_layers - 1) + asked)
     return float(layers + attention + 2 * asked * hidden * facts.vocab_size)
 
@@ -138,23 +143,65 @@ def seconds(
     layers = flops(facts, rows, 0, asked)
     attention = flops(facts, rows, work.length, asked) - layers
     multiply = work.batch * (layers / of_layers + attention / rate) / 1e12
-    return max(
-        multiply,
-        (_read_bytes(facts, 4 if in_fp32 else _item(facts)) + cache_bytes(facts, work))
-        / (device.bandwidth * 1e9),
-    )
+    read = read_bytes(facts, work.batch * rows, 4 if in_fp32 else _item(facts))
+    return max(multiply, (read + cache_bytes(facts, work)) / (device.bandwidth * 1e9))
 
 
-def _read_bytes(facts: ModelFacts, item: int) -> int:
-    """Bytes of weights that a forward reads, `item` per number unless they are quantised; only a few rows of
-    the embedding."""
-    head = facts.vocab_size * facts.hidden_size
-    if facts.weight_bytes is not None:
-        # a tied head is stored next to the embedding, which has 16 bits per number (with 32 this is too much)
-        return facts.weight_bytes - 2 * head
-    return (facts.parameters - (0 if facts.tied_head else head)) * item + (
-        4 - item
-    ) * head  # the head multiplies in float32
+def read_bytes(facts: ModelFacts, rows: int, item: int | None = None) -> int:
+    """Bytes of weights that a forward of `rows` rows reads, `item` per number unless they are quantised; only
+    a few rows of the embedding."""
+    head, item = facts.vocab_size * facts.hidden_size, item or _item(facts)
+    # the head multiplies in float32; a tied head is stored next to the embedding, which has 16 bits per
+    # number in a quantised model (with 32 this is too much)
+    whole = (facts.parameters - (0 if facts.tied_head else head)) * item + (4 - item) * head
+    total = whole if facts.weight_bytes is None else facts.weight_bytes - 2 * head
+    if (experts := facts.experts) is None or not experts.is_fused:
+        return total
+    share = total / whole  # of the bytes of a quantised model
+    return total - int(share * item * expert_parameters(facts) * (1 - experts_hit(experts, rows)))
+
+
+def expert_parameters(facts: ModelFacts) -> int:
+    """The parameters of all experts that rows choose among."""
+    if (experts := facts.experts) is None:
+        return 0
+    return 3 * facts.hidden_size * experts.intermediate_size * experts.num_experts * experts.num_layers
+
+
+def active_parameters(facts: ModelFacts) -> int:
+    """The parameters that a row passes."""
+    if (experts := facts.experts) is None:
+        return facts.parameters
+    left = expert_parameters(facts) * (1 - experts.top_k / experts.num_experts)
+    return facts.parameters - int(left)
+
+
+def experts_hit(experts: ExpertFacts, rows: int) -> float:
+    """The share of a layer's experts that `rows` rows choose, if they choose independently (masks choose
+    alike, so fewer in practice)."""
+    return float(1 - (1 - experts.top_k / experts.num_experts) ** rows)
+
+
+def dense_rows(facts: ModelFacts, device: DeviceSpec) -> int | None:
+    """Up to how many rows the arithmetic of a dense forward takes no longer than reading its weights; None if
+    the device's rates are unknown."""
+    rate = device.rate32 if facts.dtype == "fp32" or device.is_cpu else device.rate16
+    if rate is None or device.bandwidth is None:
+        return None
+    reading = read_bytes(facts, 1) / (device.bandwidth * 1e9)
+    return max(1, int(reading * rate * 1e12 / flops(facts, 1, 0, 1)))
+
+
+def _widths(facts: ModelFacts) -> list[int]:
+    """How wide the feed-forward of each layer is in what the graph computes, the layers without experts
+    first."""
+    experts = facts.experts
+    if experts is None:
+        return [facts.intermediate_size] * facts.num_layers
+    count = experts.top_k if experts.is_fused else experts.num_experts
+    mixed = count * experts.intermediate_size + experts.shared_size
+    dense = facts.num_layers - experts.num_layers
+    return [facts.intermediate_size] * dense + [mixed] * experts.num_layers
 
 
 def _item(facts: ModelFacts) -> int:

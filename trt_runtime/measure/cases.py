@@ -30,7 +30,8 @@ from trt_runtime.decoding.policies.options import just_above
 from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.decoding.rules import Rules, check_prompt
 from trt_runtime.decoding.sampling import Sampler
-from trt_runtime.decoding.sequence import Sequence, Step
+from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.decoding.trace import Step
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import case_fields
 from trt_runtime.measure.case_fields import Case, policy_name
@@ -192,7 +193,7 @@ def _policy(case: Case, block_length: int | None, facts: DecodingFacts) -> Polic
         threshold = just_above(float(threshold))
     if name == "factor":
         return Factor(float(case["factor"]))
-    if name == "threshold":
+    if name == "threshold" and threshold is not None:
         return Threshold(float(threshold), case.get("steps") if block_length is None else None)
     if name == "eb_confidence":
         return POLICIES.find(name).made({"gamma": float(case["gamma"])})

@@ -250,7 +250,7 @@ def _until_final(trace: list[Any], case: Case, prompt_length: int, gen: int) -> 
 def _with_stores(trace: list[Any], prompt_length: int, block: int) -> list[Any]:
     """Passes over everything up to the end of a block as steps over the block, with the prefill and the
     stores between them."""
-    edits = [[], []] if trace and len(trace[0]) == 7 else []
+    edits: list[Any] = [[], []] if trace and len(trace[0]) == 7 else []
     start = prompt_length // block * block
     steps = [[PREFILL, 0, start, [], [], *edits]] if start else []
     end = start + block

@@ -7,7 +7,7 @@ The format of a case: cases.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -16,13 +16,12 @@ import numpy as np
 from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.cache_plan import PREFILL, STORE
 from trt_runtime.decoding.generator import Generator
-from trt_runtime.decoding.sequence import Sequence, Step
+from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
 from trt_runtime.measure.case_fields import BD3LM, FAST_DLLM_V2, Case
 from trt_runtime.measure.cases import INPUTS, CaseRow, rows_of
+from trt_runtime.measure.near_ties import is_near
 from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention, is_llada2
-
-_ROUNDING = 3e-6  # of a probability from float32 logits of 10 to 30, whose last bit is worth 1 to 2e-6
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def compare(case: Case, replayed: Replayed, margin: float = 0.0) -> Mismatch | N
     if "trace" in case:
         for number, (mine, theirs) in enumerate(zip(got, expected, strict=False)):
             if mine != theirs:
-                near = len(replayed.rows) == 1 and _is_near(replayed.rows[0], number, theirs, margin)
+                near = len(replayed.rows) == 1 and is_near(replayed.rows[0], number, theirs, margin)
                 return Mismatch(name, f"step {number}: {_difference(theirs, mine)}", near)
         if len(got) != len(expected):
             where = f"step {min(len(got), len(expected))}: expected {len(expected)} forwards, got {len(got)}"
@@ -147,8 +146,8 @@ def replay_and_compare(backend: Backend, case: Case, margin: float = 0.0) -> tup
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a case was followed: compared decisions, how many of them were AMBIGUOUS, the first mismatch, if
-    any, and how many of the AMBIGUOUS ones were excused by another expert."""
+    """How far a case was followed: compared decisions, how many of them were AMBIGUOUS, the first mismatch,
+    if any, and how many of the AMBIGUOUS ones were excused by another expert."""
 
     decisions: int
     ambiguous: int
@@ -209,7 +208,7 @@ def _follow(
         wanted = [*got[:3], *item] if any_window else item
         if got == wanted:
             continue
-        if not _is_near(row.sequence, len(row.sequence.trace) - 1, wanted, margin):
+        if not is_near(row.sequence, len(row.sequence.trace) - 1, wanted, margin):
             if excuse is not None and excuse(before, row.sequence.reach):
                 excused, ambiguous = excused + 1, ambiguous + 1
                 continue
@@ -222,63 +221,6 @@ def _follow(
 def _steps(case: Case) -> list[list[Any]]:
     """The steps that a case expects, without confidences: five entries, and with editing two more."""
     return [step[: 7 if len(step) > 6 else 5] for step in case.get("trace", [])]
-
-
-def _is_near(row: Sequence, number: int, expected: list[Any], margin: float) -> bool:
-    """Whether moving the confidences in question within their margins turns the decision of a step into the
-    expected one.
-
-    An error of the logits moves a probability p by a fraction of p (1 - p): `margin` is defined at p = 0.5
-    and shrinks towards both ends.
-    """
-    seen = row.trace[number].seen
-    step = row.trace[number]
-    if seen is None or step.as_list()[:3] != expected[:3] or len(step.as_list()) != len(expected):
-        return False
-    if len(expected) == 7 and not _are_near_edits(row, step, expected, margin):
-        return False
-    candidates, stats, state = seen
-    if not set(expected[3]) <= set(candidates.tolist()) or row.rules.mask_token_id in expected[4]:
-        return False
-    wanted = np.isin(candidates, expected[3])
-    chosen = np.isin(candidates, row.trace[number].positions)
-    margins = 4 * margin * stats.confidence * (1 - stats.confidence) + (_ROUNDING if margin else 0)
-    change = margins * (wanted & ~chosen) - margins * (chosen & ~wanted)
-    # an error of the logits moves an entropy by that error times the spread of the log-probabilities
-    moved = replace(
-        stats,
-        confidence=stats.confidence + change,
-        entropy=stats.entropy - 10 * change,
-        best=None if stats.best is None else stats.best + change,
-    )
-    again = row.rules.policy.select(moved, np.ones(len(candidates), np.bool_), state)
-    tokens = dict(zip(expected[3], expected[4], strict=True))
-    same_token = [tokens.get(int(p), t) == t for p, t in zip(candidates, stats.token, strict=True)]
-    close = stats.runner_up > stats.confidence * np.exp(
-        -4 * margin
-    )  # the two logits are within twice the error that moves p so far
-    return bool((again == wanted).all() and (same_token | close)[wanted].all())
-
-
-def _are_near_edits(row: Sequence, step: Step, expected: list[Any], margin: float) -> bool:
-    """Whether each edit that differs from the expected ones is within the margin: of the threshold, or of
-    another token."""
-    if step.looked is None or row.rules.editing is None:
-        return False
-    (places, stats), theirs = step.looked, dict(zip(expected[5], expected[6], strict=True))
-    mine = dict(zip(*(step.edits or ([], [])), strict=True))
-    if not set(theirs) <= set(places.tolist()):
-        return False
-    for i, position in enumerate(places.tolist()):
-        if mine.get(position) == theirs.get(position):
-            continue
-        sure = float(stats.confidence[i])
-        is_near = abs(sure - row.rules.editing.threshold) <= 4 * margin * sure * (1 - sure) + _ROUNDING
-        is_close = stats.runner_up[i] > sure * np.exp(-4 * margin)
-        is_same = theirs.get(position, int(stats.token[i])) == stats.token[i]
-        if not (is_close or (is_near and is_same)):
-            return False
-    return True
 
 
 def must_match(case: Case, dtype: str) -> bool:

@@ -34,8 +34,8 @@ SAME_GRAPH = {"fp32": 1e-5, "fp16": 1e-2}
 # and more. For TensorRT the prefix graph against the refine graph, in float arithmetic.
 QUANTIZED_GRAPH = {"ort-cpu": 5e-2, "tensorrt": 5e-2}
 
-# Of a quantised artifact with experts, the share of rows that must be within QUANTIZED_GRAPH: the last bit of a
-# sum may choose another expert for a row, which then differs by more. A wrong kernel is wrong in all rows.
+# Of a quantised artifact with experts, the share of rows that must be within QUANTIZED_GRAPH: the last bit of
+# a sum may choose another expert for a row, which then differs by more. A wrong kernel is wrong in all rows.
 MOST_ROWS = 0.8
 
 # A decision is AMBIGUOUS if moving confidences by this much turns it into the expected one. fp32: a relative

@@ -119,7 +119,8 @@ class Common(Neutral):
     )
     fuse_stores: bool | None = Field(
         default=None,
-        description="block-causal attention: store a block by the first step of the next (default: if possible)",
+        description="block-causal attention: store a block by the first step of the next (default: if "
+        "possible)",
     )
     edit_threshold: float | None = Field(
         default=None, ge=0, le=1, description="replace committed tokens of the running block above this"

@@ -16,6 +16,7 @@ from trt_runtime.artifact import contract
 from trt_runtime.errors import unknown
 
 from . import legacy, modern
+from .heads import Heads
 
 
 class Lowering(Protocol):
@@ -65,12 +66,7 @@ class Lowering(Protocol):
         key: ir.Value,
         value: ir.Value,
         mask: ir.Value,
-        *,
-        scale: float,
-        head_dim: int,
-        group: int,
-        softmax_type: ir.DataType,
-        dtype: ir.DataType,
+        heads: Heads,
     ) -> ir.Value:
         """softmax(query key^T * scale + mask) value: [B, N, S, D]. `mask` is additive [B, 1, S, keys], in
         softmax_type; N = group * H."""

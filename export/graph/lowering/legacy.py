@@ -9,6 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from .heads import Heads
+
 OPSET = 17
 _FLOAT = ir.DataType.FLOAT
 
@@ -67,20 +69,16 @@ def attention(
     key: ir.Value,
     value: ir.Value,
     mask: ir.Value,
-    *,
-    scale: float,
-    head_dim: int,
-    group: int,
-    softmax_type: ir.DataType,
-    dtype: ir.DataType,
+    heads: Heads,
 ) -> ir.Value:
-    if group > 1:
-        key, value = (_repeat(op, tensor, head_dim, group) for tensor in (key, value))
-    scores = op.MatMul(query if scale == 1 else op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
-    if softmax_type == dtype:
+    if heads.group > 1:
+        key, value = (_repeat(op, tensor, heads.head_dim, heads.group) for tensor in (key, value))
+    scaled = query if heads.scale == 1 else op.Mul(query, heads.scale)
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    if heads.softmax_type == heads.dtype:
         return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
-    weights = op.Softmax(op.Add(op.Cast(scores, to=int(softmax_type)), mask), axis=-1)
-    return op.MatMul(op.Cast(weights, to=int(dtype)), value)
+    weights = op.Softmax(op.Add(op.Cast(scores, to=int(heads.softmax_type)), mask), axis=-1)
+    return op.MatMul(op.Cast(weights, to=int(heads.dtype)), value)
 
 
 def softmax_type(dtype: ir.DataType) -> ir.DataType:

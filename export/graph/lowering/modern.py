@@ -6,6 +6,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from .heads import Heads
+
 OPSET = 24
 _EXACT_SCALE = 1 / 16  # of 16-bit attention; its root is a power of two
 
@@ -54,14 +56,9 @@ def attention(
     key: ir.Value,
     value: ir.Value,
     mask: ir.Value,
-    *,
-    scale: float,
-    head_dim: int,
-    group: int,
-    softmax_type: ir.DataType,
-    dtype: ir.DataType,
+    heads: Heads,
 ) -> ir.Value:
-    return op.Attention(query, key, value, mask, scale=scale)
+    return op.Attention(query, key, value, mask, scale=heads.scale)
 
 
 def softmax_type(dtype: ir.DataType) -> ir.DataType:

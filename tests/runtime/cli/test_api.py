@@ -11,7 +11,7 @@ import pytest
 
 import trt_runtime as rt
 from trt_runtime.cli import main as cli
-from trt_runtime.decoding.sequence import Step
+from trt_runtime.decoding.trace import Step
 from trt_runtime.measure import recordings, replay
 
 PROMPT = "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop"
