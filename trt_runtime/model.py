@@ -255,6 +255,7 @@ class Model:
             (block[0] - first, min(block[1], row.end) - first),
             row.is_finished,
             max(0, settled - first),
+            [p - first for step in steps for p in (step.edits or ([], []))[0] if p < row.end],
         )
 
     def text(self, ids: np.ndarray[Any, Any]) -> str:

@@ -74,6 +74,7 @@ class Update:
     block: tuple[int, int]
     finished: bool
     settled: int = 0  # tokens of the generated part that `committed` is the text of
+    edited: list[int] = field(default_factory=list)  # positions of `changed` that had another token before
 
     def __repr__(self) -> str:
         return (

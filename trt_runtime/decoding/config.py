@@ -121,7 +121,7 @@ class GenerationConfig:
         block has no other candidate left.
     infill: mask tokens in the prompt are gaps to fill; without it they are refused. Not with block-causal
         attention, where a gap would not see what is right of its block.
-    small_block: of block-causal attention: how many positions of a block are decoded first (None: the model's).
+    small_block: of block-causal attention: positions of a block that are decoded first (None: the model's).
     fuse_stores: of block-causal attention with cache 'block': whether a finished block is stored by the first
         step of the next, one forward fewer for each block. Exact. None: wherever the model allows it; models
         whose next block begins with a token of the store do not.

@@ -83,6 +83,7 @@ class Answer:
         self.mailbox = Mailbox()
         self.done = [(0, 0)] * len(self.rows)  # tokens and forwards of each choice
         self.committed = [0] * len(self.rows)
+        self.edits = 0
 
     def submit(self) -> None:
         """Queue all choices, or none. Raises Failure if the server is full."""
@@ -118,7 +119,8 @@ class Answer:
         """Record the tokens and forwards of a choice. Unless it is finished, another thread still changes the
         row."""
         row, tokenizer = self.rows[index], self.worker.model.tokenizer
-        self.committed[index] += len(update.changed)
+        self.committed[index] += len(update.changed) - len(update.edited)
+        self.edits += len(update.edited)
         if stopped and tokenizer is not None:
             self.done[index] = (len(tokenizer.encode(text)) if text else 0, update.nfe)
         elif update.finished:
@@ -138,6 +140,7 @@ class Answer:
             "total_tokens": prompt + tokens,
             "nfe": nfe,
             "committed_tokens": sum(self.committed),
+            **({"edits": self.edits} if any(row.sequence.rules.editing for row in self.rows) else {}),
         }
 
     def show(self, index: int, update: Update) -> tuple[str, bool]:
@@ -176,6 +179,7 @@ class Answer:
             "length": len(update.tokens),
             "tokens": update.tokens,
             "cells": list(zip(update.changed, pieces, update.confidence, strict=True)),
+            **({"edited": update.edited} if update.edited else {}),
         }
 
     @property

@@ -54,4 +54,9 @@ class Mailbox:
 
 
 def _merged(old: Update, new: Update) -> Update:
-    return replace(new, changed=old.changed + new.changed, confidence=old.confidence + new.confidence)
+    return replace(
+        new,
+        changed=old.changed + new.changed,
+        confidence=old.confidence + new.confidence,
+        edited=old.edited + new.edited,
+    )
