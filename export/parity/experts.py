@@ -74,6 +74,8 @@ class RoutedRows:
 
     def add(self, router: Router, bias: Array | None, mine: Routed, theirs: Routed, allowed: float) -> Array:
         """Compare a layer's rows; returns which of them pass other experts [T]."""
+        if not len(theirs[0]):
+            return np.zeros(0, np.bool_)
         own = gaps(router, theirs[0], bias) / (allowed * max(1.0, float(np.abs(theirs[0]).max())))
         differs = ((mine[1] > 0) != (theirs[1] > 0)).any(-1)
         self.rows += len(differs)
