@@ -13,6 +13,8 @@ scaling    ms of a prefix pass and a refine step, one size changed at a time, fp
            run), or reading the weights at the bandwidth of a copy, whichever takes longer
 blocks     `dllm-trt bench` of a random SDAR of 132 M parameters (block-causal, a Qwen3 network) beside the
            same loop on eager PyTorch with its cache: two tokens per forward, blocks of 4 and 32
+experts    a random LLaDA-MoE of 290 M parameters, dense, with ONNX Runtime's own operators and in PyTorch;
+           forwards by rows and by experts (experts.py)
 llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and
            model file are the user's
 Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
@@ -31,6 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import experts
 import llama_cpp
 import numpy as np
 from machine_rates import peaks
@@ -42,7 +45,7 @@ from trt_runtime.machine import roofline
 from trt_runtime.measure.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("variants", "scaling", "blocks", "llama-cpp")
+PARTS = ("variants", "scaling", "blocks", "experts", "llama-cpp")
 BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "prompt": (64, 256, 512, 1024),
@@ -65,8 +68,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--parts",
-        default="variants,scaling,blocks",
-        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling,blocks)",
+        default="variants,scaling,blocks,experts",
+        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling,blocks,experts)",
     )
     parser.add_argument(
         "--threads", default="1,2", help="thread counts for the variants, one run each (default 1,2)"
@@ -93,6 +96,9 @@ def main() -> None:
             write(args.output / "system-llama-cpp.json", llama_cpp.compare(args, BASE))
         if "blocks" in parts:
             blocks(scratch, args.repeats, args.output)
+        if "experts" in parts:
+            report = {"machine": machine(), **experts.measure(run, scratch, args.repeats, args.output)}
+            write(args.output / "system-experts-scaling.json", report)
         if {"variants", "scaling"} & set(parts):
             artifact, quantised = artifacts(args.artifact, scratch)
         if "variants" in parts:

@@ -56,9 +56,7 @@ def _experts_in_another_order(monkeypatch):
 
 def _columns_in_another_order(monkeypatch):
     real = FromCheckpoint._beside
-    monkeypatch.setattr(
-        FromCheckpoint, "_beside", lambda self: real(replace(self, stored=self.stored[::-1]))
-    )
+    monkeypatch.setattr(FromCheckpoint, "_beside", lambda self: real(replace(self, stored=self.stored[::-1])))
 
 
 def _no_shared_expert(monkeypatch):

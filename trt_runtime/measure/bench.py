@@ -23,6 +23,7 @@ import numpy as np
 
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
+from trt_runtime.artifact.manifest import Manifest, ModelFacts
 from trt_runtime.backends import REFERENCE, open_backend
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
 from trt_runtime.decoding.config import GenerationConfig
@@ -194,16 +195,12 @@ def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[s
     models = {model.backend.name: model}
     for path in options.beside:
         facts = manifests.load(path)
-        if replace(facts.model, dtype="", weight_bytes=None) != replace(
-            model.manifest.model, dtype="", weight_bytes=None
-        ):
+        if _network(facts.model) != _network(model.manifest.model):
             raise DllmError(
                 f"--beside {path}: not the same model as {model.path}: give an artifact of the same "
                 f"checkpoint."
             )
-        label = (
-            f"{model.backend.name} {facts.quantization.scheme if facts.quantization else facts.model.dtype}"
-        )
+        label = f"{model.backend.name} {_form(facts)}"
         if label in models:
             raise DllmError(
                 f"--beside {path}: another artifact already has the label '{label}': give one of each kind."
@@ -217,6 +214,20 @@ def _opened(model: Model, options: BenchOptions, with_reference: bool) -> dict[s
             model.path, open_backend(REFERENCE, model.path, threads=options.threads, **extra)
         )
     return models
+
+
+def _network(facts: ModelFacts) -> ModelFacts:
+    """What a model is, however it is stored and spelled."""
+    experts = None if facts.experts is None else replace(facts.experts, is_fused=False)
+    return replace(facts, dtype="", weight_bytes=None, experts=experts)
+
+
+def _form(facts: Manifest) -> str:
+    """How a model is stored and spelled, in a word."""
+    if facts.quantization is not None:
+        return facts.quantization.scheme
+    has_operator = facts.model.experts is not None and facts.model.experts.is_fused
+    return f"{facts.model.dtype} MoE" if has_operator else facts.model.dtype
 
 
 def _one_block(config: GenerationConfig) -> GenerationConfig:
