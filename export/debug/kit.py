@@ -61,11 +61,7 @@ def write(
             f"{artifact}: uses the legacy lowering, but Polygraphy's kit supports only the modern one: "
             f"export it with --lowering modern."
         )
-    if manifest.quantization is not None and manifest.quantization.target == manifests.ORT_CPU:
-        raise DllmError(
-            f"{artifact}: is quantised for ONNX Runtime on a CPU, which TensorRT cannot load: use the "
-            f"artifact without --quantize."
-        )
+    manifests.check_runs_on_gpu(manifest, str(artifact))
     if out.exists() and any(out.iterdir()):
         raise DllmError(f"{out}: already exists: remove it, or choose another directory.")
     with runnable(artifact, manifest, config.checkpoint) as twin:

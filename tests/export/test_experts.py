@@ -4,25 +4,33 @@ of the official code; ONNX Runtime's own operator against the standard graph; fa
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from official import EXPERTS, name_of
-from places import GOLDENS, refused
+from places import GOLDENS, ROOT, export_quietly, refused
 from safetensors.numpy import load_file
 from tiny import write_checkpoint
+
+sys.path.append(str(ROOT / "tools"))
 
 from export import families
 from export.families.base import ConfigReader, tensor_shapes
 from export.parity import verify_graphs
+from export.weights import sources
 from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.cli import main as cli
 from trt_runtime.decoding.backend import Window
 from trt_runtime.decoding.blocks import row_lengths
+from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import recordings, replay
+from trt_runtime.model import Model
 
 
 @pytest.fixture(scope="module", params=EXPERTS, ids=name_of)
@@ -204,3 +212,81 @@ def test_names_of_tensors_are_those_of_the_official_checkpoints(official):
     shapes = tensor_shapes(family, family.decoder(ConfigReader(config, "config.json")))
     there = load_file(official.checkpoint / "model.safetensors")
     assert shapes == {name: tensor.shape for name, tensor in there.items()}
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2"])
+def test_tensors_of_experts_are_joined_whatever_the_size_of_a_piece(monkeypatch, tmp_path, name):
+    """Down side by side, gate and up row by row in turn: a few rows at a time, as in one piece."""
+    path = write_checkpoint(families.find(name), tmp_path / "checkpoint", shards=2)
+    given = {}
+    for file in path.glob("*.safetensors"):
+        given |= load_file(file)
+    monkeypatch.setattr(sources, "_WIDE_PIECE", 1000)
+    monkeypatch.setattr(sources, "_PIECE", 512)
+
+    def of_experts(kind):
+        return [given[f"model.layers.1.mlp.experts.{e}.{kind}_proj.weight"] for e in range(8)]
+
+    expected = {
+        None: {
+            "layers.1.experts_gate_proj": np.concatenate(of_experts("gate")),
+            "layers.1.experts_down_proj": np.concatenate(of_experts("down"), 1),
+        },
+        "ort-cpu": {
+            "layers.1.experts_inner_proj": np.stack(
+                [
+                    np.stack(pair, 1).reshape(-1, pair[0].shape[1])
+                    for pair in zip(of_experts("gate"), of_experts("up"), strict=True)
+                ]
+            ),
+            "layers.1.experts_outer_proj": np.stack(of_experts("down")),
+        },
+    }
+    for target, arrays in expected.items():
+        artifact = export_quietly(path, tmp_path / str(target), target=target)
+        graph = onnx.load(artifact / "refine.onnx")
+        stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+        for weight, array in arrays.items():
+            assert (stored[weight] == array).all(), weight
+
+
+def test_weights_of_the_router_stay_in_float32(tmp_path):
+    path = write_checkpoint(families.find("llada2"), tmp_path / "checkpoint")
+    graph = onnx.load(export_quietly(path, tmp_path / "fp16", dtype="fp16") / "refine.onnx")
+    types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    for name in ("layers.1.router", "layers.1.router.bias"):
+        assert types[name] == onnx.TensorProto.FLOAT
+    assert types["layers.1.experts_up_proj"] == onnx.TensorProto.FLOAT16
+
+
+def test_an_artifact_that_does_not_know_its_mask_only_replays(official, tmp_path, capsys):
+    artifact = official.export(tmp_path / "artifact")
+    if official.name == "rnd1":
+        assert manifests.load(artifact).decoding.is_mask_known
+        return
+    assert not manifests.load(artifact).decoding.is_mask_known
+    assert cli.main(["generate", str(artifact), "--ids", "1,2,3"]) == 1
+    assert "export it again with MASK_TOKEN=id (--mask-token)" in capsys.readouterr().err
+    told = official.export(tmp_path / "told", mask_token="1000")
+    assert manifests.load(told).decoding.mask_token_id == 1000
+    assert cli.main(["generate", str(told), "--ids", "1,2,3", "--gen-length", "8"]) == 0
+    case = official.cases()[0]
+    backend = OrtBackend(told, threads=1)
+    assert replay.compare(case, replay.replay(backend, case)) is None
+
+
+def test_the_closing_token_is_seen_and_never_decoded(tmp_path):
+    """RND1's last position holds the padding token."""
+    (official,) = (item for item in EXPERTS if item.name == "rnd1")
+    with Model(tmp_path, OrtBackend(official.export(tmp_path / "artifact"), threads=1)) as model:
+        config = GenerationConfig(gen_length=12, cache="none", stop_at_eos=False)
+        row = model.sequence([1, 2, 3], config)
+        assert row.canvas[-1] == 1002 and row.length == row.end + 1 == 16
+        (result,) = model.generate([[1, 2, 3]], config)
+        assert len(result.tokens) == 12 and len(result.canvas) == 15
+        assert result.trace[0].length == 16
+        for cache in ("prefix", "dual"):
+            (other,) = model.generate([[1, 2, 3]], replace(config, cache=cache, block_length=4))
+            assert len(other.tokens) == 12 and 1000 not in other.tokens
+        with pytest.raises(DllmError, match="together more than the model's 511"):
+            model.generate([[1] * 500], config)

@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.artifact.manifest import ORT_CPU, TENSORRT, Manifest
+from trt_runtime.artifact.manifest import TENSORRT, Manifest
 from trt_runtime.errors import DllmError
 from trt_runtime.system import commands
 
 _DEMO = (
     "take red cups from kitchen to garage, then hand blue pens to Mia, and clean hall with mop",
-    "llada-demo",
+    ("llada-demo", "sdar-demo"),
 )
 _PROMPT = "Why is the sky blue?"
 
 
 def generate(artifact: Path, manifest: Manifest, *options: str | Path) -> str:
-    """The command that generates with an artifact."""
+    """The command that generates with an artifact, or the only one that it can run."""
+    if not manifest.decoding.is_mask_known:
+        return commands.command("replay", artifact, "CASES.json", *options)
     if manifest.tokenizer is None:
         special, vocabulary = manifest.decoding.special_token_ids, range(manifest.model.vocab_size)
         ids = list(itertools.islice((token for token in vocabulary if token not in special), 3))
         return commands.command("generate", artifact, "--ids", ",".join(map(str, ids)), *options)
     # the demo model has 190 words
-    is_demo = Path(str(manifest.source.get("checkpoint", ""))).name == _DEMO[1]
+    is_demo = Path(str(manifest.source.get("checkpoint", ""))).name in _DEMO[1]
     return commands.command("generate", artifact, _DEMO[0] if is_demo else _PROMPT, *options)
 
 
@@ -51,9 +53,7 @@ def after_plan(path: str, forecast: dict[str, Any], device: str | None) -> str |
         if not fits:
             return None
         manifest = manifests.load(Path(path))
-        on_gpu = device not in (None, "cpu") and (
-            manifest.quantization is None or manifest.quantization.target != ORT_CPU
-        )
+        on_gpu = device not in (None, "cpu") and not manifest.is_for_cpu
         return commands.command("build", path) if on_gpu else of_artifact(Path(path), manifest)
     how = forecast["quantised"]
     if not fits:

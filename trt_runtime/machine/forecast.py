@@ -251,7 +251,15 @@ def run(
     names = [device] if device is not None else ["cpu", *DEVICES]
     if quantised is not None and device is None:
         names = ["cpu"] if quantised.target == ORT_CPU else list(DEVICES)
+    is_fused = facts.experts is not None and facts.experts.is_fused
+    if is_fused and device is None:
+        names = ["cpu"]
     forecast = report(facts, work, names, quantised)
+    if is_fused and quantised is None and not forecast["memory"]:
+        raise DllmError(
+            f"{path}: computes its experts by ONNX Runtime's own operator, which does not run on "
+            f"{find(names[0]).name}: give --device cpu, or an artifact exported without --target ort-cpu."
+        )
     if quantised is not None and device is not None and not forecast["memory"]:
         raise DllmError(
             f"{quantised.scheme} for {quantised.target} does not run on {find(device).name}: "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from trt_runtime import backends
 from trt_runtime.artifact import contract
-from trt_runtime.artifact.manifest import ExpertFacts, ModelFacts, Quantization
+from trt_runtime.artifact.manifest import ORT_CPU, ExpertFacts, ModelFacts, Quantization
 from trt_runtime.backends.spec import Layout
 from trt_runtime.backends.tensorrt.store import PIECE, SCHEME_FROM
 from trt_runtime.machine.devices import DeviceSpec
@@ -72,7 +72,10 @@ def runs(
     facts: ModelFacts, layout: Layout, device: DeviceSpec, quantised: Quantization | None = None
 ) -> bool:
     """Whether a layout exists on a device: a CPU has no TensorRT, and its ONNX Runtime computes no bf16. A
-    quantised model runs on the target it was quantised for."""
+    quantised model runs on the target it was quantised for, and ONNX Runtime's operator for experts on a
+    CPU."""
+    if quantised is None and facts.experts is not None and facts.experts.is_fused:
+        return device.is_cpu and layout.quantized_for == ORT_CPU
     if quantised is not None:
         has_arithmetic = device.is_cpu or device.compute_capability >= SCHEME_FROM.get(quantised.scheme, 0)
         return has_arithmetic and layout.runs_quantized(quantised, on_cpu=device.is_cpu)
