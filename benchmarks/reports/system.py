@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+import system_parts
 from marks import ROOT, insert
 
 BEGIN, END = "<!-- system: begin -->", "<!-- system: end -->"
@@ -76,6 +77,7 @@ def main() -> None:
             "![tokens per second of every variant](system.png)",
             growth(grown),
             "![forwards compared with the roofline](system-scaling.png)",
+            *system_parts.sections(args.results),
         ]
     )
     insert(args.document, BEGIN, END, text)

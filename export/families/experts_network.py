@@ -27,7 +27,7 @@ class ExpertsNetwork(TransformersNetwork):
             "intermediate_size": dense,
             "moe_intermediate_size": part.intermediate_size,
             "num_experts_per_tok": part.router.top_k,
-            "norm_topk_prob": part.router.is_normalised,
+            "norm_topk_prob": part.router.is_normalised and part.router.top_k > 1,
         }
         own: dict[str, dict[str, Any]] = {
             "Qwen3Moe": {
@@ -76,6 +76,10 @@ class ExpertsNetwork(TransformersNetwork):
             count, hidden = part.num_experts, self.decoder.hidden_size
             inner = torch.cat([side.view(count, -1, hidden) for side in (gate, up)], 1)
             outer = down.view(hidden, count, -1).transpose(0, 1).contiguous()
-            where = f"model.layers.{layer}.mlp.experts"
-            joined |= {f"{where}.gate_up_proj": inner.to(dtype), f"{where}.down_proj": outer.to(dtype)}
+            where = f"model.layers.{layer}.mlp"
+            joined[f"{where}.experts.gate_up_proj"] = inner.to(dtype)
+            joined[f"{where}.experts.down_proj"] = outer.to(dtype)
+            if self.architecture == "Glm4Moe" and part.shared is None:  # it has one of no units
+                for name, shape in (("gate", (0, hidden)), ("up", (0, hidden)), ("down", (hidden, 0))):
+                    joined[f"{where}.shared_experts.{name}_proj.weight"] = torch.empty(shape, dtype=dtype)
         super().load(left, dtype, joined)

@@ -23,8 +23,8 @@ class TransformersNetwork:
         attention = decoder.attention
         self.architecture, self.decoder = architecture, decoder
         rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
-        if decoder.rotary_dim != attention.head_dim:
-            rope["partial_rotary_factor"] = decoder.rotary_dim / attention.head_dim
+        if attention.rotary_dim is not None:  # always said: some architectures have another default than 1
+            rope["partial_rotary_factor"] = attention.rotary_dim / attention.head_dim
         sizes = {
             "vocab_size": decoder.vocab_size,
             "hidden_size": decoder.hidden_size,

@@ -4,6 +4,7 @@ Shape letters: T tokens (rows of activations), K inputs, N outputs of a layer; i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ class Linears:
     they build differently."""
 
     operators: ClassVar[frozenset[str]] = frozenset()  # nodes of com.microsoft that a graph may contain
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of the weights, by name
 
     def begin(self, op: OpBuilder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Start a new graph. shapes: of the weights, by name."""

@@ -38,7 +38,7 @@ class Ranges:
     where: str = ""
 
     def note(self, where: str, tensor: torch.Tensor) -> None:
-        largest = float(tensor.detach().abs().max())
+        largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
         if largest > self.largest or not math.isfinite(largest):
             self.largest, self.where = largest, where
 

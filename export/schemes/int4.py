@@ -52,7 +52,7 @@ class Int4(Scheme):
 
     def quantize(self, name: str, shape: tuple[int, int], rows: Iterator[Array]) -> dict[str, Array]:
         """Unsigned with zero at 8 (or 128), the operators' default zero point."""
-        if len(self.shapes[name]) == 3:
+        if len(self.shapes.get(name, shape)) == 3:
             whole, scales = blocks.rounded(rows, shape, self._expert_block(name), 4)
             return {"int4": blocks.packed(whole + 8), "scale": scales}
         bits = _bits(name)

@@ -43,7 +43,7 @@ def _swap_heads(monkeypatch):
 def _wrong_scale(monkeypatch):
     real = modern.attention
     monkeypatch.setattr(
-        modern, "attention", lambda *v, scale, **more: real(*v, scale=scale * 1.1**-0.5, **more)
+        modern, "attention", lambda *v: real(*v[:-1], replace(v[-1], scale=v[-1].scale * 1.1**-0.5))
     )
 
 

@@ -244,7 +244,7 @@ def test_the_command_verifies_and_fails_loudly(tmp_path, capsys, monkeypatch):
     assert "yes, against transformers" in _info(artifact, capsys)
     real = modern.attention
     monkeypatch.setattr(
-        modern, "attention", lambda *a, scale, **more: real(*a, scale=scale * 2**-0.5, **more)
+        modern, "attention", lambda *a: real(*a[:-1], replace(a[-1], scale=a[-1].scale * 2**-0.5))
     )
     command = [
         "--checkpoint",

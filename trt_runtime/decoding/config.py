@@ -322,11 +322,11 @@ class GenerationConfig:
         assert self.gen_length is not None
         return 1 if self.block_length is None else max(1, -(-self.gen_length // self.block_length))
 
-    def make_policy(self, facts: DecodingFacts) -> Policy:
-        """The policy of a resolved configuration, for a model with these facts."""
+    def make_policy(self, *, is_threshold_strict: bool = False) -> Policy:
+        """The policy of a resolved configuration."""
         policy, options = POLICIES.find(self.policy), self.policy_options
         steps = None if self.steps is None else policy.steps_of_block(self.steps, self._num_blocks)
-        if facts.is_threshold_strict:
+        if is_threshold_strict:
             options = {**options, "threshold": just_above(float(self.threshold))}
         return policy.made(options, steps)
 

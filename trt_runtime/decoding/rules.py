@@ -55,7 +55,7 @@ def rules_of(config: GenerationConfig, manifest: Manifest) -> Rules:
         config.gen_length,
         config.block_length,
         config.make_plan(facts),
-        config.make_policy(facts),
+        config.make_policy(is_threshold_strict=facts.is_threshold_strict),
         facts.mask_token_id,
         facts.eos_token_ids,
         facts.logit_shift,

@@ -51,7 +51,7 @@ class Sampler:
     ) -> RowStats:
         """The statistics [R] of proposals sampled from logits [R, V]; `stats` are the graph's. The mask is
         never proposed."""
-        if not self.draws:
+        if self.from_logits and not self.draws:
             return plain(logits, mask_token_id)
         if self.kind == GUMBEL:
             kept = None

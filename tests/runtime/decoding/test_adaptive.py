@@ -12,6 +12,7 @@ from trt_runtime.decoding.policies import adaptive
 from trt_runtime.decoding.policies.adaptive import (
     Dynamic,
     EntropyBounded,
+    EntropyBoundedByConfidence,
     Hierarchy,
     LocalLeap,
     Margin,
@@ -20,6 +21,7 @@ from trt_runtime.decoding.policies.adaptive import (
 )
 from trt_runtime.decoding.policies.base import BlockState, RowStats
 from trt_runtime.decoding.policies.registry import POLICIES
+from trt_runtime.decoding.policies.schedules import EntropyLinear
 
 
 def _case(rng):
@@ -49,6 +51,16 @@ def _eb(s, masked, state, gamma):
     for n in range(1, len(rest) + 1):
         together = [float(s.entropy[i]) for i in rest[:n]]
         if sum(together[:-1]) <= gamma:
+            best = n
+    return set(rest[:best])
+
+
+def _eb_confidence(s, masked, state, gamma):
+    rest = sorted((i for i in range(len(masked)) if masked[i]), key=lambda i: (-s.confidence[i], i))
+    best = min(1, len(rest))
+    for n in range(1, len(rest) + 1):
+        together = [float(s.entropy[i]) for i in rest[:n]]
+        if sum(together) - max(together) <= gamma:
             best = n
     return set(rest[:best])
 
@@ -116,6 +128,7 @@ def _slowfast(s, masked, state, threshold, low):
 
 RULES = {
     "eb": (EntropyBounded, _eb, [0.0, 0.1, 0.5, 2.0]),
+    "eb_confidence": (EntropyBoundedByConfidence, _eb_confidence, [0.0, 0.1, 0.5, 2.0]),
     "margin": (Margin, lambda s, m, t, v: _best(s.margin, m) | _above(s.margin, m, v), [0.3, 0.5, 0.9]),
     "dynamic": (lambda v: Dynamic(0.9, v), lambda s, m, t, v: _dynamic(s, m, t, 0.9, v), [0.0, 0.3, 1.0]),
     "localleap": (
@@ -161,3 +174,28 @@ def test_a_drawn_token_does_not_make_the_model_sure():
     state = BlockState(2, 0)
     assert Margin(0.9).select(stats, np.ones(2, bool), state).tolist() == [True, False]
     assert Prophet().select(stats, np.ones(2, bool), state).all()
+
+
+def test_the_entropy_schedule_leaves_a_share_that_falls_linearly():
+    """RND1's rule: all masks but the floor(N * step / S) of highest entropy stay, in float32; steps that
+    would commit nothing are left out."""
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        count, steps = int(rng.integers(1, 40)), int(rng.integers(1, 50))
+        entropy, masked, done = rng.random(count), np.ones(count, np.bool_), 0
+        expected, left = [], count
+        for step in [*range(steps - 1, 0, -1), 0]:
+            stay = int(np.floor(np.float32(count) * np.float32(step) / np.float32(steps)))
+            if stay < left:
+                expected.append(left - stay)
+                left = stay
+        policy, got = EntropyLinear(steps), []
+        while masked.any():
+            at = np.flatnonzero(masked)
+            stats = RowStats(at, 1 - entropy[at], np.zeros(len(at)), entropy[at])
+            chosen = policy.select(stats, np.ones(len(at), np.bool_), BlockState(count, done))
+            assert entropy[at[chosen]].max() <= entropy[at[~chosen]].min(initial=2)
+            masked[at[chosen]] = False
+            got.append(int(chosen.sum()))
+            done += 1
+        assert got == expected
