@@ -44,6 +44,7 @@ PRESETS = {
     "rnd1": "rnd1-30b",
     "sdar-30b": "sdar-30b",
 }
+_OF_EXPERTS = {PRESETS[name] for name in ("llada-moe", "llada2", "rnd1", "sdar-30b")}  # cannot be linked
 _EXPORT = {"a2d": ("--attention", "block_causal")}  # options of a model's export
 
 
@@ -111,7 +112,7 @@ def measure(preset: str, scratch: Path, repeats: int, told: tuple[str, ...]) -> 
     commands = {
         "cp": ["cp", "-r", str(checkpoint), str(out)],
         "export": export,
-        "export, linked": [*export, "--weights", "link"],
+        **({} if preset in _OF_EXPERTS else {"export, linked": [*export, "--weights", "link"]}),
     }
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(repeats):

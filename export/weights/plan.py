@@ -113,11 +113,6 @@ class _Layout:
     def link(self, name: str, shape: tuple[int, ...], source: FromCheckpoint, dtype: str) -> None:
         """A weight that stays in the checkpoint's file. Raises DllmError if a graph cannot refer to it
         there."""
-        if len(source.stored) > 1:
-            raise DllmError(
-                f"{source.stored[0].file.parent}: {name} is stored as {len(source.stored)} tensors, which "
-                "--weights link cannot join: export with --weights copy."
-            )
         (stored,) = source.stored
         if stored.dtype != NUMPY_DTYPES[dtype]:
             own_dtype = DTYPE_OF.get(stored.dtype, stored.dtype.name)
@@ -160,6 +155,12 @@ def plan(
     accounts.check({name: each.pieces for name, each in stored.items()}, family, checkpoint)
     if scheme is not None:
         scheme.shapes = shapes
+    joined = next((name for name, each in stored.items() if len(each.pieces) > 1), None)
+    if mode == "link" and joined is not None:
+        raise DllmError(
+            f"{checkpoint.path}: {joined} is stored as {len(stored[joined].pieces)} tensors, which --weights "
+            "link cannot join: export with --weights copy."
+        )
     layout = _Layout()
     for name, shape in shapes.items():
         pieces = stored[name].pieces

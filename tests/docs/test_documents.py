@@ -41,8 +41,10 @@ ELSEWHERE = {
     "system.py",
     "record_decoding.py",
     "frontier.py",
+    "train_demo.py",
 }  # tested on their own, or only their options
-ONLY_LONG = {"docs/benchmarks.md", "docs/how-to/serve.md"}  # documents whose commands all take long, or serve
+# documents whose commands all take long, or serve
+ONLY_LONG = {"docs/benchmarks.md", "docs/how-to/serve.md", "docs/explanation/demo-model.md"}
 COMMANDS = [(name, words) for name, words in commands() if words[0] != "make" and words[1] != "-m"]
 
 
