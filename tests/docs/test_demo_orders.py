@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 
+import demo_task
 import pytest
 from documents import DOCUMENTS
 from places import ROOT
 
 import trt_runtime as rt
-
-sys.path.append(str(ROOT / "tools"))
-import demo_task
 
 SOURCES = [
     *DOCUMENTS,

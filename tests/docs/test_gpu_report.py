@@ -152,7 +152,7 @@ def test_engines_have_a_time_of_their_own_and_nobody_waits_for_them(results, tmp
 
 
 def test_the_model_fits_the_gpu():
-    sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "tools")]
+    sys.path[:0] = [str(ROOT / "benchmarks" / "gpu")]
     import report as gpu_report
     from random_checkpoint import PRESETS
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import pytest
-from places import ROOT
-
-sys.path.append(str(ROOT / "tools"))
 import lint_house
+import pytest
 
 
 @pytest.fixture

@@ -4,18 +4,15 @@ of the official code; ONNX Runtime's own operator against the standard graph; fa
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from official import EXPERTS, name_of
-from places import GOLDENS, ROOT, export_quietly, refused
+from places import GOLDENS, export_quietly, refused
 from safetensors.numpy import load_file
 from tiny import write_checkpoint
-
-sys.path.append(str(ROOT / "tools"))
 
 from export import families
 from export.families.base import ConfigReader, tensor_shapes

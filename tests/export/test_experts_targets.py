@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
+import demo_prompts
+import demo_task
 import numpy as np
 import onnx
 import pytest
-from places import BLOCK_CAUSAL_DEMO, GOLDENS, ROOT, export_quietly
+from places import BLOCK_CAUSAL_DEMO, GOLDENS, export_quietly
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import write_checkpoint
-
-sys.path.append(str(ROOT / "tools"))
-import demo_prompts
-import demo_task
 
 from export import families
 from export.parity.verify import verify

@@ -4,13 +4,12 @@ the gate."""
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import onnx
 import pytest
 from exports import quantised, scheme_id
-from places import DEMO, ROOT, export_quietly
+from places import DEMO, export_quietly
 from tiny import WHOLE_FAMILIES, write_checkpoint
 
 from export import families, pipeline, schemes
@@ -25,8 +24,6 @@ from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.decoding.backend import Window
 from trt_runtime.errors import DllmError
 from trt_runtime.model import load
-
-sys.path.append(str(ROOT / "tools"))
 
 LLADA = families.find("llada")
 KINDS = schemes.SCHEMES

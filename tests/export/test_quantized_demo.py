@@ -145,7 +145,7 @@ REFUSALS = [
     (["--quantize", "w8a8", "--weights", "link", "--gate", "no"], "--weights link cannot quantise"),
     (["--quantize", "w8a8", "--lowering", "legacy", "--gate", "no"], "modern lowering"),
     (["--gate", "no"], "--gate needs --quantize"),
-    (["--target", "tensorrt"], "--target needs --quantize"),
+    (["--target", "tensorrt"], "--target tensorrt needs --quantize"),
     (
         [
             "--quantize",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import cpu_without
 import numpy as np
 import pytest
 from places import ROOT, export_quietly, refused
@@ -26,9 +27,6 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.decoding.backend import Window
 from trt_runtime.measure import cases, replay
-
-sys.path.append(str(ROOT / "tools"))
-import cpu_without
 
 LLADA = families.find("llada")
 
@@ -198,7 +196,6 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 )
 def test_graphs_of_full_size_models_pass_the_checker_by_path(tmp_path, preset, lowering, billions, kv_heads):
     """Real shapes, all layers, 16 GB of weights that are never read (the files are sparse)."""
-    sys.path.append(str(ROOT / "tools"))
     from random_checkpoint import PRESETS
 
     config, dtype = PRESETS[preset]

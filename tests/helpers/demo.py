@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-from places import ROOT
-
-sys.path.append(str(ROOT / "tools"))
 import demo_task
 
 __all__ = ["PLAN", "PROMPT", "demo_task"]

@@ -4,7 +4,6 @@ edited."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,6 @@ def write_checkpoint(
 
 def write_sparse(family: Family, path: Path, config: dict[str, Any], dtype: str = "fp32") -> Path:
     """A checkpoint of any size that takes no disk space: every weight is zero."""
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
     from random_checkpoint import write_safetensors
 
     path.mkdir()

@@ -112,7 +112,7 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
         seen.append(network)
 
     config = BuildConfig("tensorrt-rtx", targets=("sm89",), max_batch=2, max_length=64, block_length=8)
-    (plan,) = store.plans(config)
+    (plan,) = store.plans(config, manifest.decoding)
     job = builder.BuildJob(
         plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
     )

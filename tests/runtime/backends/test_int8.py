@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import cpu_without
 import numpy as np
 import onnx
 import pytest
@@ -20,9 +21,6 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend, int8
 from trt_runtime.errors import DllmError
 from trt_runtime.system import processor
-
-sys.path.append(str(ROOT / "tools"))
-import cpu_without
 
 PROBE = next(iter(int8.PROBES))
 WITHOUT = sorted(cpu_without.SETS)

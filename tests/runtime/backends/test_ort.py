@@ -68,7 +68,6 @@ def test_no_step_copies_a_cache(golden_artifact, mode, copies):
 def test_one_session_holds_the_weights_once(tmp_path):
     """Resident memory of a process that decodes a 76 MB model in both roles: two sessions would hold 150 MB
     of weights."""
-    sys.path.append(str(ROOT / "tools"))
     from places import export_quietly
     from random_checkpoint import PRESETS, write
 

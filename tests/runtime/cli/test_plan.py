@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from places import ROOT, export_quietly
+from random_checkpoint import PRESETS, write
 
 from export.parity.verify_graphs import exposed
 from trt_runtime.artifact import manifest as manifests
@@ -21,9 +22,6 @@ from trt_runtime.errors import DllmError
 from trt_runtime.machine import devices, roofline
 from trt_runtime.machine import forecast as plan
 from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work
-
-sys.path.append(str(ROOT / "tools"))
-from random_checkpoint import PRESETS, write
 
 SMALL = {
     "n_layers": 4,

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
+import demo_prompts
+import demo_task
 import pytest
-from places import ROOT
 
 from trt_runtime.artifact.manifest import load as load_manifest
 from trt_runtime.cli import main as cli
@@ -17,10 +17,6 @@ from trt_runtime.decoding.policies.registry import POLICIES
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import examples, tune
 from trt_runtime.model import Model
-
-sys.path.append(str(ROOT / "tools"))
-import demo_prompts
-import demo_task
 
 
 @pytest.fixture

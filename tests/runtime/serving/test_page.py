@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 import types
 
 import pytest
-from places import ROOT
 from serving import PROMPT, serving
 
-sys.path.append(str(ROOT / "tools"))
 sync_api = pytest.importorskip("playwright.sync_api")
 from trt_runtime.decoding.config import GenerationConfig  # noqa: E402
 from trt_runtime.errors import DllmError  # noqa: E402
