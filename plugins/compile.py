@@ -31,9 +31,11 @@ def ahead_of_time(
     name: str,
     compute_capability: int,
     warps: int = 4,
+    stages: int = 3,
 ) -> CompiledKernel:
     """A kernel compiled for one compute capability (90 is 9.0); its entry is called `name`. Raises ValueError
-    if it needs launch features that TensorRT and the driver launch do not set up.
+    if it needs launch features that TensorRT and the driver launch do not set up. stages: of the pipeline
+    that loads tiles ahead.
 
     Pointers must be aligned to 16 bytes: the compiler relies on it for wide loads.
     """
@@ -44,7 +46,7 @@ def ahead_of_time(
         made = triton.compile(
             ASTSource(kernel, dict(signature), dict(constants), aligned),
             target=GPUTarget("cuda", compute_capability, 32),
-            options={"num_warps": warps},
+            options={"num_warps": warps, "num_stages": stages},
         )
     facts = made.metadata
     needs = {

@@ -1,112 +1,178 @@
-"""Row statistics inside a TensorRT engine: the Triton kernel as a quick plugin (TensorRT 10.16 and 11.4),
-compiled ahead of time.
+"""The kernels as quick plugins of TensorRT (`tensorrt.plugin`, 10.16 and 11.4), compiled ahead of time.
 
-`replace_statistics` edits a parsed network, so that the artifact stays standard ONNX. The engine contains the
-PTX, and needs neither Python nor Triton at run time. TensorRT passes input pointers, extra int32 arguments,
-then output pointers: the kernel has the same order. TensorRT-RTX does not support such plugins.
+The engine contains the PTX, and needs neither Python nor Triton at run time. TensorRT passes input pointers,
+extra int32 arguments, then output pointers: a kernel has the same order. TensorRT-RTX does not support such
+plugins. Where they go in a network: tensorrt_networks.py.
 """
-# no `from __future__ import annotations`: tensorrt.plugin reads the annotations of the decorated functions as
-# types
+
+from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from trt_runtime.artifact.contract import LOGITS, STATISTICS
 from trt_runtime.errors import DllmError
 
-from .row_statistics import compiled
+from . import experts, row_statistics
+from .compile import CompiledKernel
 
-NAMESPACE, NAME = "dllm", "row_statistics"
-Statistics = Callable[
-    [Any, int], list[Any]
-]  # logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]
+NAMESPACE = "dllm"
+_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int32": "int32", "int64": "int64"}
+Outputs = list[tuple[tuple[Any, ...], str]]
 
 
-def register(trt: Any) -> Any:
+@dataclass(frozen=True)
+class Plugin:
+    """A kernel as TensorRT knows it. facts: what it is compiled for, as text.
+
+    inputs: their names. outputs: shapes and types, of the inputs' shapes and the facts. grid: the number of
+    programs along two axes. rows: an extra argument of the kernel, if it has one. compiled: the kernel, of
+    the facts and the compute capability.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: Callable[[Sequence[Any], str], Outputs]
+    grid: Callable[[Sequence[Any], str], tuple[Any, Any]]
+    compiled: Callable[[str, int], CompiledKernel]
+    rows: Callable[[Sequence[Any], str], Any] | None = None
+
+
+def _statistics(facts: str, compute_capability: int) -> CompiledKernel:
+    vocab, mask_token_id = map(int, facts.split())
+    return row_statistics.compiled(vocab, mask_token_id, compute_capability)
+
+
+STATISTICS = Plugin(
+    "row_statistics",
+    ("logits",),
+    lambda shapes, facts: [((shapes[0][0],), kind) for kind in ("int64", "fp32", "fp32", "fp32")],
+    lambda shapes, facts: (shapes[0][0], 1),
+    _statistics,
+)
+
+
+def sizes_of(facts: str) -> experts.Sizes:
+    """The sizes that a plugin of experts is compiled for."""
+    *numbers, dtype = facts.split()
+    return experts.Sizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
+
+
+def _experts(
+    kernel: str,
+    inputs: tuple[str, ...],
+    outputs: Callable[[Any, experts.Sizes], Outputs],
+    rows: Callable[[Sequence[Any], experts.Sizes], Any],
+) -> Plugin:
+    """One of the kernels of experts. outputs: of the number of rows."""
+    return Plugin(
+        f"experts_{kernel}",
+        inputs,
+        lambda shapes, facts: outputs(rows(shapes, sizes_of(facts)), sizes_of(facts)),
+        lambda shapes, facts: experts.grids(sizes_of(facts), rows(shapes, sizes_of(facts)))[kernel],
+        lambda facts, compute_capability: experts.compiled(kernel, sizes_of(facts), compute_capability),
+        lambda shapes, facts: rows(shapes, sizes_of(facts)),
+    )
+
+
+EXPERTS = {
+    "sort_rows": _experts(
+        "sort_rows",
+        ("weights",),
+        lambda rows, sizes: [
+            ((sizes.experts,), "int32"),
+            ((sizes.experts, rows), "int32"),
+            ((rows, sizes.experts), "int32"),
+        ],
+        lambda shapes, sizes: shapes[0][0],
+    ),
+    "inner": _experts(
+        "inner",
+        ("hidden", "gate", "up", "counts", "order"),
+        lambda rows, sizes: [((rows * sizes.top_k, sizes.inner), sizes.dtype)],
+        lambda shapes, sizes: shapes[0][0],
+    ),
+    "outer": _experts(
+        "outer",
+        ("units", "down", "counts"),
+        lambda rows, sizes: [((rows * sizes.top_k, sizes.hidden), "fp32")],
+        lambda shapes, sizes: shapes[0][0] // sizes.top_k,
+    ),
+    "combine": _experts(
+        "combine",
+        ("parts", "weights", "counts", "places"),
+        lambda rows, sizes: [((rows, sizes.hidden), sizes.dtype)],
+        lambda shapes, sizes: shapes[1][0],
+    ),
+}
+
+
+def register(plugin: Plugin, trt: Any) -> Any:
     """The plugin's definition, registered on the first call in a process. `trt` is the package `tensorrt`."""
-    plugin = importlib.import_module(f"{trt.__name__}.plugin")
-    known = getattr(getattr(plugin.op, NAMESPACE, None), NAME, None)
+    library = importlib.import_module(f"{trt.__name__}.plugin")
+    known = getattr(getattr(library.op, NAMESPACE, None), plugin.name, None)
     if known is not None:
         return known
-    Desc = plugin.TensorDesc
-    name = f"{NAMESPACE}::{NAME}"
+    name, count = f"{NAMESPACE}::{plugin.name}", len(plugin.inputs)
 
-    # attributes of type int and float fail in 10.16 with NumPy 2.4 (a conversion of arrays to scalars): hence
-    # a str
-    @plugin.register(name)
-    def describe(logits: Desc, mask_token_id: str, compute_capability: str) -> tuple[Desc, Desc, Desc, Desc]:  # type: ignore[valid-type]
-        rows = (logits.shape_expr[0],)
+    def describe(*given: Any, facts: str, compute_capability: str) -> Any:
+        shapes = [item.shape_expr for item in given]
         return tuple(
-            plugin.from_shape_expr(rows, kind) for kind in (trt.int64, trt.float32, trt.float32, trt.float32)
+            library.from_shape_expr(shape, getattr(trt, _TYPES[kind]))
+            for shape, kind in plugin.outputs(shapes, facts)
         )
 
-    @plugin.aot_impl(name)
-    def implement(
-        logits: Desc,
-        mask_token_id: str,
-        compute_capability: str,
-        outputs: tuple[Desc, Desc, Desc, Desc],
-        tactic: int,  # type: ignore[valid-type]
-    ) -> tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]:
-        made = compiled(int(logits.shape[1]), int(mask_token_id), int(compute_capability))
-        launch = plugin.KernelLaunchParams(
-            grid_x=logits.shape_expr[0], block_x=made.threads, shared_mem=made.shared
+    def implement(*given: Any, **_: Any) -> Any:
+        shapes, (facts, capability) = [item.shape_expr for item in given[:count]], given[count : count + 2]
+        made = plugin.compiled(facts, int(capability))
+        along, across = plugin.grid(shapes, facts)
+        launch = library.KernelLaunchParams(
+            grid_x=along, grid_y=across, block_x=made.threads, shared_mem=made.shared
         )
-        return made.name, made.ptx, launch, plugin.SymIntExprs(0)
+        extra = library.SymIntExprs(0 if plugin.rows is None else 1)
+        if plugin.rows is not None:
+            extra[0] = library.SymInt32(plugin.rows(shapes, facts))
+        return made.name, made.ptx, launch, extra
 
-    return getattr(getattr(plugin.op, NAMESPACE), NAME)
-
-
-def plugin_layer(network: Any, trt: Any, compute_capability: int) -> Statistics:
-    """Statistics of a plugin layer added to the network."""
-    definition, attributes = register(trt), {"compute_capability": str(compute_capability)}
-
-    def make(logits: Any, mask_token_id: int) -> list[Any]:
-        layer = network.add_plugin(
-            definition(logits, mask_token_id=str(mask_token_id), **attributes), aot=True
-        )
-        if layer is None:
-            raise DllmError(
-                f"TensorRT {trt.__version__} rejected the plugin {NAMESPACE}::{NAME}: remove --plugins."
-            )
-        layer.name = NAME
-        return [layer.get_output(i) for i in range(len(STATISTICS))]
-
-    return make
+    # the package reads signatures; attributes of type int and float fail in 10.16 with NumPy 2.4, which
+    # converts no array to a scalar: hence str
+    tensors = dict.fromkeys(plugin.inputs, library.TensorDesc)
+    attributes = {"facts": str, "compute_capability": str}
+    outputs = tuple[(library.TensorDesc,) * len(plugin.outputs(_UNKNOWN[:count], _FACTS[plugin.name]))]
+    _sign(describe, tensors | attributes, outputs)
+    _sign(
+        implement,
+        tensors | attributes | {"outputs": outputs, "tactic": int},
+        tuple[str, str, library.KernelLaunchParams, library.SymIntExprs],
+    )
+    library.register(name)(describe)
+    library.aot_impl(name)(implement)
+    return getattr(getattr(library.op, NAMESPACE), plugin.name)
 
 
-def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statistics) -> None:
-    """Replace the layers that compute a parsed network's statistics; the names, shapes and order of its
-    outputs do not change.
+_UNKNOWN = ((1, 1),) * max(len(plugin.inputs) for plugin in (STATISTICS, *EXPERTS.values()))
+_FACTS = {STATISTICS.name: "1 0"} | {plugin.name: "1 1 1 1 fp32" for plugin in EXPERTS.values()}
 
-    Each output [B, R] comes from a reshape, whose input becomes the new [B*R] tensor. The builder drops the
-    old layers, which nothing uses any more. Raises DllmError for a network of another form.
-    """
-    maker = {
-        layer.get_output(k).name: layer
-        for layer in map(network.get_layer, range(network.num_layers))
-        for k in range(layer.num_outputs)
-    }
-    reshapes = {}
-    for name in (LOGITS, *STATISTICS):
-        # of head 'logits', an output: the parser may put a cast or an identity after the layer that the
-        # graph names
-        layer = maker.get(name)
-        while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):
-            layer = maker.get(layer.get_input(0).name)
-        if layer is None or layer.type != trt.LayerType.SHUFFLE:
-            raise DllmError(f"the network has no reshape that produces '{name}': export the artifact again.")
-        reshapes[name] = layer
-    logits = reshapes[LOGITS].get_input(0)
-    if len(logits.shape) != 2 or logits.shape[1] < 1 or logits.dtype != trt.float32:
+
+def _sign(function: Any, arguments: dict[str, Any], result: Any) -> None:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, annotation=held) for name, held in arguments.items()],
+        return_annotation=result,
+    )
+
+
+def layer(
+    network: Any, trt: Any, plugin: Plugin, inputs: Sequence[Any], facts: str, target: int
+) -> list[Any]:
+    """The outputs of a plugin's layer, added to the network. target: the GPU's compute capability. Raises
+    DllmError."""
+    definition = register(plugin, trt)
+    made = network.add_plugin(definition(*inputs, facts=facts, compute_capability=str(target)), aot=True)
+    if made is None:
         raise DllmError(
-            f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary]: "
-            "build without --plugins."
+            f"TensorRT {trt.__version__} rejected the plugin {NAMESPACE}::{plugin.name}: build without it."
         )
-    for name, made in zip(STATISTICS, make(logits, mask_token_id), strict=True):
-        if made.dtype != reshapes[name].get_input(0).dtype:
-            raise DllmError(
-                f"the plugin's '{name}' is {made.dtype}, expected {reshapes[name].get_input(0).dtype}."
-            )
-        reshapes[name].set_input(0, made)
+    return [made.get_output(i) for i in range(made.num_outputs)]

@@ -78,6 +78,8 @@ def kernels(settings: Any, note: Any) -> None:
         ]
     )
     note(commit=_commit(settings))
+    rows = (3, 20) if settings.is_twin else (32, 128, 384, 1280)
+    note(experts=[_experts(settings, count) for count in rows])
     if not settings.is_twin and importlib.util.find_spec("cuda") is not None:
         note(ahead_of_time=_ahead_of_time(settings))
 
@@ -172,6 +174,48 @@ def _commit(settings: Any) -> dict[str, Any]:
     if wrong:
         raise SystemExit(f"the kernel commit differs from its reference in {wrong} places")
     return {"cases": cases, "rows": 8, "columns": 32, "ms": ms}
+
+
+def _dense_experts(
+    hidden: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The dense form of the graph: all experts for every row."""
+    units = torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)
+    shares = units.view(len(hidden), weights.shape[1], -1) * weights.to(units.dtype)[:, :, None]
+    return shares.view(len(hidden), -1) @ down.T
+
+
+def _experts(settings: Any, rows: int) -> dict[str, Any]:
+    """A layer of LLaDA-MoE's size with random weights and random experts: the kernels against their reference
+    (64 rows of them), and the time of both forms."""
+    from plugins import experts
+
+    count, inner, width, top_k = (6, 40, 24, 3) if settings.is_twin else (64, 1024, 2048, 8)
+    dtype = torch.float32 if settings.is_twin else torch.bfloat16
+    shapes = (rows, width), (count * inner, width), (count * inner, width), (width, count * inner)
+    made = (torch.randn(shape, device=settings.device) for shape in shapes)
+    tensors = [(value * scale).to(dtype) for value, scale in zip(made, (1, 0.02, 0.02, 0.02), strict=True)]
+    best = torch.rand(rows, count, device=settings.device).topk(top_k, -1)
+    weights = torch.zeros(rows, count, device=settings.device).scatter(1, best.indices, best.values)
+    some = slice(0, min(rows, 64))
+    got = experts.launch(*tensors, weights, top_k)[some].float().cpu().numpy()
+    hidden, *held = (value.float().cpu().numpy() for value in tensors)
+    expected = experts.reference(hidden[some], *held, weights[some].cpu().numpy())
+    error = float(np.abs(got - expected).max() / np.abs(expected).max())
+    if not error < (1e-5 if settings.is_twin else 2e-2):
+        raise SystemExit(f"the kernels of experts are wrong by {error} of the largest value, {rows} rows")
+    ms = milliseconds(lambda: experts.launch(*tensors, weights, top_k), settings.repeats, settings.device, 4)
+    dense = milliseconds(lambda: _dense_experts(*tensors, weights), settings.repeats, settings.device, 4)
+    return {
+        "rows": rows,
+        "experts": count,
+        "top_k": top_k,
+        "inner": inner,
+        "hidden": width,
+        "error": error,
+        "ms": ms,
+        "dense_ms": dense,
+    }
 
 
 def _ahead_of_time(settings: Any) -> dict[str, Any]:

@@ -204,6 +204,12 @@ def _kernels(results: dict[str, Any]) -> list[str]:
             f"- kernel `commit`: {commit['cases']} random calls of {commit['rows']} rows as NumPy; "
             f"{commit['ms']:.3f} ms."
         )
+    for row in kernels.get("experts", []):
+        lines.append(
+            f"- kernels of experts, {row['rows']} rows, top {row['top_k']} of {row['experts']} of "
+            f"{row['inner']} units, hidden {row['hidden']}: within {row['error']:.0e} of the largest value; "
+            f"{row['ms']:.2f} ms, all experts by PyTorch {row['dense_ms']:.2f} ms."
+        )
     return lines
 
 

@@ -76,6 +76,7 @@ def test_every_stage_has_a_twin(results):
     assert (
         stages["kernels"]["row_statistics"][0]["tokens_equal"] and stages["kernels"]["commit"]["cases"] == 5
     )
+    assert [row["rows"] for row in stages["kernels"]["experts"]] == [3, 20]
     assert stages["tensorrt86"]["exported"] == "legacy, fp16" and stages["build"]["engine_bytes"] > 100_000
     assert (
         stages["environment"]["machine"]["instruction_sets"] is not None

@@ -6,7 +6,7 @@ Python objects here. Prints the plugin's answers as JSON.
 
 import json
 import sys
-import types
+import types as types_module
 
 import tensorrt_bindings as real
 
@@ -36,7 +36,8 @@ class Shapes(list):
 
 
 class Tensor:
-    name = "logits"
+    def __init__(self, name):
+        self.name = name
 
 
 class Registry:
@@ -52,7 +53,7 @@ class Registry:
 
 
 def package():
-    trt = types.ModuleType("tensorrt")
+    trt = types_module.ModuleType("tensorrt")
     trt.__path__ = [real.__path__[0]]
     trt.__dict__.update(
         {
@@ -69,48 +70,69 @@ def package():
     return trt
 
 
+def axes(shape):
+    """A shape of the arguments: ["rows", 64, ["rows", 8]], the last of which is rows * 8."""
+    held = Shapes(len(shape))
+    held[:] = [axis(item) for item in shape]
+    return held
+
+
+def axis(item):
+    builder = Expressions()
+    if isinstance(item, list):
+        return builder.operation(real.DimensionOperation.PROD, axis(item[0]), axis(item[1]))
+    return Expression(item) if isinstance(item, str) else builder.constant(item)
+
+
 def described(trt, shape, kind):
     description = trt.DynamicPluginTensorDesc()
     description.desc = trt.PluginTensorDesc()
-    description.desc.dims, description.desc.type, description.desc.format = (
-        shape,
-        kind,
-        trt.TensorFormat.LINEAR,
+    description.desc.dims = [item if isinstance(item, int) else -1 for item in shape]
+    description.desc.type, description.desc.format = kind, trt.TensorFormat.LINEAR
+    description.min, description.opt, description.max = (
+        [item if isinstance(item, int) else rows for item in shape] for rows in (1, 32, 64)
     )
-    description.min, description.opt, description.max = ([rows, *shape[1:]] for rows in (1, 32, 64))
     return description
 
 
-def main(vocab, mask_token_id, compute_capability):
+def main(name, facts, compute_capability, shapes, types):
+    """shapes and types: of the inputs."""
     trt = package()
     from plugins import tensorrt_plugins
 
-    assert tensorrt_plugins.register(trt) is tensorrt_plugins.register(trt)
-    added = []
+    known = {item.name: item for item in (tensorrt_plugins.STATISTICS, *tensorrt_plugins.EXPERTS.values())}
+    kernel, added = known[name], []
+    assert tensorrt_plugins.register(kernel, trt) is tensorrt_plugins.register(kernel, trt)
 
     class Network:
         def add_plugin(self, factory, aot):
             added.append((factory, aot))
 
     try:
-        tensorrt_plugins.plugin_layer(Network(), trt, compute_capability)(Tensor(), mask_token_id)
+        tensors = [Tensor(name) for name in kernel.inputs]
+        tensorrt_plugins.layer(Network(), trt, kernel, tensors, facts, compute_capability)
     except Exception as error:
         refused = str(error)
     ((make, aot),) = added
     _, _, plugin = make(trt.QuickPluginCreationRequest.STRICT_AOT)
-    plugin = plugin.clone()
-    builder, shape = Expressions(), Shapes(2)
-    shape[:] = [Expression("rows"), builder.constant(vocab)]
-    kinds = plugin.get_output_data_types([trt.float32], [2])
-    shapes = plugin.get_output_shapes([shape], [], builder)
-    tensors = [described(trt, [-1, vocab], trt.float32), *(described(trt, [-1], kind) for kind in kinds)]
-    plugin.get_supported_format_combinations(tensors, 1)
-    plugin.configure_plugin(tensors[:1], tensors[1:])
+    plugin, builder = plugin.clone(), Expressions()
+    given = [getattr(trt, kind) for kind in types]
+    kinds = plugin.get_output_data_types(given, [len(shape) for shape in shapes])
+    outputs = plugin.get_output_shapes([axes(shape) for shape in shapes], [], builder)
+    written = [[item.text if item.value is None else item.value for item in shape] for shape in outputs]
+    tensors = [
+        *(described(trt, shape, kind) for shape, kind in zip(shapes, given, strict=True)),
+        *(described(trt, shape, kind) for shape, kind in zip(written, kinds, strict=True)),
+    ]
+    count = len(shapes)
+    plugin.get_supported_format_combinations(tensors, count)
+    plugin.configure_plugin(tensors[:count], tensors[count:])
     plugin.set_tactic(0)
-    launch, extra = types.SimpleNamespace(), type("Extra", (dict,), {})()
-    plugin.get_launch_params([shape], tensors, 1, launch, extra, builder)
-    name, code = plugin.get_kernel([item.desc for item in tensors[:1]], [item.desc for item in tensors[1:]])
-    texts = {key: getattr(value.expr, "text", str(value.expr)) for key, value in vars(launch).items()}
+    launch, extra = types_module.SimpleNamespace(), type("Extra", (dict,), {})()
+    plugin.get_launch_params([axes(shape) for shape in shapes], tensors, count, launch, extra, builder)
+    entry, code = plugin.get_kernel(
+        [item.desc for item in tensors[:count]], [item.desc for item in tensors[count:]]
+    )
     print(
         json.dumps(
             {
@@ -118,15 +140,19 @@ def main(vocab, mask_token_id, compute_capability):
                 "aot": aot,
                 "refused": refused,
                 "kinds": [str(kind) for kind in kinds],
-                "shapes": [[axis.text for axis in shape] for shape in shapes],
-                "launch": texts,
-                "extra": len(extra),
-                "name": name.decode() if isinstance(name, bytes) else name,
+                "shapes": written,
+                "launch": {key: text_of(value.expr) for key, value in vars(launch).items()},
+                "extra": [text_of(extra[i].expr) for i in range(extra.nbSymExprs)],
+                "name": entry.decode() if isinstance(entry, bytes) else entry,
                 "ptx": bytes(code).decode(),
             }
         )
     )
 
 
+def text_of(expression):
+    return getattr(expression, "text", str(expression))
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*json.loads(sys.argv[1]))

@@ -16,7 +16,7 @@ import sys
 import pytest
 from bindings import VERSIONS, bindings_of
 from places import GOLDENS, ROOT, export_quietly
-from plugin_layers import ordinary_layers
+from plugin_layers import needed_layers, ordinary_layers
 
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.tensorrt import builder, store
@@ -27,16 +27,19 @@ pytest.importorskip("triton")
 rtx = pytest.importorskip("tensorrt_rtx_bindings")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
-    """Types, shapes, launch and PTX, through the real tensorrt.plugin of the version."""
+def _told(version, folder, name, facts, shapes, types):
+    """What TensorRT is told of a plugin, through the real tensorrt.plugin of the version."""
     environment = {
         key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
-    } | bindings_of(version, tmp_path)
+    } | bindings_of(version, folder)
     environment["PYTHONPATH"] += f":{ROOT}"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "plugin_harness.py"), "126464", "126336", "90"],
-        cwd=tmp_path,
+        [
+            sys.executable,
+            str(ROOT / "tests" / "helpers" / "plugin_harness.py"),
+            json.dumps([name, facts, 90, shapes, types]),
+        ],
+        cwd=folder,
         capture_output=True,
         text=True,
         env=environment,
@@ -44,12 +47,70 @@ def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["version"], told["aot"], told["extra"]) == (version, True, 0)
+    assert (told["version"], told["aot"]) == (version, True)
+    assert f"rejected the plugin dllm::{name}" in told["refused"]
+    assert f".entry {told['name']}(" in told["ptx"] and str(ROOT) not in told["ptx"]
+    return told
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tensorrt_is_told_what_the_kernel_is(version, tmp_path):
+    """Types, shapes, launch and PTX."""
+    told = _told(version, tmp_path, "row_statistics", "126464 126336", [["rows", 126464]], ["float32"])
+    assert told["extra"] == []
     assert told["kinds"] == ["DataType.INT64", *["DataType.FLOAT"] * 3] and told["shapes"] == [["rows"]] * 4
     assert told["launch"]["grid_x"] == "rows" and told["launch"]["block_x"] == "128"
-    assert told["name"] == "dllm_row_statistics_126464_126336" and f".entry {told['name']}(" in told["ptx"]
-    assert "rejected the plugin dllm::row_statistics" in told["refused"]
-    assert str(ROOT) not in told["ptx"]
+    assert told["name"] == "dllm_row_statistics_126464_126336"
+
+
+# LLaDA-MoE's sizes: kernel -> shapes and types of inputs, then shapes and types of outputs, grid, and rows
+_ROUTED, _HALF = ["rows", 64], "float16"
+EXPERTS = {
+    "sort_rows": (
+        [_ROUTED],
+        ["float32"],
+        [[64], [64, "rows"], ["rows", 64]],
+        ["INT32"] * 3,
+        ("64", "1"),
+        "rows",
+    ),
+    "inner": (
+        [["rows", 2048], [65536, 2048], [65536, 2048], [64], [64, "rows"]],
+        [*[_HALF] * 3, "int32", "int32"],
+        [["(PROD rows 8)", 1024]],
+        ["HALF"],
+        ("(SUM (FLOOR_DIV (PROD rows 8) 64) 64)", "16"),
+        "rows",
+    ),
+    "outer": (
+        [[["rows", 8], 1024], [2048, 65536], [64]],
+        [_HALF, _HALF, "int32"],
+        [["(PROD (FLOOR_DIV (PROD rows 8) 8) 8)", 2048]],
+        ["FLOAT"],
+        ("(SUM (FLOOR_DIV (PROD (FLOOR_DIV (PROD rows 8) 8) 8) 64) 64)", "32"),
+        "(FLOOR_DIV (PROD rows 8) 8)",
+    ),
+    "combine": (
+        [[["rows", 8], 2048], _ROUTED, [64], _ROUTED],
+        ["float32", "float32", "int32", "int32"],
+        [["rows", 2048]],
+        ["HALF"],
+        ("rows", "8"),
+        "rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", EXPERTS)
+def test_tensorrt_is_told_what_the_kernels_of_experts_are(kernel, tmp_path):
+    shapes, types, outputs, kinds, grid, rows = EXPERTS[kernel]
+    told = _told(VERSIONS[0], tmp_path, f"experts_{kernel}", "64 1024 2048 8 fp16", shapes, types)
+    assert told["shapes"] == outputs and told["kinds"] == [f"DataType.{kind}" for kind in kinds]
+    assert (told["launch"]["grid_x"], told["launch"].get("grid_y")) == grid
+    assert told["extra"] == [rows]
+    (declared,) = re.findall(rf"\.entry {told['name']}\((.*?)\)", told["ptx"], re.S)
+    arguments = [line.split()[1] for line in declared.strip().splitlines()]
+    assert arguments == [".u64"] * len(shapes) + [".u32"] + [".u64"] * len(outputs)
 
 
 def test_ptx_loses_its_scratch_pointers_and_nothing_else():
@@ -78,7 +139,7 @@ def test_ptx_loses_its_scratch_pointers_and_nothing_else():
 def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, head):
     """Outputs keep names, order, types and shapes; nothing of the old statistics is needed any more;
     TensorRT-RTX builds it."""
-    from plugins.tensorrt_plugins import replace_statistics
+    from plugins.tensorrt_networks import replace_statistics
 
     artifact = export_quietly(
         GOLDENS / "dream_tiny", tmp_path / "artifact", lowering=lowering, dtype=dtype, head=head
@@ -93,19 +154,7 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
         before = outputs(network)
         replace_statistics(network, trt, manifest.decoding.mask_token_id, ordinary_layers(network))
         assert outputs(network) == before
-        makers = {
-            layer.get_output(k).name: layer
-            for layer in builder._layers(network)
-            for k in range(layer.num_outputs)
-        }
-        waiting, needed = [name for name, _, _ in before], set()
-        while waiting:
-            layer = makers.get(waiting.pop())
-            if layer is not None and layer.name not in needed:
-                needed.add(layer.name)
-                waiting += [
-                    tensor.name for k in range(layer.num_inputs) if (tensor := layer.get_input(k)) is not None
-                ]
+        needed = needed_layers(network)
         assert not [name for name in needed if "TopK_node" in name or "ReduceSum" in name]
         with pytest.raises(DllmError, match=r"is .*, expected"):
             replace_statistics(network, trt, 0, lambda logits, _: [logits] * 4)

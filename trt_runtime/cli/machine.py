@@ -66,6 +66,8 @@ def _add_build(commands) -> None:  # type: ignore[no-untyped-def]
     strip = "build without the weights; they are read from the artifact when the engine is opened"
     option("--strip", action="store_true", help=strip)
     option("--plugins", action="store_true", help="replace layers with the kernels of plugins/")
+    experts = "compute only the chosen experts where a pass has over 128 rows (a kernel; not measured yet)"
+    option("--experts-plugin", action="store_true", help=experts)
     option("--inspect", action="store_true", help="also write the builder's layers as JSON")
     option("--out", type=Path, default=Path("engines"), help="the engine cache (default engines)")
     add_output(parser, "the engines' files")
@@ -111,6 +113,7 @@ def _build(args: argparse.Namespace) -> int:
         args.strip,
         args.plugins,
         args.inspect,
+        args.experts_plugin,
     )
     with progress_of(args).task(f"building engines of {args.artifact}"):
         directory = store.build(args.artifact, args.out, config, lambda text: note(args, f"warning: {text}"))

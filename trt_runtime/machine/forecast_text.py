@@ -86,7 +86,10 @@ def _experts(experts: ExpertFacts, costs: dict[str, Any], work: dict[str, int]) 
             f"long as reading the weights: {limits}"
         )
     if any(costs["rows"][1] > rows for rows in fine.values()) and work["length"] > 1:
-        yield "  longer passes cost more than the chosen experts would; on a CPU export with --target ort-cpu"
+        yield (
+            "  longer passes cost more than the chosen experts would; on a CPU export with --target ort-cpu, "
+            "with TensorRT build with --experts-plugin"
+        )
 
 
 def _measured(forecast: dict[str, Any]) -> str:

@@ -28,14 +28,14 @@ def _with_kernels(gpu, monkeypatch, artifact, out, **sizes):
     their references."""
     from plugin_layers import ordinary_layers
 
-    from plugins import tensorrt_plugins
+    from plugins import tensorrt_networks
 
-    real = tensorrt_plugins.replace_statistics
+    real = tensorrt_networks.replace_statistics
     monkeypatch.setattr(
-        tensorrt_plugins, "plugin_layer", lambda network, trt, target: ordinary_layers(network)
+        tensorrt_networks, "statistics_layer", lambda network, trt, target: ordinary_layers(network)
     )
     monkeypatch.setattr(
-        tensorrt_plugins,
+        tensorrt_networks,
         "replace_statistics",
         lambda network, trt, mask, make: real(network, rtx, mask, make),
     )

@@ -32,6 +32,7 @@ CAPACITY_STEP = (
 # TensorScatter
 _MODERN_FROM = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _SINCE = {"strip": (10, 0), "plugins": (10, 16)}  # the first TensorRT version with an option
+DENSE_ROWS = 128  # most rows of a pass for which dense experts are as fast as those of a kernel
 SCHEME_FROM = {"fp8": 89}  # the first compute capability with the arithmetic of a scheme
 _LEAST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 7)}
 
@@ -45,7 +46,8 @@ class BuildConfig:
     requests the whole canvas).
     targets: only for TensorRT-RTX. optimization_level: 0 to 5; None is the builder's own. strip: build
     without the weights, which are loaded from the artifact when the engine is opened. plugins: replace layers
-    by the kernels of plugins/. inspect: also write what the builder made of each layer.
+    by the kernels of plugins/. experts_plugin: and also the experts of engines whose passes have more than
+    DENSE_ROWS rows. inspect: also write what the builder made of each layer.
     """
 
     backend: str = "tensorrt"
@@ -59,6 +61,7 @@ class BuildConfig:
     strip: bool = False
     plugins: bool = False
     inspect: bool = False
+    experts_plugin: bool = False
 
     @property
     def capacity(self) -> int:
@@ -86,12 +89,18 @@ class BuildConfig:
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
                 raise DllmError(f"--{name} needs --backend tensorrt: TensorRT-RTX does not support it.")
+        if self.experts_plugin:
+            _check_experts(self, manifest)
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         most = max(DEFAULT_BLOCK_LENGTH, manifest.decoding.block_length or 0)
         block = min(self.block_length or most, length)
         return replace(
-            self, max_length=length, block_length=block, max_rows=min(self.max_rows or block, length)
+            self,
+            max_length=length,
+            block_length=block,
+            max_rows=min(self.max_rows or block, length),
+            plugins=self.plugins or self.experts_plugin,
         )
 
 
@@ -102,6 +111,23 @@ class EnginePlan:
     name: str
     role: str
     profiles: tuple[Profile, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the usual pass of its largest profile."""
+        return max(profile.batch[1] * profile.rows[1] for profile in self.profiles)
+
+
+def _check_experts(config: BuildConfig, manifest: Manifest) -> None:
+    if config.backend != "tensorrt":
+        raise DllmError("--experts-plugin needs --backend tensorrt: TensorRT-RTX supports no such plugins.")
+    if manifest.model.experts is None:
+        raise DllmError(f"--experts-plugin: the model ({manifest.model.family}) has no experts: remove it.")
+    if manifest.quantization is not None:
+        raise DllmError(
+            f"--experts-plugin: the kernel takes fp32, fp16 and bf16 weights, these are quantised "
+            f"({manifest.quantization.scheme}): remove it, or export without --quantize."
+        )
 
 
 def plans(config: BuildConfig, facts: DecodingFacts) -> list[EnginePlan]:

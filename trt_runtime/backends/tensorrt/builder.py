@@ -19,6 +19,7 @@ from trt_runtime.errors import DllmError
 from trt_runtime.system import commands
 
 Version = tuple[int, int]
+Edit = Callable[[Any, Any], None]  # of a parsed network, and the package
 _LATEST: Version = (999, 0)
 
 
@@ -58,7 +59,7 @@ class BuildJob:
     optimization_level: int | None = None
     strip: bool = False
     inspect: bool = False
-    edit: Callable[[Any, Any], None] | None = None
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True)

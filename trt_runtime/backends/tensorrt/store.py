@@ -22,17 +22,19 @@ from trt_runtime.backends import cuda
 from trt_runtime.backends.tensorrt import builder, fused_attention
 from trt_runtime.backends.tensorrt.build_config import (
     CAPACITY_STEP,
+    DENSE_ROWS,
     ENGINE_LAYOUTS,
     SCHEME_FROM,
     SHARED,
     SM_TARGETS,
     SPLIT,
     BuildConfig,
+    EnginePlan,
     check_scheme,
     check_version,
     plans,
 )
-from trt_runtime.backends.tensorrt.builder import BuildJob
+from trt_runtime.backends.tensorrt.builder import BuildJob, Edit
 from trt_runtime.errors import DllmError
 from trt_runtime.optional import import_optional
 from trt_runtime.system import atomic, commands
@@ -134,7 +136,9 @@ def build(
         manifest,
         [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets],
     )
-    edit, kernels, ptx = _plugins(manifest, config, gpu) if config.plugins and gpu else (None, {}, {})
+    edit_of, kernels, ptx = (
+        _plugins(manifest, config, gpu) if config.plugins and gpu else (lambda plan: None, {}, {})
+    )
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
     if (directory / FILE_NAME).is_file():
@@ -154,7 +158,7 @@ def build(
                 config.optimization_level,
                 config.strip,
                 config.inspect,
-                edit,
+                edit_of(plan),
             )
             begin = time.perf_counter()
             kernels_of = _build_one(job, target / (plan.name + SUFFIX), manifest, config, trt, timing)
@@ -282,14 +286,14 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
 
 def _plugins(
     manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
-) -> tuple[Callable[[Any, Any], None] | None, dict[str, Any], dict[str, str]]:
-    """The function that puts kernels into a parsed network, facts about all kernels with their hashes, and
-    the files of those that the runtime launches. TensorRT-RTX does not support plugins: its engines have
-    the commit kernel only."""
+) -> tuple[Callable[[EnginePlan], Edit | None], dict[str, Any], dict[str, str]]:
+    """The function that puts kernels into the parsed network of an engine, facts about all kernels with
+    their hashes, and the files of those that the runtime launches. TensorRT-RTX does not support plugins: its
+    engines have the commit kernel only."""
     mend = commands.install("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
     commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
-    facts = {
+    facts: dict[str, Any] = {
         "commit": {
             "file": "commit.ptx",
             "entry": commit.name,
@@ -300,15 +304,31 @@ def _plugins(
         }
     }
     if config.backend != "tensorrt":
-        return None, facts, {"commit.ptx": commit.ptx}
-    tool = import_optional("plugins.tensorrt_plugins", "--plugins", mend)
-    statistics = tool.compiled(manifest.model.vocab_size, mask, target)
-
-    def edit(network: Any, trt: Any) -> None:
-        tool.replace_statistics(network, trt, mask, tool.plugin_layer(network, trt, target))
-
+        return lambda plan: None, facts, {"commit.ptx": commit.ptx}
+    tool = import_optional("plugins.tensorrt_networks", "--plugins", mend)
+    kernels = import_optional("plugins.row_statistics", "--plugins", mend)
+    statistics = kernels.compiled(manifest.model.vocab_size, mask, target)
     facts["row_statistics"] = {"entry": statistics.name, "sha256": _hash(statistics.ptx)}
-    return edit, facts, {"commit.ptx": commit.ptx}
+    model, experts = manifest.model, manifest.model.experts
+    if config.experts_plugin and experts is not None:
+        held = import_optional("plugins.experts", "--experts-plugin", mend)
+        sizes = held.Sizes(
+            experts.num_experts, experts.intermediate_size, model.hidden_size, experts.top_k, model.dtype
+        )
+        for name in held.KERNELS:
+            made = held.compiled(name, sizes, target)
+            facts[f"experts_{name}"] = {"entry": made.name, "sha256": _hash(made.ptx)}
+
+    def edit_of(plan: EnginePlan) -> Edit:
+        def edit(network: Any, trt: Any) -> None:
+            tool.replace_statistics(network, trt, mask, tool.statistics_layer(network, trt, target))
+            if config.experts_plugin and experts is not None and plan.rows > DENSE_ROWS:
+                layers = tool.experts_layers(network, trt, target)
+                tool.replace_experts(network, trt, experts, model.dtype, layers)
+
+        return edit
+
+    return edit_of, facts, {"commit.ptx": commit.ptx}
 
 
 def _hash(text: str) -> str:

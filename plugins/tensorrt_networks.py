@@ -1,0 +1,134 @@
+"""Kernels in the place of layers of a parsed TensorRT network, so that the artifact stays standard ONNX. The
+names, shapes and order of the network's outputs do not change; the builder drops layers that nothing uses any
+more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trt_runtime.artifact.contract import LOGITS, STATISTICS
+from trt_runtime.artifact.manifest import ExpertFacts
+from trt_runtime.errors import DllmError
+
+from . import tensorrt_plugins as plugins
+from .experts import Sizes
+
+# logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]
+Statistics = Callable[[Any, int], list[Any]]
+# hidden, gate, up, down and weights of the contract of experts.py -> the result [rows, K]
+Experts = Callable[[Sizes, list[Any]], Any]
+
+
+def statistics_layer(network: Any, trt: Any, target: int) -> Statistics:
+    """Statistics of a plugin added to the network. target: the GPU's compute capability."""
+
+    def make(logits: Any, mask_token_id: int) -> list[Any]:
+        facts = f"{logits.shape[1]} {mask_token_id}"
+        return plugins.layer(network, trt, plugins.STATISTICS, [logits], facts, target)
+
+    return make
+
+
+def experts_layers(network: Any, trt: Any, target: int) -> Experts:
+    """Experts of plugins added to the network, four for a layer of the model."""
+
+    def make(sizes: Sizes, tensors: list[Any]) -> Any:
+        hidden, gate, up, down, weights = tensors
+        facts = " ".join(map(str, sizes))
+
+        def add(kernel: str, *inputs: Any) -> list[Any]:
+            return plugins.layer(network, trt, plugins.EXPERTS[kernel], inputs, facts, target)
+
+        counts, order, places = add("sort_rows", weights)
+        (units,) = add("inner", hidden, gate, up, counts, order)
+        (parts,) = add("outer", units, down, counts)
+        (out,) = add("combine", parts, weights, counts, places)
+        return out
+
+    return make
+
+
+def replace_statistics(network: Any, trt: Any, mask_token_id: int, make: Statistics) -> None:
+    """Replace the layers that compute the statistics. Each output [B, R] comes from a reshape, whose input
+    becomes the new [B*R] tensor. Raises DllmError for a network of another form."""
+    maker = _makers(network)
+    reshapes = {}
+    for name in (LOGITS, *STATISTICS):
+        # of head 'logits', an output: the parser may put a cast or an identity after the layer that the
+        # graph names
+        layer = maker.get(name)
+        while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):
+            layer = maker.get(layer.get_input(0).name)
+        if layer is None or layer.type != trt.LayerType.SHUFFLE:
+            raise DllmError(f"the network has no reshape that produces '{name}': export the artifact again.")
+        reshapes[name] = layer
+    logits = reshapes[LOGITS].get_input(0)
+    if len(logits.shape) != 2 or logits.shape[1] < 1 or logits.dtype != trt.float32:
+        raise DllmError(
+            f"the logits are {logits.dtype} {tuple(logits.shape)}, expected float32 [rows, vocabulary]: "
+            "build without --plugins."
+        )
+    for name, made in zip(STATISTICS, make(logits, mask_token_id), strict=True):
+        if made.dtype != reshapes[name].get_input(0).dtype:
+            raise DllmError(
+                f"the plugin's '{name}' is {made.dtype}, expected {reshapes[name].get_input(0).dtype}."
+            )
+        reshapes[name].set_input(0, made)
+
+
+def replace_experts(network: Any, trt: Any, facts: ExpertFacts, dtype: str, make: Experts) -> int:
+    """Replace the dense experts of each layer of the model; returns the number of layers. dtype: of the
+    weights (fp32, fp16, bf16). Raises DllmError for a network of another form."""
+    maker, users = _makers(network), _users(network)
+    named = {layer.name: layer for layer in _layers(network)}
+    prefixes = [
+        found[1] for name in named if (found := re.fullmatch(r"(layers\.\d+\.)experts_gate_proj", name))
+    ]
+    if len(prefixes) != facts.num_layers:
+        raise DllmError(
+            f"the network has {len(prefixes)} layers of dense experts, the manifest says {facts.num_layers}: "
+            "export the artifact again."
+        )
+    for prefix in prefixes:
+        weights, products = [], []
+        for name in ("gate", "up", "down"):
+            held = named[f"{prefix}experts_{name}_proj"].get_output(0)
+            using = [layer for layer, _ in users[held.name]]
+            if [layer.type for layer in using] != [trt.LayerType.MATRIX_MULTIPLY]:
+                raise DllmError(
+                    f"{prefix}experts_{name}_proj is not the weight of one matrix product: build without "
+                    "--experts-plugin."
+                )
+            weights.append(held)
+            products.append(using[0])
+        chosen = _output(maker[f"{prefix}expert_weights"], f"{prefix}expert_weights")
+        sizes = Sizes(facts.num_experts, facts.intermediate_size, weights[0].shape[1], facts.top_k, dtype)
+        made = make(sizes, [products[0].get_input(0), *weights, chosen])
+        for layer, number in users[products[2].get_output(0).name]:
+            layer.set_input(number, made)
+    return len(prefixes)
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return map(network.get_layer, range(network.num_layers))
+
+
+def _makers(network: Any) -> dict[str, Any]:
+    """The layer that computes each tensor."""
+    return {layer.get_output(k).name: layer for layer in _layers(network) for k in range(layer.num_outputs)}
+
+
+def _users(network: Any) -> dict[str, list[tuple[Any, int]]]:
+    """The layers that read each tensor, and as which input."""
+    users: dict[str, list[tuple[Any, int]]] = {}
+    for layer in _layers(network):
+        for k in range(layer.num_inputs):
+            if (tensor := layer.get_input(k)) is not None:
+                users.setdefault(tensor.name, []).append((layer, k))
+    return users
+
+
+def _output(layer: Any, name: str) -> Any:
+    return next(layer.get_output(k) for k in range(layer.num_outputs) if layer.get_output(k).name == name)
