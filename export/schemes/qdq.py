@@ -25,6 +25,7 @@ from trt_runtime.errors import DllmError
 
 from ..graph.context import split_layer
 from ..graph.decoder import layer_name
+from ..graph.experts import DOWN, GATE, ROUTER, UP
 from ..graph.linears import Initializer
 from . import blocks, portable
 from .base import Array, Scheme, StoredPart
@@ -35,9 +36,17 @@ _FP8_LARGEST, _INT8_LARGEST = 448.0, 127.0
 # the paper's alpha of the smoothing: weights have a scale per output and activations only one, so activations
 # need more of it than half
 _STRENGTH = 0.75
-# what computes a layer's inputs, and so what can divide them: the norm's weight, or the rows of up_proj
-_BEFORE = {"q_proj": "attention_norm", "k_proj": "attention_norm", "v_proj": "attention_norm",
-           "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "down_proj": "up_proj"}  # fmt: skip
+# what computes the inputs of layers, and so can divide them (a norm's weight, or the rows of an up_proj), and
+# the layers that read them
+_READERS = {
+    "attention_norm": ("q_proj", "k_proj", "v_proj"),
+    "mlp_norm": ("gate_proj", "up_proj", "shared_gate_proj", "shared_up_proj", GATE, UP),
+    "up_proj": ("down_proj",),
+    "shared_up_proj": ("shared_down_proj",),
+    UP: (DOWN,),
+}
+_SOURCE = {reader: source for source, readers in _READERS.items() for reader in readers}
+_SOURCE[ROUTER] = "mlp_norm"  # it is not quantised, but reads what is divided
 
 
 class _QDQ(Scheme):
@@ -149,14 +158,15 @@ class SmoothQuant(_Static):
         if where is None:
             return None, None
         layer, leaf = where
-        columns = self._divisor(layer, _BEFORE.get(leaf))
+        columns = self._divisor(layer, _SOURCE.get(leaf))
         rows = self._divisor(layer, leaf)
         return None if rows is None else 1 / rows, columns
 
     def _divisor(self, layer: int, leaf: str | None) -> Array | None:
-        """The divisor of a norm's or up_proj's outputs [K]: max|X|^a / max|W|^(1 - a), over all layers that
-        read them."""
-        readers = [layer_name(layer, name) for name, before in _BEFORE.items() if before == leaf]
+        """The divisor of a norm's or an up_proj's outputs [K]: max|X|^a / max|W|^(1 - a), over all layers
+        that read them."""
+        names = [layer_name(layer, name) for name in _READERS.get(leaf or "", ())]
+        readers = [name for name in names if name in self.calibration.inputs]
         if not readers:
             return None
         given = self.calibration.inputs[readers[0]]

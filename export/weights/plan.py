@@ -216,14 +216,17 @@ def _quantized(
     is_head = name == (decoder.EMBEDDING if config.tied_head else decoder.HEAD)
     is_covered = scheme.covers_head if is_head else decoder.is_linear(name)
     if not is_covered or name == decoder.EMBEDDING:
-        factor, _ = scheme.factors(name)
+        by_row, by_column = scheme.factors(name)
+        is_scaled = by_row is not None or by_column is not None
         if name == decoder.EMBEDDING and scheme.target == ORT_CPU:
             dtype = DTYPE_OF.get(stored.dtype, dtype)  # rows of it are cast up when they are looked up
         yield (
             name,
             dtype,
             shape,
-            stored if factor is None else Made(partial(_scaled, stored, factor, NUMPY_DTYPES[dtype])),
+            Made(partial(_scaled, stored, shape, (by_row, by_column), NUMPY_DTYPES[dtype]))
+            if is_scaled
+            else stored,
         )
     if is_covered:
         outputs, inputs = math.prod(shape[:-1]), shape[-1]
@@ -232,9 +235,18 @@ def _quantized(
             yield f"{name}.{suffix}", part.dtype, part.shape, Made(partial(quantized.take, suffix))
 
 
-def _scaled(stored: FromCheckpoint, factor: Array, dtype: np.dtype[Any]) -> Array:
-    whole = np.concatenate([piece.open() for piece in stored.stored])
-    return (whole.astype(np.float32) * factor).astype(dtype)
+def _scaled(
+    stored: FromCheckpoint,
+    shape: tuple[int, ...],
+    factors: tuple[Array | None, Array | None],
+    dtype: np.dtype[Any],
+) -> Array:
+    """A tensor with its rows and columns multiplied (a vector: its elements, as rows)."""
+    by_row, by_column = factors
+    whole = np.concatenate([piece.open() for piece in stored.stored]).astype(np.float32).reshape(shape)
+    if by_row is not None:
+        whole *= by_row.reshape(-1, *[1] * (len(shape) - 1))
+    return (whole if by_column is None else whole * by_column).astype(dtype)
 
 
 def total_size(weights: Iterable[Weight]) -> int:

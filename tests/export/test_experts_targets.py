@@ -20,6 +20,7 @@ from export import families
 from export.parity.verify import verify
 from export.pipeline import ExportConfig
 from export.quantize import export as quantize
+from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import ExpertFacts, ModelFacts
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
@@ -63,10 +64,12 @@ def test_a_forecast_counts_what_a_row_passes():
     assert many - one == pytest.approx(4 * 3 * 128 * 16 * 12, rel=1e-3)
 
 
-def test_four_bit_experts_keep_the_answers_of_a_trained_model(tmp_path):
-    """The block-causal demo as a mixture: 8 copies of its feed-forward, 2 of which each row passes, is the
-    same model whatever the router chooses. Quantised to 4 bits, by QMoE, it passes the gate."""
-    path = tmp_path / "checkpoint"
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The block-causal demo as a mixture: 8 copies of its feed-forward, 2 of which each row passes, are the
+    same model whatever the router chooses. With prompts and their right answers."""
+    folder = tmp_path_factory.mktemp("mixture")
+    path = folder / "checkpoint"
     shutil.copytree(BLOCK_CAUSAL_DEMO, path)
     config = json.loads((path / "config.json").read_text())
     config |= {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"], "norm_topk_prob": True}
@@ -86,9 +89,8 @@ def test_four_bit_experts_keep_the_answers_of_a_trained_model(tmp_path):
     for layer in range(config["num_hidden_layers"]):
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = rng.standard_normal((8, 192)).astype(np.float32)
     save_file(tensors, path / "model.safetensors")
-    dense = export_quietly(path, tmp_path / "dense")
-    examples = demo_prompts.held_out(12)
-    data = tmp_path / "data.jsonl"
+    examples = demo_prompts.held_out(24)
+    data = folder / "data.jsonl"
     data.write_text(
         "\n".join(
             json.dumps({"prompt": e.prompt, "answers": list(map(json.dumps, demo_task.spellings(e.plan)))})
@@ -96,20 +98,60 @@ def test_four_bit_experts_keep_the_answers_of_a_trained_model(tmp_path):
         ),
         encoding="utf-8",
     )
-    with load(dense, "ort", threads=1) as model:
+    return path, data, examples
+
+
+def test_the_mixture_answers_as_the_demo(mixture, tmp_path):
+    path, _, examples = mixture
+    with load(export_quietly(path, tmp_path / "dense"), "ort", threads=1) as model:
         results = model.generate([e.prompt for e in examples])
-        assert sum(demo_task.is_right(r.text, e.plan) for r, e in zip(results, examples, strict=True)) == 12
-    artifact = tmp_path / "int4"
-    made = quantize.export(
-        ExportConfig(str(path), artifact),
-        quantize.QuantizeConfig("int4", data=data, match="json"),
+    assert sum(demo_task.is_right(r.text, e.plan) for r, e in zip(results, examples, strict=True)) == 24
+
+
+def _quantised(mixture, out, scheme, dtype="fp32"):
+    path, data, _ = mixture
+    return quantize.export(
+        ExportConfig(str(path), out, dtype),
+        quantize.QuantizeConfig(scheme, data=data, match="json"),
         lambda total: lambda done: None,
     )
-    assert made.quantization.quality["right"] >= 11 and made.model.experts.is_fused
-    operators = {
-        node.op_type for node in onnx.load(artifact / "refine.onnx", load_external_data=False).graph.node
-    }
+
+
+def _operators(artifact):
+    graph = onnx.load(artifact / "refine.onnx", load_external_data=False).graph
+    return {node.op_type for node in graph.node}
+
+
+def test_four_bit_experts_keep_the_answers_of_a_trained_model(mixture, tmp_path):
+    """By QMoE, through the gate."""
+    made = _quantised(mixture, tmp_path / "int4", "int4")
+    assert made.quantization.quality["right"] >= 23 and made.model.experts.is_fused
+    operators = _operators(tmp_path / "int4")
     assert {"QMoE", "MatMulNBits"} <= operators and "MoE" not in operators
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "targets"),
+    [
+        ("fp8", "fp16", ("sm89", "sm120")),
+        ("int8-sq", "bf16", ("sm86", "sm89", "sm120")),
+    ],
+)
+def test_eight_bit_experts_pass_the_gate_and_build(mixture, tmp_path, scheme, dtype, targets):
+    """QuantizeLinear and DequantizeLinear around the dense experts' Gemms, for TensorRT."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    from trt_runtime.backends.tensorrt import store
+
+    artifact = tmp_path / scheme
+    made = _quantised(mixture, artifact, scheme, dtype)
+    quality = made.quantization.quality
+    assert quality["judged"] == 12 and quality["right"] >= 11 and not made.model.experts.is_fused
+    stored = manifests.load(artifact).files
+    assert stored and {"QuantizeLinear", "DequantizeLinear", "Gemm"} <= _operators(artifact)
+    config = store.BuildConfig("tensorrt-rtx", targets=targets, max_length=128, block_length=8)
+    assert list(store.build(artifact, tmp_path / "engines", config).glob("*.engine"))
+    with pytest.raises(DllmError, match="takes fp32, fp16 and bf16 weights"):
+        store.BuildConfig(experts_plugin=True).checked(manifests.load(artifact))
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "int4"])

@@ -9,13 +9,15 @@ import onnxruntime as ort
 import pytest
 from exports import scheme_id
 from onnxscript import GraphBuilder
+from tiny import write_checkpoint
 
 from export import families, schemes
-from export.families.base import ConfigReader
 from export.graph.decoder import is_linear, weight_shapes
 from export.graph.linears import MICROSOFT
+from export.pipeline import ExportConfig
 from export.schemes import blocks
 from export.schemes.base import Calibration
+from export.weights import plan as weights
 from export.weights.sources import STORED
 from trt_runtime.backends.ort import int8
 
@@ -191,34 +193,64 @@ def test_a_token_is_rounded_alone(kind):
     assert (run_layer(scheme, parts, x, weight.shape)[2] == before[2]).all()
 
 
-def test_smoothing_changes_nothing_but_where_sizes_stand():
-    """Norms and up_proj divided, columns multiplied: without rounding every product is as before."""
-    config = LLADA.decoder(ConfigReader(LLADA.tiny_config(), "config.json"))
+READERS = {
+    "attention_norm": ("q_proj", "k_proj", "v_proj"),
+    "mlp_norm": ("gate_proj", "up_proj"),
+    "up_proj": ("down_proj",),
+}
+EXPERT_READERS = {
+    "attention_norm": READERS["attention_norm"],
+    "mlp_norm": (
+        "router",
+        *(f"{part}_{name}" for part in ("shared", "experts") for name in ("gate_proj", "up_proj")),
+    ),
+    "shared_up_proj": ("shared_down_proj",),
+    "experts_up_proj": ("experts_down_proj",),
+}
+
+
+@pytest.mark.parametrize(("name", "readers"), [("llada", READERS), ("llada2", EXPERT_READERS)])
+def test_smoothing_leaves_the_function_as_it_is(tmp_path, name, readers):
+    """Norms and up_proj divided, columns of all their readers multiplied, of the router too, which is not
+    quantised: without rounding every product is as before."""
+    family = families.find(name)
+    path = write_checkpoint(family, tmp_path / "checkpoint")
+    source = ExportConfig(str(path), tmp_path / "out").read()
     rng = np.random.default_rng(4)
-    shapes = {
-        name: shape for name, shape in weight_shapes(config).items() if is_linear(name) and name != "head"
+    shapes = weight_shapes(source.decoder)
+    linears = {key: shape for key, shape in shapes.items() if is_linear(key) and key != "head"}
+    drawn = {
+        (layer, before): np.exp(2 * rng.standard_normal(shapes[f"layers.{layer}.{names[0]}"][1]))
+        for layer in range(1, source.decoder.num_layers)
+        for before, names in readers.items()
     }
-    inputs = {
-        name: np.exp(2 * rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()
-    }
-    for i in range(3):
-        for name in ("k_proj", "v_proj"):
-            inputs[f"layers.{i}.{name}"] = inputs[f"layers.{i}.q_proj"]
-        inputs[f"layers.{i}.up_proj"] = inputs[f"layers.{i}.gate_proj"]
+    inputs = {key: np.exp(rng.standard_normal(shape[1])).astype(np.float32) for key, shape in linears.items()}
+    for (layer, before), magnitudes in drawn.items():
+        for reader in readers[before]:
+            inputs[f"layers.{layer}.{reader}"] = magnitudes.astype(np.float32)
     weights_of = {
-        name: np.exp(rng.standard_normal(shape[1])).astype(np.float32) for name, shape in shapes.items()
+        key: np.exp(rng.standard_normal(shape[1])).astype(np.float32) for key, shape in linears.items()
     }
     scheme = schemes.find("int8-sq")("fp32", Calibration(inputs, weights_of))
-    for reader, before in (
-        ("q_proj", "attention_norm"),
-        ("v_proj", "attention_norm"),
-        ("gate_proj", "mlp_norm"),
-        ("down_proj", "up_proj"),
-    ):
-        divided, multiplied = scheme.factors(f"layers.1.{before}")[0], scheme.factors(f"layers.1.{reader}")[1]
-        assert np.allclose(divided * multiplied, 1, rtol=1e-5)
+    for before, names in readers.items():
+        for reader in names:
+            divided = scheme.factors(f"layers.1.{before}")[0]
+            multiplied = scheme.factors(f"layers.1.{reader}")[1]
+            assert np.allclose(divided * multiplied, 1, rtol=1e-5), reader
     assert scheme.factors("layers.1.o_proj") == (None, None) and scheme.factors("head") == (None, None)
-    name = "layers.2.down_proj"
-    columns = scheme.factors(name)[1]
-    assert np.allclose(columns, inputs[name] ** 0.75 / weights_of[name] ** 0.25, rtol=1e-4)
-    assert scheme.factors("layers.2.down_proj")[0] is None and scheme.factors("layers.2.q_proj")[0] is None
+    last = f"layers.1.{next(reversed(readers.values()))[0]}"
+    assert np.allclose(scheme.factors(last)[1], inputs[last] ** 0.75 / weights_of[last] ** 0.25, rtol=1e-4)
+    assert scheme.factors(last)[0] is None and scheme.factors("layers.1.q_proj")[0] is None
+    stored = {
+        weight.name: np.concatenate(list(weight.source.pieces()))
+        for weight in weights.plan(source.decoder, family, source.checkpoint, "fp32", scheme=scheme)
+        if weight.name in ("layers.1.router", "layers.1.mlp_norm")
+    }
+    plain = {
+        weight.name: np.concatenate(list(weight.source.pieces())).reshape(weight.shape)
+        for weight in weights.plan(source.decoder, family, source.checkpoint, "fp32")
+        if weight.name in stored
+    }
+    for key, array in plain.items():
+        factor = next(each for each in scheme.factors(key) if each is not None)
+        assert np.allclose(stored[key].reshape(array.shape), array * factor, rtol=1e-6)

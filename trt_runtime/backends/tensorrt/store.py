@@ -136,9 +136,7 @@ def build(
         manifest,
         [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets],
     )
-    edit_of, kernels, ptx = (
-        _plugins(manifest, config, gpu) if config.plugins and gpu else (lambda plan: None, {}, {})
-    )
+    edit_of, kernels, ptx = _plugins(manifest, config, gpu)
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
     if (directory / FILE_NAME).is_file():
@@ -285,11 +283,13 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
 
 
 def _plugins(
-    manifest: Manifest, config: BuildConfig, gpu: cuda.Facts
+    manifest: Manifest, config: BuildConfig, gpu: cuda.Facts | None
 ) -> tuple[Callable[[EnginePlan], Edit | None], dict[str, Any], dict[str, str]]:
     """The function that puts kernels into the parsed network of an engine, facts about all kernels with
     their hashes, and the files of those that the runtime launches. TensorRT-RTX does not support plugins: its
     engines have the commit kernel only."""
+    if not config.plugins or gpu is None:
+        return lambda plan: None, {}, {}
     mend = commands.install("kernels")
     mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
     commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
@@ -311,13 +311,13 @@ def _plugins(
     facts["row_statistics"] = {"entry": statistics.name, "sha256": _hash(statistics.ptx)}
     model, experts = manifest.model, manifest.model.experts
     if config.experts_plugin and experts is not None:
-        held = import_optional("plugins.experts", "--experts-plugin", mend)
-        sizes = held.Sizes(
+        of_experts = import_optional("plugins.experts", "--experts-plugin", mend)
+        sizes = of_experts.Sizes(
             experts.num_experts, experts.intermediate_size, model.hidden_size, experts.top_k, model.dtype
         )
-        for name in held.KERNELS:
-            made = held.compiled(name, sizes, target)
-            facts[f"experts_{name}"] = {"entry": made.name, "sha256": _hash(made.ptx)}
+        for name in of_experts.KERNELS:
+            compiled = of_experts.compiled(name, sizes, target)
+            facts[f"experts_{name}"] = {"entry": compiled.name, "sha256": _hash(compiled.ptx)}
 
     def edit_of(plan: EnginePlan) -> Edit:
         def edit(network: Any, trt: Any) -> None:
