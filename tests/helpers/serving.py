@@ -60,7 +60,15 @@ def until(condition, seconds=5):
 def chat(client, prompt=PROMPT, **options):
     extra = {
         key: options.pop(key)
-        for key in ("threshold", "policy", "cache", "block_length", "template")
+        for key in (
+            "threshold",
+            "policy",
+            "cache",
+            "block_length",
+            "template",
+            "edit_threshold",
+            "edit_steps",
+        )
         if key in options
     }
     return client.chat.completions.create(

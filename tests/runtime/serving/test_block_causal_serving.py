@@ -14,7 +14,14 @@ from serving import OTHERS, PROMPT, chat, serving  # noqa: E402
 from trt_runtime.decoding.config import GenerationConfig  # noqa: E402
 from trt_runtime.model import load  # noqa: E402
 
-OPTIONS = ({}, {"fuse_stores": False}, {"cache": "block_dual", "small_block": 4}, {"cache": "none"})
+EDITS = {"threshold": 0.3, "edit_threshold": 0.1, "edit_steps": 4}
+OPTIONS = (
+    {},
+    {"fuse_stores": False},
+    {"cache": "block_dual", "small_block": 4},
+    {"cache": "none"},
+    EDITS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,30 @@ def test_requests_of_all_options_share_slots_and_get_what_each_gets_alone(client
         got = list(pool.map(lambda pair: _ask(client, *pair), asked))
     assert [answer.choices[0].message.content for answer in got] == [result.text for result in expected]
     assert [answer.usage.model_extra["nfe"] for answer in got] == [result.nfe for result in expected]
+    edits = [result.num_edits for result in expected if result.num_edits]
+    assert [n for answer in got if (n := answer.usage.model_extra.get("edits"))] == edits and edits
+
+
+def test_a_stream_shows_each_edit_and_sends_text_that_no_longer_changes(client, model):
+    """The canvas of the updates ends as the answer, though tokens of it changed; the text only grows."""
+    expected = model.generate([PROMPT], GenerationConfig(**EDITS))[0]
+    text, tokens, edited = "", {}, 0
+    for chunk in chat(client, stream=True, **EDITS, stream_options={"provisional": True}):
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            assert expected.text.startswith(text)
+        for update in [(chunk.model_extra or {}).get("provisional")]:
+            if update is None:
+                continue
+            first, end = update["block"]
+            for position, _, _ in update["cells"]:
+                changed = tokens.get(position, update["tokens"][position]) != update["tokens"][position]
+                assert not changed or (position in update["edited"] and first <= position < end)
+                tokens[position] = update["tokens"][position]
+            edited += len(update.get("edited", ()))
+    assert text == expected.text and edited == expected.num_edits > 0
+    assert all(token == expected.tokens[position] for position, token in tokens.items())
+    assert len(tokens) > 20
 
 
 @pytest.mark.parametrize(
