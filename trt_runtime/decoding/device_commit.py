@@ -81,12 +81,16 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
             "in this dtype: check them with 'dllm-trt verify', or export with DTYPE=bf16 or fp32."
         )
     if (arrays.state[:, 1] == PROPOSED_MASK).any():
-        raise DllmError(
-            "the model proposed the mask token: the graph does not match the manifest: export the "
-            "artifact again."
-        )
+        raise proposed_mask()
     first = np.array([rule.number for rule in rules], np.int32)[:, None]
     return Committed(ids, np.where(arrays.committed < 0, -1, arrays.committed - first).astype(np.int32))
+
+
+def proposed_mask() -> DllmError:
+    """The error of a model that proposes the mask token."""
+    return DllmError(
+        "the model proposed the mask token: the graph does not match the manifest: export the artifact again."
+    )
 
 
 def commit(ids: Ints, token: Ints, confidence: Floats, arrays: CommitArrays, mask_token_id: int) -> None:

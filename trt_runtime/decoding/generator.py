@@ -5,7 +5,8 @@
 
 A row's cache plan (cache_plan.py) decides what it wants next: a prefix pass at a block's start, a refine step
 inside a block. Rows occupy slots of one cache, start and finish independently, and cannot affect one another:
-padding is masked, and never overwrites a valid row. One call for a group of rows: step.py.
+padding is masked, and never overwrites a valid row. One call for a group of rows: step.py; for rows in the
+middle of a block, running.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from trt_runtime.decoding.backend import Backend, Cache
+from trt_runtime.decoding.running import Loop
 from trt_runtime.decoding.sequence import Sequence
-from trt_runtime.decoding.step import Wanted, advance, assemble, groups, wanted_of
+from trt_runtime.decoding.step import Wanted, groups
 from trt_runtime.decoding.trace import Written
 
 
@@ -26,6 +28,7 @@ class Generator:
         self.sequences = list(sequences)
         self.capacity = max(sequence.length for sequence in self.sequences)
         self.cache: Cache = self.new_cache()
+        self.loop = Loop(backend, len(self.sequences))
 
     def new_cache(self) -> Cache:
         return self.backend.new_cache(len(self.sequences), self.capacity)
@@ -38,9 +41,9 @@ class Generator:
         """One forward for every unfinished row, or the several steps that its backend runs in one call.
         Returns the steps of each. instead: what to write in place of a slot's own choice (Sequence.commit).
         """
-        wanted = wanted_of(dict(enumerate(self.sequences)))
+        wanted = self.loop.wanted(dict(enumerate(self.sequences)))
         for group in groups(wanted, self.capacity, self.backend.max_batch):
-            advance(self.backend, self.cache, group, assemble(group), instead)
+            self.loop.advance(self.cache, group, instead)
         return wanted
 
     def run(self) -> None:

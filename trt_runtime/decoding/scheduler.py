@@ -19,15 +19,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from trt_runtime.artifact.contract import SPARE_ROWS
-from trt_runtime.decoding.backend import Backend, Window
+from trt_runtime.decoding.backend import Backend
 from trt_runtime.decoding.cache_plan import REFINE
+from trt_runtime.decoding.running import Loop
 from trt_runtime.decoding.sequence import Sequence
-from trt_runtime.decoding.step import Wanted, advance, assemble, groups, slots_of, wanted_of
+from trt_runtime.decoding.step import Wanted, groups
 from trt_runtime.errors import DllmError
 
 _STEP = 16  # rows by which a cache grows and shrinks
@@ -68,6 +67,7 @@ class Scheduler:
         self.cache = backend.new_cache(slots, max_length + spare)
         self.rows: list[Ticket | None] = [None] * slots
         self.queue: deque[Ticket] = deque()
+        self.loop = Loop(backend, slots)
         self.tick_number = 0
         self._submitted = self._placed_small = 0
 
@@ -100,12 +100,12 @@ class Scheduler:
         """Place waiting requests, make one call (a forward, or several steps), and return the requests that
         it advanced; none if there is nothing to do."""
         self._place_waiting()
-        wanted = wanted_of({slot: ticket.sequence for slot, ticket in enumerate(self.rows) if ticket})
+        wanted = self.loop.wanted({slot: ticket.sequence for slot, ticket in enumerate(self.rows) if ticket})
         if not wanted:
             return []
         self.tick_number += 1
         group = self._group(wanted)
-        advance(self.backend, self.cache, group, self._window(group))
+        self.loop.advance(self.cache, group)
         moved = [ticket for row in group if (ticket := self.rows[row.slot])]
         for ticket in moved:
             ticket.waited = max(ticket.waited, self.tick_number - ticket.served)
@@ -178,27 +178,3 @@ class Scheduler:
     def _can_share(self, row: Wanted, first: Wanted) -> bool:
         rows = max(row.rows, first.rows)
         return row.can_stretch(rows, self.cache.capacity) and first.can_stretch(rows, self.cache.capacity)
-
-    def _window(self, group: list[Wanted]) -> Window:
-        """The inputs of the group's rows, with idle rows in the slots between them."""
-        inputs, slots = assemble(group), slots_of(group)
-        count = slots.stop - slots.start
-        if len(group) == count:
-            return inputs
-        at, size = [row.slot - slots.start for row in group], inputs.input_ids.shape[1]
-        idle, no_mask = (
-            np.full(count, self.cache.capacity - size),
-            int(group[0].sequence.rules.mask_token_id == 0),
-        )
-        full = Window(
-            np.full((count, size), no_mask, np.int64),
-            np.zeros((count, size), np.int64),
-            idle,
-            np.ones(count, np.int64),
-            np.zeros((count, inputs.logit_rows.shape[1]), np.int64),
-            None if inputs.row_len is None else np.ones((count, size), np.int64),
-        )
-        for item in fields(Window):
-            if (array := getattr(full, item.name)) is not None:
-                array[at] = getattr(inputs, item.name)
-        return full

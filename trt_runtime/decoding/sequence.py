@@ -8,6 +8,7 @@ select -> (refine -> select)* until the block has no mask, then the next block. 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from trt_runtime.decoding.policies.base import (
     without_confidence,
 )
 from trt_runtime.decoding.rules import Rules
-from trt_runtime.decoding.trace import Step, Written
+from trt_runtime.decoding.trace import Step, Trace, Written
 from trt_runtime.errors import DllmError
 
 
@@ -45,7 +46,7 @@ class Sequence:
         self.reach = None if blocks is None else blocks.reach(len(prompt), length)
         self._stored = 0  # positions whose final keys and values are in the cache
         self._filled = -1  # the start of the block whose keys and values were computed as a whole
-        self.trace: list[Step] = []
+        self.history = Trace()
         self.rng = np.random.default_rng(seed)
         self.uniform = np.random.default_rng([seed, 1]).random(len(self.canvas))
         self.block: tuple[int, int] | None = None
@@ -53,12 +54,19 @@ class Sequence:
         self._number = -1  # of the block
         self._edits = EditState()  # of the running block
         self.num_free = 0  # steps of the trace without a forward of their own (speculation.py)
-        self.state = BlockState(0, 0)
+        self._state = BlockState(0, 0)
+        self._followed: list[Callable[[], Step]] = []  # steps of the block, not yet in _state
+        self._has_end = False  # whether an end token was written
         self._open_block(self.prompt_length)
 
     @property
     def length(self) -> int:
         return len(self.canvas)
+
+    @property
+    def trace(self) -> list[Step]:
+        """The finished forwards."""
+        return self.history.steps
 
     @property
     def is_masked(self) -> Bools:
@@ -70,12 +78,21 @@ class Sequence:
 
     @property
     def nfe(self) -> int:
-        return len(self.trace) - self.num_free
+        return self.history.count - self.num_free
+
+    @property
+    def state(self) -> BlockState:
+        """The progress in the running block."""
+        if self._followed:
+            seen = [seen for step in self._followed if (seen := step().seen) is not None]
+            self._state = self._state.after([(each[0], each[1].confidence) for each in seen])
+            self._followed = []
+        return self._state
 
     def fork(self) -> Sequence:
         """An independent copy that continues from here, with a trace of its own."""
         twin = copy.copy(self)
-        twin.canvas, twin.trace = self.canvas.copy(), []
+        twin.canvas, twin._followed, twin.history = self.canvas.copy(), list(self._followed), Trace()
         return twin
 
     @property
@@ -96,8 +113,8 @@ class Sequence:
     @property
     def num_useful(self) -> int:
         """Generated tokens before the first end-of-sequence token."""
-        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
-        return int(ends[0]) if len(ends) else self.rules.gen_length
+        is_end = np.isin(self.output, self.rules.eos_token_ids)
+        return int(is_end.argmax()) if is_end.any() else self.rules.gen_length
 
     @property
     def num_edits(self) -> int:
@@ -195,12 +212,12 @@ class Sequence:
         if not self.rules.hold_back_eos:
             return (
                 stats,
-                every if self._is_forced else self.rules.policy.select(stats, every, state),
-                self._is_forced,
+                every if self.is_forced else self.rules.policy.select(stats, every, state),
+                self.is_forced,
             )
         is_end = np.isin(stats.token, self.rules.eos_token_ids)
         stats = without_confidence(stats, is_end)
-        if self._is_forced and not is_end[0]:
+        if self.is_forced and not is_end[0]:
             return stats, np.arange(len(every)) == 0, True
         return stats, select_holding_back(self.rules.policy, stats, is_end, state), False
 
@@ -224,7 +241,19 @@ class Sequence:
         """Apply what a device committed in one step of the current block."""
         forward = self.next_forward()
         step = Step(forward.kind, forward.start, forward.rows, positions.tolist(), tokens.tolist())
-        self._write(forward, step, None, self._is_forced)
+        self._write(forward, step, None, self.is_forced)
+
+    def follow_step(
+        self, step: Callable[[], Step], positions: Ints, tokens: Ints, *, may_be_done: bool, has_end: bool
+    ) -> None:
+        """Write a step of the current block that was chosen elsewhere (running.py). step: returns it, for the
+        trace. may_be_done: whether the block may be done; has_end: whether a token is an end token."""
+        self.canvas[positions] = tokens
+        self.history.add(step)
+        self._followed.append(step)
+        self._has_end = self._has_end or has_end
+        if may_be_done or (self._has_end and self.rules.stop_at_eos):
+            self._advance(may_end=not self.rules.stop_after_block)
 
     def _write(self, forward: Forward, step: Step, instead: Written | None, forced: bool) -> None:
         """Write a step, or what stands `instead` of it, into the canvas, record it, and advance."""
@@ -234,7 +263,8 @@ class Sequence:
             [instead] if instead else [(step.positions, step.tokens), *step.written_edits]
         ):
             self.canvas[positions] = tokens
-        self.trace.append(step)
+            self._has_end = self._has_end or any(token in self.rules.eos_token_ids for token in tokens)
+        self.history.add(lambda: step)
         if forward.end >= self.block[1]:
             has_edited = any(positions for positions, _ in step.written_edits)
             self._edits = self._edits.after(had_masks=had_masks, has_edited=has_edited)
@@ -242,22 +272,15 @@ class Sequence:
         if forward.kind == REFINE_FILL:
             self._filled = forward.start
         if forward.is_forced:  # it belongs to no step of the block
-            self.state = replace(self.state, num_masked=int(self.is_masked[slice(*self.block)].sum()))
+            self._state = replace(self.state, num_masked=int(self.is_masked[slice(*self.block)].sum()))
             self._advance(may_end=not self.rules.stop_after_block)
             return
         left = int(self.is_masked[slice(*self.block)].sum()) if forced else self.state.num_masked
-        before = (
-            (*self.state.before, (seen[0], seen[1].confidence))
-            if seen is not None and not forced
-            else self.state.before
-        )
-        self.state = replace(
-            self.state,
-            num_masked=left,
-            step=self.state.step + 1,
-            forced=self.state.forced + forced,
-            before=before,
-        )
+        state = replace(self.state, num_masked=left, forced=self.state.forced + forced)
+        if seen is None or forced:
+            self._state = replace(state, step=state.step + 1)
+        else:
+            self._state = state.after([(seen[0], seen[1].confidence)])
         self._advance(may_end=not self.rules.stop_after_block)
 
     def _advance(self, *, may_end: bool) -> None:
@@ -269,13 +292,13 @@ class Sequence:
         is_done = not self.is_masked[start : end if editing else min(end, self.end)].any()
         is_done = is_done and (editing is None or self._edits.is_done(editing))
         may_end = may_end and editing is None
-        if self.rules.stop_at_eos and (may_end or is_done) and self._has_ended():
+        if self.rules.stop_at_eos and self._has_end and (may_end or is_done) and self._has_ended():
             self.block = None
         elif is_done:
             self._open_block(self.block[1])
 
     @property
-    def _is_forced(self) -> bool:
+    def is_forced(self) -> bool:
         """Whether the next forward commits the block's first mask, whatever the policy."""
         return self._has_first_commit and self.state.step == 0
 
@@ -307,16 +330,17 @@ class Sequence:
     def _open(self, start: int, end: int, length: int) -> None:
         """Open the block [start, end), or part of a block of `length` positions."""
         self.block, self._edits = (start, end), EditState()
-        self.state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
+        self._followed = []
+        self._state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
 
     def _has_ended(self) -> bool:
         """Whether there is an end-of-sequence token without a mask before it; everything after it is then
         filled with it."""
-        ends = np.flatnonzero(np.isin(self.output, self.rules.eos_token_ids))
-        if not len(ends) or self.is_masked[: self.prompt_length + ends[0]].any():
+        first = self.num_useful
+        if first == self.rules.gen_length or self.is_masked[: self.prompt_length + first].any():
             return False
         if self.rules.stop_after_block:
             return True
-        rest = self.output[ends[0] :]
+        rest = self.output[first:]
         rest[rest == self.rules.mask_token_id] = rest[0]
         return True

@@ -6,7 +6,7 @@ advance rows by the functions of this file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -20,15 +20,15 @@ from trt_runtime.decoding.trace import Written
 
 @dataclass(frozen=True)
 class Wanted:
-    """The next forward of the row in a slot."""
+    """The next forward of the row in a slot. rows: of its window."""
 
     slot: int
     sequence: Sequence
     forward: Forward
+    rows: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def rows(self) -> int:
-        return self.forward.rows
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", self.forward.rows)
 
     def can_stretch(self, rows: int, capacity: int) -> bool:
         """Whether the window can be padded to `rows`: only beyond the last valid row, and within the
@@ -121,14 +121,20 @@ def groups(wanted: list[Wanted], capacity: int, max_batch: int | None = None) ->
     that can be padded to the same number of rows."""
     for role in sorted({row.forward.role for row in wanted}, key=ROLES.index):
         group: list[Wanted] = []
-        for row in (item for item in wanted if item.forward.role == role):
-            together = [*group, row]
-            rows = max(member.rows for member in together)
+        size = 0  # rows of the group's longest window
+        for row in wanted:
+            if row.forward.role != role:
+                continue
+            rows = max(size, row.rows)
             is_next = group and row.slot == group[-1].slot + 1 and len(group) != max_batch
-            if group and not (is_next and all(member.can_stretch(rows, capacity) for member in together)):
+            changed = group if rows != size else []  # the others fit already
+            if group and not (
+                is_next and all(member.can_stretch(rows, capacity) for member in (*changed, row))
+            ):
                 yield group
-                together = [row]
-            group = together
+                group, rows = [], row.rows
+            group.append(row)
+            size = rows
         if group:
             yield group
 
@@ -154,6 +160,29 @@ def assemble(group: list[Wanted]) -> Window:
         assert row.forward.row_len is not None
         row_len[i, : row.rows] = row.forward.row_len
     return Window(ids, position_ids, start, kv_len, logit_rows, row_len)
+
+
+def window_of(group: list[Wanted], capacity: int) -> Window:
+    """The inputs of a call for a group, with idle rows in the slots between its rows: they write beyond every
+    canvas, and nothing reads what they write. capacity: rows of the cache."""
+    inputs, slots = assemble(group), slots_of(group)
+    count = slots.stop - slots.start
+    if len(group) == count:
+        return inputs
+    at, size = [index_of(row, group) for row in group], inputs.input_ids.shape[1]
+    no_mask = int(group[0].sequence.rules.mask_token_id == 0)
+    full = Window(
+        np.full((count, size), no_mask, np.int64),
+        np.zeros((count, size), np.int64),
+        np.full(count, capacity - size),
+        np.ones(count, np.int64),
+        np.zeros((count, inputs.logit_rows.shape[1]), np.int64),
+        None if inputs.row_len is None else np.ones((count, size), np.int64),
+    )
+    for item in fields(Window):
+        if (array := getattr(full, item.name)) is not None:
+            array[at] = getattr(inputs, item.name)
+    return full
 
 
 def propose(wanted: Wanted, stats: Stats, index: int) -> RowStats:

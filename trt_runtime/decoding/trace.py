@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trt_runtime.decoding.policies.base import BlockState, Ints, RowStats
@@ -13,18 +14,24 @@ Seen = tuple[Ints, RowStats, BlockState]  # candidates, their statistics, the bl
 @dataclass(frozen=True)
 class Step:
     """A finished forward, for traces: its window, and the positions and tokens that it committed. edits: the
-    positions that it changed, and their new tokens; None where tokens are never edited. seen: what the policy
-    chose from, i.e. the candidates, their statistics, and the block's state. looked: the positions that could
-    be edited, and their statistics."""
+    positions that it changed, and their new tokens; None where tokens are never edited. source: what the
+    policy chose from (`seen`), or a function that returns it. looked: the positions that could be edited, and
+    their statistics."""
 
     kind: str
     start: int
     length: int
     positions: list[int]
     tokens: list[int]
-    seen: Seen | None = field(default=None, repr=False, compare=False)
+    source: Seen | Callable[[], Seen] | None = field(default=None, repr=False, compare=False)
     edits: Written | None = None
     looked: tuple[Ints, RowStats] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def seen(self) -> Seen | None:
+        """What the policy chose from: the candidates, their statistics, and the block's state; None if it is
+        not known here."""
+        return self.source() if callable(self.source) else self.source
 
     @property
     def written_edits(self) -> list[Written]:
@@ -43,9 +50,9 @@ class Step:
     @property
     def confidence(self) -> list[float | None]:
         """The confidence of the committed positions; None if it is not known here."""
-        if self.seen is None:
+        if (seen := self.seen) is None:
             return [None] * len(self.positions)
-        by_position = dict(zip(self.seen[0].tolist(), self.seen[1].confidence.tolist(), strict=True))
+        by_position = dict(zip(seen[0].tolist(), seen[1].confidence.tolist(), strict=True))
         return [by_position.get(position) for position in self.positions]
 
     def as_list(self) -> list[object]:
@@ -56,3 +63,26 @@ class Step:
     def with_confidence(self) -> list[object]:
         """The step in the form of results: `as_list` and the confidence of each committed position."""
         return [*self.as_list(), self.confidence]
+
+
+class Trace:
+    """The steps of a row. They are added as functions, and are only computed when somebody asks for them.
+    count: how many there are."""
+
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._late: list[Callable[[], Step]] = []
+        self.count = 0
+
+    def add(self, step: Callable[[], Step]) -> None:
+        """Add a step, as a function that returns it."""
+        self._late.append(step)
+        self.count += 1
+
+    @property
+    def steps(self) -> list[Step]:
+        """All of them."""
+        if self._late:
+            self._steps += [step() for step in self._late]
+            self._late.clear()
+        return self._steps

@@ -14,6 +14,7 @@ from trt_runtime.decoding.generator import Generator, Wanted
 from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.scheduler import Scheduler
 from trt_runtime.decoding.sequence import Sequence
+from trt_runtime.decoding.step import window_of
 from trt_runtime.errors import DllmError
 from trt_runtime.measure import cases as decode_cases
 from trt_runtime.measure import replay
@@ -120,10 +121,10 @@ def test_idle_rows_between_those_of_several_steps_hold_no_mask(golden_artifact):
     while any(ticket.sequence.state.step == 0 for ticket in tickets):
         scheduler.tick()
     group = [Wanted(i, tickets[i].sequence, tickets[i].sequence.next_forward()) for i in (0, 2)]
-    assert set(scheduler._window(group).input_ids[1]) == {0}
+    assert set(window_of(group, scheduler.cache.capacity).input_ids[1]) == {0}
     for ticket in (tickets[0], tickets[2]):
         ticket.sequence.rules = replace(ticket.sequence.rules, mask_token_id=0)
-    assert set(scheduler._window(group).input_ids[1]) == {1}
+    assert set(window_of(group, scheduler.cache.capacity).input_ids[1]) == {1}
 
 
 def test_all_goldens_in_company(golden_backend, golden_cases):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +67,10 @@ class BlockState:
     positions: Ints | None = None
     before: tuple[tuple[Ints, Floats], ...] = ()
     length: int = 0
+
+    def after(self, forwards: list[tuple[Ints, Floats]]) -> BlockState:
+        """The state after more forwards, given the candidates and confidence of each."""
+        return replace(self, step=self.step + len(forwards), before=(*self.before, *forwards))
 
 
 @dataclass(frozen=True)
