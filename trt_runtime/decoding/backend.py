@@ -26,7 +26,9 @@ from trt_runtime.errors import BackendError, DllmError, unknown
 @dataclass(frozen=True)
 class Window:
     """Inputs of a call, int64: input_ids and position_ids [B, S], write_index and kv_len [B], logit_rows [B,
-    R]; row_len [B, S] with block-causal attention, whose graphs take it in place of kv_len."""
+    R]; row_len [B, S] with block-causal attention, whose graphs take it in place of kv_len. is_checked: the
+    same as in an earlier call to the same role and cache, but for the tokens and fewer logit_rows: only the
+    tokens are checked."""
 
     input_ids: Ints
     position_ids: Ints
@@ -34,6 +36,7 @@ class Window:
     kv_len: Ints
     logit_rows: Ints
     row_len: Ints | None = None
+    is_checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,31 +155,22 @@ class Backend(ABC):
     def _forward(self, role: str, cache: Cache, slots: slice, window: Window, want_logits: bool) -> Stats: ...
 
     def forward(
-        self,
-        role: str,
-        cache: Cache,
-        slots: slice,
-        window: Window,
-        *,
-        want_logits: bool = False,
-        is_checked: bool = False,
+        self, role: str, cache: Cache, slots: slice, window: Window, *, want_logits: bool = False
     ) -> Stats:
         """One forward by the graph of `role`, of the manifest's graphs. `slots`: the contiguous range of
-        slots that the B rows of the call occupy. is_checked: the inputs are those of an earlier call with
-        other tokens, and with some of its logit_rows: only the tokens are checked. Raises DllmError for
-        inputs outside the contract, BackendError if the device fails.
+        slots that the B rows of the call occupy. Raises DllmError for inputs outside the contract,
+        BackendError if the device fails.
 
         prefix: the windows are whole canvases, written to the cache from row 0 and attending to themselves.
         refine: the windows' keys and values are written at write_index, then attend to the cache up to
         kv_len.
         """
-        if not is_checked:
+        tokens = window.input_ids
+        if not window.is_checked or tokens.min() < 0 or tokens.max() >= self.manifest.model.vocab_size:
             if role not in self.manifest.graphs:
                 raise unknown("role", role, self.manifest.graphs)
             if role == "prefix" and window.write_index.any():
                 raise DllmError(f"prefix pass: write_index is {window.write_index.tolist()}, expected zeros.")
-            self._check(cache, slots, window, want_logits)
-        elif window.input_ids.min() < 0 or window.input_ids.max() >= self.manifest.model.vocab_size:
             self._check(cache, slots, window, want_logits)
         return self._finite(self._forward(role, cache, slots, window, want_logits))
 

@@ -249,6 +249,7 @@ class Loop:
             for slot in set(range(slots.start, slots.stop)) - {row.slot for row in rows}:
                 table.rest(slot, cache.capacity, int(rules.mask_token_id == 0))
         candidates = table.candidates(slots)
+        is_checked = count == len(rows) and all(row.capacity == cache.capacity for row in rows)
         window = Window(
             table.ids[slots].copy(),
             table.positions[slots],
@@ -256,9 +257,9 @@ class Loop:
             table.kv_len[slots],
             np.maximum(candidates - rules.logit_shift, 0) if rules.logit_shift else candidates,
             None if first.row_len is None else table.row_len[slots],
+            is_checked,
         )
-        is_checked = count == len(rows) and all(row.capacity == cache.capacity for row in rows)
-        stats = self.backend.forward(first.role, cache, slots, window, is_checked=is_checked)
+        stats = self.backend.forward(first.role, cache, slots, window)
         left = table.left[slots].tolist()
         call = _Call(table, np.arange(slots.start, slots.stop), candidates, stats, left)
         call.commit(rows, [row.slot - slots.start for row in rows])

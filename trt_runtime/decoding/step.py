@@ -180,7 +180,7 @@ def window_of(group: list[Wanted], capacity: int) -> Window:
         None if inputs.row_len is None else np.ones((count, size), np.int64),
     )
     for item in fields(Window):
-        if (array := getattr(full, item.name)) is not None:
+        if isinstance(array := getattr(full, item.name), np.ndarray):
             array[at] = getattr(inputs, item.name)
     return full
 
