@@ -200,3 +200,12 @@ def test_tensorrt_rtx_builds_experts(tmp_path, name, dtype, lowering):
     for layout in layouts if lowering == "modern" else ["split"]:
         engines = store.build(made, tmp_path / "engines", store.replace(config, layout=layout))
         assert sorted(file.stem for file in engines.glob("*.engine")) == layouts[layout]
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts_per_tok": 8}, {"num_experts": 1, "num_experts_per_tok": 1}])
+def test_models_without_a_choice_of_experts_are_verified_and_stay_readable(tmp_path, sizes):
+    """Where every row passes all experts, no expert is the next best one."""
+    path = write_checkpoint(families.find("llada_moe"), tmp_path / "checkpoint", model=sizes)
+    assert cli.main(["export", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 0
+    stage = manifests.load(tmp_path / "out").verified["stages"]["experts"]
+    assert stage["passed"] and "smallest gap over rounding" not in stage

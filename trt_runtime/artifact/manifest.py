@@ -8,9 +8,11 @@ hashes on request.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from trt_runtime.artifact import check, contract
 from trt_runtime.artifact.check import FILE_NAME, FileFacts, sha256_of
@@ -157,8 +159,19 @@ def write(manifest: Manifest, artifact: Path) -> None:
             del facts["decoding"][name]
     if manifest.model.experts is None:
         del facts["model"]["experts"]
-    text = json.dumps({"format": FORMAT, "format_version": version, **facts}, indent=2)
+    written = _readable({"format": FORMAT, "format_version": version, **facts})
+    text = json.dumps(written, indent=2, allow_nan=False)
     atomic.replace(artifact / FILE_NAME, (text + "\n").encode())
+
+
+def _readable(fact: Any) -> Any:
+    """A fact as JSON can hold it: a measured number that is not finite becomes a text, because readers refuse
+    a manifest with NaN or Infinity."""
+    if isinstance(fact, dict):
+        return {name: _readable(value) for name, value in fact.items()}
+    if isinstance(fact, list | tuple):
+        return [_readable(value) for value in fact]
+    return f"not finite ({fact})" if isinstance(fact, float) and not math.isfinite(fact) else fact
 
 
 def update(artifact: Path, change: Callable[[Manifest], Manifest], *, since: Manifest) -> None:

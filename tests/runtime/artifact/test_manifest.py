@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,14 @@ def test_what_is_no_artifact(artifact, tmp_path):
     refused(artifact, "format is 'list'")
     (artifact / "manifest.json").unlink()
     refused(artifact, "interrupted export")
+
+
+def test_measured_numbers_that_are_not_finite_leave_the_manifest_readable(artifact):
+    manifest = manifests.load(artifact)
+    stages = {"logits": {"worst": float("inf"), "others": [float("nan"), 1.0]}}
+    manifests.write(replace(manifest, verified={"passed": False, "stages": stages}), artifact)
+    read = manifests.load(artifact).verified["stages"]["logits"]
+    assert read == {"worst": "not finite (inf)", "others": ["not finite (nan)", 1.0]}
 
 
 def test_version_1_manifests_load(artifact):
