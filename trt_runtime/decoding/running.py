@@ -251,12 +251,12 @@ class Loop:
         candidates = table.candidates(slots)
         is_checked = count == len(rows) and all(row.capacity == cache.capacity for row in rows)
         window = Window(
-            table.ids[slots].copy(),
-            table.positions[slots],
-            table.start[slots],
-            table.kv_len[slots],
+            table.ids[slots].copy(),  # copies, because the table changes, and a window may be kept
+            table.positions[slots].copy(),
+            table.start[slots].copy(),
+            table.kv_len[slots].copy(),
             np.maximum(candidates - rules.logit_shift, 0) if rules.logit_shift else candidates,
-            None if first.row_len is None else table.row_len[slots],
+            None if first.row_len is None else table.row_len[slots].copy(),
             is_checked,
         )
         stats = self.backend.forward(first.role, cache, slots, window)

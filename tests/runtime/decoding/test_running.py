@@ -134,6 +134,23 @@ def test_a_row_may_be_told_what_to_write_in_the_middle_of_a_block(manifest):
     assert [row.canvas.tolist() for row in got] == [row.canvas.tolist() for row in expected]
 
 
+def test_a_window_that_is_kept_does_not_change(manifest):
+    """Recorders keep the inputs of calls."""
+    kept, copies, backend = [], [], Answering(manifest)
+    answer = backend._forward
+
+    def forward(role, cache, slots, window, want_logits):
+        kept.append(window)
+        copies.append([array.copy() for array in vars(window).values() if isinstance(array, np.ndarray)])
+        return answer(role, cache, slots, window, want_logits)
+
+    backend._forward = forward
+    Generator(backend, _rows(manifest, OPTIONS[:3])).run()
+    for window, arrays in zip(kept, copies, strict=True):
+        now = [array for array in vars(window).values() if isinstance(array, np.ndarray)]
+        assert all(np.array_equal(a, b) for a, b in zip(now, arrays, strict=True))
+
+
 def test_a_fork_in_the_middle_of_a_block_goes_on_alone(manifest):
     (row,) = _rows(manifest, OPTIONS[:1])
     generator = Generator(Answering(manifest), [row])
