@@ -122,6 +122,15 @@ class FromCheckpoint(TensorSource):
     stored: tuple[StoredTensor, ...]
     join: str = EXPERTS_STACKED
 
+    def __post_init__(self) -> None:
+        for piece in self.stored:
+            if piece.dtype != self.dtype:
+                raise DllmError(
+                    f"{piece.file.parent}: the tensors that make up one weight with {self.name} are stored "
+                    f"as {self.dtype} and {piece.dtype}: expected one type; save the checkpoint again in one "
+                    "(save_pretrained of a model loaded with one dtype)."
+                )
+
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.stored[0].dtype

@@ -209,3 +209,21 @@ def test_models_without_a_choice_of_experts_are_verified_and_stay_readable(tmp_p
     assert cli.main(["export", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 0
     stage = manifests.load(tmp_path / "out").verified["stages"]["experts"]
     assert stage["passed"] and "smallest gap over rounding" not in stage
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2", "rnd1"])
+@pytest.mark.parametrize("leaf", ["up_proj", "down_proj"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_of_several_types_are_refused(tmp_path, capsys, name, leaf, fused):
+    """They were read as if all had the first one's type: other weights, without a word."""
+    path = write_checkpoint(families.find(name), tmp_path / "checkpoint")
+    with safe_open(path / "model.safetensors", "np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    odd = next(key for key in tensors if f".experts.3.{leaf}" in key)
+    other = np.float16 if tensors[odd].dtype == np.float32 else np.float32
+    tensors[odd] = tensors[odd].astype(other)
+    save_file(tensors, path / "model.safetensors")
+    command = ["export", "--checkpoint", str(path), "--out", str(tmp_path / "out"), "--verify", "no"]
+    assert cli.main([*command, *(["--target", "ort-cpu"] if fused else [])]) == 1
+    assert "expected one type" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
