@@ -45,7 +45,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 class NullBackend(Backend):
     """Answers with prepared statistics: about two candidates in a block of 32 are certain. seconds, calls:
-    spent in it."""
+    spent in it; ordinary: the token of every answer."""
 
     name: ClassVar[str] = "null"
     is_on_cpu = True
@@ -57,14 +57,12 @@ class NullBackend(Backend):
         shape = (64, max(BATCHES), 2 * BLOCK)
         certain = rng.random(shape) < 2 / BLOCK
         confidence = np.where(certain, 0.95, rng.uniform(0.1, 0.4, shape)).astype(np.float32)
-        token = np.full(shape, next(t for t in range(9) if self._is_ordinary(t)), np.int64)
+        special = (manifest.decoding.mask_token_id, *manifest.decoding.eos_token_ids)
+        self.ordinary = next(token for token in range(9) if token not in special)
+        token = np.full(shape, self.ordinary, np.int64)
         self._prepared = [
             Stats(*arrays) for arrays in zip(token, confidence, confidence / 9, confidence, strict=True)
         ]
-
-    def _is_ordinary(self, token: int) -> bool:
-        facts = self.manifest.decoding
-        return token != facts.mask_token_id and token not in facts.eos_token_ids
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return Cache(batch, capacity, None)
@@ -90,8 +88,7 @@ def measured(manifest: Manifest, options: dict[str, Any], batch: int) -> float:
         gen_length=GEN_LENGTH, block_length=BLOCK, stop_at_eos=False, **options
     ).resolved(manifest)
     backend, rules = NullBackend(manifest), rules_of(config, manifest)
-    ordinary = next(token for token in range(9) if backend._is_ordinary(token))
-    prompt = np.full(PROMPT, ordinary, np.int64)
+    prompt = np.full(PROMPT, backend.ordinary, np.int64)
     begun = time.perf_counter()
     Generator(backend, [Sequence(prompt, rules, seed) for seed in range(batch)]).run()
     return 1e6 * (time.perf_counter() - begun - backend.seconds) / backend.calls

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trt_runtime.decoding.policies.base import CommitRule, Floats, Ints
-from trt_runtime.decoding.policies.schedules import quota
+from trt_runtime.decoding.policies.base import Bools, CommitRule, Floats, Ints
+from trt_runtime.decoding.policies.schedules import planned, quota
 from trt_runtime.errors import BackendError, DllmError
 
 Int32s = npt.NDArray[np.int32]
 FIXED, THRESHOLD, FACTOR = 0, 1, 2
 NOT_FINITE, PROPOSED_MASK = -1, -2  # stored instead of the number of masks left: why a row stopped
-_NAMES = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
+KINDS = {"fixed": FIXED, "threshold": THRESHOLD, "factor": FACTOR}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CommitArrays:
 
 def commit_arrays(rules: Sequence[CommitRule], columns: int) -> CommitArrays:
     """The arrays for one rule per row, before the first step."""
-    plan = [[_NAMES[rule.kind], rule.limit, rule.masks, rule.steps] for rule in rules]
+    plan = [[KINDS[rule.kind], rule.limit, rule.masks, rule.steps] for rule in rules]
     state = [[rule.number, 1] for rule in rules]
     value = np.array([rule.value for rule in rules], np.float64)
     committed = np.full((len(rules), columns), -1, np.int32)
@@ -86,41 +86,70 @@ def finished(arrays: CommitArrays, rules: Sequence[CommitRule], ids: Ints) -> Co
     return Committed(ids, np.where(arrays.committed < 0, -1, arrays.committed - first).astype(np.int32))
 
 
-def proposed_mask() -> DllmError:
+def proposed_mask(mask_token_id: int | None = None) -> DllmError:
     """The error of a model that proposes the mask token."""
+    said = "" if mask_token_id is None else f" ({mask_token_id})"
     return DllmError(
-        "the model proposed the mask token: the graph does not match the manifest: export the artifact again."
+        f"the model proposed the mask token{said}: the graph does not match the manifest: export the "
+        "artifact again."
     )
+
+
+def choose(sure: Floats, kinds: Ints | Int32s, values: Floats, counts: Ints) -> Bools:
+    """The positions [B, R] that rows commit by the rules of the policies, the first ones at equal confidence.
+    sure: the confidence, -inf where there is nothing to commit. kinds, values, counts [B]: of the rules; the
+    threshold or factor, float64; how many positions a fixed schedule commits."""
+    is_open, by_threshold = sure > -np.inf, kinds == THRESHOLD
+    if by_threshold.all():
+        return _certain(sure, values) & is_open
+    lines, order = np.arange(len(sure))[:, None], np.argsort(-sure, axis=1, kind="stable")
+    if (kinds == FACTOR).any():
+        counts = np.where(kinds == FACTOR, _accepted(sure[lines, order], values), counts)
+    chosen = np.zeros(sure.shape, np.bool_)
+    chosen[lines, order] = np.arange(sure.shape[1]) < counts[:, None]
+    if by_threshold.any():
+        chosen[by_threshold] = _certain(sure[by_threshold], values[by_threshold])
+    return np.asarray(chosen & is_open)
+
+
+def _certain(sure: Floats, value: Floats) -> Bools:
+    """The best of each row [B, R], and every other of at least `value` [B]."""
+    chosen = sure >= value.astype(np.float32)[:, None]
+    chosen[np.arange(len(sure)), sure.argmax(1)] = True
+    return np.asarray(chosen)
+
+
+def _accepted(ordered: Floats, value: Floats) -> Ints:
+    """The n of policies.confidence.Factor for each row [B], from its confidences in order [B, R]."""
+    size = ordered.shape[1]
+    is_accepted = np.arange(2, size + 2) * (1 - ordered).astype(np.float64) < value[:, None]
+    last = size - is_accepted[:, ::-1].argmax(1)
+    return np.where(is_accepted.any(1), last, 1)
 
 
 def commit(ids: Ints, token: Ints, confidence: Floats, arrays: CommitArrays, mask_token_id: int) -> None:
     """One commit for every row by the rules of the policies; changes `ids` and `arrays` in place."""
-    for b in range(len(ids)):
-        kind, limit, masks, total = arrays.plan[b].tolist()
-        number, left = arrays.state[b].tolist()
-        where = np.flatnonzero(ids[b, :limit] == mask_token_id)
-        if left < 0 or not len(where):
+    kinds, limits = arrays.plan[:, 0], arrays.plan[:, 1:2]
+    size = min(ids.shape[1], token.shape[1])  # no limit is beyond either
+    token, confidence = token[:, :size], confidence[:, :size]
+    is_open = (ids[:, :size] == mask_token_id) & (np.arange(size) < limits) & (arrays.state[:, 1:] >= 0)
+    is_wrong = (is_open & ~np.isfinite(confidence)).any(1)
+    sure = np.where(is_open & ~is_wrong[:, None], confidence, -np.inf)
+    numbers = arrays.state[:, 0].tolist()
+    counts = [
+        planned(quota(masks, steps), number) if kind == FIXED else 0
+        for (kind, _, masks, steps), number in zip(arrays.plan.tolist(), numbers, strict=True)
+    ]
+    chosen = choose(sure, kinds, arrays.value, np.array(counts))
+    proposes_mask = (chosen & (token == mask_token_id)).any(1)
+    for b, (number, left) in enumerate(arrays.state.tolist()):
+        if not is_open[b].any():
             arrays.state[b, 1] = min(left, 0)
-            continue
-        sure = confidence[b, where]
-        if not np.isfinite(sure).all():
+        elif is_wrong[b]:
             arrays.state[b, 1] = NOT_FINITE
-            continue
-        order = np.argsort(-sure, kind="stable")
-        count = 1
-        if kind == FIXED and number < total:
-            count = max(1, quota(masks, total)[number])
-        elif kind == FACTOR:
-            n = np.arange(1, len(where) + 1)
-            accepted = np.flatnonzero((n + 1) * (1 - sure[order]).astype(np.float64) < arrays.value[b])
-            count = int(accepted[-1]) + 1 if len(accepted) else 1
-        chosen = np.zeros(len(where), np.bool_)
-        chosen[order[:count]] = True
-        if kind == THRESHOLD:
-            chosen |= sure >= np.float32(arrays.value[b])
-        at = where[chosen]
-        if (token[b, at] == mask_token_id).any():
+        elif proposes_mask[b]:
             arrays.state[b, 1] = PROPOSED_MASK
-            continue
-        ids[b, at], arrays.committed[b, at] = token[b, at], number
-        arrays.state[b] = (number + 1, len(where) - len(at))
+        else:
+            at = np.flatnonzero(chosen[b])
+            ids[b, at], arrays.committed[b, at] = token[b, at], number
+            arrays.state[b] = (number + 1, int(is_open[b].sum()) - len(at))

@@ -14,20 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trt_runtime.decoding.backend import Backend, Cache, Stats, Window
-from trt_runtime.decoding.device_commit import proposed_mask
+from trt_runtime.decoding.device_commit import KINDS, choose, proposed_mask
 from trt_runtime.decoding.policies.base import BlockState, Bools, CommitRule, Floats, Ints
-from trt_runtime.decoding.policies.schedules import quota
+from trt_runtime.decoding.policies.schedules import planned, quota
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.step import Wanted, advance, forward, index_of, propose, slots_of, window_of
 from trt_runtime.decoding.trace import Seen, Step, Written
-
-_NO_QUOTA = 1  # of a step after the schedule's last
 
 
 @dataclass(eq=False)
@@ -59,17 +55,16 @@ class _Running:
 
     def count(self) -> int:
         """How many positions a fixed schedule commits next."""
-        number = self.rule.number + len(self.calls)
-        return max(1, self.quotas[number]) if number < len(self.quotas) else _NO_QUOTA
+        return planned(self.quotas, self.rule.number + len(self.calls))
 
 
 class _Table:
     """The inputs of steps of one width, a row for every slot; int64. is_open [N, S]: the masks that a row may
-    commit; left [N]: how many; value [N], float64: of a threshold or factor."""
+    commit; left [N]: how many; kind, value [N]: of the rows' rules (device_commit.choose)."""
 
     def __init__(self, slots: int, size: int) -> None:
         self.ids, self.positions, self.row_len = (np.ones((slots, size), np.int64) for _ in range(3))
-        self.start, self.kv_len, self.left = (np.zeros(slots, np.int64) for _ in range(3))
+        self.start, self.kv_len, self.left, self.kind = (np.zeros(slots, np.int64) for _ in range(4))
         self.is_open, self.value = np.zeros((slots, size), np.bool_), np.zeros(slots)
 
     def enter(self, row: _Running) -> None:
@@ -81,13 +76,8 @@ class _Table:
         self.row_len[slot] = 1 if forward.row_len is None else forward.row_len
         self.is_open[slot] = self.ids[slot] == row.sequence.rules.mask_token_id
         self.is_open[slot, row.rule.limit :] = False
-        self.left[slot], self.value[slot] = self.is_open[slot].sum(), row.rule.value
-
-    def rest(self, slot: int, capacity: int, no_mask: int) -> None:
-        """The inputs of an idle row, which writes beyond every canvas."""
-        self.ids[slot], self.positions[slot], self.row_len[slot] = no_mask, 0, 1
-        self.start[slot], self.kv_len[slot], self.left[slot] = capacity - self.ids.shape[1], 1, 0
-        self.is_open[slot] = False
+        self.left[slot] = self.is_open[slot].sum()
+        self.kind[slot], self.value[slot] = KINDS[row.rule.kind], row.rule.value
 
     def candidates(self, slots: slice | Ints) -> Ints:
         """The window's rows that may be committed [B, R], from the left; columns after a row's last are 0."""
@@ -102,8 +92,8 @@ class _Table:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What rows of one width commit in a call. slots [B]: their slots, idle ones included; stats [B, R], of
-    `candidates` [B, R]; left: how many of these a row has."""
+    """What rows of one width commit in a call. slots [B]: their slots; stats [B, R], of `candidates` [B, R];
+    left: how many of these a row has."""
 
     table: _Table
     slots: Ints
@@ -125,36 +115,21 @@ class _Call:
         state = replace(state, positions=positions, uniform=uniform, rng=rng)
         return positions, self.stats.row(index, len(positions)), state
 
-    def chosen(self, rows: list[_Running], at: list[int]) -> Bools:
-        """The candidates [B, R] that are committed, by the rules of policies/. at: the indices of the rows in
-        the call."""
-        size, values = self.candidates.shape[1], self.table.value[self.slots]
+    def chosen(self, rows: list[_Running]) -> Bools:
+        """The candidates [B, R] that are committed."""
+        size, table = self.candidates.shape[1], self.table
         is_there = np.arange(size) < np.array(self.left)[:, None]
         sure = np.where(is_there, self.stats.confidence[:, :size], -np.inf)
-        kinds = {row.rule.kind for row in rows}
-        if kinds == {"threshold"}:
-            return _certain(sure, values) & is_there
-        order = np.argsort(-sure, axis=1, kind="stable")
-        lines, counts = np.arange(len(sure))[:, None], np.zeros(len(sure), np.int64)
-        if "factor" in kinds:
-            counts = _accepted(sure[lines, order], values)
-        for row, index in zip(rows, at, strict=True):
-            if row.rule.kind == "fixed":
-                counts[index] = row.count()
-        chosen = np.zeros(sure.shape, np.bool_)
-        chosen[lines, order] = np.arange(size) < counts[:, None]
-        if "threshold" in kinds:
-            those = [index for row, index in zip(rows, at, strict=True) if row.rule.kind == "threshold"]
-            chosen[those] = _certain(sure[those], values[those])
-        return np.asarray(chosen & is_there)
+        counts = np.array([row.count() for row in rows])
+        return choose(sure, table.kind[self.slots], table.value[self.slots], counts)
 
-    def commit(self, rows: list[_Running], at: list[int]) -> None:
-        """Commit what is chosen, in the table and in the rows. at: as in `chosen`."""
-        chosen, table, rules = self.chosen(rows, at), self.table, rows[0].sequence.rules
+    def commit(self, rows: list[_Running]) -> None:
+        """Commit what is chosen, in the table and in the rows."""
+        chosen, table, rules = self.chosen(rows), self.table, rows[0].sequence.rules
         index, column = np.nonzero(chosen)
         token, position = self.stats.token[index, column], self.candidates[index, column]
         if (token == rules.mask_token_id).any():
-            raise proposed_mask()
+            raise proposed_mask(rules.mask_token_id)
         slots = self.slots[index]
         table.ids[slots, position] = token
         table.is_open[slots, position] = False
@@ -162,8 +137,9 @@ class _Call:
         table.left[self.slots] -= counts
         left, ends = table.left[self.slots].tolist(), counts.cumsum().tolist()
         position = position + table.start[slots]
-        with_end = set(index[_is_any(token, rules.eos_token_ids)].tolist()) if self.may_end(rows) else ()
-        for row, i in zip(rows, at, strict=True):
+        eos = rules.eos_token_ids
+        with_end = {i for i, each in zip(index.tolist(), token.tolist(), strict=True) if each in eos}
+        for i, row in enumerate(rows):
             written = slice(ends[i - 1] if i else 0, ends[i])
             where, tokens = position[written], token[written]
             number = len(row.calls)
@@ -176,11 +152,6 @@ class _Call:
                 may_be_done=not left[i] or row.may_be_done,
                 has_end=i in with_end,
             )
-
-    @staticmethod
-    def may_end(rows: list[_Running]) -> bool:
-        """Whether an end token may end one of the rows."""
-        return any(row.sequence.rules.stop_at_eos for row in rows)
 
     def step(self, row: _Running, index: int, number: int, positions: Ints, tokens: Ints) -> Step:
         """A row's step, for its trace."""
@@ -235,21 +206,22 @@ class Loop:
         rows = [row for wanted in group if (row := self._rows.get(wanted.slot)) and row.wanted is wanted]
         if not rows:
             advance(self.backend, cache, group, window_of(group, cache.capacity), instead)
-        elif not instead and len(rows) == len(group) and len({wanted.rows for wanted in group}) == 1:
+        elif not instead and self._are_alike(group, rows):
             self._advance(cache, rows)
         else:
             self._advance_mixed(cache, group, rows, instead or {})
 
+    @staticmethod
+    def _are_alike(group: list[Wanted], rows: list[_Running]) -> bool:
+        """Whether a group consists of rows in the middle of a block, of one width, without a slot between."""
+        slots = slots_of(group)
+        return slots.stop - slots.start == len(rows) and len({wanted.rows for wanted in group}) == 1
+
     def _advance(self, cache: Cache, rows: list[_Running]) -> None:
-        """One step of rows in the middle of a block, all of one width."""
-        group = [row.wanted for row in rows]
-        first, slots, rules = group[0].forward, slots_of(group), rows[0].sequence.rules
-        table, count = self._tables[first.rows], slots.stop - slots.start
-        if count > len(rows):
-            for slot in set(range(slots.start, slots.stop)) - {row.slot for row in rows}:
-                table.rest(slot, cache.capacity, int(rules.mask_token_id == 0))
+        """One step of rows in the middle of a block that are alike."""
+        first, rules = rows[0].wanted.forward, rows[0].sequence.rules
+        table, slots = self._tables[first.rows], slice(rows[0].slot, rows[-1].slot + 1)
         candidates = table.candidates(slots)
-        is_checked = count == len(rows) and all(row.capacity == cache.capacity for row in rows)
         window = Window(
             table.ids[slots].copy(),  # copies, because the table changes, and a window may be kept
             table.positions[slots].copy(),
@@ -257,19 +229,18 @@ class Loop:
             table.kv_len[slots].copy(),
             np.maximum(candidates - rules.logit_shift, 0) if rules.logit_shift else candidates,
             None if first.row_len is None else table.row_len[slots].copy(),
-            is_checked,
+            is_checked=all(row.capacity == cache.capacity for row in rows),
         )
         stats = self.backend.forward(first.role, cache, slots, window)
-        left = table.left[slots].tolist()
-        call = _Call(table, np.arange(slots.start, slots.stop), candidates, stats, left)
-        call.commit(rows, [row.slot - slots.start for row in rows])
+        numbers = np.arange(slots.start, slots.stop)
+        _Call(table, numbers, candidates, stats, table.left[slots].tolist()).commit(rows)
         for row in rows:
             row.capacity = cache.capacity
 
     def _advance_mixed(
         self, cache: Cache, group: list[Wanted], rows: list[_Running], instead: Mapping[int, Written]
     ) -> None:
-        """One call for rows in the middle of a block and others, or of several widths."""
+        """One call for rows in the middle of a block and others, of several widths, or not side by side."""
         running = {row.slot: row for row in rows}
         group = [self._now(wanted) if wanted.slot in running else wanted for wanted in group]
         stats = forward(self.backend, cache, group, window_of(group, cache.capacity))
@@ -284,34 +255,11 @@ class Loop:
         for size, those in by_width.items():
             table, slots = self._tables[size], np.array([row.slot for row in those])
             part = stats.part(slots - group[0].slot)
-            call = _Call(table, slots, table.candidates(slots), part, table.left[slots].tolist())
-            call.commit(those, list(range(len(those))))
+            left = table.left[slots].tolist()
+            _Call(table, slots, table.candidates(slots), part, left).commit(those)
 
     def _now(self, wanted: Wanted) -> Wanted:
         """The next step of a row in the middle of a block, with its candidates as they are now."""
         is_open = self._tables[wanted.rows].is_open[wanted.slot]
         candidates = wanted.forward.start + np.flatnonzero(is_open)
         return replace(wanted, forward=replace(wanted.forward, candidates=candidates))
-
-
-def _is_any(token: Ints, of: tuple[int, ...]) -> Bools:
-    """Which tokens [n] are one of a few."""
-    is_one = np.zeros(len(token), np.bool_)
-    for each in of:
-        is_one |= token == each
-    return is_one
-
-
-def _certain(sure: Floats, value: npt.NDArray[Any]) -> Bools:
-    """The best of each row [B, R], and every other of at least `value` [B]."""
-    chosen = sure >= value.astype(np.float32)[:, None]
-    chosen[np.arange(len(sure)), sure.argmax(1)] = True
-    return np.asarray(chosen)
-
-
-def _accepted(ordered: Floats, value: npt.NDArray[Any]) -> Ints:
-    """The n of policies.confidence.Factor for each row [B], from its confidences in order [B, R]."""
-    size = ordered.shape[1]
-    is_accepted = np.arange(2, size + 2) * (1 - ordered).astype(np.float64) < value[:, None]
-    last = size - is_accepted[:, ::-1].argmax(1)
-    return np.where(is_accepted.any(1), last, 1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from trt_runtime.decoding.blocks import BlockView
 from trt_runtime.decoding.cache_plan import REFINE_FILL, REPEATABLE, Forward, RowView
+from trt_runtime.decoding.device_commit import proposed_mask
 from trt_runtime.decoding.editing import EditState
 from trt_runtime.decoding.policies.base import (
     BlockState,
@@ -27,7 +28,6 @@ from trt_runtime.decoding.policies.base import (
 )
 from trt_runtime.decoding.rules import Rules
 from trt_runtime.decoding.trace import Step, Trace, Written
-from trt_runtime.errors import DllmError
 
 
 class Sequence:
@@ -55,7 +55,7 @@ class Sequence:
         self._edits = EditState()  # of the running block
         self.num_free = 0  # steps of the trace without a forward of their own (speculation.py)
         self._state = BlockState(0, 0)
-        self._followed: list[Callable[[], Step]] = []  # steps of the block, not yet in _state
+        self._num_followed = 0  # the last steps of the trace that are not yet in _state
         self._has_end = False  # whether an end token was written
         self._open_block(self.prompt_length)
 
@@ -83,16 +83,17 @@ class Sequence:
     @property
     def state(self) -> BlockState:
         """The progress in the running block."""
-        if self._followed:
-            seen = [seen for step in self._followed if (seen := step().seen) is not None]
+        if self._num_followed:
+            seen = [seen for step in self.trace[-self._num_followed :] if (seen := step.seen) is not None]
             self._state = self._state.after([(each[0], each[1].confidence) for each in seen])
-            self._followed = []
+            self._num_followed = 0
         return self._state
 
     def fork(self) -> Sequence:
         """An independent copy that continues from here, with a trace of its own."""
         twin = copy.copy(self)
-        twin.canvas, twin._followed, twin.history = self.canvas.copy(), list(self._followed), Trace()
+        twin._state, twin._num_followed = self.state, 0
+        twin.canvas, twin.history = self.canvas.copy(), Trace()
         return twin
 
     @property
@@ -184,10 +185,7 @@ class Sequence:
             stats, chosen, forced = self._choose(stats, state)
         positions, tokens = forward.candidates[chosen], stats.token[chosen]
         if self.rules.mask_token_id in tokens:
-            raise DllmError(
-                f"the model proposed the mask token ({self.rules.mask_token_id}): the graph does not match "
-                f"the manifest: export the artifact again."
-            )
+            raise proposed_mask(self.rules.mask_token_id)
         written, edits, looked = (positions.tolist(), tokens.tolist()), None, None
         if self.rules.editing is not None:
             rest = asked.part(slice(count, None))
@@ -250,7 +248,7 @@ class Sequence:
         trace. may_be_done: whether the block may be done; has_end: whether a token is an end token."""
         self.canvas[positions] = tokens
         self.history.add(step)
-        self._followed.append(step)
+        self._num_followed += 1
         self._has_end = self._has_end or has_end
         if may_be_done or (self._has_end and self.rules.stop_at_eos):
             self._advance(may_end=not self.rules.stop_after_block)
@@ -330,8 +328,8 @@ class Sequence:
     def _open(self, start: int, end: int, length: int) -> None:
         """Open the block [start, end), or part of a block of `length` positions."""
         self.block, self._edits = (start, end), EditState()
-        self._followed = []
-        self._state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
+        state = BlockState(int(self.is_masked[start:end].sum()), 0, length=length)
+        self._state, self._num_followed = state, 0
 
     def _has_ended(self) -> bool:
         """Whether there is an end-of-sequence token without a mask before it; everything after it is then

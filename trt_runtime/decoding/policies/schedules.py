@@ -38,10 +38,7 @@ class Fixed(Policy):
     def select(self, stats: RowStats, is_masked: Bools, state: BlockState) -> Bools:
         steps, number = _steps(self.steps_per_block, state), state.step - state.forced
         quotas = quota(state.num_masked, max(1, steps - state.forced))
-        planned = quotas[number] if number < len(quotas) else 0
-        # at least one: if gaps of the prompt used part of the quota, the block needs more steps than its
-        # schedule has
-        return most_confident(stats.confidence, is_masked, max(1, planned))
+        return most_confident(stats.confidence, is_masked, planned(quotas, number))
 
     def rule(self, state: BlockState, limit: int) -> CommitRule:
         steps = max(1, _steps(self.steps_per_block, state) - state.forced)
@@ -212,6 +209,12 @@ def quota(masked: int, steps: int) -> list[int]:
             f"masks."
         )
     return [masked // steps + (i < masked % steps) for i in range(steps)]
+
+
+def planned(quotas: list[int], number: int) -> int:
+    """How many positions the step `number` of a fixed schedule commits: at least one, because if gaps of the
+    prompt used part of the quota, the block needs more steps than its schedule has."""
+    return max(1, quotas[number]) if number < len(quotas) else 1
 
 
 def decaying_quota(masked: int, steps: int, first: int = 0) -> list[int]:
