@@ -34,7 +34,6 @@ from trt_runtime.decoding.rules import rules_of
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.measure.bench import machine
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, BATCHES, PROMPT, GEN_LENGTH, BLOCK = 9, (1, 16), 256, 128, 32
 POLICIES: dict[str, dict[str, Any]] = {
     "threshold": {"policy": "threshold", "threshold": 0.9},
@@ -115,7 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--artifact", type=Path, default=ROOT / "artifacts" / "llada-demo")
+    parser.add_argument(
+        "--artifact", type=Path, default=Path("artifacts/llada-demo"), help="default: artifacts/llada-demo"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"interleaved rounds (default {ROUNDS})")
     parser.add_argument("--output", type=Path, help="a file for the JSON result")
     args = parser.parse_args()

@@ -30,6 +30,7 @@ LESS = {
     "eval": ["--limit", "1", "--mc-samples", "1"],
     "bench": ["--count", "1", "--repeats", "1"],
     "demo_prompts.py": ["--count", "3"],
+    "host_loop.py": ["--rounds", "1"],
     "replay": [],
 }
 ELSEWHERE = {

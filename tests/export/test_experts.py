@@ -285,5 +285,5 @@ def test_the_closing_token_is_seen_and_never_decoded(tmp_path):
         for cache in ("prefix", "dual"):
             (other,) = model.generate([[1, 2, 3]], replace(config, cache=cache, block_length=4))
             assert len(other.tokens) == 12 and 1000 not in other.tokens
-        with pytest.raises(DllmError, match="together more than the model's 511"):
+        with pytest.raises(DllmError, match="together more than the 511 that the model has room for"):
             model.generate([[1] * 500], config)

@@ -36,10 +36,14 @@ class Official:
 
     def cases(self) -> list[Case]:
         """Those with its kind of attention, as ours."""
-        is_other = (
-            recordings.has_full_attention if self.is_block_causal else recordings.has_block_causal_attention
-        )
-        return [case for case in recordings.read_cases(self.file) if not is_other(case)]
+        return [case for case in recordings.read_cases(self.file) if self.keeps(case)]
+
+    def keeps(self, case: Case) -> bool:
+        """Whether a case, as it is recorded or as ours, is of its kind of attention."""
+        if "api" in case and case["api"] in ("mdlm", "bd3lm"):
+            return (case["api"] == "bd3lm") == self.is_block_causal
+        is_block_causal = recordings.has_block_causal_attention(case)
+        return not recordings.has_full_attention(case) if self.is_block_causal else not is_block_causal
 
     def export(self, out: Path, **options) -> Path:
         return export_quietly(self.checkpoint, out, **self.told, **options)

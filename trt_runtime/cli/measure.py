@@ -83,12 +83,14 @@ def _replay(args: argparse.Namespace) -> int:
         raise DllmError(f"--count is {args.count} and --seed {args.seed}, expected from 1 and from 0.")
     model = open_model(args)
     facts = model.manifest
-    read = recordings.read_file(args.cases) if args.cases else None
+    read = recordings.read_file(args.cases, facts.model.family) if args.cases else None
     cases = decode_cases.random_cases(facts, args.count, args.seed) if read is None else read.cases
-    ours = [case for case in cases if case.get("family", facts.model.family) == facts.model.family]
-    if len(ours) < len(cases):
-        say(args, f"skipped: {len(cases) - len(ours)} cases of other families than {facts.model.family}")
-    ours = _of_attention(args, ours, facts.decoding)
+    if read is not None:
+        if read.skipped:
+            say(args, f"skipped: {read.skipped} cases of other families than {facts.model.family}")
+        for line in recordings.described(read):
+            say(args, line)
+    ours = _of_attention(args, cases, facts.decoding)
     if not ours:
         raise DllmError(
             f"no case is of the family {facts.model.family}, so nothing was compared: give other cases."
@@ -102,7 +104,8 @@ def _replay(args: argparse.Namespace) -> int:
             f"recorded {len(ours)} cases in {args.record}",
         )
         return 0
-    return _compare(args, model, ours, read.format if read else recordings.FORMAT)
+    assert read is not None
+    return _compare(args, model, ours, read)
 
 
 def _of_attention(args: argparse.Namespace, cases: list[Case], decoding: DecodingFacts) -> list[Case]:
@@ -117,7 +120,7 @@ def _of_attention(args: argparse.Namespace, cases: list[Case], decoding: Decodin
     return kept
 
 
-def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written: int) -> int:
+def _compare(args: argparse.Namespace, model: Model, cases: list[Case], read: recordings.CaseFile) -> int:
     dtype = model.manifest.model.dtype
     results, wrong, near, excused, differences = [], 0, 0, 0, list[dict[str, object]]()
     for case in progress_of(args).each(cases, "replaying cases"):
@@ -134,12 +137,8 @@ def _compare(args: argparse.Namespace, model: Model, cases: list[Case], written:
         ambiguous = difference.ambiguous and not args.exact
         near, wrong = near + ambiguous, wrong + (not ambiguous)
     if args.output is not None:
-        pairs = zip(cases, results, strict=True)
-        answered = [recordings.answer(case, result, written) for case, result in pairs]
-        write_json(
-            args.output,
-            {"format": written, "cases": answered},
-        )
+        answered = [read.answer(case, result) for case, result in zip(cases, results, strict=True)]
+        write_json(args.output, {"format": read.format, "cases": answered})
     expecting = sum("output" in case or "trace" in case for case in cases)
     if not expecting and args.output is None:
         raise DllmError(

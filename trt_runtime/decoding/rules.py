@@ -79,17 +79,31 @@ def check_prompt(ids: list[int], config: GenerationConfig, manifest: Manifest) -
     if wrong := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise DllmError(f"the prompt contains token id {wrong[0]}, expected 0 to {model.vocab_size - 1}.")
     most = usable_length(manifest.decoding, config.block_length, model.max_length)
-    most -= manifest.decoding.closing_token_id is not None
+    if most == 0:
+        raise DllmError(
+            f"block_length is {config.block_length}, more than the model's {model.max_length} "
+            f"positions: lower it."
+        )
+    limit = f"model's {most}"
+    if most < model.max_length:
+        limit += f" in whole blocks of {config.block_length}"
+    if manifest.decoding.closing_token_id is not None:
+        most -= 1
+        limit = f"{most} that the model has room for before its closing token"
     if len(ids) + config.gen_length > most:
         left, room = most - config.gen_length, most - len(ids)
-        said = "" if most == model.max_length else f" in whole blocks of {config.block_length}"
         mends = [
             *([f"shorten the prompt to {left} tokens"] if left > 0 else []),
             *([f"lower gen_length to {room}"] if room > 0 else []),
         ]
+        lengths = f"the prompt has {len(ids)} tokens"
+        if config.gen_length:
+            lengths += f" and gen_length is {config.gen_length}, together"
+        else:
+            lengths += ","
         raise DllmError(
-            f"the prompt has {len(ids)} tokens and gen_length is {config.gen_length}, together more than the "
-            f"model's {most}{said}: {' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
+            f"{lengths} more than the {limit}: "
+            f"{' or '.join(mends) or 'shorten the prompt and lower gen_length'}."
         )
     if mask in ids and not config.infill:
         raise DllmError(

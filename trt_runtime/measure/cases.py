@@ -32,28 +32,11 @@ from trt_runtime.decoding.rules import Rules, check_prompt
 from trt_runtime.decoding.sampling import Sampler
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.decoding.trace import Step
-from trt_runtime.errors import DllmError
+from trt_runtime.errors import DllmError, shown
 from trt_runtime.measure import case_fields
 from trt_runtime.measure.case_fields import Case, policy_name
-from trt_runtime.measure.recordings import has_block_causal_attention
 
 _MODES = {FULL: ("none", "prefix", "dual"), BLOCK_CAUSAL: ("none", "block", "block_dual")}  # of random cases
-INPUTS = (
-    "id",
-    "family",
-    "mode",
-    "prompt",
-    "gen_length",
-    "block_length",
-    "steps",
-    "threshold",
-    "factor",
-    "alg",
-    "top_p",
-    "top_k",
-    "attention_mask",
-    "small_block",
-)
 
 
 @dataclass(frozen=True)
@@ -101,6 +84,7 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
         cases.append(
             {
                 "id": f"random-{seed}-{i}",
+                "mask_token_id": manifest.decoding.mask_token_id,
                 "family": model.family,
                 "mode": modes[i % 3],
                 **small,
@@ -115,39 +99,52 @@ def random_cases(manifest: Manifest, count: int, seed: int = 0) -> list[Case]:
 
 
 def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
-    case_fields.check(case)
-    mask = case.get("mask_token_id", manifest.decoding.mask_token_id)
-    if mask != manifest.decoding.mask_token_id and manifest.decoding.is_mask_known:
-        raise DllmError(
-            f"case {case.get('id')}: mask_token_id is {case['mask_token_id']}, but the artifact's is "
-            f"{manifest.decoding.mask_token_id}: the case is from another model."
-        )
-    facts, gen = manifest.decoding, case["gen_length"]
+    """The rows of a case, each with its rules. Raises DllmError, which names the case."""
+    try:
+        case_fields.check(case)
+        rules, padding = _rules(manifest, case), case.get("attention_mask") or [[True]] * len(case["prompt"])
+        rows = []
+        for prompt, mask in zip(case["prompt"], padding, strict=True):
+            pad = mask.index(True)
+            check_prompt(
+                prompt[pad:],
+                replace(
+                    GenerationConfig(),
+                    gen_length=rules.gen_length,
+                    block_length=rules.block_length,
+                    infill=True,
+                ),
+                manifest,
+            )
+            rows.append(CaseRow(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
+        return rows
+    except DllmError as error:
+        raise DllmError(f"case {case.get('id')}: {error}") from error
+
+
+def _rules(manifest: Manifest, case: Case) -> Rules:
+    facts = manifest.decoding
     block = None if case["mode"] == "none" and not facts.blocks_without_cache else case.get("block_length")
     if block is None and (case["mode"] != "none" or facts.blocks_without_cache):
-        raise DllmError(
-            f"case {case.get('id')}: has no 'block_length', which mode '{case['mode']}' of this model needs."
-        )
-    # cases record facts about the loop: thresholds outside (0, 1] are allowed here, unlike in
-    # GenerationConfig
-    config = replace(GenerationConfig(), gen_length=gen, block_length=block, infill=True)
+        raise DllmError(f"has no 'block_length', which mode '{case['mode']}' of this model needs.")
+    mask = _mask(manifest, case)
     top_p, top_k = case.get("top_p"), case.get("top_k")
     sampler = Sampler(
         facts.sampling, 0.0, 1.0 if top_p is None else top_p, top_k, mask != facts.mask_token_id
     )
     if sampler.draws and facts.sampling != CATEGORICAL:
-        raise DllmError(
-            f"case {case.get('id')}: has top_p or top_k, which this model's sampling does not support."
-        )
+        raise DllmError("has top_p or top_k, which this model's sampling does not support.")
     plan = PLANS.find(case["mode"])
     if facts.attention not in plan.attentions:
         raise DllmError(
-            f"case {case.get('id')}: mode is '{case['mode']}', which is not for this model's attention "
-            f"({facts.attention}): the case is from another model."
+            f"mode is '{case['mode']}', which is not for this model's attention ({facts.attention}): the "
+            f"case is from another model."
         )
-    ends = _ends(case)
-    rules = Rules(
-        gen,
+    ends = _ends(case, manifest.model.vocab_size)
+    # cases record facts about the loop: thresholds outside (0, 1] are allowed here, unlike in
+    # GenerationConfig
+    return Rules(
+        case["gen_length"],
         block,
         plan(),
         _policy(case, block, facts),
@@ -161,24 +158,39 @@ def rows_of(manifest: Manifest, case: Case) -> list[CaseRow]:
         stop_after_block=not facts.next_from_store and not case.get("stop_early"),
         editing=_editing(case),
     )
-    rows = []
-    for prompt, mask in zip(
-        case["prompt"], case.get("attention_mask") or [None] * len(case["prompt"]), strict=True
-    ):
-        pad = 0 if mask is None else mask.index(True)
-        check_prompt(prompt[pad:], config, manifest)
-        rows.append(CaseRow(Sequence(np.array(prompt[pad:], np.int64), rules), prompt[:pad]))
-    return rows
 
 
-def _ends(case: Case) -> tuple[int, ...] | None:
-    """The end tokens of a recording of block-causal decoding; None if nothing ends it."""
-    if not has_block_causal_attention(case):
-        return None
-    for key in ("stop", "stop_token", "eos_token_id"):
-        if (value := case.get(key)) is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
-    return None
+def _mask(manifest: Manifest, case: Case) -> int:
+    """The mask of a case: the artifact's, or where no configuration named it, the case's."""
+    facts = manifest.decoding
+    mask: int = case.get("mask_token_id", facts.mask_token_id)
+    if not facts.is_mask_known and "mask_token_id" not in case:
+        raise DllmError(
+            "has no 'mask_token_id', and the checkpoint names none: name the case's, or export with "
+            "--mask-token."
+        )
+    if mask != facts.mask_token_id and facts.is_mask_known:
+        raise DllmError(
+            f"mask_token_id is {mask}, but the artifact's is {facts.mask_token_id}: the case is from another "
+            f"model."
+        )
+    if mask >= manifest.model.vocab_size:
+        raise DllmError(
+            f"mask_token_id is {mask}, expected below {manifest.model.vocab_size}, the vocabulary."
+        )
+    return mask
+
+
+def _ends(case: Case, vocab_size: int) -> tuple[int, ...] | None:
+    """The end tokens of a case; None if nothing ends it. Those that a recording names are checked even if its
+    loop does not look for them."""
+    for name in ("stop", "stop_token", "eos_token_id", "pad_token_id"):
+        value = case.get(name)
+        ids = value if isinstance(value, list) else [value]
+        if any(type(token) is int and token >= vocab_size for token in ids):
+            raise DllmError(f"{name} is {shown(value)}, expected ids below {vocab_size}, the vocabulary.")
+    stop = case.get("stop")
+    return None if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
 
 
 def _editing(case: Case) -> Editing | None:
@@ -199,8 +211,8 @@ def _policy(case: Case, block_length: int | None, facts: DecodingFacts) -> Polic
         return POLICIES.find(name).made({"gamma": float(case["gamma"])})
     blocks = 1 if block_length is None else max(1, -(-case["gen_length"] // block_length))
     policy = POLICIES.find(name)
-    steps = case.get("steps_per_block") or policy.steps_of_block(case["steps"], blocks)
     options = {} if threshold is None else {"threshold": float(threshold)}
     if case.get("at_least") is not None:
-        options, steps = {**options, "at_least": case["at_least"]}, None
+        return policy.made({**options, "at_least": case["at_least"]}, None)
+    steps = case.get("steps_per_block") or policy.steps_of_block(case["steps"], blocks)
     return policy.made(options, steps)

@@ -18,10 +18,10 @@ from trt_runtime.decoding.cache_plan import PREFILL, STORE
 from trt_runtime.decoding.generator import Generator
 from trt_runtime.decoding.sequence import Sequence
 from trt_runtime.errors import DllmError
-from trt_runtime.measure.case_fields import BD3LM, FAST_DLLM_V2, Case
-from trt_runtime.measure.cases import INPUTS, CaseRow, rows_of
+from trt_runtime.measure.case_fields import AT_END_TOKEN, AT_LAST_BLOCK, INPUTS, Case
+from trt_runtime.measure.cases import CaseRow, rows_of
 from trt_runtime.measure.near_ties import is_near
-from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention, is_llada2
+from trt_runtime.measure.recordings import FORMAT, has_block_causal_attention
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def record(backend: Backend, cases: Iterable[Case]) -> dict[str, Any]:
     facts, recorded = backend.manifest, []
     for case in cases:
         inputs = {key: case[key] for key in INPUTS if key in case}
-        inputs["mask_token_id"] = facts.decoding.mask_token_id
+        inputs.setdefault("mask_token_id", facts.decoding.mask_token_id)
         recorded.append(inputs | replay(backend, case).result)
     return {
         "format": FORMAT,
@@ -259,14 +259,11 @@ def _result(case: Case, rows: list[CaseRow]) -> Case:
 
 
 def _output(case: Case, row: Sequence) -> list[int]:
-    """The generated part in the form of recordings: Fast-dLLM v2's ends with the stop token, A2D's with the
-    last finished block, and others have all of gen_length."""
+    """The generated part, as far as the case's output goes."""
     output: list[int] = row.output.tolist()
-    if case.get("api") == BD3LM:
+    if case.get("output_ends") == AT_LAST_BLOCK:
         return [token for token in output if token != row.rules.mask_token_id]
-    if case.get("api") in FAST_DLLM_V2 or is_llada2(case):
-        return output[: row.num_useful + 1]
-    return output
+    return output[: row.num_useful + 1] if case.get("output_ends") == AT_END_TOKEN else output
 
 
 def _trace(rows: list[CaseRow]) -> list[list[Any]]:

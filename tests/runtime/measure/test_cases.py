@@ -18,7 +18,7 @@ from trt_runtime.measure import replay
         ({"prompt": [1, 2]}, "prompt is [1, 2]"),
         ({"prompt": []}, "prompt is []"),
         ({"prompt": [[1.5]]}, "prompt is [[1.5]]"),
-        ({"prompt": None}, "prompt is None"),
+        ({"prompt": None}, "prompt is null"),
         ({"prompt": [[]]}, "the prompt is empty"),
         ({"gen_length": "8"}, "gen_length is 8"),
         ({"gen_length": -5}, "gen_length is -5"),
@@ -43,9 +43,9 @@ from trt_runtime.measure import replay
         ({"top_p": 2}, "top_p is 2"),
         ({"top_k": 0}, "top_k is 0"),
         ({"alg": "entropy"}, "has no 'steps'"),
-        ({"alg": "confidence_threshold", "threshold": None, "steps": 4}, "threshold is None"),
+        ({"alg": "confidence_threshold", "threshold": None, "steps": 4}, "threshold is null"),
         ({"output": [5]}, "output is [5]"),
-        ({"output": None}, "output is None"),
+        ({"output": None}, "output is null"),
     ],
 )
 def test_malformed_cases_are_refused(golden_backend, change, said):
