@@ -127,7 +127,7 @@ def _blocks(
     if length is None:
         raise DllmError(
             f"{reader.where}: has no {key}: give the block length that the checkpoint was trained with by "
-            f"--block-length (BLOCK_LENGTH=). Its name says it: 8 for -b8, 4 if there is no such part."
+            f"--block-length (BLOCK_LENGTH=). {rule.advice}"
         )
     if length < 1:
         raise DllmError(f"--block-length is {length}, expected a whole number from 1.")

@@ -77,6 +77,12 @@ _KERNEL = re.compile(
     r"auto|default|math|eager|torch|sdpa|triton|cudnn|xformers|flashinfer|te|fa[234]?|(flash|flex|"
     r"mem_efficient)([_-]?(attn|attention))?([_-]?[234])?"
 )
+# keys that say what the network computes
+_PART_OF_NETWORK = re.compile(
+    r"layer_types|expert|router|qk_?(layer)?_?norm|sliding|window|rope|rotary|alibi|softcap|"
+    r"(^|_)(bias|scaling|scale|multiplier)($|_)",
+    re.IGNORECASE,
+)
 _PLAIN_ROPE: tuple[Any, ...] = (
     {},
     {"rope_type": "default"},
@@ -128,11 +134,11 @@ class ConfigReader:
             raise DllmError(f"{self.where}: {key} is {value!r}, expected a number above 0.")
         return float(value) if kind is float else value
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 (and below 2^31, the longest possible tensor axis)."""
+    def positive(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number from `least` (and below 2^31, the longest possible tensor axis)."""
         value: int = self.get(key, int, default)
-        if not 1 <= value < 2**31:
-            raise DllmError(f"{self.where}: {key} is {value}, expected a whole number from 1.")
+        if not least <= value < 2**31:
+            raise DllmError(f"{self.where}: {key} is {value}, expected a whole number from {least}.")
         return value
 
     def rope_theta(self) -> float:
@@ -158,14 +164,19 @@ class ConfigReader:
             raise DllmError(f"{self.where}: rope_theta is {theta:g}, expected 1 or more.")
         return theta
 
-    def require(self, key: str, *supported: Any) -> None:
-        """Refuse a value that is not implemented. An absent or null key passes."""
+    def require(self, key: str, *supported: Any, absent: Any = None) -> None:
+        """Refuse a value that is not implemented. A null key passes, and an absent one, unless its official
+        class then takes a value that is not: `absent`."""
         self._seen.add(key)
-        value = self.config.get(key)
+        value = self.config.get(key, absent)
         if value is not None and value not in supported:
             known = " or ".join(repr(item) for item in supported) or "null"
+            is_or_would_be = (
+                "is" if key in self.config else "is missing, for which the model's own code takes"
+            )
             raise DllmError(
-                f"{self.where}: {key} is {shown(value)}, which is not implemented: supported is {known}."
+                f"{self.where}: {key} {is_or_would_be} {shown(value)}, which is not implemented: supported is"
+                f" {known}."
             )
 
     def ignore(self, *keys: str) -> None:
@@ -216,10 +227,20 @@ class ConfigReader:
         if unknown:
             raise DllmError(
                 f"{self.where}: {', '.join(f'{key} = {shown(self.config[key])}' for key in unknown)}: not "
-                "known to this family. If this does not change what the model computes, export with "
-                f"{' '.join(f'--ignore-key {shlex.quote(key)}' for key in unknown)}."
+                f"known to this family. {_advice(unknown)}"
             )
         return noted
+
+
+def _advice(unknown: Collection[str]) -> str:
+    """What to do about keys that are not known."""
+    if parts := [key for key in unknown if _PART_OF_NETWORK.search(key)]:
+        return (
+            f"{parts[0]} names a part of the network, which is not implemented: this checkpoint cannot be "
+            "exported."
+        )
+    keys = " ".join(f"--ignore-key {shlex.quote(key)}" for key in unknown)
+    return f"If this does not change what the model computes, export with {keys}."
 
 
 def _computes_nothing(key: str, value: Any) -> bool:

@@ -43,12 +43,17 @@ def find(model_type: str) -> Family:
 
 
 def of(config: Mapping[str, Any]) -> tuple[str, Family]:
-    """The family of a config.json, and its name: by the classes in `architectures`, else by `model_type`.
-    Raises DllmError for an unknown model type."""
+    """The family of a config.json, and its name: by the classes in `architectures`, else by `model_type` and,
+    where two networks have the same, by a key. Raises DllmError for an unknown model type."""
     classes = config.get("architectures")
     named = {item for item in classes if isinstance(item, str)} if isinstance(classes, list) else set()
     for name in names() if named else ():
         if named & set(_named(name).architectures):
+            return name, _named(name)
+    model_type = name_of(config["model_type"])
+    for name in names():
+        told_by = _named(name).told_by
+        if told_by is not None and told_by[0] == model_type and config.get(told_by[1]) is not None:
             return name, _named(name)
     name = family_name(config["model_type"])
     return name, _named(name)

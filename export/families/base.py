@@ -64,13 +64,14 @@ def hf_name(weight: str) -> str:
 class BlockRule:
     """How a family's block-causal checkpoints decode; the fields are those of DecodingFacts. length_key: the
     key of config.json that holds the block length. default_length: of checkpoints without it; None: the user
-    must say."""
+    must say, and `advice` says where to look."""
 
     origin: str
     length_key: str | None = None
     default_length: int | None = None
     small_block: int | None = None
     next_from_store: bool = False
+    advice: str = "Its documentation says it."
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Family(ABC):
     title: str  # its name in messages
     # classes that config.json may name in `architectures`, where the model type says too little
     architectures: tuple[str, ...] = ()
+    # a model type that another network has too, and the key of config.json that only this one has
+    told_by: tuple[str, str] | None = None
     # other model types of its checkpoints
     aliases: tuple[str, ...] = ()
     # the mask token of the published checkpoints, if no configuration names it: its possible texts in the

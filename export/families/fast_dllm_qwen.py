@@ -23,7 +23,9 @@ class FastDllmQwen(TransformersFamily):
     logit_shift = 1
     mask_tokens = ("|<MASK>|",)
     sampling = MULTINOMIAL
-    block_causal = BlockRule(ABSOLUTE, length_key="bd_size", small_block=8, next_from_store=True)
+    block_causal = BlockRule(
+        ABSOLUTE, length_key="bd_size", default_length=32, small_block=8, next_from_store=True
+    )
     fixed_values: ClassVar = {"use_sliding_window": False}
     ignored_keys = (*TransformersFamily.ignored_keys, "sliding_window", "conplemenrary_mask")
 

@@ -38,10 +38,10 @@ class Llada(Family):
     title = "LLaDA"
 
     def decoder(self, config: ConfigReader) -> DecoderConfig:
-        config.require("block_type", "llama")
-        config.require("activation_type", "silu")
-        config.require("layer_norm_type", "rms")
-        config.require("rope", True)
+        config.require("block_type", "llama", absent="sequential")
+        config.require("activation_type", "silu", absent="swiglu")
+        config.require("layer_norm_type", "rms", absent="default")
+        config.require("rope", True, absent=False)
         config.require("block_group_size", 1)
         config.require("layer_norm_with_affine", True)
         for key in (
@@ -71,7 +71,7 @@ class Llada(Family):
             "attention_layer_norm_with_affine",
         )
         config.require(
-            "tie_word_embeddings", config.get("weight_tying", bool, False)
+            "tie_word_embeddings", config.get("weight_tying", bool, True)
         )  # transformers' name for it, which may be added
         hidden, heads = config.positive("d_model"), config.positive("n_heads")
         vocab = config.positive("vocab_size")
@@ -92,7 +92,7 @@ class Llada(Family):
             feed_forward=SwiGLU(
                 hidden, config.positive("mlp_hidden_size", config.positive("mlp_ratio", 4) * hidden)
             ),
-            tied_head=config.get("weight_tying", bool, False),
+            tied_head=config.get("weight_tying", bool, True),
         )
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
@@ -127,6 +127,7 @@ class Llada(Family):
             "block_type": "llama",
             "activation_type": "silu",
             "layer_norm_type": "rms",
+            "rope": True,
             "mask_token_id": 126,
             "eos_token_id": 125,
             "pad_token_id": 125,

@@ -5,7 +5,8 @@ weights do not see takes part in the choice, and experts are chosen within the b
 pass an RMSNorm over head_dim before RoPE, which turns the first entries of a head only; one tensor holds the
 rows of q, k and v. Block-causal attention with blocks at absolute positions, an exact cache, no logit shift,
 and a threshold that confidences must exceed. The mask is the added token `<|mask|>`, which no configuration
-names. 2.1 is the same network; its loop also edits committed tokens (`edit_threshold`).
+names. A key that config.json leaves out has the value of the official configuration class. 2.1 is the same
+network; its loop also edits committed tokens (`edit_threshold`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class Llada2(TransformersFamily):
     architectures = ("LLaDA2MoeModelLM",)
     aliases = ("llada2_moe", "llada2_moe_veomni")
     qk_norm = True
-    head_dim = 128
     sampling = MULTINOMIAL
     mask_tokens = ("<|mask|>",)
     mask_token_id = 156895
@@ -66,6 +66,7 @@ class Llada2(TransformersFamily):
         "using_split_qkv_in_self_attention": False,
         "use_sliding_window": False,
         "use_qkv_bias": False,
+        "use_qk_norm": True,
         "tie_word_embeddings": False,
     }
     ignored_keys = (
@@ -77,11 +78,8 @@ class Llada2(TransformersFamily):
     )
 
     def decoder(self, config: ConfigReader) -> DecoderConfig:
-        if config.get("use_bias", bool, True):  # the class's default
-            raise DllmError(
-                f"{config.where}: use_bias is not false, which is not implemented: supported is false."
-            )
-        factor = config.get("partial_rotary_factor", float, 1.0)
+        config.require("use_bias", False, absent=True)
+        factor = config.get("partial_rotary_factor", float, 0.5)
         network = super().decoder(config)
         size = network.attention.head_dim
         rotated = int(size * factor)
@@ -95,15 +93,15 @@ class Llada2(TransformersFamily):
 
     def feed_forward(self, config: ConfigReader, hidden: int) -> MixtureOfExperts:
         size = config.positive("moe_intermediate_size")
-        shared = config.get("num_shared_experts", int, 0)
+        shared = config.positive("num_shared_experts", 0, least=0)
         router = Router(
             config.positive("num_experts"),
             config.positive("num_experts_per_tok"),
             score="sigmoid",
-            scale=config.get("routed_scaling_factor", float, 1.0),
+            scale=config.get("routed_scaling_factor", float, 2.5),
             has_bias=True,
-            num_groups=config.positive("n_group", 1),
-            top_groups=config.positive("topk_group", 1),
+            num_groups=config.positive("n_group", 8),
+            top_groups=config.positive("topk_group", 4),
         )
         return MixtureOfExperts(
             hidden,
@@ -114,7 +112,7 @@ class Llada2(TransformersFamily):
 
     def other_feed_forwards(self, config: ConfigReader, hidden: int) -> dict[int, FeedForward]:
         dense = SwiGLU(hidden, config.positive("intermediate_size"))
-        first = config.get("first_k_dense_replace", int, 0)
+        first = config.positive("first_k_dense_replace", 0, least=0)
         return {layer: dense for layer in range(min(first, config.positive("num_hidden_layers")))}
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
@@ -139,6 +137,8 @@ class Llada2(TransformersFamily):
         return {
             **super().tiny_config(),
             "model_type": "llada2_moe",
+            "hidden_size": 48,
+            "head_dim": 16,
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,

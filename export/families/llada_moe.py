@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from trt_runtime.errors import DllmError
 
+from ..graph.decoder import DecoderConfig
 from ..graph.experts import MixtureOfExperts, Router
 from ..graph.feed_forward import FeedForward, SwiGLU
 from .base import ConfigReader
@@ -32,11 +33,11 @@ class LladaMoe(TransformersFamily):
         "attention_bias": False,
         "clip_qkv": None,
         "moe_router_enable_expert_bias": False,
-        "partial_rotary_factor": 1,
         "qk_layernorm": True,
         "shared_expert_intermediate_size": None,
         "tie_word_embeddings": False,
     }
+    told_by = ("llada", "num_experts")
     ignored_keys = (
         *TransformersFamily.ignored_keys,
         "moe_router_score_function",
@@ -47,6 +48,10 @@ class LladaMoe(TransformersFamily):
         "router_aux_loss_coef",
         "output_router_logits",
     )
+
+    def decoder(self, config: ConfigReader) -> DecoderConfig:
+        config.require("partial_rotary_factor", 1, absent=-1)
+        return super().decoder(config)
 
     def feed_forward(self, config: ConfigReader, hidden: int) -> MixtureOfExperts:
         count, chosen = config.positive("num_experts"), config.positive("num_experts_per_tok")
@@ -77,6 +82,7 @@ class LladaMoe(TransformersFamily):
             "dense_intermediate_size": 80,
             "moe_layer_freq": [0, 1, 1],
             "qk_layernorm": True,
+            "partial_rotary_factor": 1,
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from trt_runtime.artifact.manifest import DecodingFacts
 
+from ..graph.decoder import DecoderConfig
 from ..graph.experts import MixtureOfExperts
 from .base import ConfigReader
 from .dream import Dream
@@ -31,13 +32,17 @@ class Rnd1(Dream):
     fixed_values: ClassVar = {
         "attention_bias": False,
         "use_sliding_window": False,
-        "rope_scaling": False,
         "tie_word_embeddings": False,
     }
     ignored_keys = (*Dream.ignored_keys, "num_diffusion_steps", "moe_backend")
 
+    def decoder(self, config: ConfigReader) -> DecoderConfig:
+        if config.config.get("rope_scaling") is False:  # as the published checkpoint spells it
+            config.ignore("rope_scaling")
+        return super().decoder(config)
+
     def feed_forward(self, config: ConfigReader, hidden: int) -> MixtureOfExperts:
-        return self.qwen3_experts(config, hidden)
+        return self.qwen3_experts(config, hidden, norm_topk_prob=True)  # a constant of its class
 
     def decoding(self, config: ConfigReader, generation_config: Mapping[str, Any]) -> DecodingFacts:
         facts = super().decoding(config, generation_config)

@@ -24,7 +24,11 @@ class Sdar(TransformersFamily):
     head_dim = 128
     mask_tokens = ("<|MASK|>", "<MASK>")
     sampling = MULTINOMIAL
-    block_causal = BlockRule(ABSOLUTE, length_key="block_size")
+    block_causal = BlockRule(
+        ABSOLUTE,
+        length_key="block_size",
+        advice="Its name says it: 8 for -b8, 4 if there is no such part.",
+    )
     fixed_values: ClassVar = {"attention_bias": False, "use_sliding_window": False}
     ignored_keys = (
         *TransformersFamily.ignored_keys,

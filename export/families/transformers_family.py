@@ -98,11 +98,12 @@ class TransformersFamily(Family):
         )
 
     @staticmethod
-    def qwen3_experts(config: ConfigReader, hidden: int) -> MixtureOfExperts:
-        """Qwen3-MoE's experts in every layer: a softmax over all, whose best are renormalised."""
+    def qwen3_experts(config: ConfigReader, hidden: int, norm_topk_prob: bool = False) -> MixtureOfExperts:
+        """Qwen3-MoE's experts in every layer: a softmax over all, whose best are renormalised.
+        norm_topk_prob: what the configuration class takes where config.json does not say."""
         config.require("decoder_sparse_step", 1)
         config.require("mlp_only_layers", [])
-        config.require("norm_topk_prob", True)
+        config.require("norm_topk_prob", True, absent=norm_topk_prob)
         config.ignore("intermediate_size", *_OF_TRAINED_ROUTERS)  # the width is that of dense layers
         router = Router(config.positive("num_experts"), config.positive("num_experts_per_tok"))
         return MixtureOfExperts(hidden, config.positive("moe_intermediate_size"), checked(router, config))

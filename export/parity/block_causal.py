@@ -108,6 +108,7 @@ def cases(reference: TorchBackend) -> Iterator[tuple[Case, list[Decision]]]:
         threshold = 0.9 if number % 2 else 0.3
         case = {
             "id": f"blocks-{number}",
+            "mask_token_id": manifest.decoding.mask_token_id,
             "mode": "block",
             "prompt": [prompt],
             "gen_length": gen,

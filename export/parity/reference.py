@@ -28,7 +28,7 @@ from ..checkpoint.huggingface import StoredTensor
 from ..families.base import Reference
 from ..graph import decoder as decoders
 from ..graph.feed_forward import EXPERTS_BESIDE
-from ..weights.sources import stored_of
+from ..weights.sources import FromCheckpoint
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -224,7 +224,7 @@ def _load(source: pipeline.Source, dtype: torch.dtype) -> Reference:
     state = {}
     for weight, shape in decoders.weight_shapes(source.decoder).items():
         as_stored = source.family.stored_as(weight, source.decoder)
-        pieces = [_tensor(stored) for stored in stored_of(source.checkpoint, as_stored.pieces)]
+        pieces = [_tensor(stored) for stored in FromCheckpoint.of(source.checkpoint, as_stored).stored]
         axis = 1 if as_stored.join == EXPERTS_BESIDE else 0
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         state[weight] = whole.reshape(shape).to(dtype)

@@ -24,7 +24,7 @@ from ..graph.linears import Initializer, Linears
 from ..pipeline import Source
 from ..schemes.base import Array, Calibration
 from ..weights import plan as weights
-from ..weights.sources import FromCheckpoint, stored_of
+from ..weights.sources import FromCheckpoint
 from . import gate as quality
 from .gate import Canvas
 
@@ -82,9 +82,7 @@ def columns(source: Source) -> dict[str, Array]:
     maxima, shapes = {}, weight_shapes(source.decoder)
     for name in filter(is_linear, shapes):
         if is_layer(name):
-            as_stored = source.family.stored_as(name, source.decoder)
-            pieces = as_stored.pieces
-            stored = FromCheckpoint(pieces[0].tensor, stored_of(source.checkpoint, pieces), as_stored.join)
+            stored = FromCheckpoint.of(source.checkpoint, source.family.stored_as(name, source.decoder))
             maxima[name] = np.max([np.abs(piece).max(0) for piece in stored.rows(shapes[name][1])], axis=0)
     return maxima
 

@@ -33,7 +33,6 @@ from .sources import (
     Made,
     Table,
     TensorSource,
-    stored_of,
 )
 
 FILE_NAME = "weights.data"
@@ -163,8 +162,7 @@ def plan(
         )
     layout = _Layout()
     for name, shape in shapes.items():
-        pieces = stored[name].pieces
-        source = FromCheckpoint(pieces[0].tensor, stored_of(checkpoint, pieces), stored[name].join)
+        source = FromCheckpoint.of(checkpoint, stored[name])
         _check_shape(source, shape, stored[name], checkpoint)
         own = decoder.stored_dtype(config, name, dtype)
         if scheme is not None:

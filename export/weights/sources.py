@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ import onnx_ir as ir
 from trt_runtime.errors import DllmError
 
 from ..checkpoint.huggingface import Checkpoint, StoredTensor
-from ..families.base import Piece
+from ..families.base import StoredAs
 from ..graph.feed_forward import EXPERTS_BESIDE, EXPERTS_INTERLEAVED, EXPERTS_STACKED
 
 FP16_LARGEST = 65504.0
@@ -47,11 +47,6 @@ STORED: dict[str, tuple[np.dtype[Any], ir.DataType]] = {
 
 
 Array = np.ndarray[Any, Any]
-
-
-def stored_of(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[StoredTensor, ...]:
-    """The pieces of a weight in the checkpoint's files."""
-    return tuple(_rows(checkpoint.tensors[piece.tensor], piece.rows) for piece in pieces)
 
 
 def _rows(stored: StoredTensor, rows: tuple[int, int] | None) -> StoredTensor:
@@ -99,9 +94,9 @@ class Maximum:
     name: str
     largest: float | None = None
 
-    def note(self, piece: Array) -> None:
-        """Raises DllmError for NaN or infinite values. Without the sign bit, floating-point numbers are
-        ordered like their bits, so they are compared without conversion."""
+    def note(self, piece: Array, damaged: Callable[[], str] | None = None) -> None:
+        """Raises DllmError for NaN or infinite values, of the tensor that `damaged` names. Without the sign
+        bit, floating-point numbers are ordered like their bits, so they are compared without conversion."""
         kind = np.dtype(f"u{piece.dtype.itemsize}")
         magnitude, most = kind.type(np.iinfo(kind).max >> 1), kind.type(0)
         bits = piece.view(kind)
@@ -109,18 +104,40 @@ class Maximum:
             most = max(most, (bits[start : start + _CACHED] & magnitude).max())
         largest = float(np.array([most], kind).view(piece.dtype)[0])
         if not math.isfinite(largest):
-            raise no_number(self.name)
+            raise no_number(damaged() if damaged else self.name)
         self.largest = max(self.largest or 0.0, largest)
 
 
 @dataclass(frozen=True)
 class FromCheckpoint(TensorSource):
-    """One or several pieces of a checkpoint, joined (feed_forward.JOINS). name: of the first tensor, for
-    messages."""
+    """One or several pieces of a checkpoint, joined (feed_forward.JOINS). names: of their tensors."""
 
-    name: str
+    names: tuple[str, ...]
     stored: tuple[StoredTensor, ...]
     join: str = EXPERTS_STACKED
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, weight: StoredAs) -> FromCheckpoint:
+        """A weight of a checkpoint, in its pieces."""
+        stored = tuple(_rows(checkpoint.tensors[piece.tensor], piece.rows) for piece in weight.pieces)
+        return cls(tuple(piece.tensor for piece in weight.pieces), stored, weight.join)
+
+    @property
+    def name(self) -> str:
+        """The first tensor's."""
+        return self.names[0]
+
+    def _first(self, is_bad: Callable[[Array], bool]) -> str:
+        """The name of the first tensor with elements that are bad."""
+        for name, stored in zip(self.names, self.stored, strict=True):
+            flat = stored.open()
+            if any(is_bad(flat[start : start + _CACHED]) for start in range(0, flat.size, _CACHED)):
+                return name
+        return self.name
+
+    def damaged(self) -> str:
+        """The name of the first tensor with NaN or infinite values."""
+        return self._first(lambda piece: not np.isfinite(piece.astype(np.float32)).all())
 
     def __post_init__(self) -> None:
         for piece in self.stored:
@@ -199,7 +216,7 @@ class FromCheckpoint(TensorSource):
             for piece in self.pieces():
                 wide = piece.astype(np.float32).reshape(-1, columns)
                 if not np.isfinite(wide).all():
-                    raise no_number(self.name)
+                    raise no_number(self.damaged())
                 yield wide
             return
         step = max(1, _PIECE // (4 * columns))
@@ -210,12 +227,12 @@ class FromCheckpoint(TensorSource):
                     flat[start * columns : (start + step) * columns].astype(np.float32).reshape(-1, columns)
                 )
                 if not np.isfinite(piece).all():
-                    raise no_number(self.name)
+                    raise no_number(self.damaged())
                 yield piece
 
     def converted(self, piece: Array, dtype: str, maxima: Maximum) -> Array:
         target = NUMPY_DTYPES[dtype]
-        maxima.note(piece)
+        maxima.note(piece, self.damaged)
         if piece.dtype == target:
             return piece
         wide = piece
@@ -224,8 +241,9 @@ class FromCheckpoint(TensorSource):
         with np.errstate(over="ignore"):
             narrow = wide.astype(np.float32, copy=False).astype(target, copy=False)
         if target == np.float16 and (maxima.largest or 0.0) > FP16_LARGEST:
+            wide_one = self._first(lambda part: bool((np.abs(part.astype(np.float32)) > FP16_LARGEST).any()))
             raise DllmError(
-                f"tensor {self.name}: has the value {maxima.largest:g}, beyond fp16's largest "
+                f"tensor {wide_one}: has the value {maxima.largest:g}, beyond fp16's largest "
                 f"({FP16_LARGEST:g}): export with DTYPE=bf16 (--dtype bf16)."
             )
         return narrow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from exports import notes_of
 from places import export_quietly, refused
-from tiny import write_checkpoint
+from tiny import ABSENT, write_checkpoint
 
 from export import families
 from export.pipeline import facts_of_checkpoint
@@ -167,3 +167,28 @@ def test_all_unknown_keys_stand_in_one_suggestion(tiny, tmp_path):
     assert len(str(error.value)) < 500 + len(str(path))
     assert notes_of(path, tmp_path / "a", ignored_keys=("one", "two words", "_comment"))
     assert facts_of_checkpoint(str(path), "bf16", ("one", "two words")).num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("rope", "rope is missing, for which the model's own code takes False"),
+        ("activation_type", "activation_type is missing, for which the model's own code takes 'swiglu'"),
+        ("layer_norm_type", "layer_norm_type is missing, for which the model's own code takes 'default'"),
+        ("weight_tying", "model.transformer.ff_out.weight"),
+    ],
+)
+def test_a_key_that_lladas_class_would_fill_with_another_value_must_be_there(tmp_path, key, said):
+    """Its defaults are those of another network: no RoPE, LayerNorm, a fused activation, a tied head."""
+    path = write_checkpoint(families.find("llada"), tmp_path / "checkpoint", config={key: ABSENT})
+    refused(path, tmp_path / "out", said)
+
+
+def test_a_key_that_names_a_part_of_the_network_is_not_to_be_ignored(tmp_path):
+    for number, (key, value) in enumerate(
+        {"layer_types": ["sliding_attention"] * 3, "logits_scaling": 2.0, "num_local_experts": 4}.items()
+    ):
+        path = write_checkpoint(families.find("dream"), tmp_path / str(number), config={key: value})
+        with pytest.raises(DllmError, match=f"{key} names a part of the network") as error:
+            export_quietly(path, tmp_path / "out")
+        assert "--ignore-key" not in str(error.value)

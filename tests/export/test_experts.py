@@ -143,59 +143,6 @@ def test_quirks_of_the_official_loop_are_not_repeated(tmp_path):
     assert 0 < len(done.result["output"][0]) <= case["gen_length"]
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("llada2", {"use_bias": None}, "use_bias is not false"),
-        ("llada2", {"n_group": 3}, "8 experts in 3 groups"),
-        ("llada2", {"n_group": 8}, "groups of 1 expert"),
-        ("llada2", {"num_experts_per_tok": 5}, "5 experts for each row, of 4"),
-        ("llada2", {"rotary_dim": 4}, "rotary_dim is 4"),
-        ("llada2", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
-        ("llada2", {"score_function": "softmax"}, "score_function is 'softmax'"),
-        ("llada_moe", {"moe_layer_freq": [1, 2, 1]}, "moe_layer_freq is [1, 2, 1]"),
-        ("llada_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8"),
-        ("llada_moe", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
-        ("llada_moe", {"num_experts_per_tok": 9}, "9 experts for each row"),
-        ("rnd1", {"norm_topk_prob": False}, "norm_topk_prob is False"),
-        ("rnd1", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
-        ("sdar_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]"),
-    ],
-)
-def test_what_is_not_implemented_is_refused(tmp_path, name, change, said):
-    path = write_checkpoint(families.find(name), tmp_path / "checkpoint", config=change)
-    options = {"block_length": 4} if name == "sdar_moe" else {}
-    refused(path, tmp_path / "out", said, **({} if name == "sdar_moe" else options))
-
-
-def test_a_family_is_found_by_its_class_and_by_its_other_names():
-    """LLaDA-MoE's model type is that of the dense model."""
-    moe = families.find("llada_moe").tiny_config()
-    assert families.of(moe)[0] == "llada_moe" and moe["model_type"] == "llada"
-    assert families.of({"model_type": "llada", "architectures": ["LLaDAModelLM"]})[0] == "llada"
-    for other, name in (("lladamoe", "llada_moe"), ("llada2_moe", "llada2"), ("llada2_moe_veomni", "llada2")):
-        assert families.of({"model_type": other})[0] == name
-    with pytest.raises(DllmError, match="llada2, llada_moe"):
-        families.of({"model_type": "llada3"})
-
-
-def test_a_tensor_of_another_expert_count_or_width_is_refused(tmp_path):
-    def drop(tensors):
-        del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
-
-    def widen(tensors):
-        name = "model.layers.1.mlp.experts.3.down_proj.weight"
-        tensors[name] = np.concatenate([tensors[name], tensors[name]], 1)
-
-    for change, said in (
-        (drop, "1 tensors are missing: model.layers.1.mlp.experts.7.up_proj.weight"),
-        (widen, "experts.3.down_proj.weight has shape [48, 48], config.json asks for [48, 24]"),
-    ):
-        path = tmp_path / change.__name__
-        write_checkpoint(families.find("rnd1"), path, change=change)
-        refused(path, tmp_path / "out", said)
-
-
 def test_the_target_is_for_models_with_experts(tmp_path):
     dense = write_checkpoint(families.find("llada"), tmp_path / "dense")
     refused(dense, tmp_path / "out", "--target ort-cpu without --quantize", target="ort-cpu")

@@ -41,6 +41,9 @@ def random_tensors(family: Family, config: dict[str, Any], seed: int = 0) -> Ten
     return stored
 
 
+ABSENT = object()
+
+
 def write_checkpoint(
     family: Family,
     path: Path,
@@ -50,11 +53,12 @@ def write_checkpoint(
     change: Callable[[Tensors], object] | None = None,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint directory. `model` changes the model, `config` only config.json; `change` may edit the
-    tensors; `shards` > 1 writes an index."""
+    """A checkpoint directory. `model` changes the model, `config` only config.json, which lacks keys that are
+    ABSENT; `change` may edit the tensors; `shards` > 1 writes an index."""
     path.mkdir(parents=True)
     real = {**family.tiny_config(), **(model or {})}
-    (path / "config.json").write_text(json.dumps({**real, **(config or {})}))
+    written = {key: value for key, value in {**real, **(config or {})}.items() if value is not ABSENT}
+    (path / "config.json").write_text(json.dumps(written))
     tensors = random_tensors(family, real)
     if change:
         change(tensors)
