@@ -82,8 +82,9 @@ lint: $(VENV)/.dev ## ruff, mypy, the directions of imports, the house rules (si
 docs: $(VENV)/.dev ## the documents as a site, on http://127.0.0.1:8000 (and again when they change)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes)
-	$(BIN)/python benchmarks/cpu/system.py && $(BIN)/python benchmarks/reports/system.py
+bench: $(VENV)/.dev ## a random 140 M LLaDA: caches, parallel unmasking, quantised, beside eager PyTorch; scaling with its roofline (about 30 minutes) [LLAMA_CPP=llama-diffusion-cli] [OFFICIAL=checkout of Fast-dLLM]
+	$(BIN)/python benchmarks/cpu/system.py $(if $(LLAMA_CPP),--llama-cpp '$(LLAMA_CPP)') $(if $(OFFICIAL),--official '$(OFFICIAL)')
+	$(BIN)/python benchmarks/reports/system.py
 
 frontier: $(VENV)/.dev ## accuracy against tokens per forward: every policy, cache, refresh and block length on both shipped models (about 25 minutes)
 	$(BIN)/python -m export --model llada --out $(DEMO) --overwrite --verify no

@@ -214,6 +214,7 @@ _LLADA_MOE = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 50000.0,
     "qk_layernorm": True,
+    "partial_rotary_factor": 1,
     "tie_word_embeddings": False,
     "eos_token_id": 156892,
     "pad_token_id": 156892,

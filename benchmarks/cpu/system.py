@@ -4,7 +4,7 @@ with the machine's own limits.
 
     python benchmarks/cpu/system.py                   # a random LLaDA of 140 M parameters (make bench)
     python benchmarks/cpu/system.py --parts variants --threads 1 --repeats 3
-    python benchmarks/cpu/system.py --artifact artifacts/x --parts llama-cpp --llama-cpp PATH --gguf x.gguf
+    python benchmarks/cpu/system.py --parts others --llama-cpp BINARY --official DIR
 
 variants   `dllm-trt bench`: all variants in turn, in one process, medians; two tokens per forward (vanilla:
            one), prompt 256, gen_length 128, blocks of 32
@@ -15,8 +15,9 @@ blocks     `dllm-trt bench` of a random SDAR of 132 M parameters (block-causal, 
            same loop on eager PyTorch with its cache: two tokens per forward, blocks of 4 and 32
 experts    a random LLaDA-MoE of 290 M parameters, dense, with ONNX Runtime's own operators and in PyTorch;
            forwards by rows and by experts (experts.py)
-llama-cpp  llama.cpp's diffusion example with the same prompts, canvas, steps and threads; its binary and
-           model file are the user's
+others     llama.cpp's diffusion example in float32 and 8 bits, and the official Fast-dLLM code in eager
+           PyTorch, with the same weights, prompt and schedule (others.py). The binary and the checkout are
+           the user's; without --llama-cpp and --official this part is left out
 Results: system-*.json under --output; benchmarks/reports/system.py makes the tables and plots of
 docs/benchmarks.md.
 """
@@ -34,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import experts
-import llama_cpp
 import numpy as np
+import others
 from machine_rates import peaks
 
 from trt_runtime.artifact.manifest import ModelFacts
@@ -45,7 +46,7 @@ from trt_runtime.machine import roofline
 from trt_runtime.measure.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("variants", "scaling", "blocks", "experts", "llama-cpp")
+PARTS = ("variants", "scaling", "blocks", "experts", "others")
 BASE = {"prompt": 256, "gen_length": 128, "block": 32, "batch": 1, "threads": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "prompt": (64, 256, 512, 1024),
@@ -68,8 +69,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--parts",
-        default="variants,scaling,blocks,experts",
-        help=f"comma-separated, of {', '.join(PARTS)} (default variants,scaling,blocks,experts)",
+        help=f"comma-separated, of {', '.join(PARTS)} (default: all)",
     )
     parser.add_argument(
         "--threads", default="1,2", help="thread counts for the variants, one run each (default 1,2)"
@@ -80,33 +80,51 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the JSON results"
     )
-    parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's llama-diffusion-cli")
-    parser.add_argument("--gguf", type=Path, help="the artifact's model as a GGUF file, for llama.cpp")
-    parser.add_argument(
-        "--prompts", type=Path, help="with --parts llama-cpp: a file with one prompt per line"
-    )
+    parser.add_argument("--llama-cpp", type=Path, metavar="BINARY", help="llama.cpp's llama-diffusion-cli")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="a checkout of the Fast-dLLM code")
     args = parser.parse_args()
-    parts = args.parts.split(",")
+    programs = {"--llama-cpp": args.llama_cpp, "--official": args.official}
+    parts = (
+        args.parts.split(",")
+        if args.parts
+        else [*PARTS[:-1], *(["others"] if any(programs.values()) else [])]
+    )
     if unknown := [part for part in parts if part not in PARTS]:
         raise SystemExit(f"error: --parts: {unknown[0]}: expected some of {', '.join(PARTS)}.")
+    for name, path in programs.items():
+        if path is not None and not path.exists():
+            raise SystemExit(f"error: {name} {path}: does not exist.")
+    if "others" in parts and not any(programs.values()):
+        raise SystemExit("error: --parts others: give --llama-cpp BINARY, --official DIR, or both.")
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        if "llama-cpp" in parts:
-            write(args.output / "system-llama-cpp.json", llama_cpp.compare(args, BASE))
         if "blocks" in parts:
             blocks(scratch, args.repeats, args.output)
         if "experts" in parts:
             report = {"machine": machine(), **experts.measure(run, scratch, args.repeats, args.output)}
             write(args.output / "system-experts-scaling.json", report)
-        if {"variants", "scaling"} & set(parts):
+        if {"variants", "scaling", "others"} & set(parts):
             artifact, quantised = artifacts(args.artifact, scratch)
         if "variants" in parts:
             for threads in args.threads.split(","):
                 variants(artifact, quantised, int(threads), args.repeats, args.output)
+        if "others" in parts:
+            beside(artifact, quantised[0], scratch, args)
         if "scaling" in parts:
             report = {"machine": machine(), "base": BASE, **scaling(artifact, quantised[0])}
             write(args.output / "system-scaling.json", report)
+
+
+def beside(artifact: Path, quantised: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Other programs, each thread count in a process of its own, because torch keeps its threads."""
+    checkpoint = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["source"]["checkpoint"]
+    for threads in args.threads.split(","):
+        options = {"checkpoint": checkpoint, "scratch": str(scratch), "threads": int(threads)}
+        options |= {"fp32": str(artifact), "w8a8": str(quantised), "repeats": args.repeats}
+        options |= {"llama": str(args.llama_cpp or ""), "official": str(args.official or "")}
+        options["output"] = str(args.output / f"system-others-{threads}.json")
+        subprocess.run([sys.executable, others.__file__, json.dumps(options)], check=True)
 
 
 def blocks(scratch: Path, repeats: int, output: Path) -> None:

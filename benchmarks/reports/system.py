@@ -83,6 +83,8 @@ def main() -> None:
     insert(args.document, BEGIN, END, text)
     plot_variants(runs, args.document.parent / "system")
     plot_growth(grown, args.document.parent / "system-scaling")
+    if beside := system_parts.programs(args.results):
+        plot_programs(beside, args.document.parent / "system-others")
     print(f"{args.document} and its plots written")
 
 
@@ -176,6 +178,22 @@ def plot_variants(runs: dict[int, dict[str, Any]], path: Path) -> None:
             [row["tokens_per_second"] for row in rows],
             color=colors,
         )
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
+        axis.set_xlabel("tokens per second")
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def plot_programs(runs: dict[int, dict[str, Any]], path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4), squeeze=False)
+    for axis, (threads, run) in zip(axes[0], runs.items(), strict=True):
+        rows = sorted(run["rows"], key=lambda row: row["tokens_per_second"])
+        colors = ["#7570b3" if row["system"].startswith("ONNX") else "#d95f02" for row in rows]
+        names = [f"{row['system']}, {'no' if row['cache'] == 'none' else row['cache']} cache" for row in rows]
+        bars = axis.barh(names, [row["tokens_per_second"] for row in rows], color=colors)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
         axis.set_xlabel("tokens per second")

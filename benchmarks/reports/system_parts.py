@@ -1,4 +1,4 @@
-"""Tables of the smaller parts of benchmarks/cpu/system.py: block-causal decoding, and experts."""
+"""Tables of the smaller parts of benchmarks/cpu/system.py: block-causal decoding, experts, other programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,45 @@ def sections(results: Path) -> list[str]:
         parts.append(experts(json.loads(speed.read_text(encoding="utf-8"))))
     if grown.is_file():
         parts.append(growth(json.loads(grown.read_text(encoding="utf-8"))))
+    if beside := programs(results):
+        parts += [others(beside), "![other programs with the same weights](system-others.png)"]
     return parts
+
+
+def programs(results: Path) -> dict[int, dict[str, Any]]:
+    """The results of `--parts others`, by threads."""
+    files = sorted(results.glob("system-others-*.json"))
+    return {int(f.stem.rpartition("-")[2]): json.loads(f.read_text(encoding="utf-8")) for f in files}
+
+
+def others(runs: dict[int, dict[str, Any]]) -> str:
+    """Other programs with the same weights and schedule, a column for each thread count."""
+    first = next(iter(runs.values()))
+    settings, machine = first["settings"], first["machine"]
+    speeds = {n: {(r["system"], r["cache"]): r for r in run["rows"]} for n, run in runs.items()}
+    against = [key for key in (("Fast-dLLM, eager PyTorch fp32", "dual"), ("llama.cpp q8_0", "none"))
+               if key in next(iter(speeds.values()))]  # fmt: skip
+    ratios = "".join(f" | against {name.partition(',')[0]}" for name, _ in against)
+    columns = [f"tokens/s at {n}{ratios}" for n in runs]
+    lines = [
+        f"Other programs with the same weights (a random LLaDA of {settings['parameters'] / 1e6:.0f} M "
+        f"parameters), prompt ({settings['prompt']}) and schedule: {settings['gen_length']} tokens in blocks "
+        f"of {settings['block']}, {settings['per_step']} in each step; {machine['cpu']} "
+        f"({', '.join(machine['instruction_sets'])}), onnxruntime {machine['versions']['onnxruntime']}; "
+        f"medians of {settings['repeats']} rounds; by threads:",
+        "",
+        f"| | cache | {' | '.join(columns)} | same tokens as ONNX Runtime fp32 |",
+        "|---" * (3 + len(runs) * (1 + len(against))) + "|",
+    ]
+    for key in speeds[next(iter(runs))]:
+        cells = [key[0], key[1]]
+        for rows in speeds.values():
+            own = rows[key]["tokens_per_second"]
+            cells += [f"{own:.1f}", *(f"{own / rows[other]['tokens_per_second']:.2f}" for other in against)]
+        row = next(iter(speeds.values()))[key]
+        cells.append(f"{row['same_tokens']} of {row['of']}" if "of" in row else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _said(run: dict[str, Any]) -> str:

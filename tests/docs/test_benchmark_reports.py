@@ -1,5 +1,5 @@
-"""The benchmark of the whole system: variants in one table, scaling compared with the roofline,
-llama.cpp through a stand-in, and the generated tables and plots."""
+"""The benchmark of the whole system: variants in one table, scaling compared with the roofline, and the
+generated tables and plots. Other programs: test_other_programs.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from trt_runtime.model import load
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "cpu")]
 import system
-from reports import system as render_system
 
 
 @pytest.fixture(scope="module")
@@ -180,55 +179,6 @@ def test_windows_ask_for_the_first_block():
     assert window.input_ids[1].tolist() == [50, 51, 52, 53] and window.kv_len.tolist() == [30, 30]
 
 
-def llama(tmp_path, text, status=0):
-    """A stand-in for llama.cpp's binary, which writes down what it was asked."""
-    binary = tmp_path / "llama-diffusion-cli"
-    binary.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\nprintf '{text}' >&2\nexit {status}\n")
-    binary.chmod(0o755)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    (tmp_path / "prompts.txt").write_text("clean hall with mop\n\nfind red keys in attic\n")
-    return [
-        "--parts",
-        "llama-cpp",
-        "--threads",
-        "1",
-        "--llama-cpp",
-        str(binary),
-        "--gguf",
-        str(tmp_path / "model.gguf"),
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-
-
-@pytest.mark.parametrize("steps", ["", "steps: 128, "])
-def test_llama_cpp_runs_beside_the_artifact(demo_artifact, tmp_path, steps, monkeypatch, capsys):
-    asked = llama(
-        tmp_path, rf"\ntotal time: 1600.00ms, {steps}time per step: 12.50ms, sampling time per step: 1.00ms\n"
-    )
-    monkeypatch.setattr(sys, "argv", ["system.py", "--artifact", str(demo_artifact), *asked])
-    system.main()
-    report = json.loads((tmp_path / "out" / "system-llama-cpp.json").read_text())
-    assert report["tokens_per_second"]["llama.cpp"] == pytest.approx(80)
-    assert report["tokens_per_second"]["dual, threshold 0.9"] > report["tokens_per_second"]["vanilla"] > 0
-    first = (tmp_path / "asked").read_text().splitlines()[0].split()
-    assert (
-        first[first.index("--diffusion-steps") + 1] == "128" and int(first[first.index("-ub") + 1]) % 32 == 0
-    )
-    assert "times llama.cpp" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("text", "status"), [("nothing", 0), ("total time: 1ms, time per step: 1ms", 3)])
-def test_a_llama_cpp_that_fails_is_one_clear_line(demo_artifact, tmp_path, text, status, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["system.py", "--artifact", str(demo_artifact), *llama(tmp_path, text, status)]
-    )
-    with pytest.raises(SystemExit, match=f"ended with {status} and reported no time"):
-        system.main()
-
-
 def test_missing_files_and_parts_are_named(tmp_path):
     def errors_of(*options):
         return subprocess.run(
@@ -245,30 +195,5 @@ def test_missing_files_and_parts_are_named(tmp_path):
         ).stderr
 
     assert errors_of("--parts", "speed").startswith("error: --parts: speed: expected some of")
-    assert "--llama-cpp is None" in errors_of("--parts", "llama-cpp")
-
-
-def test_tables_and_plots_are_made_of_the_results(variants, scaling, tmp_path, monkeypatch):
-    results, document = tmp_path / "results", tmp_path / "docs" / "x.md"
-    results.mkdir()
-    document.parent.mkdir()
-    (results / variants.name).write_text(variants.read_text())
-    (results / "system-scaling.json").write_text(json.dumps({**scaling, "rates": {"1": scaling["rates"][1]}}))
-    document.write_text(f"before\n{render_system.BEGIN}\nold\n{render_system.END}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(results), "--document", str(document)])
-    render_system.main()
-    text = document.read_text()
-    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert (
-        "| ONNX Runtime w8a8 | dual cache |" in text
-        and "| PyTorch bf16 | dual cache |" in text
-        and "1 thread;" in text
-    )
-    assert all(
-        (document.parent / f"{name}.{suffix}").stat().st_size > 5000
-        for name in ("system", "system-scaling")
-        for suffix in ("png", "svg")
-    )
-    monkeypatch.setattr(sys, "argv", ["system.py", "--results", str(tmp_path), "--document", str(document)])
-    with pytest.raises(SystemExit, match="run 'make bench' first"):
-        render_system.main()
+    assert "give --llama-cpp BINARY, --official DIR, or both" in errors_of("--parts", "others")
+    assert "--llama-cpp /nowhere: does not exist" in errors_of("--llama-cpp", "/nowhere")
