@@ -19,7 +19,9 @@ _NORM_OF = {"q_proj": "q_norm", "k_proj": "k_norm"}
 class Attention:
     """Grouped-query attention over all valid keys, with half-split RoPE. rotary_float32: q and k are rotated
     in float32. qk_norm: q and k each pass an RMSNorm over head_dim before they are rotated (Qwen3).
-    rotary_dim: how many of a head's first entries are rotated (None: all)."""
+    rotary_dim: how many of a head's first entries are rotated (None: all). folds_groups: with full attention,
+    the query heads of a KV head attend as rows of one head, so that no runtime copies keys and values to all
+    query heads; the numbers are the same."""
 
     hidden_size: int
     num_heads: int
@@ -30,6 +32,17 @@ class Attention:
     qkv_bias: bool = False
     qk_norm: bool = False
     rotary_dim: int | None = None
+    folds_groups: bool = True
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def fold(self) -> int:
+        """How many of them attend as rows of one head, where all rows have the same mask."""
+        return self.group if self.folds_groups else 1
 
     def shapes(self) -> Shapes:
         """The weights of a layer, in the order of use."""
@@ -59,9 +72,12 @@ class Attention:
     ) -> ir.Value:
         """Attention of the queries to keys and values [B, H, C, D]: [T, hidden]."""
         _, scale = on.lowering.scales(self.head_dim, on.dtype)
-        group = self.num_heads // self.num_kv_heads
-        heads = Heads(scale, self.head_dim, group, on.dtype, rows.mask_type)
+        heads = Heads(scale, self.head_dim, self.group // rows.fold, on.dtype, rows.mask_type)
+        if rows.fold > 1:
+            query = on.op.Reshape(query, [0, self.num_kv_heads, -1, self.head_dim])
         attended = on.lowering.attention(on.op, query, keys, values, rows.mask, heads)
+        if rows.fold > 1:
+            attended = on.op.Reshape(attended, [0, self.num_heads, -1, self.head_dim])
         flat = on.op.Reshape(
             on.op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, self.num_heads * self.head_dim]
         )

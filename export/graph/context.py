@@ -46,12 +46,14 @@ def is_linear(name: str) -> bool:
 @dataclass(frozen=True)
 class Rows:
     """The rows that a layer works on: their positions [B, rows], an int64 shape [B, rows], the additive
-    attention mask, and its type."""
+    attention mask, and its type. fold: how many query heads of a KV head are rows of one head in the mask
+    [B, 1, fold * rows, keys] and in attention."""
 
     positions: ir.Value
     shape: ir.Value
     mask: ir.Value
     mask_type: ir.DataType
+    fold: int = 1
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,11 @@ class Decoder:
             op.Concat(*pieces, axis=1) if len(pieces) > 1 else pieces[0]
         )  # [B, keys]; booleans do not concatenate everywhere
         row_axis = op.Cast(op.Mul(positions, 0), to=int(self.dtype))  # [B, rows] of zeros
+        fold = self.config.attention.fold  # the mask is that of every row, so heads may be rows
+        if fold > 1:
+            row_axis = op.Concat(*[row_axis] * fold, axis=1)
         mask = op.Add(op.Unsqueeze(masked, [1, 2]), op.Unsqueeze(row_axis, [1, 3]))
-        return Rows(positions, op.Shape(positions), mask, self.mask_type)
+        return Rows(positions, op.Shape(positions), mask, self.mask_type, fold)
 
     def _rows_of_blocks(
         self, window: GraphInputs, cache: ir.Value | None, positions: ir.Value, row_len: ir.Value

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
 from calls import logits, window
 from places import export_quietly
 from safetensors.numpy import save_file
-from tiny import WHOLE_FAMILIES, random_tensors
+from tiny import WHOLE_FAMILIES, random_tensors, write_checkpoint
 
 from export import families, options
+from export.graph.attention import Attention
+from trt_runtime.artifact import contract
 from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.measure import replay, tolerances
@@ -60,6 +64,34 @@ def test_legacy_equals_modern(tmp_path, name, dtype, allowed, kv_heads):
             assert np.abs(mine.astype(np.float32) - theirs).max() < allowed * max(
                 1.0, float(np.abs(theirs).max())
             )
+
+
+@pytest.mark.parametrize("lowering", contract.LOWERINGS)
+@pytest.mark.parametrize("name", ["dream", "illada", "rnd1", "llada_moe"])
+def test_folded_groups_give_the_same_bits(tmp_path, monkeypatch, name, lowering):
+    """Query heads of a KV head as rows of one head: no copies of keys and values, and not a bit differs."""
+    path = write_checkpoint(families.find(name), tmp_path / "checkpoint")
+    outputs, nodes = [], []
+    ids, kv_len = np.random.default_rng(0).integers(0, 120, (3, 32)), [32, 25, 17]
+    for folds in (True, False):
+        if not folds:
+            monkeypatch.setattr(Attention, "fold", 1)
+        artifact = export_quietly(path, tmp_path / str(folds), lowering=lowering, head="logits")
+        graph = onnx.load(artifact / "refine.onnx", load_external_data=False).graph
+        nodes.append(Counter(node.op_type for node in graph.node))
+        backend = OrtBackend(artifact, threads=1)
+        cache = backend.new_cache(3, 40)
+        outputs.append(
+            [
+                logits(backend, cache, call)
+                for call in (window(ids, 0, kv_len), window(ids[:, 4:12], 4, kv_len))
+            ]
+        )
+    folded, plain = nodes
+    assert folded["Expand"] == 0 and (plain["Expand"] > 0) == (lowering == "legacy")
+    assert lowering == "legacy" or folded["Reshape"] == plain["Reshape"] + 2 * 3  # layers
+    for mine, theirs in zip(*outputs, strict=True):
+        assert (mine == theirs).all() and mine.std() > 0.1
 
 
 def test_the_lowering_follows_the_onnx_runtime_that_is_installed(monkeypatch, capsys):

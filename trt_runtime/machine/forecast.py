@@ -15,7 +15,7 @@ from trt_runtime.artifact.manifest import ORT_CPU, TENSORRT, ModelFacts, Quantiz
 from trt_runtime.backends.spec import Layout
 from trt_runtime.backends.tensorrt.store import PIECE, SCHEME_FROM
 from trt_runtime.errors import DllmError, check_counts
-from trt_runtime.machine import forecast_text
+from trt_runtime.machine import forecast_text, step_costs
 from trt_runtime.machine.devices import DEVICES, DeviceSpec, find, size_text
 from trt_runtime.machine.roofline import (
     MEMORY_LAYOUTS,
@@ -194,6 +194,7 @@ def report(
                 "opening": {
                     layout.label: opening_bytes(facts, layout, device) for layout in layouts[device.name]
                 },
+                "estimate": _estimate(facts, work, device) if quantised is None else None,
                 "rates": {
                     "measured": device.is_cpu,
                     "bandwidth": device.bandwidth,
@@ -208,6 +209,19 @@ def report(
         "verdicts": [
             verdict(facts, work, device, layout) for device in devices for layout in layouts[device.name]
         ],
+    }
+
+
+def _estimate(facts: ModelFacts, work: Work, device: DeviceSpec) -> dict[str, Any] | None:
+    """What is likely to be measured with TensorRT, above the roofline: a refine step by its parts, and a
+    prefix pass."""
+    costs = step_costs.refine_step(facts, work, device)
+    if costs is None:
+        return None
+    return {
+        "refine_step_seconds": sum(cost.seconds for cost in costs),
+        "prefix_pass_seconds": step_costs.prefix_pass(facts, work, device),
+        "refine_step": [asdict(cost) for cost in costs],
     }
 
 

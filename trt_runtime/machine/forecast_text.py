@@ -53,10 +53,29 @@ def describe(facts: ModelFacts, forecast: dict[str, Any], *, verdicts: bool) -> 
             f"{_ms(row['refine_step_seconds']):>16}"
             f"  {', '.join(fitting) or 'nothing'}"
         )
+    if verdicts and len(forecast["devices"]) == 1:
+        lines += _parts(*next(iter(forecast["devices"].items())))
     if forecast["experts"] is not None and facts.experts is not None:
         lines += ["", *_experts(facts.experts, forecast["experts"], work)]
     lines += ["", *(forecast["verdicts"] if verdicts else []), f"({FORECAST}{_measured(forecast)})"]
     return "\n".join(lines)
+
+
+def _parts(name: str, row: dict[str, Any]) -> Iterator[str]:
+    """Where the time of a refine step is likely to go, and what would take it away."""
+    if (estimate := row["estimate"]) is None:
+        return
+    whole = estimate["refine_step_seconds"]
+    yield ""
+    yield (
+        f"estimate for {name} with TensorRT, which is slower than the roofline: a prefix pass "
+        f"{_ms(estimate['prefix_pass_seconds'])} ms, a refine step {_ms(whole)} ms:"
+    )
+    for cost in estimate["refine_step"]:
+        line = f"  {cost['name']:40}{_ms(cost['seconds']):>7} ms {100 * cost['seconds'] / whole:>4.0f} %"
+        if cost["mend"]:
+            line += f"   {cost['mend']} would leave {_ms(cost['after'])} ms"
+        yield line
 
 
 def _experts(experts: ExpertFacts, costs: dict[str, Any], work: dict[str, int]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from trt_runtime.artifact import manifest as manifests
 from trt_runtime.backends.tensorrt import store
 from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
-from trt_runtime.machine import devices, roofline
+from trt_runtime.machine import devices, roofline, step_costs
 from trt_runtime.machine import forecast as plan
 from trt_runtime.machine.roofline import MEMORY_LAYOUTS, Work
 
@@ -223,3 +224,52 @@ def test_opening_an_engine_counts_where_host_and_gpu_have_one_memory(tmp_path):
     assert plan.verdict(facts, work, thor, shared).startswith("fits") and plan.verdict(
         facts, work, devices.DEVICES["orin-64g"], shared
     ).startswith("fits")
+
+
+def _of_preset(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(PRESETS[name][0]))
+    return plan.model_of(str(tmp_path / name), "bf16").facts
+
+
+def test_a_refine_step_on_a_gpu_is_estimated_by_its_parts(tmp_path):
+    """LLaDA-8B in bf16 on an H200: 5.2 to 5.6 ms, of which the roofline is 3.48 (an audit of the engines)."""
+    facts, h200 = _of_preset("llada-8b", tmp_path), devices.find("h200")
+    parts = {cost.name: cost for cost in step_costs.refine_step(facts, Work(1, 1280, 32), h200)}
+    total = sum(cost.seconds for cost in parts.values())
+    assert 5.2e-3 < total < 5.6e-3 and 32e-3 > step_costs.prefix_pass(facts, Work(1, 1280, 32), h200) > 31e-3
+    assert parts["matrix products of the layers"].seconds == pytest.approx(3.42e-3, rel=0.01)
+    assert parts["the head, which multiplies in float32"].seconds == pytest.approx(0.51e-3, rel=0.02)
+    assert parts["copies of the caches"].seconds == pytest.approx(0.31e-3, rel=0.02)
+    batch = {cost.name: cost for cost in step_costs.refine_step(facts, Work(8, 1280, 32), h200)}
+    assert batch["copies of the caches"].seconds == pytest.approx(8 * parts["copies of the caches"].seconds)
+    assert batch["short kernels"] == parts["short kernels"]
+    for cost in (*parts.values(), *batch.values()):
+        assert (cost.after is None) == (not cost.mend) and (cost.after or 0) < cost.seconds
+    roof = roofline.seconds(facts, Work(1, 1280, 32), h200, rows=32)
+    assert roof < total
+    short = sum(cost.seconds for cost in step_costs.refine_step(facts, Work(1, 256, 32), h200))
+    assert total - short == pytest.approx(
+        0.8 * (parts["attention"].seconds + parts["copies of the caches"].seconds)
+    )
+
+
+def test_what_cannot_be_estimated_is_not(tmp_path):
+    facts = _of_preset("llada-140m", tmp_path)
+    work, h200 = Work(1, 384, 32), devices.find("h200")
+    assert step_costs.refine_step(facts, work, devices.find("cpu")) is None
+    assert step_costs.refine_step(replace(facts, dtype="fp32"), work, h200) is None
+    assert step_costs.prefix_pass(facts, work, replace(h200, bandwidth=None)) is None
+
+
+def test_the_command_shows_the_parts_of_a_step(tmp_path, capsys):
+    _of_preset("llada-8b", tmp_path)
+    assert cli.main(["plan", str(tmp_path / "llada-8b"), "--device", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert "a prefix pass 31.56 ms, a refine step 5.30 ms:" in said
+    assert "copies of the caches" in said and "attention over the cache in place would leave 0 ms" in said
+    assert cli.main(["plan", str(tmp_path / "llada-8b")]) == 0
+    assert "copies of the caches" not in capsys.readouterr().out  # with one device only
+    assert cli.main(["plan", str(tmp_path / "llada-8b"), "--device", "h200", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["devices"]["H200 SXM"]["estimate"]
+    assert sum(part["seconds"] for part in row["refine_step"]) == pytest.approx(row["refine_step_seconds"])
