@@ -40,7 +40,7 @@ BACKENDS: Registry[BackendSpec] = Registry(
             "ort",
             "trt_runtime.backends.ort:open_ort",
             partial(commands.install, "ort"),
-            ("threads", "device", "steps_per_sync"),
+            ("threads", "device", "steps_per_sync", "spin"),
             devices=(CPU, "cuda"),
             is_concurrent=True,
             renamed=_RENAMED,

@@ -31,6 +31,8 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         help=f"what runs the model: {names} (default {backends.DEFAULT})",
     )
     parser.add_argument("--threads", type=int, help="threads per forward (default: physical cores)")
+    spin = "with ort: idle threads wait busily; faster with several threads on a machine of your own"
+    parser.add_argument("--spin", action="store_true", default=None, help=spin)
     parser.add_argument(
         "--device", help="with ort: cpu (default) or cuda; with tensorrt: the GPU's number (default 0)"
     )

@@ -14,6 +14,7 @@ from places import ROOT
 
 from trt_runtime.backends import open_backend
 from trt_runtime.backends.ort import OrtBackend
+from trt_runtime.cli import main as cli
 from trt_runtime.errors import DllmError
 
 
@@ -182,3 +183,14 @@ def test_backends_that_cannot_open(golden_artifact, golden_checkpoint, tmp_path)
     graph.write_bytes(b"\0" * graph.stat().st_size)
     with pytest.raises(DllmError, match=r"refine\.onnx: not a valid ONNX graph"):
         open_backend("ort", golden_copy)
+
+
+@pytest.mark.parametrize("spin", [False, True])
+def test_threads_spin_only_where_that_is_asked_for(tiny_artifact, spin, capsys):
+    backend = OrtBackend(tiny_artifact, threads=1, spin=spin)
+    options = backend._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+    words = ["generate", str(tiny_artifact), "--ids", "1,2", "--gen-length", "4"]
+    assert cli.main([*words, *(["--spin"] if spin else [])]) == 0
+    assert cli.main([*words, "--spin", "--backend", "tensorrt"]) == 1
+    assert "--spin needs --backend ort" in capsys.readouterr().err

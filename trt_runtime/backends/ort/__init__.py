@@ -16,9 +16,15 @@ _CLASSES: dict[str, type[OrtSession]] = {cls.device: cls for cls in (OrtBackend,
 
 
 def open_ort(
-    artifact: Path, *, threads: int | None = None, device: str = CPU, steps_per_sync: int = 1, **options: Any
+    artifact: Path,
+    *,
+    threads: int | None = None,
+    device: str = CPU,
+    steps_per_sync: int = 1,
+    spin: bool = False,
+    **options: Any,
 ) -> OrtSession:
     """An artifact on the device 'cpu' or 'cuda'; other options are those of OrtSession. Raises DllmError."""
     if device not in _CLASSES:
         raise unknown("device of ONNX Runtime", device, _CLASSES)
-    return _CLASSES[device](artifact, threads=threads, steps_per_sync=steps_per_sync, **options)
+    return _CLASSES[device](artifact, threads=threads, steps_per_sync=steps_per_sync, spin=spin, **options)

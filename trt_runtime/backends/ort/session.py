@@ -49,7 +49,8 @@ class Buffers(ABC):
 class OrtSession(Backend):
     """An artifact on ONNX Runtime, on any device.
 
-    threads: for each forward on the CPU; None takes the physical cores. steps_per_sync: refine steps, each
+    threads: for each forward on the CPU; None takes the physical cores. spin: idle threads wait busily, which
+    is faster where nothing else needs the cores. steps_per_sync: refine steps, each
     with its commit, before the host synchronises. role: the graph to open (the prefix graph is for tests that
     compare it with the refine graph). model_bytes: a variant of that graph over the same weights. optimise:
     whether ONNX Runtime may change the graph; without it every node runs unchanged.
@@ -66,6 +67,7 @@ class OrtSession(Backend):
         *,
         threads: int | None = None,
         steps_per_sync: int = 1,
+        spin: bool = False,
         role: str = "refine",
         model_bytes: bytes | None = None,
         optimise: bool = True,
@@ -76,7 +78,7 @@ class OrtSession(Backend):
         self._check_artifact(artifact)
         self._zero, self._element_type = ELEMENTS[self.manifest.model.dtype]
         self._session = self._opened(
-            artifact, threads if threads is not None else physical_cores(), model_bytes, optimise
+            artifact, threads if threads is not None else physical_cores(), spin, model_bytes, optimise
         )
         self._check_placement()
         self._check_graph(artifact)
@@ -146,7 +148,9 @@ class OrtSession(Backend):
         """Options of the execution provider that the device needs."""
         return {}
 
-    def _opened(self, artifact: Path, threads: int, model_bytes: bytes | None, optimise: bool) -> Any:
+    def _opened(
+        self, artifact: Path, threads: int, spin: bool, model_bytes: bytes | None, optimise: bool
+    ) -> Any:
         """The opened session. Raises DllmError."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -154,7 +158,7 @@ class OrtSession(Backend):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 2 if os.environ.get("DLLM_ORT_LOG") else 3
         entries = {
-            "session.intra_op.allow_spinning": "0",  # spinning hurts on shared machines
+            "session.intra_op.allow_spinning": str(int(spin)),  # it hurts on shared machines
             "session.model_external_initializers_file_folder_path": str(artifact),
             **self._entries(),
             **int8.session_entries(self.manifest),
