@@ -178,7 +178,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, source: Source) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{token}>" for token in range(size)])
     writer.add_token_types([gguf.TokenType.USER_DEFINED] * size)
-    writer.add_token_merges([])
+    writer.add_token_merges(["< >"])  # none is used, but one is expected
     writer.add_mask_token_id(facts.mask_token_id)
     writer.add_eos_token_id(facts.eos_token_ids[0])
     writer.add_add_bos_token(False)

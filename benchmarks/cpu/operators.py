@@ -48,7 +48,7 @@ _SHAPE = re.compile(r"\d+")
 def measure(artifact: Path, threads: int, folder: Path) -> dict[str, Any]:
     """ms and share of each operator, and the operations of its products, of both forwards."""
     report: dict[str, Any] = {}
-    for kind in CALLS:
+    for kind, count in CALLS.items():
         backend = _profiled(artifact, threads, folder / f"{artifact.name}-{kind}")
         facts, base = backend.manifest.model, system.BASE
         length = base["prompt"] + base["gen_length"]
@@ -58,7 +58,7 @@ def measure(artifact: Path, threads: int, folder: Path) -> dict[str, Any]:
             system.window_of(canvas, start, end, base["prompt"], base["block"]),
             backend.new_cache(1, length),
         )
-        for _ in range(CALLS[kind]):
+        for _ in range(count):
             (backend.prefix if kind == "prefix" else backend.refine)(cache, slice(0, 1), window)
         report[kind] = _summed(
             json.loads(Path(backend._session.end_profiling()).read_text(encoding="utf-8")), facts

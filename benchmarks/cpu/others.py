@@ -34,12 +34,14 @@ Answer = tuple[float, list[int]]  # seconds of its forwards, and the tokens
 @dataclass
 class System:
     """A program that is measured: its name, its cache, and how it answers. same_as: the system whose tokens
-    it should give."""
+    it should give. warms_up: whether its first answer does not count; one that starts anew each time does
+    not need that."""
 
     name: str
     cache: str
     answer: Callable[[], Answer]
     same_as: str | None = None
+    warms_up: bool = True
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
@@ -85,12 +87,17 @@ def compare(
         for name, model in models.items()
         for cache in ("none", "dual")
     ]
+    same = "ONNX Runtime fp32, dual"
+    eager = load(artifacts["fp32"], "torch", checkpoint=str(checkpoint), threads=threads)
+    systems.append(System("PyTorch fp32, eager", "dual", _ours(eager, task, "dual"), same))
     if llama is not None:
         systems += _llama(llama, checkpoint, scratch, task)
     if official is not None:
         systems += _official(official, checkpoint, task)
     for turn in range(repeats + 1):
         for system in systems:
+            if not turn and not system.warms_up:
+                continue
             seconds, system.tokens = system.answer()
             if turn:
                 system.seconds.append(seconds)
@@ -149,7 +156,8 @@ def _llama(binary: Path, checkpoint: Path, scratch: Path, task: Task) -> list[Sy
             command = [sys.executable, "tools/gguf_from_checkpoint.py", str(checkpoint), str(file)]
             subprocess.run([*command, "--type", kind], cwd=ROOT, check=True)
         same_as = "ONNX Runtime fp32, none" if kind == "f32" else None
-        systems.append(System(f"llama.cpp {kind}", "none", _of_llama(binary, file, task), same_as))
+        answer = _of_llama(binary, file, task)
+        systems.append(System(f"llama.cpp {kind}", "none", answer, same_as, warms_up=False))
     return systems
 
 
@@ -161,7 +169,7 @@ def _of_llama(binary: Path, file: Path, task: Task) -> Callable[[], Answer]:
     command = [str(binary), "-m", str(file), "-p", "".join(f"<{token}>" for token in task.prompt)]
     command += ["-ub", str(length), "-b", str(length), "-c", str(length), "-t", str(task.threads)]
     command += ["--temp", "0", "--diffusion-algorithm", "4", "--diffusion-block-length", str(task.block)]
-    command += ["--diffusion-steps", str(steps * blocks), "-no-cnv"]
+    command += ["--diffusion-steps", str(steps * blocks)]
     made = task.forwards + blocks - task.gen_length // task.block
 
     def answer() -> Answer:

@@ -11,6 +11,12 @@ _BLOCKS = {"vanilla": "no cache, one token per forward", "block": "exact cache, 
 _FORMS = {"ort": "ONNX Runtime fp32, dense", "ort fp32 MoE": "ONNX Runtime fp32, MoE",
           "ort int4": "ONNX Runtime int4, QMoE", "torch": "PyTorch fp32, eager"}  # fmt: skip
 
+_BASELINES = (
+    ("Fast-dLLM, eager PyTorch fp32", "dual"),
+    ("PyTorch fp32, eager", "dual"),
+    ("llama.cpp q8_0", "none"),
+)
+
 
 def sections(results: Path) -> list[str]:
     """The tables of what was measured."""
@@ -38,8 +44,7 @@ def others(runs: dict[int, dict[str, Any]]) -> str:
     first = next(iter(runs.values()))
     settings, machine = first["settings"], first["machine"]
     speeds = {n: {(r["system"], r["cache"]): r for r in run["rows"]} for n, run in runs.items()}
-    against = [key for key in (("Fast-dLLM, eager PyTorch fp32", "dual"), ("llama.cpp q8_0", "none"))
-               if key in next(iter(speeds.values()))]  # fmt: skip
+    against = [key for key in _BASELINES if key in next(iter(speeds.values()))]
     ratios = "".join(f" | against {name.partition(',')[0]}" for name, _ in against)
     columns = [f"tokens/s at {n}{ratios}" for n in runs]
     lines = [

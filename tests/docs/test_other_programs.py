@@ -172,12 +172,20 @@ def test_other_programs_answer_the_same_prompt_in_turn(place, monkeypatch):
     rows = {(row["system"], row["cache"]): row for row in report["rows"]}
     official = "Fast-dLLM, eager PyTorch fp32"
     assert list(rows)[:2] == [("ONNX Runtime fp32", "none"), ("ONNX Runtime fp32", "dual")]
-    for key in (("llama.cpp f32", "none"), (official, "none"), (official, "dual")):
+    for key in (
+        ("llama.cpp f32", "none"),
+        (official, "none"),
+        (official, "dual"),
+        ("PyTorch fp32, eager", "dual"),
+    ):
         assert (rows[key]["same_tokens"], rows[key]["of"]) == (128, 128), key
     # 72 forwards of 10 ms were made, 64 of which are the schedule's
     assert rows["llama.cpp q8_0", "none"]["tokens_per_second"] == pytest.approx(128 / 0.64)
     text = system_parts.others(system_parts.programs(place))
-    assert "against Fast-dLLM | against llama.cpp q8_0" in text and "| 128 of 128 |" in text
+    assert (
+        "against Fast-dLLM | against PyTorch fp32 | against llama.cpp q8_0" in text
+        and "| 128 of 128 |" in text
+    )
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     render_system.plot_programs(system_parts.programs(place), place / "plot")
     assert (place / "plot.png").stat().st_size > 10_000
