@@ -15,7 +15,7 @@ from typing import Any
 
 from trt_runtime.errors import DllmError
 
-from . import experts, row_statistics
+from . import attention, experts, head_statistics, row_statistics
 from .compile import CompiledKernel
 
 NAMESPACE = "dllm"
@@ -52,6 +52,93 @@ STATISTICS = Plugin(
     lambda shapes, facts: (shapes[0][0], 1),
     _statistics,
 )
+
+
+def head_sizes(facts: str) -> head_statistics.Sizes:
+    """The sizes that a plugin of the head is compiled for."""
+    *numbers, dtype = facts.split()
+    return head_statistics.Sizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
+
+
+def _head(kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, int], Outputs], axis: int) -> Plugin:
+    """One of the kernels of the head. outputs: of the number of rows and of tiles; axis: of the first input's
+    shape, that of the rows."""
+    return Plugin(
+        f"head_{kernel}",
+        inputs,
+        lambda shapes, facts: outputs(shapes[0][axis], head_sizes(facts).tiles),
+        lambda shapes, facts: head_statistics.grids(head_sizes(facts), shapes[0][axis])[kernel],
+        lambda facts, compute_capability: head_statistics.compiled(
+            kernel, head_sizes(facts), compute_capability
+        ),
+        lambda shapes, facts: shapes[0][axis],
+    )
+
+
+HEAD = {
+    "partial": _head(
+        "partial",
+        ("hidden", "head"),
+        lambda rows, tiles: [((len(head_statistics.PARTS), rows, tiles), "fp32"), ((rows, tiles), "int32")],
+        0,
+    ),
+    "merge": _head(
+        "merge",
+        ("parts", "chosen"),
+        lambda rows, tiles: [((rows,), kind) for kind in ("int64", "fp32", "fp32", "fp32")],
+        1,
+    ),
+}
+
+
+def attention_sizes(facts: str) -> tuple[attention.Sizes, int]:
+    """The sizes that a plugin of attention is compiled for, and the query heads of a KV head."""
+    heads, size, capacity, scale, dtype, group = facts.split()
+    return attention.Sizes(int(heads), int(size), int(capacity), float(scale), dtype), int(group)
+
+
+def _attention(
+    kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, attention.Sizes, Any], Outputs]
+) -> Plugin:
+    """One of the kernels of attention, whose first input is the query [B, N, S, D]. outputs: of its shape,
+    and of the number of query rows in all."""
+
+    def rows(shapes: Sequence[Any], facts: str) -> Any:
+        group = attention_sizes(facts)[1]
+        return shapes[0][2] * group if group > 1 else shapes[0][2]
+
+    def count(shapes: Sequence[Any], facts: str) -> Any:
+        return shapes[0][0] * attention_sizes(facts)[0].heads * rows(shapes, facts)
+
+    def grid(shapes: Sequence[Any], facts: str) -> tuple[Any, Any]:
+        return attention.grids(attention_sizes(facts)[0], shapes[0][0], rows(shapes, facts))[kernel]
+
+    def compiled(facts: str, compute_capability: int) -> CompiledKernel:
+        return attention.compiled(kernel, attention_sizes(facts)[0], compute_capability)
+
+    return Plugin(
+        f"attention_{kernel}",
+        inputs,
+        lambda shapes, facts: outputs(shapes[0], attention_sizes(facts)[0], count(shapes, facts)),
+        grid,
+        compiled,
+        rows,
+    )
+
+
+ATTENTION = {
+    "attend": _attention(
+        "attend",
+        ("query", "key", "value", "kv_len"),
+        lambda shape, sizes, count: [
+            ((count, sizes.parts, sizes.head_dim), "fp32"),
+            ((count, sizes.parts, 2), "fp32"),
+        ],
+    ),
+    "combine": _attention(
+        "combine", ("query", "sums", "norms"), lambda shape, sizes, count: [(tuple(shape), sizes.dtype)]
+    ),
+}
 
 
 def sizes_of(facts: str) -> experts.Sizes:
@@ -152,8 +239,14 @@ def register(plugin: Plugin, trt: Any) -> Any:
     return getattr(getattr(library.op, NAMESPACE), plugin.name)
 
 
-_UNKNOWN = ((1, 1),) * max(len(plugin.inputs) for plugin in (STATISTICS, *EXPERTS.values()))
-_FACTS = {STATISTICS.name: "1 0"} | {plugin.name: "1 1 1 1 fp32" for plugin in EXPERTS.values()}
+ALL = (STATISTICS, *EXPERTS.values(), *HEAD.values(), *ATTENTION.values())
+_UNKNOWN = ((1, 1, 1, 1),) * max(len(plugin.inputs) for plugin in ALL)
+_FACTS = {
+    STATISTICS.name: "1 0",
+    **{plugin.name: "1 1 1 1 fp32" for plugin in EXPERTS.values()},
+    **{plugin.name: "1 1 0 fp32" for plugin in HEAD.values()},
+    **{plugin.name: "1 16 64 1 fp32 1" for plugin in ATTENTION.values()},
+}
 
 
 def _sign(function: Any, arguments: dict[str, Any], result: Any) -> None:

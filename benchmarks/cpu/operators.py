@@ -16,18 +16,21 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto, helper
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import system
 from machine_rates import peaks
 
+from trt_runtime.artifact import manifest as manifests
 from trt_runtime.artifact.manifest import ModelFacts
 from trt_runtime.backends.ort import OrtBackend
 from trt_runtime.measure.bench import machine
@@ -125,6 +128,52 @@ def _named(arguments: dict[str, Any], facts: ModelFacts) -> tuple[str, float]:
     return f"{names.get((inner, wide), f'{inner} to {wide}')} ({kind})", 2.0 * rows * inner * wide
 
 
+def attention_forms(facts: ModelFacts, threads: int) -> list[dict[str, Any]]:
+    """ms of ONNX Runtime's two attention operators over the shapes of both forwards, and how far their
+    results are apart."""
+    heads, size, base = facts.num_heads, facts.head_dim, system.BASE
+    length, rng, rows = base["prompt"] + base["gen_length"], np.random.default_rng(0), []
+    for count in (base["block"], length):
+        q, k, v = (
+            rng.standard_normal((1, heads, n, size)).astype(np.float32) for n in (count, length, length)
+        )
+        flat = np.ascontiguousarray(q.transpose(0, 2, 1, 3)).reshape(1, count, heads * size)
+        options = {"num_heads": heads, "scale": size**-0.5, "domain": "com.microsoft"}
+        forms = {
+            "Attention": (_one_node("Attention", (q, k, v), threads, scale=size**-0.5), q),
+            "MultiHeadAttention": (_one_node("MultiHeadAttention", (flat, k, v), threads, **options), flat),
+        }
+        results, taken = {}, defaultdict(list)
+        for _ in range(15):
+            for name, (session, first) in forms.items():
+                begin = time.perf_counter()
+                results[name] = session.run(None, {"q": first, "k": k, "v": v})[0]
+                taken[name].append(1000 * (time.perf_counter() - begin))
+        other = results["Attention"].transpose(0, 2, 1, 3).reshape(results["MultiHeadAttention"].shape)
+        apart = float(np.abs(other - results["MultiHeadAttention"]).max())
+        rows.append(
+            {"rows": count, "apart": apart, "ms": {name: statistics.median(ms) for name, ms in taken.items()}}
+        )
+    return rows
+
+
+def _one_node(operator: str, arrays: tuple[Any, ...], threads: int, **attributes: Any) -> Any:
+    """A session of one node with the inputs q, k and v."""
+    node = helper.make_node(operator, ["q", "k", "v"], ["y"], **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+        for name, array in zip("qkv", arrays, strict=True)
+    ]
+    graph = helper.make_graph(
+        [node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    )
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def table(report: dict[str, Any], rates: dict[str, float]) -> str:
     """Both forwards of every artifact, as text. Rates are the machine's own."""
     lines = []
@@ -160,10 +209,15 @@ def main() -> None:
             fp32, (w8a8, _) = system.artifacts(None, folder)
             artifacts = [fp32, w8a8]
         report = {path.name: measure(path, args.threads, folder) for path in artifacts}
+        forms = attention_forms(manifests.load(artifacts[0]).model, args.threads)
     rates = peaks(args.threads)
     print(table(report, rates))
+    for row in forms:
+        each = ", ".join(f"{name} {ms:.2f} ms" for name, ms in row["ms"].items())
+        print(f"attention of {row['rows']} rows, one layer: {each}; apart {row['apart']:g}")
     if args.output:
-        whole = {"machine": machine(), "threads": args.threads, "rates": rates, "operators": report}
+        whole = {"machine": machine(), "threads": args.threads, "rates": rates}
+        whole |= {"operators": report, "attention": forms}
         args.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 

@@ -33,14 +33,14 @@ Answer = tuple[float, list[int]]  # seconds of its forwards, and the tokens
 
 @dataclass
 class System:
-    """A program that is measured: its name, its cache, and how it answers. same_as: the system whose tokens
-    it should give. warms_up: whether its first answer does not count; one that starts anew each time does
+    """A program that is measured: its name, its cache, and how it answers. expected: the tokens that it
+    should give. warms_up: whether its first answer does not count; one that starts anew each time does
     not need that."""
 
     name: str
     cache: str
     answer: Callable[[], Answer]
-    same_as: str | None = None
+    expected: Callable[[], list[int]] | None = None
     warms_up: bool = True
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -87,13 +87,15 @@ def compare(
         for name, model in models.items()
         for cache in ("none", "dual")
     ]
-    same = "ONNX Runtime fp32, dual"
+    of = {system.cache: system for system in systems if system.name == "ONNX Runtime fp32"}
     eager = load(artifacts["fp32"], "torch", checkpoint=str(checkpoint), threads=threads)
-    systems.append(System("PyTorch fp32, eager", "dual", _ours(eager, task, "dual"), same))
+    systems.append(
+        System("PyTorch fp32, eager", "dual", _ours(eager, task, "dual"), lambda: of["dual"].tokens)
+    )
     if llama is not None:
-        systems += _llama(llama, checkpoint, scratch, task)
+        systems += _llama(llama, checkpoint, scratch, task, models["fp32"])
     if official is not None:
-        systems += _official(official, checkpoint, task)
+        systems += _official(official, checkpoint, task, of)
     for turn in range(repeats + 1):
         for system in systems:
             if not turn and not system.warms_up:
@@ -107,7 +109,6 @@ def compare(
 
 
 def _rows(systems: list[System], task: Task) -> list[dict[str, Any]]:
-    tokens = {f"{system.name}, {system.cache}": system.tokens for system in systems}
     return [
         {
             "system": system.name,
@@ -115,26 +116,26 @@ def _rows(systems: list[System], task: Task) -> list[dict[str, Any]]:
             "tokens_per_second": task.gen_length / statistics.median(system.seconds),
             "seconds": [round(value, 3) for value in system.seconds],
             "forwards": task.forwards,
-            **_agreement(system, tokens),
+            **_agreement(system),
         }
         for system in systems
     ]
 
 
-def _agreement(system: System, tokens: dict[str, list[int]]) -> dict[str, int]:
-    """How many of its tokens are those of the system that it should equal."""
-    if system.same_as is None:
+def _agreement(system: System) -> dict[str, int]:
+    """How many of its tokens are those that it should give."""
+    if system.expected is None:
         return {}
-    pairs = zip(system.tokens, tokens[system.same_as], strict=True)
+    pairs = zip(system.tokens, system.expected(), strict=True)
     return {"same_tokens": sum(mine == theirs for mine, theirs in pairs), "of": len(system.tokens)}
 
 
-def _ours(model: Model, task: Task, cache: str) -> Callable[[], Answer]:
+def _ours(model: Model, task: Task, cache: str, policy: str = "fixed") -> Callable[[], Answer]:
     config = GenerationConfig(
         gen_length=task.gen_length,
         block_length=task.block,
         cache=cache,
-        policy="fixed",
+        policy=policy,
         steps=task.forwards,
         stop_at_eos=False,
     )
@@ -147,17 +148,22 @@ def _ours(model: Model, task: Task, cache: str) -> Callable[[], Answer]:
     return answer
 
 
-def _llama(binary: Path, checkpoint: Path, scratch: Path, task: Task) -> list[System]:
-    """llama.cpp in float32 and in 8 bits, from the checkpoint's own weights."""
+def _llama(binary: Path, checkpoint: Path, scratch: Path, task: Task, fp32: Model) -> list[System]:
+    """llama.cpp in float32 and in 8 bits, from the checkpoint's own weights. Its example draws tokens even at
+    temperature 0; with one candidate it does not, but then finds all of them equally sure and commits from
+    left to right. So its tokens are compared with those of that order."""
+
+    def expected() -> list[int]:
+        return _ours(fp32, task, "none", "sequential")()[1]
+
     systems = []
     for kind in ("f32", "q8_0"):
         file = scratch / f"{kind}.gguf"
         if not file.exists():
             command = [sys.executable, "tools/gguf_from_checkpoint.py", str(checkpoint), str(file)]
             subprocess.run([*command, "--type", kind], cwd=ROOT, check=True)
-        same_as = "ONNX Runtime fp32, none" if kind == "f32" else None
-        answer = _of_llama(binary, file, task)
-        systems.append(System(f"llama.cpp {kind}", "none", answer, same_as, warms_up=False))
+        answer, tokens = _of_llama(binary, file, task), expected if kind == "f32" else None
+        systems.append(System(f"llama.cpp {kind}", "none", answer, tokens, warms_up=False))
     return systems
 
 
@@ -168,7 +174,16 @@ def _of_llama(binary: Path, file: Path, task: Task) -> Callable[[], Answer]:
     blocks, steps = length // task.block, task.block // task.per_step
     command = [str(binary), "-m", str(file), "-p", "".join(f"<{token}>" for token in task.prompt)]
     command += ["-ub", str(length), "-b", str(length), "-c", str(length), "-t", str(task.threads)]
-    command += ["--temp", "0", "--diffusion-algorithm", "4", "--diffusion-block-length", str(task.block)]
+    command += [
+        "--temp",
+        "0",
+        "--top-k",
+        "1",
+        "--diffusion-algorithm",
+        "4",
+        "--diffusion-block-length",
+        str(task.block),
+    ]
     command += ["--diffusion-steps", str(steps * blocks)]
     made = task.forwards + blocks - task.gen_length // task.block
 
@@ -187,7 +202,7 @@ def _of_llama(binary: Path, file: Path, task: Task) -> Callable[[], Answer]:
     return answer
 
 
-def _official(directory: Path, checkpoint: Path, task: Task) -> list[System]:
+def _official(directory: Path, checkpoint: Path, task: Task, ours: dict[str, System]) -> list[System]:
     """Fast-dLLM's code for LLaDA in a checkout of it."""
     import torch
 
@@ -216,7 +231,7 @@ def _official(directory: Path, checkpoint: Path, task: Task) -> list[System]:
         return answer
 
     return [
-        System("Fast-dLLM, eager PyTorch fp32", cache, of(name), f"ONNX Runtime fp32, {cache}")
+        System("Fast-dLLM, eager PyTorch fp32", cache, of(name), lambda cache=cache: ours[cache].tokens)
         for cache, name in (("none", "generate"), ("dual", "generate_with_dual_cache"))
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import network_kernels
 import numpy as np
 import torch
 
@@ -80,6 +81,10 @@ def kernels(settings: Any, note: Any) -> None:
     note(commit=_commit(settings))
     rows = (3, 20) if settings.is_twin else (32, 128, 384, 1280)
     note(experts=[_experts(settings, count) for count in rows])
+    rows = (3, 33) if settings.is_twin else (32, 256)
+    note(head=[network_kernels.head(settings, count, milliseconds) for count in rows])
+    batches = (1, 2) if settings.is_twin else (1, 8)
+    note(attention=[network_kernels.attention(settings, count, milliseconds) for count in batches])
     if not settings.is_twin and importlib.util.find_spec("cuda") is not None:
         note(ahead_of_time=_ahead_of_time(settings))
 

@@ -204,6 +204,17 @@ def _kernels(results: dict[str, Any]) -> list[str]:
             f"- kernel `commit`: {commit['cases']} random calls of {commit['rows']} rows as NumPy; "
             f"{commit['ms']:.3f} ms."
         )
+    for row in kernels.get("head", []):
+        lines.append(
+            f"- kernels of the head with its statistics, {row['rows']} rows of {row['hidden']}, a vocabulary "
+            f"of {row['vocabulary']}: {row['ms']:.3f} ms, float32 product and statistics "
+            f"{row['plain_ms']:.3f} ms."
+        )
+    for row in kernels.get("attention", []):
+        lines.append(
+            f"- kernels of attention, batch {row['batch']}, {row['heads']} heads of {row['rows']} rows, "
+            f"caches of {row['capacity']}: {row['ms']:.3f} ms; PyTorch's, masked: {row['plain_ms']:.3f} ms."
+        )
     for row in kernels.get("experts", []):
         lines.append(
             f"- kernels of experts, {row['rows']} rows, top {row['top_k']} of {row['experts']} of "

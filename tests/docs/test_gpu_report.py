@@ -77,6 +77,8 @@ def test_every_stage_has_a_twin(results):
         stages["kernels"]["row_statistics"][0]["tokens_equal"] and stages["kernels"]["commit"]["cases"] == 5
     )
     assert [row["rows"] for row in stages["kernels"]["experts"]] == [3, 20]
+    assert [row["rows"] for row in stages["kernels"]["head"]] == [3, 33]
+    assert [row["batch"] for row in stages["kernels"]["attention"]] == [1, 2]
     assert stages["tensorrt86"]["exported"] == "legacy, fp16" and stages["build"]["engine_bytes"] > 100_000
     assert (
         stages["environment"]["machine"]["instruction_sets"] is not None

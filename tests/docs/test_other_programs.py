@@ -97,9 +97,9 @@ import json, sys
 sys.path.insert(0, {root!r})
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.model import load
-def decode(prompt, gen, block, steps, cache="none"):
+def decode(prompt, gen, block, steps, cache="none", policy="fixed"):
     lengths = {{"gen_length": gen, "block_length": block, "steps": steps}}
-    config = GenerationConfig(**lengths, cache=cache, policy="fixed", stop_at_eos=False)
+    config = GenerationConfig(**lengths, cache=cache, policy=policy, stop_at_eos=False)
     (result,) = load({artifact!r}, threads=1).generate([prompt], config)
     return [int(token) for token in result.canvas]
 """
@@ -113,7 +113,7 @@ steps = int(value("--diffusion-steps"))
 assert canvas % block == 0 and steps % (canvas // block) == 0, "an assertion of llama.cpp fails"
 gen = canvas - len(prompt)
 each = steps // (canvas // block)
-answer = decode(prompt, gen, block, each * gen // block)
+answer = decode(prompt, gen, block, each * gen // block, policy="sequential")
 forwards = each * gen // block + canvas // block - gen // block
 print("diffusion step: 1/2 [===]", file=sys.stderr)
 print(f"\\ntotal time: {{10.0 * forwards:.2f}}ms, time per step: 1.00ms", file=sys.stderr)

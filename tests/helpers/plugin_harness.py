@@ -100,7 +100,7 @@ def main(name, facts, compute_capability, shapes, types):
     trt = package()
     from plugins import tensorrt_plugins
 
-    known = {item.name: item for item in (tensorrt_plugins.STATISTICS, *tensorrt_plugins.EXPERTS.values())}
+    known = {item.name: item for item in tensorrt_plugins.ALL}
     kernel, added = known[name], []
     assert tensorrt_plugins.register(kernel, trt) is tensorrt_plugins.register(kernel, trt)
 

@@ -68,6 +68,10 @@ def _add_build(commands) -> None:  # type: ignore[no-untyped-def]
     option("--plugins", action="store_true", help="replace layers with the kernels of plugins/")
     experts = "compute only the chosen experts where a pass has over 128 rows (a kernel; not measured yet)"
     option("--experts-plugin", action="store_true", help=experts)
+    head = "compute the head and its statistics in one pass over 16-bit weights (a kernel; not measured yet)"
+    option("--head-plugin", action="store_true", help=head)
+    attention = "attention of refine steps over the caches in place; needs --layout split (not measured yet)"
+    option("--attention-plugin", action="store_true", help=attention)
     option("--inspect", action="store_true", help="also write the builder's layers as JSON")
     option("--out", type=Path, default=Path("engines"), help="the engine cache (default engines)")
     add_output(parser, "the engines' files")
@@ -114,6 +118,8 @@ def _build(args: argparse.Namespace) -> int:
         args.plugins,
         args.inspect,
         args.experts_plugin,
+        args.head_plugin,
+        args.attention_plugin,
     )
     with progress_of(args).task(f"building engines of {args.artifact}"):
         directory = store.build(args.artifact, args.out, config, lambda text: note(args, f"warning: {text}"))

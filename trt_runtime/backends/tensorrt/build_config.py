@@ -47,7 +47,9 @@ class BuildConfig:
     targets: only for TensorRT-RTX. optimization_level: 0 to 5; None is the builder's own. strip: build
     without the weights, which are loaded from the artifact when the engine is opened. plugins: replace layers
     by the kernels of plugins/. experts_plugin: and also the experts of engines whose passes have more than
-    DENSE_ROWS rows. inspect: also write what the builder made of each layer.
+    DENSE_ROWS rows. head_plugin: and also the head, with the statistics. attention_plugin: and also the
+    attention of refine steps in an engine of their own. inspect: also write what the builder made of each
+    layer.
     """
 
     backend: str = "tensorrt"
@@ -62,6 +64,8 @@ class BuildConfig:
     plugins: bool = False
     inspect: bool = False
     experts_plugin: bool = False
+    head_plugin: bool = False
+    attention_plugin: bool = False
 
     @property
     def capacity(self) -> int:
@@ -89,8 +93,9 @@ class BuildConfig:
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
                 raise DllmError(f"--{name} needs --backend tensorrt: TensorRT-RTX does not support it.")
-        if self.experts_plugin:
-            _check_experts(self, manifest)
+        for name in ("experts", "head", "attention"):
+            if getattr(self, f"{name}_plugin"):
+                _check_plugin(self, manifest, name)
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         most = max(DEFAULT_BLOCK_LENGTH, manifest.decoding.block_length or 0)
@@ -100,7 +105,7 @@ class BuildConfig:
             max_length=length,
             block_length=block,
             max_rows=min(self.max_rows or block, length),
-            plugins=self.plugins or self.experts_plugin,
+            plugins=self.plugins or self.experts_plugin or self.head_plugin or self.attention_plugin,
         )
 
 
@@ -118,14 +123,40 @@ class EnginePlan:
         return max(profile.batch[1] * profile.rows[1] for profile in self.profiles)
 
 
-def _check_experts(config: BuildConfig, manifest: Manifest) -> None:
+def _check_attention(config: BuildConfig, manifest: Manifest) -> None:
+    """Raise DllmError if the kernel of attention cannot be used."""
+    for has, what, mend in (
+        (config.layout == SPLIT, f"the layout is {config.layout}", "add --layout split"),
+        (
+            manifest.lowering == MODERN,
+            f"the lowering is {manifest.lowering}",
+            "export with --lowering modern",
+        ),
+        (not manifest.decoding.is_block_causal, "the model has block-causal attention", "remove it"),
+    ):
+        if not has:
+            raise DllmError(
+                f"--attention-plugin is for refine steps in an engine of their own, over the cache up to one "
+                f"length for each row, and {what}: {mend}."
+            )
+
+
+def _check_plugin(config: BuildConfig, manifest: Manifest, name: str) -> None:
+    """Raise DllmError if the kernel of the experts or the head cannot be used. name: which."""
     if config.backend != "tensorrt":
-        raise DllmError("--experts-plugin needs --backend tensorrt: TensorRT-RTX supports no such plugins.")
-    if manifest.model.experts is None:
+        raise DllmError(f"--{name}-plugin needs --backend tensorrt: TensorRT-RTX supports no such plugins.")
+    if name == "experts" and manifest.model.experts is None:
         raise DllmError(f"--experts-plugin: the model ({manifest.model.family}) has no experts: remove it.")
-    if manifest.quantization is not None:
+    if name == "head" and manifest.head == contract.LOGITS:
         raise DllmError(
-            f"--experts-plugin: the kernel takes fp32, fp16 and bf16 weights, these are quantised "
+            "--head-plugin: the artifact returns logits, which the kernel does not write: remove it, or "
+            "export with --head statistics."
+        )
+    if name == "attention":
+        _check_attention(config, manifest)
+    elif manifest.quantization is not None:
+        raise DllmError(
+            f"--{name}-plugin: the kernel takes fp32, fp16 and bf16 weights, these are quantised "
             f"({manifest.quantization.scheme}): remove it, or export without --quantize."
         )
 

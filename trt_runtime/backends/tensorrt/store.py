@@ -22,21 +22,19 @@ from trt_runtime.backends import cuda
 from trt_runtime.backends.tensorrt import builder, fused_attention
 from trt_runtime.backends.tensorrt.build_config import (
     CAPACITY_STEP,
-    DENSE_ROWS,
     ENGINE_LAYOUTS,
     SCHEME_FROM,
     SHARED,
     SM_TARGETS,
     SPLIT,
     BuildConfig,
-    EnginePlan,
     check_scheme,
     check_version,
     plans,
 )
-from trt_runtime.backends.tensorrt.builder import BuildJob, Edit
+from trt_runtime.backends.tensorrt.builder import BuildJob
+from trt_runtime.backends.tensorrt.kernels import kernels_of
 from trt_runtime.errors import DllmError
-from trt_runtime.optional import import_optional
 from trt_runtime.system import atomic, commands
 
 # in addition to those defined here
@@ -136,7 +134,7 @@ def build(
         manifest,
         [gpu.compute_capability] if gpu else [int(name.removeprefix("sm")) for name in config.targets],
     )
-    edit_of, kernels, ptx = _plugins(manifest, config, gpu)
+    edit_of, kernels, ptx = kernels_of(artifact, manifest, config, gpu)
     description = describe(manifest, config, trt, gpu, kernels)
     directory = out / key_of(description)
     if (directory / FILE_NAME).is_file():
@@ -159,12 +157,14 @@ def build(
                 edit_of(plan),
             )
             begin = time.perf_counter()
-            kernels_of = _build_one(job, target / (plan.name + SUFFIX), manifest, config, trt, timing)
+            fused = _build_one(job, target / (plan.name + SUFFIX), manifest, config, trt, timing)
             seconds[plan.name], attention[plan.name] = (
                 round(time.perf_counter() - begin, 2),
-                fused_attention.as_list(kernels_of),
+                fused_attention.as_list(fused),
             )
-            if complaint := fused_attention.complaint(kernels_of, manifest.model.dtype, plan.name):
+            has_kernel = config.attention_plugin and plan.role == "refine"  # in place of the fused one
+            complaint = fused_attention.complaint(fused, manifest.model.dtype, plan.name)
+            if complaint and not has_kernel:
                 note(complaint)
         for name, text in ptx.items():
             (target / name).write_text(text, encoding="utf-8")
@@ -280,59 +280,6 @@ def _gpu(config: BuildConfig) -> cuda.Facts:
         raise DllmError(
             f"engines are built on the GPU that runs them: {str(error).rstrip('.')}{known}."
         ) from error
-
-
-def _plugins(
-    manifest: Manifest, config: BuildConfig, gpu: cuda.Facts | None
-) -> tuple[Callable[[EnginePlan], Edit | None], dict[str, Any], dict[str, str]]:
-    """The function that puts kernels into the parsed network of an engine, facts about all kernels with
-    their hashes, and the files of those that the runtime launches. TensorRT-RTX does not support plugins: its
-    engines have the commit kernel only."""
-    if not config.plugins or gpu is None:
-        return lambda plan: None, {}, {}
-    mend = commands.install("kernels")
-    mask, target = manifest.decoding.mask_token_id, gpu.compute_capability
-    commit = import_optional("plugins.commit", "--plugins", mend).compiled(mask, config.block_length, target)
-    facts: dict[str, Any] = {
-        "commit": {
-            "file": "commit.ptx",
-            "entry": commit.name,
-            "threads": commit.threads,
-            "shared": commit.shared,
-            "columns": config.block_length,
-            "sha256": _hash(commit.ptx),
-        }
-    }
-    if config.backend != "tensorrt":
-        return lambda plan: None, facts, {"commit.ptx": commit.ptx}
-    tool = import_optional("plugins.tensorrt_networks", "--plugins", mend)
-    kernels = import_optional("plugins.row_statistics", "--plugins", mend)
-    statistics = kernels.compiled(manifest.model.vocab_size, mask, target)
-    facts["row_statistics"] = {"entry": statistics.name, "sha256": _hash(statistics.ptx)}
-    model, experts = manifest.model, manifest.model.experts
-    if config.experts_plugin and experts is not None:
-        of_experts = import_optional("plugins.experts", "--experts-plugin", mend)
-        sizes = of_experts.Sizes(
-            experts.num_experts, experts.intermediate_size, model.hidden_size, experts.top_k, model.dtype
-        )
-        for name in of_experts.KERNELS:
-            compiled = of_experts.compiled(name, sizes, target)
-            facts[f"experts_{name}"] = {"entry": compiled.name, "sha256": _hash(compiled.ptx)}
-
-    def edit_of(plan: EnginePlan) -> Edit:
-        def edit(network: Any, trt: Any) -> None:
-            tool.replace_statistics(network, trt, mask, tool.statistics_layer(network, trt, target))
-            if config.experts_plugin and experts is not None and plan.rows > DENSE_ROWS:
-                layers = tool.experts_layers(network, trt, target)
-                tool.replace_experts(network, trt, experts, model.dtype, layers)
-
-        return edit
-
-    return edit_of, facts, {"commit.ptx": commit.ptx}
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _inspected(file: Path, trt: Any) -> str:
