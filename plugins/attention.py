@@ -35,7 +35,7 @@ WARPS, STAGES = 4, 2
 TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
-class Sizes(NamedTuple):
+class AttentionSizes(NamedTuple):
     """H, D and C of the contract, the scale, and the type of the inputs (of TYPES)."""
 
     heads: int
@@ -150,7 +150,7 @@ def reference(query: Array, key: Array, value: Array, kv_len: Array, scale: floa
     return (weights @ np.where(valid[:, None, :, None], v, 0)) / np.where(total == 0, 1, total)
 
 
-def _constants(sizes: Sizes) -> dict[str, dict[str, Any]]:
+def _constants(sizes: AttentionSizes) -> dict[str, dict[str, Any]]:
     """The compile-time constants of both kernels."""
     padded = max(16, triton.next_power_of_2(sizes.head_dim))
     size = {"SIZE": sizes.head_dim, "PADDED": padded, "PARTS": sizes.parts}
@@ -161,7 +161,7 @@ def _constants(sizes: Sizes) -> dict[str, dict[str, Any]]:
     }
 
 
-def grids(sizes: Sizes, batch: Any, rows: Any) -> dict[str, tuple[Any, Any]]:
+def grids(sizes: AttentionSizes, batch: Any, rows: Any) -> dict[str, tuple[Any, Any]]:
     """The number of programs of both kernels along two axes, for `rows` query rows of a KV head."""
     return {
         "attend": (batch * sizes.heads * ((rows + (ROWS - 1)) // ROWS), sizes.parts),
@@ -176,7 +176,7 @@ def launch(query: Any, key: Any, value: Any, kv_len: Any, scale: float) -> Any:
 
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     (batch, heads, rows, size), capacity = query.shape, key.shape[2]
-    sizes = Sizes(heads, size, capacity, scale, names[query.dtype])
+    sizes = AttentionSizes(heads, size, capacity, scale, names[query.dtype])
     constants, programs = _constants(sizes), grids(sizes, batch, rows)
     count, options = batch * heads * rows, {"device": query.device, "dtype": torch.float32}
     sums = torch.empty(count, sizes.parts, size, **options)
@@ -209,7 +209,7 @@ def _signature(kernel: str, dtype: str) -> dict[str, str]:
     return {"query": values, **parts, "rows": "i32", "out": values}
 
 
-def compiled(kernel: str, sizes: Sizes, compute_capability: int) -> CompiledKernel:
+def compiled(kernel: str, sizes: AttentionSizes, compute_capability: int) -> CompiledKernel:
     """One of the two kernels compiled. Its arguments are those of the function above: the inputs' pointers,
     the int32 number of query rows of a KV head, the outputs' pointers."""
     constants = _constants(sizes)[kernel]

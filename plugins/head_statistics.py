@@ -36,7 +36,7 @@ TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 PARTS = ("top", "total", "spread", "best", "second", "broken")  # float32 [R, tiles] each; `chosen` is int32
 
 
-class Sizes(NamedTuple):
+class HeadSizes(NamedTuple):
     """V and K of the contract, the mask's id, and the type of both inputs (of TYPES)."""
 
     vocab: int
@@ -159,7 +159,7 @@ def reference(hidden: Array, head: Array, mask_token_id: int) -> tuple[Array, Ar
     return row_statistics.reference(hidden.astype(np.float64) @ head.astype(np.float64).T, mask_token_id)
 
 
-def _constants(sizes: Sizes) -> dict[str, dict[str, int]]:
+def _constants(sizes: HeadSizes) -> dict[str, dict[str, int]]:
     """The compile-time constants of both kernels."""
     return {
         "partial": {
@@ -175,7 +175,7 @@ def _constants(sizes: Sizes) -> dict[str, dict[str, int]]:
     }
 
 
-def grids(sizes: Sizes, rows: Any) -> dict[str, tuple[Any, Any]]:
+def grids(sizes: HeadSizes, rows: Any) -> dict[str, tuple[Any, Any]]:
     """The number of programs of both kernels along two axes, for `rows` rows."""
     return {"partial": ((rows + (ROWS - 1)) // ROWS, sizes.tiles), "merge": (rows, 1)}
 
@@ -187,7 +187,7 @@ def launch(hidden: Any, head: Any, mask_token_id: int) -> tuple[Any, Any, Any, A
 
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     (rows, width), vocab = hidden.shape, len(head)
-    sizes = Sizes(vocab, width, mask_token_id, names[hidden.dtype])
+    sizes = HeadSizes(vocab, width, mask_token_id, names[hidden.dtype])
     constants, programs = _constants(sizes), grids(sizes, rows)
 
     def empty(*shape: int, dtype: Any = torch.float32) -> Any:
@@ -213,7 +213,7 @@ def _signature(kernel: str, dtype: str) -> dict[str, str]:
     return {"parts": "*fp32", "chosen": "*i32", "rows": "i32", "token": "*i64", **outputs}
 
 
-def compiled(kernel: str, sizes: Sizes, compute_capability: int) -> CompiledKernel:
+def compiled(kernel: str, sizes: HeadSizes, compute_capability: int) -> CompiledKernel:
     """One of the two kernels compiled. Its arguments are those of the function above: the inputs' pointers,
     the int32 number of rows, the outputs' pointers."""
     constants = _constants(sizes)[kernel]

@@ -13,9 +13,9 @@ from trt_runtime.artifact.manifest import ExpertFacts
 from trt_runtime.errors import DllmError
 
 from . import tensorrt_plugins as plugins
-from .attention import Sizes as AttentionSizes
+from .attention import AttentionSizes
 from .experts import Sizes
-from .head_statistics import Sizes as HeadSizes
+from .head_statistics import HeadSizes
 
 # logits [rows, V] and the mask's id -> token, confidence, runner_up, entropy [rows]
 Statistics = Callable[[Any, int], list[Any]]

@@ -54,10 +54,10 @@ STATISTICS = Plugin(
 )
 
 
-def head_sizes(facts: str) -> head_statistics.Sizes:
+def head_sizes(facts: str) -> head_statistics.HeadSizes:
     """The sizes that a plugin of the head is compiled for."""
     *numbers, dtype = facts.split()
-    return head_statistics.Sizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
+    return head_statistics.HeadSizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
 
 
 def _head(kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, int], Outputs], axis: int) -> Plugin:
@@ -91,14 +91,14 @@ HEAD = {
 }
 
 
-def attention_sizes(facts: str) -> tuple[attention.Sizes, int]:
+def attention_sizes(facts: str) -> tuple[attention.AttentionSizes, int]:
     """The sizes that a plugin of attention is compiled for, and the query heads of a KV head."""
     heads, size, capacity, scale, dtype, group = facts.split()
-    return attention.Sizes(int(heads), int(size), int(capacity), float(scale), dtype), int(group)
+    return attention.AttentionSizes(int(heads), int(size), int(capacity), float(scale), dtype), int(group)
 
 
 def _attention(
-    kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, attention.Sizes, Any], Outputs]
+    kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, attention.AttentionSizes, Any], Outputs]
 ) -> Plugin:
     """One of the kernels of attention, whose first input is the query [B, N, S, D]. outputs: of its shape,
     and of the number of query rows in all."""

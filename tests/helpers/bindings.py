@@ -1,13 +1,17 @@
-"""The Python bindings of TensorRT's versions, downloaded, over stub libraries."""
+"""The Python bindings of TensorRT's versions, downloaded, over stub libraries, and what TensorRT is told
+through them."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from places import ROOT
 
 VERSIONS = ["10.16.1.11", "11.4.0.106"]
 
@@ -56,3 +60,29 @@ def bindings_of(version, folder) -> dict[str, str]:
         target = folder / f"lib{library}.so.{version.split('.')[0]}"
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(folder / "stub.c")], check=True)
     return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder / "wheel")}
+
+
+def told(version, folder, name, facts, shapes, types):
+    """What TensorRT is told of a plugin, through the real tensorrt.plugin of the version."""
+    environment = {
+        key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
+    } | bindings_of(version, folder)
+    environment["PYTHONPATH"] += f":{ROOT}"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "helpers" / "plugin_harness.py"),
+            json.dumps([name, facts, 90, shapes, types]),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert (answer["version"], answer["aot"]) == (version, True)
+    assert f"rejected the plugin dllm::{name}" in answer["refused"]
+    assert f".entry {answer['name']}(" in answer["ptx"] and str(ROOT) not in answer["ptx"]
+    return answer

@@ -90,8 +90,9 @@ def test_the_reference_is_pytorchs_own_attention():
 def test_they_compile_without_a_gpu(compute_capability):
     """For LLaDA-8B in bf16 and Dream-7B in fp16, over caches of 1,280 and 4,096."""
     script = (
-        "from plugins.attention import Sizes, compiled\n"
-        "for sizes in (Sizes(32, 128, 1280, 0.0625, 'bf16'), Sizes(4, 128, 4096, 0.0625, 'fp16')):\n"
+        "from plugins.attention import AttentionSizes, compiled\n"
+        "llada, dream = (32, 128, 1280, 0.0625, 'bf16'), (4, 128, 4096, 0.0625, 'fp16')\n"
+        "for sizes in (AttentionSizes(*llada), AttentionSizes(*dream)):\n"
         f"    for kernel in ('attend', 'combine'): print(compiled(kernel, sizes, {compute_capability}).ptx)"
     )
     done = subprocess.run(

@@ -100,8 +100,8 @@ def test_the_reference_is_what_the_statistics_of_the_logits_are():
 def test_they_compile_without_a_gpu(compute_capability):
     """For LLaDA-8B's head in bf16 and Dream's in fp16."""
     script = (
-        "from plugins.head_statistics import Sizes, compiled\n"
-        "for sizes in (Sizes(126464, 4096, 126336, 'bf16'), Sizes(152064, 3584, 151666, 'fp16')):\n"
+        "from plugins.head_statistics import HeadSizes, compiled\n"
+        "for sizes in (HeadSizes(126464, 4096, 126336, 'bf16'), HeadSizes(152064, 3584, 151666, 'fp16')):\n"
         f"    for kernel in ('partial', 'merge'): print(compiled(kernel, sizes, {compute_capability}).ptx)"
     )
     done = subprocess.run(

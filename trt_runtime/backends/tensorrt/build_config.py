@@ -71,6 +71,10 @@ class BuildConfig:
     def capacity(self) -> int:
         return -(-self.max_length // CAPACITY_STEP) * CAPACITY_STEP
 
+    def replaces_attention(self, plan: EnginePlan) -> bool:
+        """Whether the attention of an engine is a kernel of plugins/ (the layout is then split)."""
+        return self.attention_plugin and plan.role == "refine"
+
     def checked(self, manifest: Manifest) -> BuildConfig:
         """This configuration, with the canvas limited to the model's. Raises DllmError."""
         for name, value, known in (

@@ -65,7 +65,7 @@ def _of_engines(
     mask, model = manifest.decoding.mask_token_id, manifest.model
     if config.head_plugin:
         head = _module("head_statistics", "--head-plugin")
-        sizes = head.Sizes(model.vocab_size, model.hidden_size, mask, model.dtype)
+        sizes = head.HeadSizes(model.vocab_size, model.hidden_size, mask, model.dtype)
         yield (
             _compiled(head, "head", sizes, target),
             lambda plan, network, trt: tool.replace_head(
@@ -82,11 +82,11 @@ def _of_engines(
         )
     if config.attention_plugin:
         scale = attention_scale(artifact / manifest.graphs["refine"].file)
-        attention = _module("attention", "--attention-plugin")
-        sizes = attention.Sizes(model.num_kv_heads, model.head_dim, config.capacity, scale, model.dtype)
+        attention, shape = _module("attention", "--attention-plugin"), (model.num_kv_heads, model.head_dim)
+        sizes = attention.AttentionSizes(*shape, config.capacity, scale, model.dtype)
 
         def attend(plan: EnginePlan, network: Any, trt: Any) -> None:
-            if plan.role == "refine":  # the layout is split
+            if config.replaces_attention(plan):
                 make = tool.attention_layers(network, trt, target)
                 tool.replace_attention(network, trt, scale, model.dtype, model.num_layers, make)
 

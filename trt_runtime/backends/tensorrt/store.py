@@ -162,9 +162,8 @@ def build(
                 round(time.perf_counter() - begin, 2),
                 fused_attention.as_list(fused),
             )
-            has_kernel = config.attention_plugin and plan.role == "refine"  # in place of the fused one
             complaint = fused_attention.complaint(fused, manifest.model.dtype, plan.name)
-            if complaint and not has_kernel:
+            if complaint and not config.replaces_attention(plan):
                 note(complaint)
         for name, text in ptx.items():
             (target / name).write_text(text, encoding="utf-8")
