@@ -158,10 +158,8 @@ def build(
             )
             begin = time.perf_counter()
             fused = _build_one(job, target / (plan.name + SUFFIX), manifest, config, trt, timing)
-            seconds[plan.name], attention[plan.name] = (
-                round(time.perf_counter() - begin, 2),
-                fused_attention.as_list(fused),
-            )
+            seconds[plan.name] = round(time.perf_counter() - begin, 2)
+            attention[plan.name] = fused_attention.as_list(fused)
             complaint = fused_attention.complaint(fused, manifest.model.dtype, plan.name)
             if complaint and not config.replaces_attention(plan):
                 note(complaint)
