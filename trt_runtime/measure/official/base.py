@@ -16,7 +16,6 @@ _COMMON = (
     Field("family", lambda v: isinstance(v, str), "a model family's name"),
     tokens("mask_token_id", null=False, several=False),
     tokens("pad_token_id"),
-    tokens("eos_token_id"),
     Field("torch_seed", lambda v: v is None, "none: tokens that PyTorch drew at random cannot be compared"),
     Field("temperature", lambda v: v in (None, 0), "0: tokens that were drawn cannot be compared"),
 )

@@ -19,6 +19,7 @@ class FastDllm(OfficialLoop):
         one_of("mode", "none", "prefix", "dual", required=True),
         *(Field(name, lambda v: True, "") for name in INPUTS if name not in ("mode", "prompt")),
     )
+    unused = ("eos_token_id",)  # nothing ends its answers
     # a file that does not say its format may have today's kinds
     kinds: ClassVar = {
         **{kind: kind for kind in (PREFIX_PASS, REFINE_NEAR, REFINE_SUFFIX, REFINE_BLOCK)},
