@@ -172,15 +172,17 @@ def _add_facts(writer: gguf.GGUFWriter, source: Source) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, source: Source) -> None:
-    """Token 17 is the text <17>."""
-    size, facts = source.decoder.vocab_size, source.decoding
+    """Token 17 is the text <17>. The mask stands for the tokens that llama.cpp leaves out of its output:
+    no answer has it."""
+    size, mask = source.decoder.vocab_size, source.decoding.mask_token_id
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{token}>" for token in range(size)])
     writer.add_token_types([gguf.TokenType.USER_DEFINED] * size)
     writer.add_token_merges(["< >"])  # none is used, but one is expected
-    writer.add_mask_token_id(facts.mask_token_id)
-    writer.add_eos_token_id(facts.eos_token_ids[0])
+    writer.add_mask_token_id(mask)
+    writer.add_bos_token_id(mask)
+    writer.add_eos_token_id(mask)
     writer.add_add_bos_token(False)
 
 

@@ -188,16 +188,17 @@ def _of_llama(binary: Path, file: Path, task: Task) -> Callable[[], Answer]:
     made = task.forwards + blocks - task.gen_length // task.block
 
     def answer() -> Answer:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        total = _TIME.search(said)
-        tokens = [int(token) for token in _TOKEN.findall(said)][-task.gen_length :]
-        if done.returncode or total is None or len(tokens) != task.gen_length:
-            raise SystemExit(
-                f"error: {binary} ended with {done.returncode}, and reported no time or not "
-                f"{task.gen_length} tokens: {said[-300:]!r}"
-            )
-        return float(total[1]) / 1000 / made * task.forwards, tokens
+        for _ in range(3):  # it sometimes ends before all of its output is written
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            said = done.stdout + done.stderr
+            total = _TIME.search(said)
+            tokens = [int(token) for token in _TOKEN.findall(said)][-task.gen_length :]
+            if not done.returncode and total is not None and len(tokens) == task.gen_length:
+                return float(total[1]) / 1000 / made * task.forwards, tokens
+        raise SystemExit(
+            f"error: {binary} ended with {done.returncode}, and reported no time or not {task.gen_length} "
+            f"tokens: {said[-300:]!r}"
+        )
 
     return answer
 
