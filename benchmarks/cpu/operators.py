@@ -54,13 +54,12 @@ def measure(artifact: Path, threads: int, folder: Path) -> dict[str, Any]:
     for kind, count in CALLS.items():
         backend = _profiled(artifact, threads, folder / f"{artifact.name}-{kind}")
         facts, base = backend.manifest.model, system.BASE
-        length = base["prompt"] + base["gen_length"]
+        length, block = _length(facts), base["block"]
+        prompt = length - base["gen_length"]
         canvas = np.random.default_rng(0).integers(0, facts.vocab_size // 2, (1, length))
-        start, end = (0, length) if kind == "prefix" else (base["prompt"], base["prompt"] + base["block"])
-        window, cache = (
-            system.window_of(canvas, start, end, base["prompt"], base["block"]),
-            backend.new_cache(1, length),
-        )
+        start, end = (0, length) if kind == "prefix" else (prompt, prompt + block)
+        window = system.window_of(canvas, start, end, prompt, block)
+        cache = backend.new_cache(1, length)
         for _ in range(count):
             (backend.prefix if kind == "prefix" else backend.refine)(cache, slice(0, 1), window)
         report[kind] = _summed(
@@ -68,6 +67,11 @@ def measure(artifact: Path, threads: int, folder: Path) -> dict[str, Any]:
         )
         backend.close()
     return report
+
+
+def _length(facts: ModelFacts) -> int:
+    """The canvas: a prompt and an answer, as far as the model goes."""
+    return min(system.BASE["prompt"] + system.BASE["gen_length"], facts.max_length)
 
 
 def _profiled(artifact: Path, threads: int, prefix: Path) -> OrtBackend:
@@ -132,7 +136,7 @@ def attention_forms(facts: ModelFacts, threads: int) -> list[dict[str, Any]]:
     """ms of ONNX Runtime's two attention operators over the shapes of both forwards, and how far their
     results are apart."""
     heads, size, base = facts.num_heads, facts.head_dim, system.BASE
-    length, rng, rows = base["prompt"] + base["gen_length"], np.random.default_rng(0), []
+    length, rng, rows = _length(facts), np.random.default_rng(0), []
     for count in (base["block"], length):
         q, k, v = (
             rng.standard_normal((1, heads, n, size)).astype(np.float32) for n in (count, length, length)

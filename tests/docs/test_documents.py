@@ -31,6 +31,7 @@ LESS = {
     "bench": ["--count", "1", "--repeats", "1"],
     "demo_prompts.py": ["--count", "3"],
     "host_loop.py": ["--rounds", "1"],
+    "operators.py": ["--artifact", "artifacts/llada-demo"],
     "replay": [],
 }
 ELSEWHERE = {

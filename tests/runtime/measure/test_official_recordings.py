@@ -133,6 +133,12 @@ def test_what_a_loop_does_not_have_is_refused(official, artifact, tmp_path, caps
     assert own or official.name == "illada"
 
 
+def test_a_case_that_names_no_family_is_of_the_artifact(official, artifact, tmp_path, capsys):
+    """Of the families that its fields leave open."""
+    code, said = _replayed(capsys, artifact, _file(official, tmp_path / "x.json", {"_without": ("family",)}))
+    assert code == 0 and "1 with expectations, 0 mismatches" in said and "skipped" not in said, said
+
+
 def test_what_is_not_read_is_said(official, artifact, tmp_path, capsys):
     """A field that no loop has, other lists of the file, and cases of another family."""
     file = _file(official, tmp_path / "cases.json", {"transfer_schedule": "cosine"})

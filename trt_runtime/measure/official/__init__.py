@@ -24,11 +24,12 @@ def loop_of(case: Case) -> OfficialLoop:
 
 
 def families_of(case: Case) -> tuple[str, ...]:
-    """The families of ours that a case may be of; none if it does not say, and its fields do not either.
-    Raises DllmError."""
+    """The families of ours that a case may be of; none if it does not say, and its fields do not either: then
+    it may be of any. Raises DllmError."""
     name = case.get("family")
     if name is None:
-        return next(iter(loop_of(case).families.values()), ())
+        loop = loop_of(case)
+        return () if loop is FAST_DLLM else tuple({own for names in loop.families.values() for own in names})
     if not isinstance(name, str):
         raise DllmError(f"family is {str(name)[:60]}, expected a model family's name.")
     return next((loop.families[name] for loop in _LOOPS if name in loop.families), (name,))

@@ -50,7 +50,7 @@ class OfficialLoop:
                     f"{name} is {str(case[name])[:60]}, but a recording of {self.title} has no such field: "
                     f"remove it, or correct the case's family."
                 )
-        check_fields(case, (*_COMMON, rows("prompt", self.one_row, required=True), *self.fields, *RESULTS))
+        check_fields(case, (*_COMMON, *self.fields, rows("prompt", self.one_row, required=True), *RESULTS))
         check_fields(case, [trace(len(case["prompt"]), self.entries, self.step)])
         self._check_trace(case)
         return self.as_ours(case)
