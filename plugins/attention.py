@@ -24,7 +24,7 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
-from .compile import CompiledKernel, ahead_of_time
+from .compile import CompiledKernel, ahead_of_time, dtype_of
 
 Array = npt.NDArray[Any]
 ROWS = 32  # query rows of a tile
@@ -32,11 +32,10 @@ KEYS = 32  # keys that are scored at a time
 PART = 256  # least keys of a part
 MOST_PARTS = 4
 WARPS, STAGES = 4, 2
-TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
 class AttentionSizes(NamedTuple):
-    """H, D and C of the contract, the scale, and the type of the inputs (of TYPES)."""
+    """H, D and C of the contract, the scale, and the type of the inputs (fp32, fp16, bf16)."""
 
     heads: int
     head_dim: int
@@ -174,9 +173,8 @@ def launch(query: Any, key: Any, value: Any, kv_len: Any, scale: float) -> Any:
     the same device."""
     import torch
 
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     (batch, heads, rows, size), capacity = query.shape, key.shape[2]
-    sizes = AttentionSizes(heads, size, capacity, scale, names[query.dtype])
+    sizes = AttentionSizes(heads, size, capacity, scale, dtype_of(query))
     constants, programs = _constants(sizes), grids(sizes, batch, rows)
     count, options = batch * heads * rows, {"device": query.device, "dtype": torch.float32}
     sums = torch.empty(count, sizes.parts, size, **options)
@@ -202,7 +200,7 @@ KERNELS = {"attend": attend, "combine": combine}
 
 def _signature(kernel: str, dtype: str) -> dict[str, str]:
     """The types of a kernel's arguments."""
-    values, parts = f"*{TYPES[dtype]}", {"sums": "*fp32", "norms": "*fp32"}
+    values, parts = f"*{dtype}", {"sums": "*fp32", "norms": "*fp32"}
     if kernel == "attend":
         inputs = dict.fromkeys(("query", "key", "value"), values)
         return {**inputs, "kv_len": "*i64", "rows": "i32", **parts}

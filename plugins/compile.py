@@ -14,6 +14,14 @@ from triton.compiler import ASTSource
 _MOST_SHARED = 48 * 1024  # bytes of shared memory that a launch gets without asking
 
 
+_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
+
+def dtype_of(tensor: Any) -> str:
+    """The type of a PyTorch tensor as kernels name it: fp32, fp16 or bf16."""
+    return _NAMES[str(tensor.dtype)]
+
+
 class CompiledKernel(NamedTuple):
     """What a launch needs: the entry's name, PTX, threads of a block, and bytes of shared memory. Arguments:
     the kernel's arguments that are not constants, in order."""

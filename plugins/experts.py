@@ -36,7 +36,7 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
-from .compile import CompiledKernel, ahead_of_time
+from .compile import CompiledKernel, ahead_of_time, dtype_of
 
 Array = npt.NDArray[Any]
 ROWS = 64  # rows of a tile
@@ -44,11 +44,10 @@ COLUMNS = 64  # columns of a tile
 CHUNK = 256  # rows that are sorted at a time
 WIDE = 256  # columns that are combined at a time
 WARPS, STAGES = 4, 3
-TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of hidden and the weights
 
 
 class Sizes(NamedTuple):
-    """E, I, K and C of the contract, and the type of hidden (of TYPES)."""
+    """E, I, K and C of the contract, and the type of hidden (fp32, fp16, bf16)."""
 
     experts: int
     inner: int
@@ -277,8 +276,7 @@ def launch(hidden: Any, gate: Any, up: Any, down: Any, weights: Any, top_k: int)
     import torch
 
     (rows, width), experts = hidden.shape, weights.shape[1]
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    sizes = Sizes(experts, len(gate) // experts, width, top_k, names[hidden.dtype])
+    sizes = Sizes(experts, len(gate) // experts, width, top_k, dtype_of(hidden))
     constants, programs = _constants(sizes), grids(sizes, rows)
 
     def empty(*shape: int, dtype: Any) -> Any:
@@ -302,7 +300,7 @@ KERNELS = {"sort_rows": sort_rows, "inner": inner, "outer": outer, "combine": co
 
 def _signature(kernel: str, dtype: str) -> dict[str, str]:
     """The types of a kernel's arguments."""
-    values = f"*{TYPES[dtype]}"
+    values = f"*{dtype}"
     kinds = {
         "sort_rows": {"weights": _FLOAT, "rows": "i32", "counts": _INT32, "order": _INT32, "places": _INT32},
         "inner": {

@@ -26,18 +26,17 @@ import triton
 import triton.language as tl
 
 from . import row_statistics
-from .compile import CompiledKernel, ahead_of_time
+from .compile import CompiledKernel, ahead_of_time, dtype_of
 
 Array = npt.NDArray[Any]
 ROWS = 32  # of a tile: a refine step's block
 COLUMNS = 128  # of the vocabulary in a tile
 WARPS, STAGES = 4, 3
-TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 PARTS = ("top", "total", "spread", "best", "second", "broken")  # float32 [R, tiles] each; `chosen` is int32
 
 
 class HeadSizes(NamedTuple):
-    """V and K of the contract, the mask's id, and the type of both inputs (of TYPES)."""
+    """V and K of the contract, the mask's id, and the type of both inputs (fp32, fp16, bf16)."""
 
     vocab: int
     hidden: int
@@ -185,9 +184,8 @@ def launch(hidden: Any, head: Any, mask_token_id: int) -> tuple[Any, Any, Any, A
     the same device."""
     import torch
 
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     (rows, width), vocab = hidden.shape, len(head)
-    sizes = HeadSizes(vocab, width, mask_token_id, names[hidden.dtype])
+    sizes = HeadSizes(vocab, width, mask_token_id, dtype_of(hidden))
     constants, programs = _constants(sizes), grids(sizes, rows)
 
     def empty(*shape: int, dtype: Any = torch.float32) -> Any:
@@ -206,7 +204,7 @@ KERNELS = {"partial": partial, "merge": merge}
 
 def _signature(kernel: str, dtype: str) -> dict[str, str]:
     """The types of a kernel's arguments."""
-    values = f"*{TYPES[dtype]}"
+    values = f"*{dtype}"
     if kernel == "partial":
         return {"hidden": values, "head": values, "rows": "i32", "parts": "*fp32", "chosen": "*i32"}
     outputs = dict.fromkeys(("confidence", "runner_up", "entropy"), "*fp32")

@@ -115,12 +115,13 @@ def replace_head(network: Any, trt: Any, mask_token_id: int, make: Head) -> None
 
 def _before_casts(maker: dict[str, Any], tensor: Any, trt: Any) -> Any:
     """The tensor that casts make wider."""
-    while (layer := maker.get(tensor.name)) is not None and layer.type in (
-        trt.LayerType.IDENTITY,
-        trt.LayerType.CAST,
-    ):
+    while _is_cast(layer := maker.get(tensor.name), trt):
         tensor = layer.get_input(0)
     return tensor
+
+
+def _is_cast(layer: Any, trt: Any) -> bool:
+    return layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST)
 
 
 def _reshapes(network: Any, trt: Any) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def _reshapes(network: Any, trt: Any) -> dict[str, Any]:
         # of head 'logits', an output: the parser may put a cast or an identity after the layer that the
         # graph names
         layer = maker.get(name)
-        while layer is not None and layer.type in (trt.LayerType.IDENTITY, trt.LayerType.CAST):
+        while _is_cast(layer, trt):
             layer = maker.get(layer.get_input(0).name)
         if layer is None or layer.type != trt.LayerType.SHUFFLE:
             raise DllmError(f"the network has no reshape that produces '{name}': export the artifact again.")

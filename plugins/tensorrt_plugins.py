@@ -54,10 +54,16 @@ STATISTICS = Plugin(
 )
 
 
+def _parsed(sizes: Callable[..., Any], facts: str) -> Any:
+    """Sizes, of whole numbers and at last a type."""
+    *numbers, dtype = facts.split()
+    return sizes(*map(int, numbers), dtype)
+
+
 def head_sizes(facts: str) -> head_statistics.HeadSizes:
     """The sizes that a plugin of the head is compiled for."""
-    *numbers, dtype = facts.split()
-    return head_statistics.HeadSizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
+    parsed: head_statistics.HeadSizes = _parsed(head_statistics.HeadSizes, facts)
+    return parsed
 
 
 def _head(kernel: str, inputs: tuple[str, ...], outputs: Callable[[Any, int], Outputs], axis: int) -> Plugin:
@@ -143,8 +149,8 @@ ATTENTION = {
 
 def sizes_of(facts: str) -> experts.Sizes:
     """The sizes that a plugin of experts is compiled for."""
-    *numbers, dtype = facts.split()
-    return experts.Sizes(*map(int, numbers), dtype)  # type: ignore[call-arg]
+    parsed: experts.Sizes = _parsed(experts.Sizes, facts)
+    return parsed
 
 
 def _experts(

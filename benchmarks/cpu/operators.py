@@ -11,6 +11,7 @@ ONNX Runtime's own profile of the artifact as it is shipped, one thread, prompt 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import re
 import statistics
@@ -92,17 +93,13 @@ def _profiled(artifact: Path, threads: int, prefix: Path) -> OrtBackend:
 
 def _summed(events: list[dict[str, Any]], facts: ModelFacts) -> list[dict[str, Any]]:
     """A row for each operator, the longest first."""
-    calls: list[dict[str, list[float]]] = []
-    for event in sorted(events, key=lambda event: event["ts"]):
-        if event.get("name") == "model_run":
-            calls.append(defaultdict(lambda: [0.0, 0.0]))
-    runs = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run"]
+    begins = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    calls: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in begins]
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
-        number = next(i for i, (begin, end) in enumerate(sorted(runs)) if begin <= event["ts"] <= end)
         name, operations = _named(event["args"], facts)
-        entry = calls[number][name]
+        entry = calls[bisect.bisect_right(begins, event["ts"]) - 1][name]
         entry[0] += event["dur"] / 1000
         entry[1] += operations
     kept = calls[2:]

@@ -20,6 +20,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from system import BASE, TOKENS_PER_STEP
+
 from trt_runtime.decoding.config import GenerationConfig
 from trt_runtime.measure.bench import machine
 from trt_runtime.model import Model, load
@@ -27,7 +29,6 @@ from trt_runtime.model import Model, load
 ROOT = Path(__file__).resolve().parents[2]
 _TIME = re.compile(r"total time:\s*([\d.]+)\s*ms")
 _TOKEN = re.compile(r"<(\d+)>")
-BASE = {"prompt": 256, "gen_length": 128, "block": 32, "per_step": 2}
 Answer = tuple[float, list[int]]  # seconds of its forwards, and the tokens
 
 
@@ -79,9 +80,8 @@ def compare(
     facts = models["fp32"].manifest
     words = [token for token in range(1000) if token not in facts.decoding.special_token_ids]
     prompt = np.random.default_rng(0).choice(words, BASE["prompt"]).tolist()
-    task = Task(
-        prompt, BASE["gen_length"], BASE["block"], BASE["per_step"], facts.decoding.mask_token_id, threads
-    )
+    mask = facts.decoding.mask_token_id
+    task = Task(prompt, BASE["gen_length"], BASE["block"], TOKENS_PER_STEP, mask, threads)
     systems = [
         System(f"ONNX Runtime {name}", cache, _ours(model, task, cache))
         for name, model in models.items()
@@ -104,7 +104,8 @@ def compare(
             if turn:
                 system.seconds.append(seconds)
             print(f"{system.name}, {system.cache}: {task.gen_length / seconds:.2f} tokens/s", flush=True)
-    settings = {**BASE, "threads": threads, "repeats": repeats, "parameters": facts.model.parameters}
+    settings = {**BASE, "per_step": TOKENS_PER_STEP, "threads": threads, "repeats": repeats}
+    settings |= {"parameters": facts.model.parameters}
     return {"machine": machine(), "settings": settings, "rows": _rows(systems, task)}
 
 

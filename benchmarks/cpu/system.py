@@ -36,7 +36,6 @@ from typing import Any
 
 import experts
 import numpy as np
-import others
 from machine_rates import peaks
 
 from trt_runtime.artifact.manifest import ModelFacts
@@ -124,7 +123,7 @@ def beside(artifact: Path, quantised: Path, scratch: Path, args: argparse.Namesp
         options |= {"fp32": str(artifact), "w8a8": str(quantised), "repeats": args.repeats}
         options |= {"llama": str(args.llama_cpp or ""), "official": str(args.official or "")}
         options["output"] = str(args.output / f"system-others-{threads}.json")
-        subprocess.run([sys.executable, others.__file__, json.dumps(options)], check=True)
+        run("benchmarks/cpu/others.py", json.dumps(options))
 
 
 def blocks(scratch: Path, repeats: int, output: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,39 +162,35 @@ def growth(report: dict[str, Any]) -> str:
 
 
 def plot_variants(runs: dict[int, dict[str, Any]], path: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 5), squeeze=False)
-    for axis, (threads, run) in zip(axes[0], runs.items(), strict=True):
-        rows = sorted(run["rows"], key=lambda row: row["tokens_per_second"])
-        colors = [
-            "#d95f02"
-            if row["variant"].startswith("torch")
-            else "#1b9e77"
-            if row["variant"].startswith("ort ") and len(row["variant"].split()) > 2
-            else "#7570b3"
-            for row in rows
-        ]
-        bars = axis.barh(
-            [", ".join(name_of(row)) for row in rows],
-            [row["tokens_per_second"] for row in rows],
-            color=colors,
-        )
-        axis.bar_label(bars, fmt="%.1f", padding=3)
-        axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
-        axis.set_xlabel("tokens per second")
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    def color(row: dict[str, Any]) -> str:
+        if row["variant"].startswith("torch"):
+            return "#d95f02"
+        is_quantised = row["variant"].startswith("ort ") and len(row["variant"].split()) > 2
+        return "#1b9e77" if is_quantised else "#7570b3"
+
+    _bars(runs, path, 5, lambda row: ", ".join(name_of(row)), color)
 
 
 def plot_programs(runs: dict[int, dict[str, Any]], path: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4), squeeze=False)
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['system']}, {'no' if row['cache'] == 'none' else row['cache']} cache"
+
+    _bars(runs, path, 4, name, lambda row: "#7570b3" if row["system"].startswith("ONNX") else "#d95f02")
+
+
+def _bars(
+    runs: dict[int, dict[str, Any]],
+    path: Path,
+    height: int,
+    name: Callable[[dict[str, Any]], str],
+    color: Callable[[dict[str, Any]], str],
+) -> None:
+    """Tokens per second, a plot for each thread count; the name and the color of a row."""
+    figure, axes = pyplot().subplots(1, len(runs), figsize=(6 * len(runs), height), squeeze=False)
     for axis, (threads, run) in zip(axes[0], runs.items(), strict=True):
         rows = sorted(run["rows"], key=lambda row: row["tokens_per_second"])
-        colors = ["#7570b3" if row["system"].startswith("ONNX") else "#d95f02" for row in rows]
-        names = [f"{row['system']}, {'no' if row['cache'] == 'none' else row['cache']} cache" for row in rows]
-        bars = axis.barh(names, [row["tokens_per_second"] for row in rows], color=colors)
+        speeds = [row["tokens_per_second"] for row in rows]
+        bars = axis.barh([name(row) for row in rows], speeds, color=[color(row) for row in rows])
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set_title(f"{threads} thread{'' if threads == 1 else 's'}")
         axis.set_xlabel("tokens per second")

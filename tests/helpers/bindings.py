@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,3 +87,14 @@ def told(version, folder, name, facts, shapes, types):
     assert f"rejected the plugin dllm::{name}" in answer["refused"]
     assert f".entry {answer['name']}(" in answer["ptx"] and str(ROOT) not in answer["ptx"]
     return answer
+
+
+def agrees(seen, outputs, kinds, grid, rows, num_inputs) -> None:
+    """What TensorRT was told of a kernel with one extra argument: `outputs` of these types, the grid, and the
+    kernel's arguments in TensorRT's order."""
+    assert seen["shapes"] == outputs and seen["kinds"] == [f"DataType.{kind}" for kind in kinds]
+    assert (seen["launch"]["grid_x"], seen["launch"].get("grid_y")) == grid
+    assert seen["extra"] == [rows]
+    (declared,) = re.findall(rf"\.entry {seen['name']}\((.*?)\)", seen["ptx"], re.S)
+    arguments = [line.split()[1] for line in declared.strip().splitlines()]
+    assert arguments == [".u64"] * num_inputs + [".u32"] + [".u64"] * len(outputs)

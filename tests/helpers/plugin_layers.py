@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from trt_runtime.backends.tensorrt import builder, store
+from trt_runtime.backends.tensorrt.store import BuildConfig
+
 
 def ordinary_layers(network):
     """A replacement for the plugin: layers with outputs of its types and shapes."""
@@ -59,3 +62,22 @@ def needed_layers(network) -> set[str]:
             inputs = (layer.get_input(k) for k in range(layer.num_inputs))
             waiting += [tensor.name for tensor in inputs if tensor is not None]
     return needed
+
+
+def built(artifact, manifest, edit, layout="shared", max_batch=2):
+    """The refine engine of TensorRT-RTX, whose parsed network `edit` changes."""
+    import tensorrt_rtx_bindings as rtx
+
+    config = BuildConfig("tensorrt-rtx", layout, ("sm89",), max_batch, max_length=64, block_length=8)
+    plan = store.plans(config, manifest.decoding)[-1]
+    assert plan.role == "refine"
+    job = builder.BuildJob(
+        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
+    )
+    return builder.serialised(job, manifest, "tensorrt-rtx", rtx)[0]
+
+
+def outputs_of(network):
+    """Name, shape and type of every output."""
+    held = [network.get_output(i) for i in range(network.num_outputs)]
+    return [(tensor.name, tuple(tensor.shape), tensor.dtype) for tensor in held]

@@ -4,13 +4,10 @@ every GPU that is supported."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from places import ROOT
+from triton_processes import compiled, interpreted
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -57,16 +54,8 @@ def test_the_kernels_equal_their_reference(dtype):
         [2, 3, 8, 24, 640, [257, 600], dtype],
         [2, 1, 32, 64, 1280, [1280, 255], dtype],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERPRET, json.dumps(cases)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout)
+    printed = interpreted(_INTERPRET, json.dumps(cases))
+    made = json.loads(printed)
     assert made["worst"] < 1
     assert made["nan"] == [False] * 5 + [True]
 
@@ -95,15 +84,7 @@ def test_they_compile_without_a_gpu(compute_capability):
         "for sizes in (AttentionSizes(*llada), AttentionSizes(*dream)):\n"
         f"    for kernel in ('attend', 'combine'): print(compiled(kernel, sizes, {compute_capability}).ptx)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = compiled(script)
     for name in ("attend_32_128_1280_0p0625_bf16", "combine_4_128_4096_0p0625_fp16"):
-        assert done.stdout.count(f".visible .entry dllm_attention_{name}(") == 1
-    assert done.stdout.count(f".target sm_{compute_capability}") == 4
+        assert printed.count(f".visible .entry dllm_attention_{name}(") == 1
+    assert printed.count(f".target sm_{compute_capability}") == 4

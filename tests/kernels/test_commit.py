@@ -4,13 +4,10 @@ that is supported."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from places import ROOT
+from triton_processes import compiled, interpreted
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -65,15 +62,8 @@ print(json.dumps({"wrong": wrong, "rows": rows, "stopped": stopped, "committed":
 def test_the_kernel_equals_its_reference():
     """All three rules, ties, blocks shorter than their columns, windows longer than their block, NaN, the
     mask proposed."""
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERPRET],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    made = json.loads(done.stdout)
+    printed = interpreted(_INTERPRET)
+    made = json.loads(printed)
     assert made["wrong"] == 0 and made["rows"] > 150 and made["stopped"] > 3 and made["committed"] > 400
 
 
@@ -83,14 +73,7 @@ def test_it_compiles_without_a_gpu(compute_capability):
         f"from plugins import commit; k = commit.compiled(126336, 32, {compute_capability}); "
         f"print(k.threads, k.shared); print(k.ptx)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )
-    assert done.stdout.startswith("32 ") and f".target sm_{compute_capability}" in done.stdout
-    (declared,) = re.findall(r"\.entry dllm_commit_126336_32\((.*?)\)", done.stdout, re.S)
+    printed = compiled(script)
+    assert printed.startswith("32 ") and f".target sm_{compute_capability}" in printed
+    (declared,) = re.findall(r"\.entry dllm_commit_126336_32\((.*?)\)", printed, re.S)
     assert [line.split()[1] for line in declared.strip().splitlines()] == [".u64"] * 7 + [".u32"] * 2

@@ -4,14 +4,12 @@ layers, and compiled for every GPU that is supported."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from places import GOLDENS, ROOT
+from places import GOLDENS
 from safetensors import safe_open
+from triton_processes import interpreted
 
 from trt_runtime.artifact.manifest import ExpertFacts
 
@@ -81,19 +79,6 @@ print(np.abs(got - held["expected"]).max() / np.abs(held["expected"]).max())
 """
 
 
-def _interpreted(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_the_kernels_equal_their_reference():
     """Full and half tiles, experts without rows, all rows at the same experts, sizes that are no powers of
     two; NaN, fewer experts than usual, and a row in a batch as alone. The interpreter multiplies no bf16."""
@@ -104,7 +89,7 @@ def test_the_kernels_equal_their_reference():
         (70, 72, 20, 24, 2, False),
         (90, 270, 3, 70, 3),
     ]
-    made = json.loads(_interpreted(_INTERPRET, json.dumps(sizes)))
+    made = json.loads(interpreted(_INTERPRET, json.dumps(sizes)))
     assert made["worst"]["float32"] < 2e-6 and made["worst"]["float16"] < 2e-3
     assert made["alone"] == 0 and made["fewer"] < 2e-6 and made["none"] == 0
     assert made["nan"] == [True, False]
@@ -140,7 +125,7 @@ def test_the_kernels_equal_the_official_layers(family, tmp_path):
         expected=expected,
         top_k=top_k,
     )
-    assert float(_interpreted(_RECORDED, str(tmp_path / "layer.npz"))) < 2e-6
+    assert float(interpreted(_RECORDED, str(tmp_path / "layer.npz"))) < 2e-6
 
 
 @pytest.mark.parametrize("target", [80, 86, 87, 89, 90, 120])

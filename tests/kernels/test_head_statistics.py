@@ -4,13 +4,10 @@ for every GPU that is supported."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from places import ROOT
+from triton_processes import compiled, interpreted
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -58,16 +55,8 @@ KINDS = ("random", "ties", "mask", "equal", "twins")
 
 
 def _interpreted(seed: int, cases: list) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERPRET, str(seed), json.dumps(cases)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    printed = interpreted(_INTERPRET, str(seed), json.dumps(cases))
+    return json.loads(printed)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -104,17 +93,9 @@ def test_they_compile_without_a_gpu(compute_capability):
         "for sizes in (HeadSizes(126464, 4096, 126336, 'bf16'), HeadSizes(152064, 3584, 151666, 'fp16')):\n"
         f"    for kernel in ('partial', 'merge'): print(compiled(kernel, sizes, {compute_capability}).ptx)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = compiled(script)
     for name in ("partial_126464_4096_126336_bf16", "merge_152064_3584_151666_fp16"):
-        assert done.stdout.count(f".visible .entry dllm_head_{name}(") == 1
-    assert done.stdout.count(f".target sm_{compute_capability}") == 4
+        assert printed.count(f".visible .entry dllm_head_{name}(") == 1
+    assert printed.count(f".target sm_{compute_capability}") == 4
     # the products of 16-bit numbers run on tensor cores, summed in float32
-    assert "bf16.bf16.f32" in done.stdout or "wgmma" in done.stdout
+    assert "bf16.bf16.f32" in printed or "wgmma" in printed

@@ -7,12 +7,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from bindings import VERSIONS, told
+from bindings import VERSIONS, agrees, told
 from places import GOLDENS, export_quietly
-from plugin_layers import needed_layers, ordinary_layers
+from plugin_layers import built, needed_layers, ordinary_layers, outputs_of
 
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.backends.tensorrt import builder, kernels, store
+from trt_runtime.backends.tensorrt import kernels
 from trt_runtime.backends.tensorrt.store import BuildConfig
 from trt_runtime.errors import DllmError
 
@@ -43,12 +43,7 @@ HEAD = {
 def test_tensorrt_is_told_what_the_kernels_of_the_head_are(kernel, tmp_path):
     shapes, types, outputs, kinds, grid = HEAD[kernel]
     seen = told(VERSIONS[0], tmp_path, f"head_{kernel}", "126464 4096 126336 fp16", shapes, types)
-    assert seen["shapes"] == outputs and seen["kinds"] == [f"DataType.{kind}" for kind in kinds]
-    assert (seen["launch"]["grid_x"], seen["launch"].get("grid_y")) == grid
-    assert seen["extra"] == ["rows"]
-    (declared,) = re.findall(rf"\.entry {seen['name']}\((.*?)\)", seen["ptx"], re.S)
-    arguments = [line.split()[1] for line in declared.strip().splitlines()]
-    assert arguments == [".u64"] * len(shapes) + [".u32"] + [".u64"] * len(outputs)
+    agrees(seen, outputs, kinds, grid, "rows", len(shapes))
 
 
 # Dream-7B's sizes; the query heads are rows of 4 KV heads
@@ -74,12 +69,7 @@ ATTENTION = {
 def test_tensorrt_is_told_what_the_kernels_of_attention_are(kernel, tmp_path):
     shapes, types, outputs, kinds, grid = ATTENTION[kernel]
     seen = told(VERSIONS[0], tmp_path, f"attention_{kernel}", "4 128 4096 0.0625 fp16 1", shapes, types)
-    assert seen["shapes"] == outputs and seen["kinds"] == [f"DataType.{kind}" for kind in kinds]
-    assert (seen["launch"]["grid_x"], seen["launch"].get("grid_y")) == grid
-    assert seen["extra"] == ["rows"]
-    (declared,) = re.findall(rf"\.entry {seen['name']}\((.*?)\)", seen["ptx"], re.S)
-    arguments = [line.split()[1] for line in declared.strip().splitlines()]
-    assert arguments == [".u64"] * len(shapes) + [".u32"] + [".u64"] * len(outputs)
+    agrees(seen, outputs, kinds, grid, "rows", len(shapes))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +92,6 @@ def test_the_head_is_replaced_in_a_parsed_network(tmp_path, family, lowering, dt
     manifest, seen = manifests.load(artifact), []
     names = {"fp32": rtx.float32, "fp16": rtx.float16, "bf16": rtx.bfloat16}
 
-    def outputs(network):
-        held = [network.get_output(i) for i in range(network.num_outputs)]
-        return [(tensor.name, tuple(tensor.shape), tensor.dtype) for tensor in held]
-
     def make(network):
         def added(sizes, tensors):
             hidden, head = tensors
@@ -120,21 +106,16 @@ def test_the_head_is_replaced_in_a_parsed_network(tmp_path, family, lowering, dt
     mask = manifest.decoding.mask_token_id
 
     def edit(network, trt):
-        before, old = outputs(network), _head_of(network)
+        before, old = outputs_of(network), _head_of(network)
         replace_head(network, trt, mask, make(network))
-        assert outputs(network) == before
+        assert outputs_of(network) == before
         needed = needed_layers(network)
         assert old not in needed and not [name for name in needed if "ReduceSum" in name]
         with pytest.raises(DllmError, match=r"is .*, expected"):
             replace_head(network, trt, mask, lambda sizes, tensors: [tensors[0]] * 4)
         seen.append(network)
 
-    config = BuildConfig("tensorrt-rtx", targets=("sm89",), max_batch=2, max_length=64, block_length=8)
-    (plan,) = store.plans(config, manifest.decoding)
-    job = builder.BuildJob(
-        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
-    )
-    made, _ = builder.serialised(job, manifest, "tensorrt-rtx", rtx)
+    made = built(artifact, manifest, edit)
     assert made is not None and len(seen) == 1
 
 
@@ -161,12 +142,7 @@ def test_a_head_that_cannot_be_replaced_is_refused(tmp_path):
             replace_head(network, trt, 0, lambda sizes, tensors: [])
         said.append(True)
 
-    config = BuildConfig("tensorrt-rtx", targets=("sm89",), max_batch=1, max_length=64, block_length=8)
-    (plan,) = store.plans(config, manifest.decoding)
-    job = builder.BuildJob(
-        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
-    )
-    builder.serialised(job, manifest, "tensorrt-rtx", rtx)
+    built(artifact, manifest, edit, max_batch=1)
     assert said
     statistics = export_quietly(GOLDENS / "llada_tiny", tmp_path / "statistics", dtype="fp16")
     assert BuildConfig(head_plugin=True).checked(manifests.load(statistics)).plugins
@@ -208,13 +184,7 @@ def test_attention_is_replaced_in_a_parsed_network(tmp_path, family, dtype):
             replace_attention(network, trt, scale, dtype, 9, make(network))
         seen.append(network)
 
-    config = BuildConfig("tensorrt-rtx", "split", ("sm89",), max_batch=2, max_length=64, block_length=8)
-    plan = store.plans(config, manifest.decoding)[1]
-    assert plan.role == "refine"
-    job = builder.BuildJob(
-        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
-    )
-    made, _ = builder.serialised(job, manifest, "tensorrt-rtx", rtx)
+    made = built(artifact, manifest, edit, "split")
     assert made is not None and len(seen) == 1
 
 

@@ -4,13 +4,10 @@ is supported."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from places import ROOT
+from triton_processes import compiled, interpreted
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -53,15 +50,8 @@ print(json.dumps({"rows": rows, "wrong": wrong, "worst": worst, "nan": nan}))
 
 
 def _interpreted(seed: int, sizes: list[tuple[int, int, int]]) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERPRET, str(seed), json.dumps(sizes)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    return json.loads(done.stdout)
+    printed = interpreted(_INTERPRET, str(seed), json.dumps(sizes))
+    return json.loads(printed)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +90,6 @@ def test_it_compiles_without_a_gpu(compute_capability):
         f"from plugins import row_statistics; print(row_statistics.compiled(152_064, 7, "
         f"{compute_capability}).ptx)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )
-    assert done.stdout.count(".visible .entry dllm_row_statistics_152064_7") == 1
-    assert f".target sm_{compute_capability}" in done.stdout
+    printed = compiled(script)
+    assert printed.count(".visible .entry dllm_row_statistics_152064_7") == 1
+    assert f".target sm_{compute_capability}" in printed

@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from bindings import VERSIONS, told
+from bindings import VERSIONS, agrees, told
 from places import GOLDENS, export_quietly
-from plugin_layers import needed_layers, ordinary_layers
+from plugin_layers import built, needed_layers, ordinary_layers, outputs_of
 
 from trt_runtime.artifact import manifest as manifests
-from trt_runtime.backends.tensorrt import builder, store
-from trt_runtime.backends.tensorrt.store import BuildConfig
 from trt_runtime.errors import DllmError
 
 pytest.importorskip("triton")
@@ -75,12 +73,7 @@ EXPERTS = {
 def test_tensorrt_is_told_what_the_kernels_of_experts_are(kernel, tmp_path):
     shapes, types, outputs, kinds, grid, rows = EXPERTS[kernel]
     seen = told(VERSIONS[0], tmp_path, f"experts_{kernel}", "64 1024 2048 8 fp16", shapes, types)
-    assert seen["shapes"] == outputs and seen["kinds"] == [f"DataType.{kind}" for kind in kinds]
-    assert (seen["launch"]["grid_x"], seen["launch"].get("grid_y")) == grid
-    assert seen["extra"] == [rows]
-    (declared,) = re.findall(rf"\.entry {seen['name']}\((.*?)\)", seen["ptx"], re.S)
-    arguments = [line.split()[1] for line in declared.strip().splitlines()]
-    assert arguments == [".u64"] * len(shapes) + [".u32"] + [".u64"] * len(outputs)
+    agrees(seen, outputs, kinds, grid, rows, len(shapes))
 
 
 def test_ptx_loses_its_scratch_pointers_and_nothing_else():
@@ -116,24 +109,15 @@ def test_statistics_are_replaced_in_a_parsed_network(tmp_path, lowering, dtype, 
     )
     manifest, seen = manifests.load(artifact), []
 
-    def outputs(network):
-        held = [network.get_output(i) for i in range(network.num_outputs)]
-        return [(tensor.name, tuple(tensor.shape), tensor.dtype) for tensor in held]
-
     def edit(network, trt):
-        before = outputs(network)
+        before = outputs_of(network)
         replace_statistics(network, trt, manifest.decoding.mask_token_id, ordinary_layers(network))
-        assert outputs(network) == before
+        assert outputs_of(network) == before
         needed = needed_layers(network)
         assert not [name for name in needed if "TopK_node" in name or "ReduceSum" in name]
         with pytest.raises(DllmError, match=r"is .*, expected"):
             replace_statistics(network, trt, 0, lambda logits, _: [logits] * 4)
         seen.append(network)
 
-    config = BuildConfig("tensorrt-rtx", targets=("sm89",), max_batch=2, max_length=64, block_length=8)
-    (plan,) = store.plans(config, manifest.decoding)
-    job = builder.BuildJob(
-        plan.name, artifact / "refine.onnx", plan.role, plan.profiles, 64, ("sm89",), edit=edit
-    )
-    made, _ = builder.serialised(job, manifest, "tensorrt-rtx", rtx)
+    made = built(artifact, manifest, edit)
     assert made is not None and len(seen) == 1

@@ -20,6 +20,7 @@ from trt_runtime.decoding.plans import BlockCache
 from trt_runtime.errors import DllmError, check_counts, unknown
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
+_REPLACED = ("experts", "head", "attention")  # parts of a network that have a kernel and an option
 ENGINE_LAYOUTS = SHARED, SPLIT = ("shared", "split")
 # compute capabilities that TensorRT-RTX builds for
 SM_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -97,9 +98,9 @@ class BuildConfig:
         for name in ("strip", "inspect"):
             if getattr(self, name) and self.backend != "tensorrt":
                 raise DllmError(f"--{name} needs --backend tensorrt: TensorRT-RTX does not support it.")
-        for name in ("experts", "head", "attention"):
-            if getattr(self, f"{name}_plugin"):
-                _check_plugin(self, manifest, name)
+        kernels = [name for name in _REPLACED if getattr(self, f"{name}_plugin")]
+        for name in kernels:
+            _check_plugin(self, manifest, name)
         # a scheduler's slots have spare rows beyond the longest canvas
         length = min(self.max_length, manifest.model.max_length + contract.SPARE_ROWS)
         most = max(DEFAULT_BLOCK_LENGTH, manifest.decoding.block_length or 0)
@@ -109,7 +110,7 @@ class BuildConfig:
             max_length=length,
             block_length=block,
             max_rows=min(self.max_rows or block, length),
-            plugins=self.plugins or self.experts_plugin or self.head_plugin or self.attention_plugin,
+            plugins=self.plugins or bool(kernels),
         )
 
 

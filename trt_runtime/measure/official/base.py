@@ -99,7 +99,6 @@ NOTES = (
     "logit_noise_1e-4_ok",
     "logit_noise_ok",
     "block_cache",
-    "pad_token_id",
     "prompt_seed",
     "prompt_text",
     "quotas",
@@ -107,15 +106,14 @@ NOTES = (
     "router_noise_ok",
     "row_equals_single",
     "tags",
-    "temperature",
-    "torch_seed",
 )
 _NOTES_BEGIN = ("n_", "opencompass", "sane_", "single_")
 
 
 def unread(case: Case) -> list[str]:
     """The fields of a case that nothing here knows."""
-    known = {*INPUTS, *_INPUTS_OF_LOOPS, *(field.name for field in RESULTS), "trace", *NOTES}
+    checked = (field.name for field in (*_COMMON, *RESULTS))
+    known = {*INPUTS, *_INPUTS_OF_LOOPS, *checked, "trace", *NOTES}
     return [name for name in case if name not in known and not name.startswith(_NOTES_BEGIN)]
 
 
